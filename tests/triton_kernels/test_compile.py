@@ -1,0 +1,64 @@
+"""Every kernel compiles to a cubin for every capability, and fits its GPU, without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB
+# Bytes a lane may spill. Unrolling over 16 or 10 values a word costs some 2-bit and 3-bit schedules
+# a few registers more than there are; nothing may spill more than that.
+STACK_LIMIT = 64
+
+_SCRIPT = """
+import dataclasses, json, sys
+from qkernels.triton_kernels.compile import compile_all
+records = compile_all(int(sys.argv[1]), only_sample=sys.argv[2] == "sample")
+print(json.dumps([dataclasses.asdict(record) for record in records]))
+"""
+
+
+def compiled(capability: int, which: str) -> list[dict[str, Any]]:
+    """Records of a process of its own: the kernels of this one may be for the interpreter."""
+    environment = {key: os.environ[key] for key in os.environ if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _SCRIPT, str(capability), which]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def check(records: list[dict[str, Any]], capability: int) -> None:
+    for record in records:
+        assert record["cubin_bytes"] > 0
+        assert record["shared"] <= SHARED_LIMIT[capability] * 1024, record["specialization"]
+        assert record["stack"] <= STACK_LIMIT, record["specialization"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_sample_compiles(capability: int) -> None:
+    records = compiled(capability, "sample")
+    check(records, capability)
+    gemm = next(record for record in records if record["kernel"] == "weight_only_gemm_kernel")
+    # Weights are decoded in the registers the tensor core reads: no 16-bit value goes back to
+    # shared memory.
+    assert "wgmma" in gemm["assembly"] if capability == 90 else "mma" in gemm["assembly"]
+    assert "st.shared.b16" not in gemm["assembly"]
+    assert "cp.async" in gemm["assembly"]
+
+
+def test_everything_compiles() -> None:
+    records = compiled(90, "all")
+    check(records, 90)
+    assert len(records) > 60
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", [value for value in CAPABILITIES if value != 90])
+def test_everything_compiles_for_the_others(capability: int) -> None:
+    check(compiled(capability, "all"), capability)

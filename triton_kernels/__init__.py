@@ -1,0 +1,27 @@
+"""Triton kernels for quantized products. They take tensors and integers, and know no scheme."""
+
+from .config import GemmConfig, GemvConfig, choose_gemm_config, choose_gemv_config
+from .int8_gemm import int8_gemm
+from .pack import pack_dense, pack_planar, unpack_dense, unpack_planar
+from .planar import PlanarWeight, values_per_word, word_rows
+from .quantize_rows import quantize_rows
+from .weight_only_gemm import weight_only_gemm
+from .weight_only_gemv import weight_only_gemv
+
+__all__ = [
+    "GemmConfig",
+    "GemvConfig",
+    "PlanarWeight",
+    "choose_gemm_config",
+    "choose_gemv_config",
+    "int8_gemm",
+    "pack_dense",
+    "pack_planar",
+    "quantize_rows",
+    "unpack_dense",
+    "unpack_planar",
+    "values_per_word",
+    "weight_only_gemm",
+    "weight_only_gemv",
+    "word_rows",
+]

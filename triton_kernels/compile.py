@@ -1,0 +1,129 @@
+"""Ahead-of-time compilation of every kernel to a cubin, for any capability, without a GPU.
+
+    python -m qkernels.triton_kernels.compile --capability 90
+
+prints registers, spills and shared memory of each specialization. It shows that the kernels build
+for a GPU nobody has at hand, and that they fit: shared memory of a block, no spilled registers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .config import SHARED_MEMORY
+from .numerics import INTERPRETED
+from .specializations import Specialization, sample, specializations
+
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came out of a compilation; sizes in bytes."""
+
+    kernel: str
+    specialization: str
+    cubin_bytes: int
+    registers: int
+    stack: int
+    shared: int
+    assembly: str = field(repr=False)
+
+
+def compile_one(spec: Specialization, capability: int) -> Record:
+    """Compiles to a cubin.
+
+    Raises:
+        RuntimeError: where Triton gave up and compiled a kernel that traps.
+        triton.CompilationError, subprocess.CalledProcessError: where a kernel does not compile.
+    """
+    assert not INTERPRETED.value, "kernels that were defined for the interpreter do not compile"
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(spec.kernel.arg_names):
+        if name in spec.types:
+            signature[name] = spec.types[name]
+            if name in spec.aligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants[(index,)] = spec.constants.get(name)
+    source = ASTSource(spec.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=spec.options)
+    if "trap;" in compiled.asm["ptx"]:
+        raise RuntimeError(
+            f"{spec.kernel.__name__} {spec.name} compiled to a trap for {capability}: Triton found "
+            f"no room for it (tensor memory: {getattr(compiled.metadata, 'tmem_size', 0)} columns)"
+        )
+    registers, stack = _resources(compiled.asm["cubin"])
+    return Record(
+        spec.kernel.__name__,
+        spec.name,
+        len(compiled.asm["cubin"]),
+        registers,
+        stack,
+        compiled.metadata.shared,
+        compiled.asm["ptx"],
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) of a cubin; registers spill to the stack."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found is not None, f"cuobjdump printed no resource usage: {report!r}"
+    return int(found[1]), int(found[2])
+
+
+def compile_all(capability: int, *, only_sample: bool = False) -> list[Record]:
+    """Compiles every specialization (or the sample) for a capability such as 90.
+
+    Raises:
+        ValueError: for a capability that is not one of CAPABILITIES.
+        RuntimeError and others: see `compile_one`.
+    """
+    if capability not in CAPABILITIES:
+        accepted = ", ".join(map(str, CAPABILITIES))
+        raise ValueError(f"capability {capability} is not one of {accepted}")
+    specs = sample(capability) if only_sample else specializations(capability)
+    return [compile_one(spec, capability) for spec in specs]
+
+
+def shared_limit(capability: int) -> int:
+    """Bytes of shared memory a block can have."""
+    return SHARED_MEMORY.get(divmod(capability, 10), 99) * 1024
+
+
+def main() -> None:
+    """The command line: a table of one capability, the heaviest kernels first."""
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel without a GPU.")
+    parser.add_argument("--capability", type=int, choices=CAPABILITIES, default=90)
+    parser.add_argument("--sample", action="store_true", help="only a few specializations")
+    arguments = parser.parse_args()
+    records = compile_all(arguments.capability, only_sample=arguments.sample)
+    print(
+        f"{'kernel':24} {'specialization':56} {'cubin':>8} {'regs':>4} {'stack':>5} {'shared':>7}"
+    )
+    for record in sorted(records, key=lambda record: (-record.stack, -record.registers)):
+        print(
+            f"{record.kernel:24} {record.specialization:56} {record.cubin_bytes:8} "
+            f"{record.registers:4} {record.stack:5} {record.shared:7}"
+        )
+
+
+if __name__ == "__main__":
+    main()

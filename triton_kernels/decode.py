@@ -1,0 +1,120 @@
+"""From stored codes and scales to numbers: `w = scale * (value(code) - zero)`.
+
+A decode function takes an int32 tile of codes and gives the fp32 tile of their values. All have the
+signature `(code, codebook_ptr, BITS)`, so that a kernel takes one as `DECODE: tl.constexpr`.
+`DECODE` below is the table of them by name.
+
+Scales are [G, N] (N contiguous) and come in three modes:
+
+    float       fp16, bf16 or fp32
+    two_level   uint8 multiplier [G, N] times an fp32 channel scale [N]
+    nested      uint8 code [G, N]: table[code] * absmax[(n * G + g) // 256] + offset (QLoRA's double
+                quantization: blocks of 256 run along the groups of a row, then to the next row)
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import INTERPRETED
+
+NESTED_BLOCK = 256
+"""Scales that share one nested absmax. Fixed by bitsandbytes, whose checkpoints carry it."""
+
+_NESTED_BLOCK = tl.constexpr(NESTED_BLOCK)
+
+# fp32 whose unit in the last place is 1: OR-ing a small integer into its bits adds it. That is one
+# logic operation and one subtraction, where an int-to-float conversion runs at a quarter rate.
+_UNIT_BITS = tl.constexpr(0x4B000000)
+_UNIT = tl.constexpr(8388608.0)
+
+
+@triton.jit
+def decode_unsigned(code, codebook_ptr, BITS: tl.constexpr):
+    """The code itself; zero points are subtracted by the caller."""
+    return (code | _UNIT_BITS).to(tl.float32, bitcast=True) - _UNIT
+
+
+@triton.jit
+def decode_signed(code, codebook_ptr, BITS: tl.constexpr):
+    """code - 2^(BITS-1), for symmetric linear types."""
+    return (code | _UNIT_BITS).to(tl.float32, bitcast=True) - (_UNIT + (1 << (BITS - 1)))
+
+
+@triton.jit
+def decode_codebook(code, codebook_ptr, BITS: tl.constexpr):
+    """codebook[code], a table of 16 fp32 values that stays in L1.
+
+    Compiled, not by `tl.load`: Triton's pipeliner would keep whole tiles of it in shared memory.
+    """
+    address = codebook_ptr + code
+    if INTERPRETED:
+        value = tl.load(address)
+    else:
+        value = tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [address.to(tl.int64)], tl.float32, True, 1
+        )
+    return value
+
+
+@triton.jit
+def decode_fp8e4m3(code, codebook_ptr, BITS: tl.constexpr):
+    """The value of a float8_e4m3fn bit pattern.
+
+    Its 4 exponent bits land in the 5 of fp16, whose bias is larger by 8: hence the factor 2^8,
+    which holds for subnormals too. sm_80 and sm_86 have no conversion instruction, so this serves
+    all capabilities.
+    """
+    half = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.int16)
+    value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def decode_fp8e5m2(code, codebook_ptr, BITS: tl.constexpr):
+    """The value of a float8_e5m2 bit pattern: the upper byte of an fp16 number."""
+    return (code << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+DECODE = {
+    "unsigned": decode_unsigned,
+    "signed": decode_signed,
+    "codebook": decode_codebook,
+    "fp8e4m3": decode_fp8e4m3,
+    "fp8e5m2": decode_fp8e5m2,
+}
+
+SCALE_MODES = ("float", "two_level", "nested")
+
+
+@triton.jit
+def load_group(
+    scales_ptr,
+    zeros_ptr,
+    channel_scales_ptr,
+    nested_table_ptr,
+    nested_absmax_ptr,
+    nested_offset_ptr,
+    n,
+    g,
+    N,
+    G,
+    mask,
+    SCALE_MODE: tl.constexpr,
+):
+    """fp32 (scale, zero) of channels `n` in groups `g`: int32 tiles, broadcast to each other."""
+    index = g.to(tl.int64) * N + n
+    stored = tl.load(scales_ptr + index, mask=mask, other=0)
+    scale = stored.to(tl.float32)
+    if SCALE_MODE == "two_level":
+        scale = scale * tl.load(channel_scales_ptr + n, mask=mask, other=0.0)
+    elif SCALE_MODE == "nested":
+        block = (n.to(tl.int64) * G + g) // _NESTED_BLOCK
+        absmax = tl.load(nested_absmax_ptr + block, mask=mask, other=0.0)
+        value = tl.load(nested_table_ptr + stored.to(tl.int32))
+        scale = value * absmax + tl.load(nested_offset_ptr)
+    else:
+        tl.static_assert(SCALE_MODE == "float", "SCALE_MODE is one of float, two_level, nested")
+    zero = 0.0
+    if zeros_ptr is not None:
+        zero = tl.load(zeros_ptr + index, mask=mask, other=0).to(tl.float32)
+    return scale, zero

@@ -1,0 +1,246 @@
+"""Packing of codes into 32-bit words and back, on the device.
+
+    planar   see planar.py: words [K_pad / V, N], K in planes, for the kernels of this package
+    dense    words [R, ceil(K * bits / 32)]: per row a little-endian bit stream along K, value k at
+             bit k * bits; 3-bit values straddle words
+
+One program writes a tile of the destination, so that every word is stored once. Codes are uint8 and
+exact both ways; bits above the width of a code are dropped.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .planar import PLANES, values_per_word, word_rows
+
+_BITS = (2, 3, 4, 8)
+_BLOCK = 128  # words of a program along the contiguous axis: 512 bytes per warp and store
+_BLOCK_ROWS = 8
+
+
+@triton.jit
+def pack_planar_kernel(
+    codes_ptr,
+    words_ptr,
+    N,
+    K,
+    BITS: tl.constexpr,
+    VALUES: tl.constexpr,
+    PLANE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+    r = tl.arange(0, PLANE)[:, None]  # [PLANE, 1]
+    words = tl.zeros((PLANE, BLOCK_N), dtype=tl.int32)
+    for i in tl.static_range(VALUES):
+        k = (tile * VALUES + i) * PLANE + r
+        code = tl.load(codes_ptr + n.to(tl.int64) * K + k, mask=(n < N) & (k < K), other=0)
+        words |= (code.to(tl.int32) & ((1 << BITS) - 1)) << (BITS * i)
+    row = (tile * PLANE + r).to(tl.int64)
+    tl.store(words_ptr + row * N + n, words, mask=n < N)
+
+
+@triton.jit
+def unpack_planar_kernel(
+    words_ptr,
+    codes_ptr,
+    N,
+    K,
+    BITS: tl.constexpr,
+    VALUES: tl.constexpr,
+    PLANE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+    r = tl.arange(0, PLANE)[:, None]  # [PLANE, 1]
+    row = (tile * PLANE + r).to(tl.int64)
+    words = tl.load(words_ptr + row * N + n, mask=n < N, other=0)
+    for i in tl.static_range(VALUES):
+        k = (tile * VALUES + i) * PLANE + r
+        code = (words >> (BITS * i)) & ((1 << BITS) - 1)
+        target = codes_ptr + n.to(tl.int64) * K + k
+        tl.store(target, code.to(tl.uint8), mask=(n < N) & (k < K))
+
+
+@triton.jit
+def pack_dense_kernel(
+    codes_ptr,
+    words_ptr,
+    R,
+    K,
+    W,
+    BITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    row = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]  # [BLOCK_R, 1]
+    w = (tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]  # [1, BLOCK_W]
+    start = w.to(tl.int64) * 32  # the first bit of the word
+    first = start // BITS
+    words = tl.zeros((BLOCK_R, BLOCK_W), dtype=tl.uint32)
+    for i in tl.static_range((32 + BITS - 1) // BITS + (1 if 32 % BITS else 0)):
+        k = first + i
+        shift = (k * BITS - start).to(tl.int32)  # negative where the value began in the word before
+        mask = (row < R) & (k < K) & (shift < 32)
+        code = tl.load(codes_ptr + row.to(tl.int64) * K + k, mask=mask, other=0)
+        code = (code & ((1 << BITS) - 1)).to(tl.uint32)
+        up = tl.minimum(tl.maximum(shift, 0), 31).to(tl.uint32)
+        down = tl.maximum(-shift, 0).to(tl.uint32)
+        words |= (code >> down) << up
+    target = words_ptr + row.to(tl.int64) * W + w
+    tl.store(target, words.to(tl.int32, bitcast=True), mask=(row < R) & (w < W))
+
+
+@triton.jit
+def unpack_dense_kernel(
+    words_ptr,
+    codes_ptr,
+    R,
+    K,
+    W,
+    BITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]  # [BLOCK_R, 1]
+    k = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]  # [1, BLOCK_K]
+    bit = k.to(tl.int64) * BITS
+    w = bit // 32
+    shift = (bit % 32).to(tl.uint32)
+    mask = (row < R) & (k < K)
+    source = words_ptr + row.to(tl.int64) * W + w
+    code = tl.load(source, mask=mask, other=0).to(tl.uint32, bitcast=True) >> shift
+    if 32 % BITS != 0:
+        straddles = shift > 32 - BITS
+        high = tl.load(source + 1, mask=mask & straddles, other=0).to(tl.uint32, bitcast=True)
+        code |= tl.where(straddles, high << ((32 - shift) & 31), 0)
+    code = (code & ((1 << BITS) - 1)).to(tl.uint8)
+    tl.store(codes_ptr + row.to(tl.int64) * K + k, code, mask=mask)
+
+
+def pack_planar(codes: Tensor, bits: int, plane: int) -> Tensor:
+    """Codes uint8 [N, K] -> planar words: int32 [K_pad / V, N], or uint8 [K, N] for 8 bits.
+
+    Raises:
+        ValueError: for another dtype, shape, number of bits or plane, with the values.
+    """
+    codes = _check_codes(codes, bits)
+    if bits == 8:
+        return codes.t().contiguous()
+    _check_plane(plane)
+    n, k = codes.shape
+    words = torch.empty((word_rows(k, bits, plane), n), dtype=torch.int32, device=codes.device)
+    if words.numel():
+        with torch.cuda.device_of(codes):
+            pack_planar_kernel[(words.shape[0] // plane, triton.cdiv(n, _BLOCK))](
+                codes,
+                words,
+                n,
+                k,
+                BITS=bits,
+                VALUES=values_per_word(bits),
+                PLANE=plane,
+                BLOCK_N=_BLOCK,
+            )
+    return words
+
+
+def unpack_planar(words: Tensor, k: int, bits: int, plane: int) -> Tensor:
+    """Planar words -> codes uint8 [N, k]: the inverse of `pack_planar`.
+
+    Raises:
+        ValueError: for another dtype, shape, number of bits or plane, with the values.
+    """
+    _check_bits(bits)
+    if bits != 8:
+        _check_plane(plane)
+    dtype = torch.uint8 if bits == 8 else torch.int32
+    _check_words(words, dtype, f"[{word_rows(k, bits, plane)}, N]", word_rows(k, bits, plane), 0)
+    if bits == 8:
+        return words.t().contiguous()
+    n = words.shape[1]
+    words = words.contiguous()
+    codes = torch.empty((n, k), dtype=torch.uint8, device=words.device)
+    if codes.numel():
+        with torch.cuda.device_of(words):
+            unpack_planar_kernel[(words.shape[0] // plane, triton.cdiv(n, _BLOCK))](
+                words,
+                codes,
+                n,
+                k,
+                BITS=bits,
+                VALUES=values_per_word(bits),
+                PLANE=plane,
+                BLOCK_N=_BLOCK,
+            )
+    return codes
+
+
+def pack_dense(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [R, K] -> int32 [R, ceil(K * bits / 32)], a little-endian bit stream per row.
+
+    Raises:
+        ValueError: for another dtype, shape or number of bits, with the values.
+    """
+    codes = _check_codes(codes, bits)
+    rows, k = codes.shape
+    width = -(-k * bits // 32)
+    words = torch.empty((rows, width), dtype=torch.int32, device=codes.device)
+    if words.numel():
+        grid = (triton.cdiv(width, _BLOCK), triton.cdiv(rows, _BLOCK_ROWS))
+        with torch.cuda.device_of(codes):
+            pack_dense_kernel[grid](
+                codes, words, rows, k, width, BITS=bits, BLOCK_R=_BLOCK_ROWS, BLOCK_W=_BLOCK
+            )
+    return words
+
+
+def unpack_dense(words: Tensor, k: int, bits: int) -> Tensor:
+    """int32 [R, ceil(k * bits / 32)] -> codes uint8 [R, k]: the inverse of `pack_dense`.
+
+    Raises:
+        ValueError: for another dtype, shape or number of bits, with the values.
+    """
+    _check_bits(bits)
+    width = -(-k * bits // 32)
+    _check_words(words, torch.int32, f"[R, {width}]", width, 1)
+    rows = words.shape[0]
+    words = words.contiguous()
+    codes = torch.empty((rows, k), dtype=torch.uint8, device=words.device)
+    if codes.numel():
+        grid = (triton.cdiv(k, _BLOCK), triton.cdiv(rows, _BLOCK_ROWS))
+        with torch.cuda.device_of(words):
+            unpack_dense_kernel[grid](
+                words, codes, rows, k, width, BITS=bits, BLOCK_R=_BLOCK_ROWS, BLOCK_K=_BLOCK
+            )
+    return codes
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in _BITS:
+        raise ValueError(f"codes have 2, 3, 4 or 8 bits, got {bits}")
+
+
+def _check_plane(plane: int) -> None:
+    if plane not in PLANES:
+        raise ValueError(f"plane {plane} is not one of 16, 32, 64")
+
+
+def _check_codes(codes: Tensor, bits: int) -> Tensor:
+    _check_bits(bits)
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise ValueError(
+            f"codes are uint8 with two dimensions, got {codes.dtype} {list(codes.shape)}"
+        )
+    return codes.contiguous()
+
+
+def _check_words(words: Tensor, dtype: torch.dtype, shape: str, size: int, dim: int) -> None:
+    if words.dtype != dtype or words.dim() != 2 or words.shape[dim] != size:
+        raise ValueError(f"words are {dtype} {shape}, got {words.dtype} {list(words.shape)}")
