@@ -1,0 +1,1 @@
+"""Kernel rows, a file for each backend."""

@@ -1,0 +1,60 @@
+"""The question put to a kernel, and the row that answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qkernels.layouts import PackedWeight
+from qkernels.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that the choice of a kernel may depend on, and nothing else.
+
+    Attributes:
+        m, n, k: x is [m, k], the weight [n, k].
+        layout: name of the layout the weight is in; None where it is still to be chosen.
+        device: "cpu" or "cuda".
+        capability: compute capability such as (9, 0), or None without a GPU.
+        batch_invariant: a row's result must not depend on the other rows nor on m.
+    """
+
+    m: int
+    n: int
+    k: int
+    x_dtype: torch.dtype
+    scheme: QuantScheme
+    layout: str | None
+    device: str
+    capability: tuple[int, int] | None
+    batch_invariant: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row of the kernel table.
+
+    Attributes:
+        backend: the family that `backend=` arguments name.
+        layout: name of the layout it reads; None reads any.
+        why_not: the reason, in a user's words, why it cannot run a problem, or None.
+        run: (x [M, K], packed weight, bias or None, problem) -> y [M, N]; x's columns are in the
+            order of the codes.
+    """
+
+    name: str
+    backend: str
+    layout: str | None
+    why_not: Callable[[Problem], str | None]
+    run: Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this kernel cannot run `problem`, its layout included; None where it can."""
+        if self.layout is not None and problem.layout not in (None, self.layout):
+            return f"reads the {self.layout} layout, and the weight is in {problem.layout}"
+        return self.why_not(problem)

@@ -1,0 +1,27 @@
+"""Memory orders of kernels. Nothing outside of this package knows bit order."""
+
+from qkernels.layouts.packed import (
+    BUFFER_NAMES,
+    Layout,
+    PackedWeight,
+    allocate,
+    pack,
+    write_rows,
+)
+from qkernels.layouts.plain import PLAIN
+from qkernels.layouts.planar import PLANAR, plane_height
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PLAIN, PLANAR)}
+
+__all__ = [
+    "BUFFER_NAMES",
+    "LAYOUTS",
+    "PLAIN",
+    "PLANAR",
+    "Layout",
+    "PackedWeight",
+    "allocate",
+    "pack",
+    "plane_height",
+    "write_rows",
+]

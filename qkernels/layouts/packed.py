@@ -1,0 +1,155 @@
+"""A weight in the memory order of one kernel family, and the table of such orders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qkernels.scheme import QuantScheme
+from qkernels.weight import (
+    NestedScales,
+    QuantizedWeight,
+    WeightParameters,
+    check_parameters,
+    row_slices,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A row of the layout table. Codes go in and out in slices of rows; the rest is held whole.
+
+    Attributes:
+        name: as stored in `PackedWeight.layout`.
+        why_not: the reason why this layout cannot hold a scheme, or None.
+        allocate: (scheme, n, k, device) -> the words, uninitialized.
+        pack_rows: (scheme, words, start, codes [rows, K] uint8): writes rows from `start` on.
+        unpack_rows: (scheme, words, start, stop, k) -> codes [stop - start, K] uint8.
+        transposed: scales and zeros are [G, N] instead of [N, G], and per-tensor ones repeated.
+    """
+
+    name: str
+    why_not: Callable[[QuantScheme], str | None]
+    allocate: Callable[[QuantScheme, int, int, torch.device], Tensor]
+    pack_rows: Callable[[QuantScheme, Tensor, int, Tensor], None]
+    unpack_rows: Callable[[QuantScheme, Tensor, int, int, int], Tensor]
+    transposed: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight [n, k] as the buffers of one layout. Which buffers there are depends on the scheme.
+
+    Buffers: "words" and "scales" always; "zeros", "channel_scales", "nested_absmax",
+    "nested_offset", "perm" and "activation_scale" where `WeightParameters` has them.
+    """
+
+    scheme: QuantScheme
+    layout: Layout
+    n: int
+    k: int
+    buffers: dict[str, Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return self.buffers["words"].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def parameters(self) -> WeightParameters:
+        """Everything but the codes, in the hub's shapes."""
+        get = self.buffers.get
+        scales, zeros = self.buffers["scales"], get("zeros")
+        if self.layout.transposed:
+            scales = _from_transposed(scales, self.scheme)
+            zeros = None if zeros is None else _from_transposed(zeros, self.scheme)
+        nested = None
+        if "nested_absmax" in self.buffers:
+            nested = NestedScales(self.buffers["nested_absmax"], self.buffers["nested_offset"])
+        return WeightParameters(
+            scheme=self.scheme,
+            n=self.n,
+            k=self.k,
+            scales=scales,
+            zeros=zeros,
+            channel_scales=get("channel_scales"),
+            nested=nested,
+            perm=get("perm"),
+            activation_scale=get("activation_scale"),
+        )
+
+    def codes(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """uint8 codes [stop - start, K] of rows [start, stop)."""
+        stop = self.n if stop is None else stop
+        return self.layout.unpack_rows(self.scheme, self.buffers["words"], start, stop, self.k)
+
+    def unpack(self, bias: Tensor | None = None) -> QuantizedWeight:
+        """The hub form, exactly what was packed, with `bias` added to it."""
+        parameters = self.parameters()
+        codes = torch.empty(self.n, self.k, dtype=torch.uint8, device=self.device)
+        for start, stop in row_slices(self.n, self.k):
+            codes[start:stop] = self.codes(start, stop)
+        named = {name: getattr(parameters, name) for name in (*_TENSOR_NAMES, "nested")}
+        return QuantizedWeight(scheme=self.scheme, codes=codes, bias=bias, **named)
+
+    def dequantize_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the weight, fp32, in the codes' column order."""
+        return self.parameters().dequantize_rows(self.codes(start, stop), start)
+
+
+_TENSOR_NAMES = ("scales", "zeros", "channel_scales", "perm", "activation_scale")
+
+BUFFER_NAMES = (
+    *("words", "scales", "zeros", "channel_scales", "nested_absmax", "nested_offset"),
+    *("perm", "activation_scale"),
+)
+"""Every buffer a layout may hold, in the order in which ops take them."""
+
+
+def allocate(layout: Layout, parameters: WeightParameters, device: torch.device) -> PackedWeight:
+    """A packed weight with its parameters in place and its words still to be written.
+
+    Raises:
+        WeightError: for parameters that do not fit their scheme.
+    """
+    check_parameters(parameters)
+    p = parameters
+    buffers = {"words": layout.allocate(p.scheme, p.n, p.k, device)}
+    for name in _TENSOR_NAMES:
+        tensor = getattr(p, name)
+        if tensor is None:
+            continue
+        if layout.transposed and name in ("scales", "zeros"):
+            tensor = tensor.expand(p.n, -1).t() if p.scheme.per_tensor else tensor.t()
+        buffers[name] = tensor.to(device).contiguous()
+    if p.nested is not None:
+        buffers["nested_absmax"] = p.nested.absmax.to(device)
+        buffers["nested_offset"] = p.nested.offset.to(device)
+    ordered = {name: buffers[name] for name in BUFFER_NAMES if name in buffers}
+    return PackedWeight(p.scheme, layout, p.n, p.k, ordered)
+
+
+def _from_transposed(tensor: Tensor, scheme: QuantScheme) -> Tensor:
+    return tensor[:1, :1] if scheme.per_tensor else tensor.t().contiguous()
+
+
+def write_rows(packed: PackedWeight, start: int, codes: Tensor) -> None:
+    """Packs uint8 `codes` [rows, K] into the rows of `packed` from `start` on."""
+    packed.layout.pack_rows(packed.scheme, packed.buffers["words"], start, codes)
+
+
+def pack(
+    weight: QuantizedWeight, layout: Layout, device: torch.device | None = None
+) -> PackedWeight:
+    """`weight` in `layout`, on `device` or where it is; extra memory is one slice at a time."""
+    device = weight.codes.device if device is None else torch.device(device)
+    packed = allocate(layout, weight.parameters, device)
+    for start, stop in row_slices(weight.n, weight.k):
+        write_rows(packed, start, weight.codes[start:stop].to(device))
+    return packed

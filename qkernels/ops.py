@@ -1,0 +1,241 @@
+"""The torch operators, namespace `qkernels`: opaque to torch.compile, with shapes and gradients.
+
+Registered with `Library.define` and `impl`, which costs 4 to 6 us a call where
+`torch.library.custom_op` costs tens: more than a decode GEMV takes.
+
+A packed weight crosses the operator boundary as its list of buffers and one string that says what
+they are, so that choosing another kernel for another M recompiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import reference
+from qkernels.backends import triton
+from qkernels.errors import WeightError
+from qkernels.layouts import BUFFER_NAMES, LAYOUTS, PackedWeight
+from qkernels.scheme import QuantScheme
+from qkernels.select import make_problem, select
+
+X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class PackedSpec:
+    """What a list of buffers is, as one hashable value that spells itself as a string."""
+
+    scheme: QuantScheme
+    layout: str
+    n: int
+    k: int
+    names: tuple[str, ...]
+    backend: str | None = None
+    batch_invariant: bool = False
+
+    @staticmethod
+    def of(
+        packed: PackedWeight, backend: str | None = None, batch_invariant: bool = False
+    ) -> PackedSpec:
+        names = tuple(name for name in BUFFER_NAMES if name in packed.buffers)
+        return PackedSpec(
+            packed.scheme, packed.layout.name, packed.n, packed.k, names, backend, batch_invariant
+        )
+
+    def __str__(self) -> str:
+        return "|".join(
+            (
+                str(self.scheme),
+                self.layout,
+                str(self.n),
+                str(self.k),
+                ",".join(self.names),
+                self.backend or "",
+                "invariant" if self.batch_invariant else "",
+            )
+        )
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> PackedSpec:
+        scheme, layout, n, k, names, backend, invariant = text.split("|")
+        return PackedSpec(
+            QuantScheme.parse(scheme),
+            layout,
+            int(n),
+            int(k),
+            tuple(names.split(",")),
+            backend or None,
+            bool(invariant),
+        )
+
+    def packed(self, buffers: list[Tensor]) -> PackedWeight:
+        named = dict(zip(self.names, buffers, strict=True))
+        return PackedWeight(self.scheme, LAYOUTS[self.layout], self.n, self.k, named)
+
+
+_library = torch.library.Library("qkernels", "DEF")
+_library.define("linear(Tensor x, Tensor[] buffers, Tensor? bias, str spec) -> Tensor")
+_library.define("linear_grad_input(Tensor grad, Tensor[] buffers, str spec) -> Tensor")
+_library.define("dequantize(Tensor[] buffers, str spec) -> Tensor")
+_library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
+
+
+def _check_input(x: Tensor, width: int, name: str, words: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise WeightError(f"{name} must have shape [..., {width}], got {list(x.shape)}")
+    if x.dtype not in X_DTYPES:
+        raise WeightError(f"{name} must be fp16, bf16 or fp32, got {x.dtype}")
+    if x.device != words.device:
+        raise WeightError(
+            f"{name} is on {x.device} and the weight on {words.device}: move one of them"
+        )
+
+
+def _linear(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+    what = PackedSpec.parse(spec)
+    _check_input(x, what.k, "x", buffers[0])
+    packed = what.packed(buffers)
+    rows = x.reshape(-1, what.k)
+    if "perm" in packed.buffers:
+        rows = rows.index_select(1, packed.buffers["perm"])
+    problem = make_problem(
+        what.scheme,
+        n=what.n,
+        k=what.k,
+        m=rows.shape[0],
+        device=x.device,
+        layout=what.layout,
+        x_dtype=x.dtype,
+        batch_invariant=what.batch_invariant,
+    )
+    y = select(problem, what.backend).run(rows, packed, bias, problem)
+    return y.view(*x.shape[:-1], what.n)
+
+
+def _linear_fake(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+    what = PackedSpec.parse(spec)
+    _check_input(x, what.k, "x", buffers[0])
+    return x.new_empty((*x.shape[:-1], what.n))
+
+
+def _linear_grad_input(grad: Tensor, buffers: list[Tensor], spec: str) -> Tensor:
+    what = PackedSpec.parse(spec)
+    _check_input(grad, what.n, "grad", buffers[0])
+    rows = grad.reshape(-1, what.n)
+    return reference.grad_input(rows, what.packed(buffers)).view(*grad.shape[:-1], what.k)
+
+
+def _linear_grad_input_fake(grad: Tensor, buffers: list[Tensor], spec: str) -> Tensor:
+    what = PackedSpec.parse(spec)
+    _check_input(grad, what.n, "grad", buffers[0])
+    return grad.new_empty((*grad.shape[:-1], what.k))
+
+
+def _dequantize(buffers: list[Tensor], spec: str) -> Tensor:
+    return PackedSpec.parse(spec).packed(buffers).unpack().dequantize()
+
+
+def _dequantize_fake(buffers: list[Tensor], spec: str) -> Tensor:
+    what = PackedSpec.parse(spec)
+    return torch.empty(what.n, what.k, dtype=torch.float32, device=buffers[0].device)
+
+
+def _check_token_input(x: Tensor) -> None:
+    if x.dim() == 0 or x.dtype not in X_DTYPES:
+        raise WeightError(
+            f"x must be [..., K] of fp16, bf16 or fp32, got {x.dtype} {list(x.shape)}"
+        )
+
+
+def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_token_input(x)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    quantize: Callable[..., Any] = reference.quantize_rows
+    if x.device.type == "cuda" and triton.import_problem() is None:
+        quantize = triton.kernels().quantize_rows
+    quantized, scale = quantize(rows, torch.int8)
+    return quantized.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def _quantize_per_token_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_token_input(x)
+    return (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device),
+        x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
+    )
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "linear": (_linear, _linear_fake),
+    "linear_grad_input": (_linear_grad_input, _linear_grad_input_fake),
+    "dequantize": (_dequantize, _dequantize_fake),
+    "quantize_per_token": (_quantize_per_token, _quantize_per_token_fake),
+}
+
+for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"qkernels::{_name}", _fake, lib=_library)
+
+
+def _save_for_linear(ctx: Any, inputs: Any, output: Tensor) -> None:
+    _, buffers, _, spec = inputs
+    # Buffers are not saved as tensors for backward: they are no differentiable inputs, and keeping
+    # the list keeps them alive just as well.
+    ctx.buffers, ctx.spec = buffers, spec
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None, None]:
+    grad_x = torch.ops.qkernels.linear_grad_input(grad, ctx.buffers, ctx.spec)
+    return grad_x, [None] * len(ctx.buffers), None, None
+
+
+torch.library.register_autograd(
+    "qkernels::linear", _linear_backward, setup_context=_save_for_linear, lib=_library
+)
+
+
+def linear(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """y [..., N] = x [..., K] @ W.T + bias for a packed weight, in x's dtype.
+
+    Args:
+        x: fp16, bf16 or fp32, any leading shape and strides; on the weight's device.
+        packed: the weight.
+        bias: [N] or None.
+        backend: name of the backend to use instead of the first that can run this.
+        batch_invariant: make each row's result independent of the other rows and of their number.
+
+    Raises:
+        WeightError: for a wrong shape, dtype or device of x.
+        NoKernelError: where `backend` cannot run this.
+    """
+    spec = PackedSpec.of(packed, backend, batch_invariant)
+    buffers = [packed.buffers[name] for name in spec.names]
+    return torch.ops.qkernels.linear(x, buffers, bias, str(spec))
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [..., K] and its scales fp32 [..., 1]: s = max|x| / 127, q = x / s rounded half to even.
+
+    Args:
+        x: [..., K], fp16, bf16 or fp32. An all-zero row has s = 1; a row with NaN or infinity has
+            s = NaN or infinity.
+
+    Raises:
+        WeightError: for another dtype.
+    """
+    return torch.ops.qkernels.quantize_per_token(x)

@@ -1,0 +1,167 @@
+"""The truth that every kernel is tested against, in plain PyTorch, on any device.
+
+    weight-only   y = x @ W.T + b, accumulated in fp32
+    integer       y = (s_x * s_w) * (x_q @ w_q.T) + b, with an exact int32 product
+    fp8           y = s_x * (x_q @ W.T) + b
+
+x comes with its columns already in the order of the codes (see `WeightParameters.perm`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels.layouts import PackedWeight
+from qkernels.weight import WeightParameters, integer_rows, row_slices
+
+INT8_MAX = 127.0
+
+
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantizes the rows of x symmetrically, with a scale a row or one given scale.
+
+    s = max|x| / 127 (int8) or / the largest number of the float8 type; s = 1 for an all-zero row.
+    q = x / s, rounded half to even, saturated. A row with NaN or infinity gets a scale of NaN or
+    infinity, so that its output shows it.
+
+    Args:
+        x: [M, K], fp16, bf16 or fp32.
+        dtype: torch.int8, torch.float8_e4m3fn or torch.float8_e5m2.
+        scale: fp32 [], or None to compute one for each row.
+
+    Returns:
+        q [M, K] of `dtype`, s fp32 [M] or the given scale.
+    """
+    largest = INT8_MAX if dtype == torch.int8 else torch.finfo(dtype).max
+    values = x.float()
+    if scale is None:
+        top = values.abs().amax(dim=-1) if x.shape[-1] else values.new_zeros(x.shape[0])
+        scale = torch.where(top == 0, torch.ones_like(top), top / largest)
+        scaled = values / scale[:, None]
+    else:
+        scaled = values / scale
+    if dtype == torch.int8:
+        # An int8 cannot hold NaN or infinity; the scale tells of them where it is dynamic.
+        rounded = torch.nan_to_num(scaled.round(), nan=0.0).clamp_(-INT8_MAX, INT8_MAX)
+        return rounded.to(torch.int8), scale
+    return scaled.clamp(-largest, largest).to(dtype), scale
+
+
+def tensor_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The one scale of a whole activation tensor: fp32 []."""
+    largest = INT8_MAX if dtype == torch.int8 else torch.finfo(dtype).max
+    top = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    return torch.where(top == 0, torch.ones_like(top), top / largest)
+
+
+def quantize_activations(
+    x: Tensor, packed: PackedWeight, quantize: Callable[..., Any] = quantize_rows
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] as the scheme of `packed` wants it, by `quantize` (`quantize_rows` or its equal).
+
+    Returns q [M, K] and the scale of each row, fp32 [M].
+    """
+    activation = packed.scheme.activation
+    dtype = activation.torch_dtype
+    if activation.granularity == "token":
+        return quantize(x, dtype)
+    if activation.granularity == "tensor":
+        scale = tensor_scale(x, dtype)
+        quantized, _ = quantize(x, dtype, scale)
+        return quantized, scale.expand(x.shape[0]).contiguous()
+    scale = packed.buffers["activation_scale"]
+    quantized, _ = quantize(x, dtype, scale)
+    # A static scale knows nothing of this row: NaN and infinity, which saturate, are told here.
+    finite = x.isfinite().all(dim=-1)
+    return quantized, torch.where(finite, scale, torch.full_like(scale, float("nan")))
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """int8 [M, K] @ int8 [N, K].T -> int32 [M, N], exact."""
+    if a.device.type == "cpu" and a.shape[0] and a.shape[1]:
+        return torch._int_mm(a, b.t())
+    # float64 holds every sum of K < 2^39 products of two int8 exactly.
+    return (a.double() @ b.double().t()).to(torch.int32)
+
+
+def linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, *, batch_invariant: bool = False
+) -> Tensor:
+    """y [M, N] = x [M, K] times the packed weight, in x's dtype.
+
+    With `batch_invariant`, rows are multiplied one at a time, since a matrix product may round a
+    row differently depending on how many rows there are.
+    """
+    scheme = packed.scheme
+    row_scale = None
+    if not scheme.weight_only:
+        quantized, scale = quantize_activations(x, packed)
+        row_scale = scale[:, None]
+    y = torch.empty(x.shape[0], packed.n, dtype=x.dtype, device=x.device)
+    parameters = packed.parameters()
+    for start, stop in row_slices(packed.n, packed.k):
+        codes = packed.codes(start, stop)
+        if scheme.integer_activation:
+            assert row_scale is not None
+            part = _integer_columns(quantized, row_scale, parameters, codes, start)
+        else:
+            left = x.float() if row_scale is None else quantized.float()
+            weight = parameters.dequantize_rows(codes, start).t()
+            if batch_invariant:
+                part = torch.empty(x.shape[0], stop - start, device=x.device)
+                for i in range(x.shape[0]):
+                    part[i] = left[i] @ weight
+            else:
+                part = left @ weight
+            if row_scale is not None:
+                part *= row_scale
+        if bias is not None:
+            part += bias[start:stop].float()
+        y[:, start:stop] = part
+    return y
+
+
+def _integer_columns(
+    quantized: Tensor,
+    row_scale: Tensor,
+    parameters: WeightParameters,
+    codes: Tensor,
+    start: int,
+) -> Tensor:
+    """fp32 [M, rows] for the weight rows of `codes`, before the bias."""
+    scheme = parameters.scheme
+    stop, k = start + codes.shape[0], parameters.k
+    integers = integer_rows(parameters, codes, start).to(torch.int8)
+    if scheme.scale_levels == "two" or scheme.groups(k) == 1:
+        if parameters.channel_scales is not None:
+            column_scale = parameters.channel_scales[start:stop]
+        else:
+            column_scale = parameters.group_scales(start, stop)[:, 0]
+        return (row_scale * column_scale) * integer_product(quantized, integers).float()
+    length = scheme.group_length(k)
+    scales = parameters.group_scales(start, stop)
+    total = torch.zeros(quantized.shape[0], stop - start, device=quantized.device)
+    for g in range(scheme.groups(k)):
+        columns = slice(g * length, min(k, (g + 1) * length))
+        product = integer_product(
+            quantized[:, columns].contiguous(), integers[:, columns].contiguous()
+        )
+        total += scales[:, g] * product.float()
+    return row_scale * total
+
+
+def grad_input(grad: Tensor, packed: PackedWeight) -> Tensor:
+    """grad_x [M, K] = grad [M, N] @ W, in the weight's own column order and grad's dtype.
+
+    Quantized activations pass the gradient straight through.
+    """
+    total = torch.zeros(grad.shape[0], packed.k, dtype=torch.float32, device=grad.device)
+    for start, stop in row_slices(packed.n, packed.k):
+        total += grad[:, start:stop].float() @ packed.dequantize_rows(start, stop)
+    return packed.parameters().to_column_order(total).to(grad.dtype)

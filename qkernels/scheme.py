@@ -1,0 +1,376 @@
+"""What a stored number means: weight type, granularity, zero points, activations, scale storage.
+
+A `QuantScheme` is printable and parsed back from its one canonical spelling:
+
+    w4a16-g128          4-bit linear with zero points, groups of 128 along K, 16-bit activations
+    w4a16-g128-sym      the same without zero points
+    w4a16               per output channel; `-gtensor` is one scale for the whole weight
+    nf4-g64, fp4-g32    4-bit codebooks; `nf4-g64-dq` stores the scales double-quantized (QLoRA)
+    table(-1,...,1)-g64 the user's own 16 values
+    fp8e4m3-a16         float8 weights, per output channel
+    w8a8                int8 weights per channel, symmetric; int8 activations per token, dynamic
+    w8a8-tensor         activations per tensor, dynamic; `-static`: with a calibrated scale
+    w4a8-g128           two-level scales: int8 = multiplier[n,g] * (code - zero), fp32 per channel
+    w4a8-g128-flat      one floating scale per group
+    fp8-a8              float8 E4M3 weights and activations; `w4afp8-g128` has int4 weights
+
+A trailing `-sfp16`, `-sbf16` or `-sfp32` names the scale type where it is not the default.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from qkernels.errors import SchemeError
+
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""Quantiles of a normal distribution scaled to [-1, 1] (QLoRA, Dettmers et al. 2023, app. E)."""
+
+FP4_E2M1_VALUES = (
+    *(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    *(-0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
+)
+"""The 16 values of FP4 E2M1, in the order of their bit patterns (OCP Microscaling Formats 1.0)."""
+
+SMALLEST_GROUP = 16
+
+_SCALE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_SCALE_DTYPES = {name: dtype for dtype, name in _SCALE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class WeightType:
+    """A row of the weight-type table.
+
+    `kind` is how a code becomes a value: "linear" (the code itself), "codebook" (`values[code]`)
+    or "float8" (the code is the bit pattern of `float_dtype`). `max_value` is the largest
+    magnitude a non-linear type can hold, which scales are fitted to.
+    """
+
+    name: str
+    bits: int
+    kind: str
+    values: tuple[float, ...] | None = None
+    float_dtype: torch.dtype | None = None
+
+    @property
+    def max_value(self) -> float:
+        if self.values is not None:
+            return max(abs(value) for value in self.values)
+        assert self.float_dtype is not None, f"{self.name} has no largest value"
+        return torch.finfo(self.float_dtype).max
+
+
+WEIGHT_TYPES: dict[str, WeightType] = {
+    row.name: row
+    for row in (
+        WeightType("int2", 2, "linear"),
+        WeightType("int3", 3, "linear"),
+        WeightType("int4", 4, "linear"),
+        WeightType("int8", 8, "linear"),
+        WeightType("nf4", 4, "codebook", values=NF4_VALUES),
+        WeightType("fp4", 4, "codebook", values=FP4_E2M1_VALUES),
+        WeightType("fp8e4m3", 8, "float8", float_dtype=torch.float8_e4m3fn),
+        WeightType("fp8e5m2", 8, "float8", float_dtype=torch.float8_e5m2),
+    )
+}
+
+
+def table_type(values: tuple[float, ...]) -> WeightType:
+    """The weight type of a user's own 16 values, stored as the index of the nearest value."""
+    values = tuple(float(value) for value in values)
+    if len(values) != 16:
+        raise SchemeError(f"a table has 16 values, got {len(values)}")
+    if not all(math.isfinite(value) for value in values) or not any(values):
+        raise SchemeError(f"a table needs finite values that are not all zero, got {values}")
+    return WeightType("table", 4, "codebook", values=values)
+
+
+ACTIVATION_DTYPES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How activations are quantized before the product.
+
+    `dtype` is "none" (16-bit), "int8" or "fp8" (E4M3); `granularity` is "token" (one scale a row,
+    computed at run time), "tensor" (one scale, computed at run time) or "static" (one scale,
+    calibrated beforehand). All are symmetric.
+    """
+
+    dtype: str = "none"
+    granularity: str = "token"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return ACTIVATION_DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """What stored numbers mean. Frozen, hashable; `str` gives the canonical spelling.
+
+    Attributes:
+        weight: the weight type.
+        group_size: columns of K that share a scale, 16 or more; None for per channel. It need not
+            divide K: the last group is then shorter.
+        per_tensor: one scale for the whole weight (excludes `group_size`).
+        symmetric: no zero points. Codebook and float8 types are always symmetric.
+        activation: how activations are quantized.
+        scale_dtype: storage type of floating scales.
+        scale_levels: "one", "two" (uint8 group multipliers times an fp32 channel scale, for int8
+            products; QServe, Lin et al. 2024) or "double" (scales quantized to 8 bits; QLoRA).
+
+    Raises:
+        SchemeError: for parts that exclude each other.
+    """
+
+    weight: WeightType
+    group_size: int | None = None
+    per_tensor: bool = False
+    symmetric: bool = True
+    activation: Activation = Activation()
+    scale_dtype: torch.dtype = torch.float16
+    scale_levels: str = "one"
+
+    def __post_init__(self) -> None:
+        reason = _why_invalid(self)
+        if reason is not None:
+            raise SchemeError(reason)
+
+    @property
+    def bits(self) -> int:
+        return self.weight.bits
+
+    @property
+    def integer_activation(self) -> bool:
+        return self.activation.dtype == "int8"
+
+    @property
+    def weight_only(self) -> bool:
+        return self.activation.dtype == "none"
+
+    @property
+    def zero_offset(self) -> int:
+        """What a linear code is shifted by to give its value: half the range when symmetric."""
+        is_shifted = self.weight.kind == "linear" and self.symmetric
+        return 1 << (self.bits - 1) if is_shifted else 0
+
+    def group_length(self, k: int) -> int:
+        """Columns a scale covers in a weight with `k` columns."""
+        return self.group_size if self.group_size is not None else max(k, 1)
+
+    def groups(self, k: int) -> int:
+        """Number of scales a row has in a weight with `k` columns."""
+        return max(1, -(-k // self.group_length(k)))
+
+    @staticmethod
+    def parse(text: str | QuantScheme) -> QuantScheme:
+        """The scheme that `text` spells; a scheme is returned as it is.
+
+        Raises:
+            SchemeError: naming the part that does not parse, with the accepted forms.
+        """
+        return text if isinstance(text, QuantScheme) else _parse(text)
+
+    def __str__(self) -> str:
+        return _spell(self)
+
+
+def _why_invalid(scheme: QuantScheme) -> str | None:
+    weight, act = scheme.weight, scheme.activation
+    linear = weight.kind == "linear"
+    if scheme.group_size is not None and scheme.group_size < SMALLEST_GROUP:
+        return f"group size {scheme.group_size} is too small: use {SMALLEST_GROUP} or more"
+    if scheme.group_size is not None and scheme.per_tensor:
+        return f"per-tensor scales exclude a group size, got {scheme.group_size}"
+    if not linear and not scheme.symmetric:
+        return f"{weight.name} has no zero points: its values already are signed"
+    if act.dtype not in ("none", *ACTIVATION_DTYPES):
+        return f"activation type {act.dtype!r} is not one of none, int8, fp8"
+    if act.granularity not in ("token", "tensor", "static"):
+        return f"activation granularity {act.granularity!r} is not one of token, tensor, static"
+    if act.dtype == "int8" and not linear:
+        return f"int8 activations need linear integer weights, not {weight.name}: use a16 or fp8"
+    if act.dtype == "int8" and weight.bits == 8 and not scheme.symmetric:
+        return "8-bit weights with zero points do not fit an int8 product: use symmetric weights"
+    if scheme.scale_dtype not in _SCALE_NAMES:
+        return f"scale type {scheme.scale_dtype} is not one of fp16, bf16, fp32"
+    if scheme.scale_levels not in ("one", "two", "double"):
+        return f"scale levels {scheme.scale_levels!r} is not one of one, two, double"
+    if scheme.scale_levels == "two" and (
+        act.dtype != "int8" or weight.bits == 8 or scheme.group_size is None
+    ):
+        return "two-level scales are for grouped weights under 8 bits with int8 activations"
+    if scheme.scale_levels == "double" and (act.dtype != "none" or scheme.per_tensor):
+        return "double-quantized scales are for 16-bit activations and several scales"
+    return None
+
+
+def _default_symmetric(weight: WeightType, activation: Activation) -> bool:
+    return weight.kind != "linear" or activation.dtype == "int8"
+
+
+def _default_levels(weight: WeightType, group_size: int | None, activation: Activation) -> str:
+    two_level = activation.dtype == "int8" and weight.bits < 8 and group_size is not None
+    return "two" if two_level else "one"
+
+
+def _default_scale_dtype(activation: Activation, levels: str) -> torch.dtype:
+    # Scales that meet int8 or fp8 products are few (or integers), so full precision costs nothing;
+    # double-quantized ones are expanded from fp32 tables.
+    if activation.dtype != "none" or levels != "one":
+        return torch.float32
+    return torch.float16
+
+
+_HEAD = re.compile(
+    r"(?:w(?P<bits>\d+)a(?P<act>16|8|fp8)"
+    r"|(?P<name>nf4|fp4|fp8e4m3|fp8e5m2|fp8|table\((?P<values>[^()]*)\)))$"
+)
+
+_FORMS = (
+    "accepted are w{2,3,4,8}a{16,8,fp8}, nf4, fp4, fp8e4m3, fp8e5m2 or table(v0,...,v15), then any "
+    "of -a16 -a8 -afp8 -g<N> -gtensor -sym -asym -tensor -static -flat -dq -sfp16 -sbf16 -sfp32, "
+    "for example w4a16-g128"
+)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> QuantScheme:
+    def fail(why: str) -> SchemeError:
+        return SchemeError(f"scheme {text!r} does not parse: {why}; {_FORMS}")
+
+    if not isinstance(text, str):
+        raise fail("it is not a string")
+    table, _, rest = text.strip().partition(")")
+    # The values of a table may hold the separator of the suffixes.
+    parts = [table + ")", *rest.split("-")[1:]] if ")" in text else text.strip().split("-")
+    head = _HEAD.match(parts[0])
+    if head is None:
+        raise fail(f"{parts[0]!r} is not a weight type")
+    if head["bits"] is not None:
+        weight_name, act_name = f"int{head['bits']}", head["act"]
+        if weight_name not in WEIGHT_TYPES:
+            raise fail(f"{head['bits']}-bit weights are not supported")
+        weight = WEIGHT_TYPES[weight_name]
+    else:
+        act_name = "16"
+        if head["values"] is not None:
+            try:
+                weight = table_type(tuple(float(value) for value in head["values"].split(",")))
+            except ValueError as error:
+                raise fail(str(error)) from None
+        else:
+            weight = WEIGHT_TYPES["fp8e4m3" if head["name"] == "fp8" else head["name"]]
+
+    group_size: int | None = None
+    granularity, flags, scale_name = "token", set(), None
+    seen: set[str] = set()
+    for part in parts[1:]:
+        if part in ("a16", "a8", "afp8") and head["bits"] is None:
+            kind, act_name = "activation", part[1:]
+        elif part == "gtensor":
+            kind = "granularity"
+            flags.add("gtensor")
+        elif re.fullmatch(r"g\d+", part):
+            kind, group_size = "granularity", int(part[1:])
+        elif part in ("sym", "asym"):
+            kind = "symmetry"
+            flags.add(part)
+        elif part in ("tensor", "static"):
+            kind, granularity = "activation granularity", part
+        elif part in ("flat", "dq"):
+            kind = "scale levels"
+            flags.add(part)
+        elif part[:1] == "s" and part[1:] in _SCALE_DTYPES:
+            kind, scale_name = "scale type", part[1:]
+        else:
+            raise fail(f"{part!r} is not known")
+        if kind in seen:
+            raise fail(f"{part!r} names the {kind} a second time")
+        seen.add(kind)
+
+    act_dtype = {"16": "none", "8": "fp8" if weight.kind == "float8" else "int8"}.get(
+        act_name, "fp8"
+    )
+    if act_dtype == "none" and granularity != "token":
+        raise fail(f"{granularity!r} is about 8-bit activations, and these have 16 bits")
+    activation = Activation(act_dtype, granularity)
+    symmetric = "sym" in flags or ("asym" not in flags and _default_symmetric(weight, activation))
+    levels = _default_levels(weight, group_size, activation)
+    if "flat" in flags:
+        levels = "one"
+    elif "dq" in flags:
+        levels = "double"
+    scale_dtype = _default_scale_dtype(activation, levels)
+    try:
+        return QuantScheme(
+            weight=weight,
+            group_size=group_size,
+            per_tensor="gtensor" in flags,
+            symmetric=symmetric,
+            activation=activation,
+            scale_dtype=scale_dtype if scale_name is None else _SCALE_DTYPES[scale_name],
+            scale_levels=levels,
+        )
+    except SchemeError as error:
+        raise fail(str(error)) from None
+
+
+@lru_cache(maxsize=1024)
+def _spell(scheme: QuantScheme) -> str:
+    weight, act = scheme.weight, scheme.activation
+    act_bits = {"none": "16", "fp8": "fp8", "int8": "8"}[act.dtype]
+    parts: list[str] = []
+    if weight.kind == "linear":
+        parts.append(f"w{weight.bits}a{act_bits}")
+    elif weight.name == "table":
+        assert weight.values is not None
+        parts.append("table(" + ",".join(repr(value) for value in weight.values) + ")")
+    elif weight.name == "fp8e4m3" and act.dtype == "fp8":
+        parts.append("fp8")
+    else:
+        parts.append(weight.name)
+    if weight.kind == "float8":
+        parts.append("a16" if act.dtype == "none" else "a8")
+    elif weight.kind == "codebook" and act.dtype != "none":
+        parts.append("a" + act_bits)
+    if scheme.group_size is not None:
+        parts.append(f"g{scheme.group_size}")
+    elif scheme.per_tensor:
+        parts.append("gtensor")
+    if scheme.symmetric != _default_symmetric(weight, act):
+        parts.append("sym" if scheme.symmetric else "asym")
+    if act.granularity != "token":
+        parts.append(act.granularity)
+    default_levels = _default_levels(weight, scheme.group_size, act)
+    if scheme.scale_levels == "double":
+        parts.append("dq")
+    elif scheme.scale_levels != default_levels:
+        parts.append("flat")
+    if scheme.scale_dtype != _default_scale_dtype(act, scheme.scale_levels):
+        parts.append("s" + _SCALE_NAMES[scheme.scale_dtype])
+    return "-".join(parts)

@@ -1,0 +1,159 @@
+"""Which kernel runs a problem, and why the others do not. Nothing else chooses kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from qkernels.backends import reference as reference_backend
+from qkernels.backends import triton as triton_backend
+from qkernels.backends.kernel import Kernel, Problem
+from qkernels.errors import NoKernelError
+from qkernels.layouts import LAYOUTS, PLAIN, Layout
+from qkernels.scheme import QuantScheme
+
+KERNELS: tuple[Kernel, ...] = (
+    *triton_backend.KERNELS,
+    *reference_backend.KERNELS,
+    # Behind the reference, which never refuses, so that simulators run only where they are asked
+    # for by name.
+    *triton_backend.INTERPRETED_KERNELS,
+)
+"""In order of priority."""
+
+BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(kernel.backend for kernel in KERNELS))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` says of one kernel: chosen, able but not needed, or the reason why not."""
+
+    kernel: str
+    backend: str
+    chosen: bool
+    reason: str | None
+
+    def __str__(self) -> str:
+        verdict = "chosen" if self.chosen else self.reason or "could run, but comes later in order"
+        return f"{self.kernel}: {verdict}"
+
+
+def check_backend(backend: str | None) -> None:
+    """Raises NoKernelError for a backend name that no kernel has."""
+    if backend is not None and backend not in BACKENDS:
+        raise NoKernelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+
+
+@lru_cache(maxsize=4096)
+def select(problem: Problem, backend: str | None = None) -> Kernel:
+    """The first kernel, in order, that can run `problem`; of `backend` alone where it is named.
+
+    Raises:
+        NoKernelError: listing every kernel with its reason.
+    """
+    check_backend(backend)
+    reasons = []
+    for kernel in KERNELS:
+        if backend is not None and kernel.backend != backend:
+            continue
+        reason = kernel.refusal(problem)
+        if reason is None:
+            return kernel
+        reasons.append(f"  {kernel.name}: {reason}")
+    raise NoKernelError(
+        f"no kernel runs {problem.scheme} with m={problem.m}, n={problem.n}, k={problem.k}, "
+        f"x {problem.x_dtype} on {problem.device}:\n" + "\n".join(reasons)
+    )
+
+
+def layout_for(
+    scheme: QuantScheme, n: int, k: int, device: torch.device | str, backend: str | None = None
+) -> Layout:
+    """The layout to load a weight in: that of the kernel which would run a single token.
+
+    Raises:
+        NoKernelError: where `backend` cannot run the scheme on the device.
+    """
+    problem = make_problem(scheme, n=n, k=k, m=1, device=device, layout=None)
+    kernel = select(problem, backend)
+    return PLAIN if kernel.layout is None else LAYOUTS[kernel.layout]
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def make_problem(
+    scheme: QuantScheme,
+    *,
+    n: int,
+    k: int,
+    m: int,
+    device: torch.device | str,
+    layout: str | None,
+    x_dtype: torch.dtype = torch.bfloat16,
+    batch_invariant: bool = False,
+) -> Problem:
+    """A `Problem` on `device`, whose compute capability is looked up once."""
+    device = torch.device(device)
+    return Problem(
+        m=m,
+        n=n,
+        k=k,
+        x_dtype=x_dtype,
+        scheme=scheme,
+        layout=layout,
+        device=device.type,
+        capability=_capability(device),
+        batch_invariant=batch_invariant,
+    )
+
+
+def explain(
+    scheme: QuantScheme | str,
+    *,
+    n: int,
+    k: int,
+    m: int = 1,
+    device: torch.device | str = "cpu",
+    x_dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+    batch_invariant: bool = False,
+) -> list[Explanation]:
+    """Every kernel, in order, with whether it would run x [m, k] times a weight [n, k] and why not.
+
+    Raises:
+        SchemeError: where `scheme` does not parse.
+        NoKernelError: where `backend` names no backend.
+        ValueError: for sizes below their least value, or a device that is not there.
+    """
+    scheme = QuantScheme.parse(scheme)
+    for name, size, least in (("n", n, 1), ("k", k, 1), ("m", m, 0)):
+        if size < least:
+            raise ValueError(f"{name} must be {least} or more, got {size}")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} is not there: torch finds no CUDA GPU")
+    check_backend(backend)
+    problem = make_problem(
+        scheme,
+        n=n,
+        k=k,
+        m=m,
+        device=device,
+        layout=None,
+        x_dtype=x_dtype,
+        batch_invariant=batch_invariant,
+    )
+    # The weight would be packed for the kernel that runs one token; the others must read the same.
+    first = select(replace(problem, m=1, x_dtype=torch.bfloat16, batch_invariant=False), backend)
+    layout = PLAIN.name if first.layout is None else first.layout
+    problem = replace(problem, layout=layout)
+    chosen = select(problem, backend)
+    return [
+        Explanation(kernel.name, kernel.backend, kernel is chosen, kernel.refusal(problem))
+        for kernel in KERNELS
+    ]

@@ -1,0 +1,9 @@
+"""Every error bound of the tests, in one place. See docs/design.md, section on numerics."""
+
+import torch
+
+FROBENIUS_BOUND = {torch.float16: 2**-10, torch.bfloat16: 2**-7.5, torch.float32: 2**-20}
+"""|y - exact| / |y| of a kernel against the float64 product with the same dequantized weight."""
+
+DENSE_FACTOR = 2.0
+"""How much larger that error may be than that of a dense product of the same dtype."""

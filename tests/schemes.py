@@ -1,0 +1,30 @@
+"""The schemes that tests run over: each weight type, granularity, scale form and activation."""
+
+import torch
+
+from qkernels.scheme import QuantScheme
+
+TABLE = "table(-1.0,-0.8,-0.6,-0.45,-0.3,-0.2,-0.1,0.0,0.1,0.2,0.3,0.4,0.55,0.7,0.85,1.0)-g32"
+
+WEIGHT_ONLY = (
+    *("w4a16-g128", "w4a16-g64-sym", "w4a16", "w4a16-gtensor", "w4a16-g24", "w4a16-g64-sbf16"),
+    *("w3a16-g64", "w3a16-sym", "w2a16-g32", "w8a16", "w8a16-g64-sym", "w4a16-g64-sfp32"),
+    *("nf4-g64", "nf4-g64-dq", "fp4-g32", TABLE, "fp8e4m3-a16", "fp8e5m2-a16-g64"),
+)
+INT8_ACTIVATION = (
+    *("w8a8", "w8a8-tensor", "w8a8-static", "w8a8-g64", "w8a8-gtensor"),
+    *("w4a8", "w4a8-g64", "w4a8-g64-asym", "w4a8-g64-flat", "w4a8-g100-asym-flat"),
+    *("w3a8-g64", "w2a8-g64"),
+)
+FLOAT8_ACTIVATION = ("fp8-a8", "fp8-a8-static", "fp8-a8-tensor", "w4afp8-g64", "nf4-afp8-g64")
+
+ALL = WEIGHT_ONLY + INT8_ACTIVATION + FLOAT8_ACTIVATION
+
+
+def activation_scale(scheme: QuantScheme | str, x: torch.Tensor) -> float | None:
+    """The static scale of x where `scheme` takes one."""
+    activation = QuantScheme.parse(scheme).activation
+    if activation.granularity != "static":
+        return None
+    largest = 127.0 if activation.dtype == "int8" else 448.0
+    return float(x.abs().max()) / largest

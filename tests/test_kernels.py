@@ -1,0 +1,284 @@
+"""Every kernel row over every scheme it takes: the seven points that each kernel must pass.
+
+The kernels run on the GPU where there is one, else in Triton's interpreter.
+"""
+
+import pytest
+import torch
+
+from qkernels import WQLinear, ops, reference
+from qkernels.errors import NoKernelError, WeightError
+from qkernels.layouts import LAYOUTS, pack
+from qkernels.quantizers import rtn
+from qkernels.scheme import QuantScheme
+from qkernels.select import KERNELS, make_problem
+from tests import schemes
+from tests.bounds import DENSE_FACTOR, FROBENIUS_BOUND
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+N, K = 49, 200
+DTYPES_BY_ROWS = {
+    1: (torch.float16,),
+    3: (torch.bfloat16,),
+    17: (torch.float16, torch.float32),
+}  # every dtype and every number of rows, but not their product: the interpreter is slow
+MODEL_SHAPE = (24, 576)  # SmolLM2's hidden size: groups of 128 do not divide it
+
+
+def runnable(kernel, scheme, m, dtype=torch.float16, **kwargs):
+    problem = make_problem(
+        scheme, n=N, k=K, m=m, device=DEVICE, layout=kernel.layout, x_dtype=dtype, **kwargs
+    )
+    return kernel.refusal(problem) is None
+
+
+CASES = [
+    pytest.param(kernel, text, id=f"{kernel.name}-{text[:16]}")
+    for kernel in KERNELS
+    for text in schemes.ALL
+    if runnable(kernel, QuantScheme.parse(text), 1)
+]
+FLOAT_CASES = [case for case in CASES if QuantScheme.parse(case.values[1]).weight_only]
+
+
+def make(text, n=N, k=K, x=None, perm=False, bias=True):
+    weight = torch.randn(n, k, device=DEVICE)
+    scale = schemes.activation_scale(text, x) if x is not None else None
+    return rtn.quantize(
+        weight,
+        text,
+        perm=torch.randperm(k, device=DEVICE) if perm else None,
+        activation_scale=scale if scale is not None else _static(text),
+        bias=torch.randn(n, device=DEVICE) if bias else None,
+    )
+
+
+def _static(text):
+    return 0.05 if QuantScheme.parse(text).activation.granularity == "static" else None
+
+
+def run(kernel, quantized, x, **kwargs):
+    layout = LAYOUTS[kernel.layout or "plain"]
+    packed = pack(quantized, layout)
+    rows = x if quantized.perm is None else x[:, quantized.perm]
+    problem = make_problem(
+        quantized.scheme,
+        n=quantized.n,
+        k=quantized.k,
+        m=x.shape[0],
+        device=DEVICE,
+        layout=layout.name,
+        x_dtype=x.dtype,
+        **kwargs,
+    )
+    if kernel.refusal(problem) is not None:
+        return None
+    return kernel.run(rows, packed, quantized.bias, problem)
+
+
+def expected(quantized, x):
+    """float64 [M, N] of the scheme's formula, from the same codes and the reference's x_q."""
+    weight = quantized.dequantize().double()
+    if quantized.scheme.weight_only:
+        left = x.double()
+    else:
+        packed = pack(quantized, LAYOUTS["plain"])
+        rows = x if quantized.perm is None else x[:, quantized.perm]
+        xq, scale = reference.quantize_activations(rows, packed)
+        left = xq.double() * scale[:, None].double()
+        if quantized.perm is not None:
+            restored = torch.empty_like(left)
+            restored[:, quantized.perm] = left
+            left = restored
+    y = left @ weight.t()
+    return y if quantized.bias is None else y + quantized.bias.double()
+
+
+def error(y, exact):
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(("kernel", "text"), FLOAT_CASES)
+def test_identity_gives_the_dequantized_weight_bit_for_bit(kernel, text):
+    quantized = make(text, n=20, k=72, perm=True, bias=False)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        exact = quantized.dequantize().to(dtype).t()
+        x = torch.eye(72, dtype=dtype, device=DEVICE)
+        # A GEMV takes few rows at a time: the first and last columns of K, and some between.
+        parts = (
+            [slice(None)]
+            if "gemv" not in kernel.name
+            else [slice(0, 3), slice(35, 38), slice(69, 72)]
+        )
+        for part in parts:
+            assert torch.equal(run(kernel, quantized, x[part]), exact[part]), (dtype, part)
+
+
+@pytest.mark.parametrize(("kernel", "text"), CASES)
+@pytest.mark.parametrize("m", [1, 3, 17])
+def test_close_to_float64(kernel, text, m):
+    for dtype in DTYPES_BY_ROWS[m]:
+        x = torch.randn(m, K, dtype=dtype, device=DEVICE)
+        # Real activations have channels far larger than the rest.
+        x[:, ::50] *= 100
+        quantized = make(text, x=x, perm=m == 3)
+        y = run(kernel, quantized, x)
+        if y is None:
+            assert "gemv" in kernel.name
+            continue
+        assert y.dtype == dtype and y.shape == (m, N)
+        exact = expected(quantized, x)
+        assert error(y, exact) <= FROBENIUS_BOUND[dtype], dtype
+
+
+@pytest.mark.parametrize(("kernel", "text"), CASES)
+def test_model_shape_many_rows_and_none(kernel, text):
+    n, k = MODEL_SHAPE
+    quantized = make(text, n=n, k=k)
+    assert run(kernel, quantized, torch.randn(0, k, dtype=torch.float16, device=DEVICE)).shape == (
+        0,
+        n,
+    )
+    for m in (16, 129):
+        x = torch.randn(m, k, dtype=torch.float16, device=DEVICE)
+        y = run(kernel, quantized, x)
+        if y is not None:
+            assert error(y, expected(quantized, x)) <= FROBENIUS_BOUND[torch.float16]
+
+
+@pytest.mark.parametrize(("kernel", "text"), FLOAT_CASES)
+def test_within_twice_the_error_of_a_dense_product(kernel, text):
+    x = torch.randn(4, K, dtype=torch.float16, device=DEVICE)
+    quantized = make(text, bias=False)
+    exact = expected(quantized, x)
+    dense = (x @ quantized.dequantize().half().t()).double()
+    assert error(run(kernel, quantized, x), exact) <= DENSE_FACTOR * error(dense, exact)
+
+
+@pytest.mark.parametrize(("kernel", "text"), CASES)
+def test_twice_the_same_bits(kernel, text):
+    x = torch.randn(3, K, dtype=torch.float16, device=DEVICE)
+    quantized = make(text, x=x)
+    assert torch.equal(run(kernel, quantized, x), run(kernel, quantized, x))
+
+
+@pytest.mark.parametrize(("kernel", "text"), CASES)
+def test_every_output_is_written_and_nothing_else(kernel, text, monkeypatch):
+    guard, taken, real = 64, [], torch.empty
+
+    def guarded(*size, dtype=None, device=None, **kwargs):
+        """torch.empty with NaN (or the smallest integer) inside and around."""
+        shape = tuple(size[0]) if size and isinstance(size[0], tuple | list | torch.Size) else size
+        count = torch.Size(shape).numel()
+        dtype = dtype or torch.float32
+        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+        whole = torch.full((count + 2 * guard,), 0, dtype=torch.float32, device=device)
+        whole = (
+            torch.full_like(whole, poison, dtype=dtype) if dtype.itemsize > 1 else whole.to(dtype)
+        )
+        taken.append((whole, whole.clone(), count))
+        return whole[guard : guard + count].view(shape)
+
+    x = torch.randn(3, K, dtype=torch.float16, device=DEVICE)
+    quantized = make(text, x=x)
+    want = run(kernel, quantized, x)
+    assert want.isfinite().all()
+    monkeypatch.setattr(torch, "empty", guarded)
+    got = run(kernel, quantized, x)
+    monkeypatch.setattr(torch, "empty", real)
+    assert taken and torch.equal(got, want)
+    for whole, before, count in taken:
+        for edge in (slice(0, guard), slice(guard + count, None)):
+            assert torch.equal(whole[edge].view(torch.uint8), before[edge].view(torch.uint8)), (
+                "a guard zone was written"
+            )
+
+
+@pytest.mark.parametrize(("kernel", "text"), CASES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_stay_visible(kernel, text, bad):
+    x = torch.randn(3, K, dtype=torch.float16, device=DEVICE)
+    quantized = make(text, x=x)
+    x[1, 7] = bad
+    y = run(kernel, quantized, x)
+    per_tensor = quantized.scheme.activation.granularity == "tensor"
+    assert not y[1].isfinite().any()
+    if not per_tensor:
+        assert y[0].isfinite().all() and y[2].isfinite().all()
+
+
+@pytest.mark.parametrize(("kernel", "text"), CASES)
+def test_strided_rows(kernel, text):
+    wide = torch.randn(4, 2 * K, dtype=torch.float16, device=DEVICE)
+    x = wide[:, ::2]
+    quantized = make(text, x=x)
+    assert torch.equal(run(kernel, quantized, x), run(kernel, quantized, x.contiguous()))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("text", ["w4a16-g64", "w8a8", "w4a8-g64-flat"])
+def test_batch_invariance(kernel, text):
+    scheme = QuantScheme.parse(text)
+    if not runnable(kernel, scheme, 1, batch_invariant=True):
+        assert runnable(kernel, scheme, 1) is False or "gemv" in kernel.name
+        return
+    x = torch.randn(19, K, dtype=torch.float16, device=DEVICE)
+    quantized = make(text)
+    together = run(kernel, quantized, x, batch_invariant=True)
+    for rows in (slice(0, 1), slice(5, 8), slice(0, 18)):
+        alone = run(kernel, quantized, x[rows], batch_invariant=True)
+        assert torch.equal(alone, together[rows])
+
+
+@pytest.mark.parametrize("text", schemes.INT8_ACTIVATION)
+def test_integer_products_are_exact(text):
+    """With scales of one, y is the integer product itself, in every kernel."""
+    quantized = make(text, bias=False)
+    object.__setattr__(quantized, "scales", torch.ones_like(quantized.scales))
+    if quantized.channel_scales is not None:
+        quantized.channel_scales.fill_(1)
+    x = torch.randint(-127, 128, (5, K), device=DEVICE).float()
+    x[:, 0] = 127
+    if quantized.activation_scale is not None:
+        quantized.activation_scale.fill_(1)
+    want = x.double() @ quantized.dequantize().double().t()
+    seen = 0
+    for kernel in KERNELS:
+        if runnable(kernel, quantized.scheme, 5, torch.float32):
+            assert torch.equal(run(kernel, quantized, x).double(), want), kernel.name
+            seen += 1
+    assert seen >= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_per_token_quantization(dtype):
+    x = torch.randn(6, 100, dtype=dtype) * torch.tensor([[1e-3], [1.0], [300], [0], [1], [7]]).to(
+        dtype
+    )
+    xq, s = ops.quantize_per_token(x)
+    assert xq.dtype == torch.int8 and s.dtype == torch.float32 and s.shape == (6, 1)
+    rows = x.float()
+    scale = rows.abs().amax(1, keepdim=True) / 127
+    assert s[3] == 1 and not xq[3].any()
+    scale[3] = 1
+    assert torch.equal(s, scale)
+    assert torch.equal(xq.float(), (rows / scale).round())
+    assert xq.abs().amax(1)[[0, 1, 2, 4, 5]].eq(127).all()
+
+
+def test_wrong_input_is_named():
+    layer = WQLinear.from_linear(torch.nn.Linear(64, 8), "w4a16-g32")
+    for x, message in (
+        (torch.randn(2, 63), r"\[..., 64\], got \[2, 63\]"),
+        (torch.randn(2, 64, dtype=torch.float64), "float64"),
+        (torch.ones(2, 64, dtype=torch.int32), "int32"),
+        (torch.tensor(1.0), r"\[..., 64\], got \[\]"),
+        (torch.empty(2, 64, device="meta"), "meta"),
+    ):
+        with pytest.raises(WeightError, match=message):
+            layer(x) if x.device.type != "meta" else ops._linear(
+                x, [layer.words, layer.scales, layer.zeros], None, layer._spec
+            )
+    with pytest.raises(NoKernelError, match="nonesuch"):
+        WQLinear.from_linear(torch.nn.Linear(64, 8), "w4a16", backend="nonesuch")

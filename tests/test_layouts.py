@@ -1,0 +1,163 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qkernels.errors import WeightError
+from qkernels.layouts import LAYOUTS, pack, packing, plane_height
+from qkernels.quantizers import rtn
+from qkernels.scheme import QuantScheme
+from qkernels.weight import QuantizedWeight, row_slices
+from tests import schemes
+
+
+def bit_stream(codes: list[int], bits: int) -> list[int]:
+    """Words of a little-endian bit stream, one bit at a time."""
+    stream = sum(code << (bits * i) for i, code in enumerate(codes))
+    count = -(-len(codes) * bits // 32)
+    words = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(count)]
+    return [word - (1 << 32) if word >> 31 else word for word in words]
+
+
+def random_codes(n, k, bits, device="cpu"):
+    return torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device=device)
+
+
+@given(
+    n=st.integers(0, 5), k=st.integers(0, 200), bits=st.sampled_from([2, 3, 4, 8]), s=st.integers(0)
+)
+@settings(deadline=None)
+def test_dense_is_a_bit_stream_in_every_implementation(n, k, bits, s):
+    torch.manual_seed(s % 2**63)
+    codes = random_codes(n, k, bits)
+    words = packing.pack_dense_torch(codes, bits)
+    assert words.tolist() == [bit_stream(row, bits) for row in codes.tolist()]
+    assert torch.equal(packing.unpack_dense_torch(words, k, bits), codes)
+    assert torch.equal(packing.pack_dense(codes, bits), words)
+    assert torch.equal(packing.unpack_dense(words, k, bits), codes)
+
+
+@given(
+    n=st.integers(1, 5),
+    k=st.integers(1, 700),
+    bits=st.sampled_from([2, 3, 4]),
+    plane=st.sampled_from([16, 32, 64]),
+    s=st.integers(0),
+)
+@settings(deadline=None)
+def test_planar_follows_its_formula_in_every_implementation(n, k, bits, plane, s):
+    torch.manual_seed(s % 2**63)
+    codes = random_codes(n, k, bits)
+    words = packing.pack_planar_torch(codes, bits, plane)
+    values = 32 // bits
+    for column in {0, k // 2, k - 1}:
+        field, r = divmod(column % (values * plane), plane)
+        word = words[column // (values * plane) * plane + r, n - 1].item()
+        assert (word >> (bits * field)) & ((1 << bits) - 1) == codes[n - 1, column]
+    assert torch.equal(packing.unpack_planar_torch(words, k, bits, plane), codes)
+    assert torch.equal(packing.pack_planar(codes, bits, plane), words)
+    assert torch.equal(packing.unpack_planar(words, k, bits, plane), codes)
+
+
+def test_wrong_packing_input():
+    codes = random_codes(2, 32, 4)
+    with pytest.raises(WeightError, match="5 bits"):
+        packing.pack_dense(codes, 5)
+    with pytest.raises(WeightError, match="8 bits"):
+        packing.pack_planar(codes, 8, 16)
+    with pytest.raises(WeightError, match="uint8"):
+        packing.pack_dense(codes.int(), 4)
+    with pytest.raises(WeightError, match="take 4 words a row, got 3"):
+        packing.unpack_dense(torch.zeros(2, 3, dtype=torch.int32), 32, 4)
+    with pytest.raises(WeightError, match="rows of words, got 3"):
+        packing.unpack_planar(torch.zeros(3, 2, dtype=torch.int32), 32, 4, 16)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("text", schemes.ALL)
+@pytest.mark.parametrize("with_perm", [False, True])
+def test_layouts_give_back_what_was_packed(layout, text, with_perm, device):
+    n, k = 37, 200
+    scheme = QuantScheme.parse(text)
+    weight = torch.randn(n, k, device=device)
+    perm = torch.randperm(k, device=device) if with_perm else None
+    scale = schemes.activation_scale(scheme, weight)
+    before = rtn.quantize(weight, scheme, perm=perm, activation_scale=scale)
+    after = pack(before, layout).unpack()
+    for name in ("codes", "scales", "zeros", "channel_scales", "perm", "activation_scale"):
+        a, b = getattr(before, name), getattr(after, name)
+        assert (a is None) == (b is None), name
+        assert a is None or (a.dtype == b.dtype and torch.equal(a, b)), name
+    assert torch.equal(before.dequantize(), after.dequantize())
+
+
+@pytest.mark.parametrize("text", ["w2a16", "w3a16", "w4a16", "w4a8", "w2a8"])
+@pytest.mark.parametrize("k", [16, 576, 1536, 4096, 11008, 14336])
+def test_planes_are_tall_enough_for_the_product_and_pad_little(text, k):
+    scheme = QuantScheme.parse(text)
+    plane = plane_height(scheme, k)
+    smallest = 32 if scheme.integer_activation else 16
+    assert plane in (16, 32, 64) and plane >= smallest
+    if plane > smallest:
+        padded = packing.planar_rows(k, scheme.bits, plane) * (32 // scheme.bits)
+        assert padded <= 1.07 * k
+
+
+def test_slices_cover_all_rows_without_splitting_nested_blocks():
+    for n, k in ((1, 1), (255, 10**6), (28672, 8192), (1000, 100)):
+        slices = list(row_slices(n, k))
+        assert slices[0][0] == 0 and slices[-1][1] == n
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(slices))
+        assert all(start % 256 == 0 for start, _ in slices)
+
+
+def test_a_weight_of_several_slices(monkeypatch):
+    monkeypatch.setattr("qkernels.weight.SLICE_ELEMENTS", 256 * 40)
+    weight = torch.randn(700, 40)
+    assert len(list(row_slices(700, 40))) == 3
+    for text in ("nf4-g16-dq", "w4a16-g32", "w4a8-g32", "w4a16-gtensor"):
+        quantized = rtn.quantize(weight, text)
+        for layout in LAYOUTS.values():
+            assert torch.equal(pack(quantized, layout).unpack().codes, quantized.codes)
+        error = (quantized.dequantize() - weight).norm() / weight.norm()
+        assert error < 0.2
+
+
+def test_the_hub_refuses_what_does_not_fit():
+    good = rtn.quantize(torch.randn(8, 64), "w4a16-g32")
+
+    def build(**changes):
+        parts = {name: getattr(good, name) for name in ("scheme", "codes", "scales", "zeros")}
+        return QuantizedWeight(**{**parts, **changes})
+
+    build()
+    for changes, message in (
+        ({"codes": good.codes + 8}, "below 16"),
+        ({"codes": good.codes.int()}, "uint8"),
+        ({"codes": good.codes[0]}, r"\[N, K\]"),
+        ({"scales": good.scales[:, :1]}, r"shape \[8, 2\], got \[8, 1\]"),
+        ({"scales": good.scales.float()}, "float16"),
+        ({"scales": good.scales / 0}, "NaN or infinity"),
+        ({"zeros": None}, "takes zeros"),
+        ({"zeros": good.zeros[:4]}, "zeros"),
+        ({"perm": torch.zeros(64, dtype=torch.int64)}, "each of 0..63 once"),
+        ({"bias": torch.zeros(7)}, "bias"),
+        ({"activation_scale": torch.tensor(1.0)}, "activation_scale"),
+        ({"channel_scales": torch.ones(8)}, "channel_scales"),
+        ({"scheme": QuantScheme.parse("w4a16-g32-sym")}, "takes no zeros"),
+    ):
+        with pytest.raises(WeightError, match=message):
+            build(**changes)
+
+
+def test_two_level_products_must_fit_int8():
+    good = rtn.quantize(torch.randn(8, 64), "w4a8-g32")
+    with pytest.raises(WeightError, match="must fit int8"):
+        QuantizedWeight(
+            scheme=good.scheme,
+            codes=torch.zeros_like(good.codes),
+            scales=torch.full_like(good.scales, 17),
+            channel_scales=good.channel_scales,
+        )

@@ -1,0 +1,91 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qkernels.errors import SchemeError
+from qkernels.scheme import (
+    FP4_E2M1_VALUES,
+    NF4_VALUES,
+    WEIGHT_TYPES,
+    Activation,
+    QuantScheme,
+    table_type,
+)
+from tests import schemes
+
+
+@pytest.mark.parametrize("text", schemes.ALL)
+def test_spelling_is_canonical(text):
+    scheme = QuantScheme.parse(text)
+    assert str(scheme) == text
+    assert QuantScheme.parse(str(scheme)) == scheme
+    assert hash(scheme) == hash(QuantScheme.parse(text))
+
+
+@given(
+    weight=st.sampled_from([*WEIGHT_TYPES.values(), table_type(tuple(range(16)))]),
+    group_size=st.one_of(st.none(), st.integers(16, 4096)),
+    per_tensor=st.booleans(),
+    symmetric=st.booleans(),
+    activation=st.builds(
+        Activation,
+        st.sampled_from(["none", "int8", "fp8"]),
+        st.sampled_from(["token", "tensor", "static"]),
+    ),
+    scale_dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    scale_levels=st.sampled_from(["one", "two", "double"]),
+)
+def test_every_valid_scheme_parses_back(**parts):
+    try:
+        scheme = QuantScheme(**parts)
+    except SchemeError:
+        return
+    if scheme.weight_only:
+        scheme = dataclasses.replace(scheme, activation=Activation())
+    assert QuantScheme.parse(str(scheme)) == scheme
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "''"),
+        ("w5a16", "5-bit"),
+        ("w4a16-g0", "group size 0"),
+        ("w4a16-g15", "group size 15"),
+        ("w4a16-g", "'g'"),
+        ("w4a16-g64-g32", "g32"),
+        ("w4a16-static", "static"),
+        ("w8a8-asym", "zero points"),
+        ("nf4-a8", "int8 activations"),
+        ("fp8-a8-dq", "double"),
+        ("table(1,2)-g16", "16 values"),
+        ("table(x)-g16", "x"),
+        (None, "not a string"),
+    ],
+)
+def test_what_does_not_parse_is_named(text, named):
+    with pytest.raises(SchemeError, match="does not parse") as caught:
+        QuantScheme.parse(text)
+    assert named in str(caught.value)
+    assert "w4a16-g128" in str(caught.value)
+
+
+def test_groups_need_not_divide_k():
+    scheme = QuantScheme.parse("w4a16-g128")
+    assert (scheme.groups(576), scheme.groups(128), scheme.groups(1)) == (5, 1, 1)
+    assert QuantScheme.parse("w4a16").groups(576) == 1
+
+
+def test_codebooks():
+    assert sorted(NF4_VALUES) == list(NF4_VALUES)
+    assert len(NF4_VALUES) == len(FP4_E2M1_VALUES) == 16
+    # NF4 codes are the normal quantiles of equal areas, scaled to [-1, 1]; 0 is exact.
+    assert NF4_VALUES[7] == 0.0
+    # FP4 E2M1: sign, 2 exponent bits with bias 1, 1 mantissa bit.
+    for code, value in enumerate(FP4_E2M1_VALUES):
+        exponent, mantissa = code >> 1 & 3, code & 1
+        size = mantissa * 0.5 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1)
+        assert value == (-size if code & 8 else size)
