@@ -1,0 +1,266 @@
+"""`WQLinear_GEMM` and `WQLinear_GEMV` with the buffers and signatures that users of AutoAWQ know.
+
+    GEMM  qweight int32 [K, N/8]: nibble i of word c holds column 8c + [0,2,4,6,1,3,5,7][i]
+          qzeros  int32 [K/g, N/8] in the same order, scales fp16 [K/g, N]
+    GEMV  qweight int32 [N, K/8], nibble i holds column 8c + i of K
+          qzeros  int32 [N, Z], nibble i holds group 8c + i; scales fp16 [N, 8Z], zero padded;
+          Z = ceil(ceil(K/g / 8) / m) * m with m = 1, 2, 4 for g >= 128, 64, 32
+
+w = (q - z) * s. Source: AutoAWQ (Casper Hansen, MIT licence), awq/modules/linear, for the layouts.
+The buffers are what is stored; the first forward packs them for this machine's kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.errors import LayerError
+from qkernels.layouts.packing import pack_dense, unpack_dense
+from qkernels.modules.linear import WQLinear
+from qkernels.quantizers import rtn
+from qkernels.scheme import QuantScheme
+from qkernels.weight import QuantizedWeight
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def _reorder(codes: Tensor, order: tuple[int, ...]) -> Tensor:
+    index = torch.tensor(order, device=codes.device)
+    return codes.unflatten(1, (-1, 8)).index_select(2, index).flatten(1)
+
+
+class _AwqLinear(nn.Module):
+    """What the two classes share: attributes, checks, and the packed layer behind `forward`."""
+
+    transposed_scales: ClassVar[bool]
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        w_bit: int,
+        group_size: int,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dev: torch.device | str,
+        training: bool = False,
+    ) -> None:
+        super().__init__()
+        if w_bit != 4:
+            raise LayerError(f"AWQ weights have 4 bits, got w_bit={w_bit}")
+        self.in_features, self.out_features = in_features, out_features
+        self.w_bit = w_bit
+        self.group_size = group_size if group_size != -1 else in_features
+        self.split_k_iters = 8
+        self.training = training
+        self._check_sizes()
+        for name, shape, dtype in self._buffer_shapes():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=dev))
+        values = torch.zeros(out_features, dtype=torch.float16, device=dev) if bias else None
+        self.register_buffer("bias", values)
+        self._layer: WQLinear | None = None
+        self._versions: tuple[Any, ...] = ()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        w_bit: int,
+        group_size: int,
+        init_only: bool = False,
+        scales: Tensor | None = None,
+        zeros: Tensor | None = None,
+    ) -> Any:
+        """Packs the weight of `linear` under given scales and zero points.
+
+        Args:
+            linear: its weight [N, K] is what the scales and zeros were found for.
+            init_only: allocate the buffers, to be filled by `load_state_dict`.
+            scales, zeros: [K/g, N] for GEMM, [N, K/g] for GEMV; zeros integers in 0..15. Where both
+                are left out, they are found by rounding to nearest.
+
+        Raises:
+            LayerError: for bits or sizes the layout cannot hold, or scales of a wrong shape.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise LayerError(f"expected an nn.Linear, got a {type(linear).__name__}")
+        module = cls(
+            w_bit,
+            group_size,
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            linear.weight.device,
+        )
+        if init_only:
+            return module
+        if (scales is None) != (zeros is None):
+            raise LayerError("give both scales and zeros, or neither")
+        weight, scheme = linear.weight.detach(), module.scheme
+        fitted = rtn.fit(weight, scheme)
+        if scales is not None and zeros is not None:
+            if cls.transposed_scales:
+                scales, zeros = scales.t(), zeros.t()
+            shape = (linear.out_features, scheme.groups(linear.in_features))
+            for name, tensor in (("scales", scales), ("zeros", zeros)):
+                if tuple(tensor.shape) != shape:
+                    wanted = shape[::-1] if cls.transposed_scales else shape
+                    got = tensor.t().shape if cls.transposed_scales else tensor.shape
+                    raise LayerError(f"{name} must be {list(wanted)}, got {list(got)}")
+            if zeros.min() < 0 or zeros.max() > 15:
+                raise LayerError(
+                    f"zeros must be in 0..15, got {float(zeros.min())} to {float(zeros.max())}"
+                )
+            fitted = type(fitted)(
+                scheme=scheme,
+                n=fitted.n,
+                k=fitted.k,
+                scales=scales.to(weight.device, torch.float16).contiguous(),
+                zeros=zeros.to(weight.device).round().to(torch.uint8).contiguous(),
+            )
+        assert fitted.zeros is not None
+        codes = rtn.encode_rows(weight, fitted, 0)
+        bias = None if linear.bias is None else linear.bias.detach().to(torch.float16)
+        quantized = QuantizedWeight(
+            scheme=scheme, codes=codes, scales=fitted.scales, zeros=fitted.zeros, bias=bias
+        )
+        module._store(quantized)
+        return module
+
+    @property
+    def scheme(self) -> QuantScheme:
+        """`w4a16-g<group_size>`, or per channel where one group spans K."""
+        grouped = self.group_size < self.in_features
+        return QuantScheme.parse(f"w4a16-g{self.group_size}" if grouped else "w4a16")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] for x [..., K], in x's dtype."""
+        versions = tuple(
+            None if buffer is None else (id(buffer), buffer._version)
+            for buffer in (self.qweight, self.qzeros, self.scales, self.bias)
+        )
+        if self._layer is None or versions != self._versions:
+            self._layer, self._versions = WQLinear.from_weight(self.to_weight()), versions
+        return self._layer(x)
+
+    def to_weight(self) -> QuantizedWeight:
+        """The buffers as the hub's form."""
+        codes, zeros, scales = self._load()
+        return QuantizedWeight(
+            scheme=self.scheme, codes=codes, scales=scales, zeros=zeros, bias=self.bias
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, w_bit={self.w_bit}, group_size={self.group_size}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The packed twin is made from the buffers whenever it is missing.
+        return {**self.__dict__, "_layer": None, "_versions": ()}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_layer":
+            # Not a child module: it must show up neither in state_dict nor in parameters().
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _check_sizes(self) -> None:
+        raise AssertionError("a subclass checks its sizes")
+
+    def _buffer_shapes(self) -> list[tuple[str, tuple[int, int], torch.dtype]]:
+        raise AssertionError("a subclass has buffers")
+
+    def _store(self, weight: QuantizedWeight) -> None:
+        raise AssertionError("a subclass stores weights")
+
+    def _load(self) -> tuple[Tensor, Tensor, Tensor]:
+        raise AssertionError("a subclass loads weights")
+
+    def _divides(self, what: str, value: int, divisor: int) -> None:
+        if value % divisor:
+            raise LayerError(
+                f"{type(self).__name__} needs {what} divisible by {divisor}, got {value}: use "
+                "WQLinear, which takes any shape"
+            )
+
+
+class WQLinear_GEMM(_AwqLinear):
+    """AutoAWQ's `version="gemm"` layer."""
+
+    transposed_scales = True
+
+    def _check_sizes(self) -> None:
+        self._divides("out_features", self.out_features, 8)
+        self._divides("in_features", self.in_features, self.group_size)
+
+    def _buffer_shapes(self) -> list[tuple[str, tuple[int, int], torch.dtype]]:
+        n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
+        return [
+            ("qweight", (k, n // 8), torch.int32),
+            ("qzeros", (groups, n // 8), torch.int32),
+            ("scales", (groups, n), torch.float16),
+        ]
+
+    def _store(self, weight: QuantizedWeight) -> None:
+        assert weight.zeros is not None
+        self.qweight = pack_dense(_reorder(weight.codes.t(), _AWQ_ORDER), 4)
+        self.qzeros = pack_dense(_reorder(weight.zeros.t(), _AWQ_ORDER), 4)
+        self.scales, self.bias = weight.scales.t().contiguous(), weight.bias
+
+    def _load(self) -> tuple[Tensor, Tensor, Tensor]:
+        n = self.out_features
+        codes = _reorder(unpack_dense(self.qweight, n, 4), _AWQ_INVERSE).t().contiguous()
+        zeros = _reorder(unpack_dense(self.qzeros, n, 4), _AWQ_INVERSE).t().contiguous()
+        return codes, zeros, self.scales.to(torch.float16).t().contiguous()
+
+
+class WQLinear_GEMV(_AwqLinear):
+    """AutoAWQ's `version="gemv"` layer."""
+
+    transposed_scales = False
+    _PAD_MULTIPLE: ClassVar[dict[int, int]] = {64: 2, 32: 4}
+
+    def _check_sizes(self) -> None:
+        self._divides("in_features", self.in_features, 8)
+        self._divides("in_features", self.in_features, self.group_size)
+        if self.group_size < 128 and self.group_size not in self._PAD_MULTIPLE:
+            raise LayerError(
+                f"WQLinear_GEMV holds groups of 32, 64, or 128 and more, got {self.group_size}"
+            )
+
+    @property
+    def _zero_words(self) -> int:
+        multiple = self._PAD_MULTIPLE.get(self.group_size, 1)
+        words = -(-(self.in_features // self.group_size) // 8)
+        return -(-words // multiple) * multiple
+
+    def _buffer_shapes(self) -> list[tuple[str, tuple[int, int], torch.dtype]]:
+        n = self.out_features
+        return [
+            ("qweight", (n, self.in_features // 8), torch.int32),
+            ("qzeros", (n, self._zero_words), torch.int32),
+            ("scales", (n, 8 * self._zero_words), torch.float16),
+        ]
+
+    def _store(self, weight: QuantizedWeight) -> None:
+        assert weight.zeros is not None
+        padding = (0, 8 * self._zero_words - weight.scales.shape[1])
+        self.qweight = pack_dense(weight.codes, 4)
+        self.qzeros = pack_dense(nn.functional.pad(weight.zeros, padding), 4)
+        self.scales, self.bias = nn.functional.pad(weight.scales, padding), weight.bias
+
+    def _load(self) -> tuple[Tensor, Tensor, Tensor]:
+        groups = self.in_features // self.group_size
+        codes = unpack_dense(self.qweight, self.in_features, 4)
+        zeros = unpack_dense(self.qzeros, 8 * self._zero_words, 4)[:, :groups].contiguous()
+        return codes, zeros, self.scales[:, :groups].to(torch.float16).contiguous()

@@ -1,0 +1,273 @@
+"""`WQLinear`: nn.Linear with a quantized weight, on any device, for inference and LoRA training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import ops
+from qkernels.errors import LayerError, WeightError
+from qkernels.layouts import BUFFER_NAMES, LAYOUTS, PLAIN, PackedWeight, allocate, pack, write_rows
+from qkernels.quantizers import rtn
+from qkernels.scheme import QuantScheme
+from qkernels.select import check_backend, layout_for
+from qkernels.weight import QuantizedWeight, row_slices
+
+
+class WQLinear(nn.Module):
+    """y = x @ W.T + b with a quantized W, in place of `nn.Linear`.
+
+    Built by `from_linear` or `from_weight`. The weight is held packed for the kernels of the device
+    it is on and repacked when it moves to another type of device. `state_dict` always holds the
+    plain layout, so that it loads on every device. The dtype of scales never changes with `half()`
+    or `to(dtype)`: y has the dtype of x.
+
+    Attributes:
+        in_features, out_features: K and N.
+        scheme: the `QuantScheme`.
+        backend: the backend to use, or None for the first kernel that can run.
+        batch_invariant: a row's result depends neither on the other rows nor on their number.
+        bias: [N] or None, a buffer.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        backend: str | None = None,
+        batch_invariant: bool = False,
+    ) -> None:
+        super().__init__()
+        check_backend(backend)
+        self.in_features, self.out_features = packed.k, packed.n
+        self.scheme = packed.scheme
+        self.backend, self.batch_invariant = backend, batch_invariant
+        self.register_buffer("bias", bias)
+        self._install(packed)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        scheme: QuantScheme | str,
+        *,
+        backend: str | None = None,
+        batch_invariant: bool = False,
+        activation_scale: float | Tensor | None = None,
+        name: str = "layer",
+    ) -> WQLinear:
+        """Rounds the weight of `linear` to nearest and packs it, a slice of rows at a time.
+
+        Args:
+            linear: an `nn.Linear` of fp16, bf16 or fp32; it is not changed.
+            scheme: a `QuantScheme` or its spelling.
+            activation_scale: the scale of x, for schemes with static activations.
+            name: what errors call the layer.
+
+        Raises:
+            LayerError: for anything but an `nn.Linear`.
+            SchemeError, WeightError, NoKernelError: for a scheme that does not parse, a weight that
+                is not finite or of another dtype, a backend that cannot run it.
+        """
+        if isinstance(linear, WQLinear):  # type: ignore[unreachable]
+            raise LayerError(
+                f"{name} is quantized already, as {linear.scheme}: start from the original layer"
+            )
+        if not isinstance(linear, nn.Linear):
+            raise LayerError(f"{name} is a {type(linear).__name__}, not an nn.Linear")
+        scheme = QuantScheme.parse(scheme)
+        weight = linear.weight.detach()
+        try:
+            parameters = rtn.fit(weight, scheme, activation_scale=activation_scale)
+            n, k = weight.shape
+            layout = layout_for(scheme, n, k, weight.device, backend)
+            packed = allocate(layout, parameters, weight.device)
+        except WeightError as error:
+            raise WeightError(f"{name}: {error}") from None
+        for start, stop in row_slices(*weight.shape):
+            write_rows(packed, start, rtn.encode_rows(weight[start:stop], parameters, start))
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(packed, bias, backend=backend, batch_invariant=batch_invariant)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: QuantizedWeight,
+        *,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        batch_invariant: bool = False,
+    ) -> WQLinear:
+        """A layer of a weight that someone else quantized, on `device` or where the weight is.
+
+        Raises:
+            NoKernelError: where `backend` cannot run it.
+        """
+        target = weight.codes.device if device is None else torch.device(device)
+        layout = layout_for(weight.scheme, weight.n, weight.k, target, backend)
+        bias = None if weight.bias is None else weight.bias.to(target, copy=True)
+        packed = pack(weight, layout, target)
+        return cls(packed, bias, backend=backend, batch_invariant=batch_invariant)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as it is held now."""
+        held = self._buffers
+        buffers = {name: buffer for name in BUFFER_NAMES if (buffer := held.get(name)) is not None}
+        return PackedWeight(
+            self.scheme, LAYOUTS[self._layout], self.out_features, self.in_features, buffers
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] for x [..., K] of fp16, bf16 or fp32, in x's dtype (autocast's under it).
+
+        Raises:
+            WeightError: for a wrong shape, dtype or device of x.
+        """
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        buffers = [self._buffers[name] for name in self._names]
+        return torch.ops.qkernels.linear(x, buffers, self.bias, self._spec)
+
+    def dequantize(self) -> Tensor:
+        """The weight as fp32 [N, K]."""
+        return torch.ops.qkernels.dequantize(
+            [self._buffers[name] for name in self._names], self._spec
+        )
+
+    def to_weight(self) -> QuantizedWeight:
+        """The hub form, exactly the weight this layer was built from."""
+        return self.packed.unpack(self.bias)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, scheme={self.scheme}, layout={self._layout}"
+        )
+        return text if self.backend is None else f"{text}, backend={self.backend}"
+
+    def _install(self, packed: PackedWeight) -> None:
+        """Takes the buffers of `packed` for its own and remembers what they are."""
+        for name in BUFFER_NAMES:
+            if name in packed.buffers:
+                self.register_buffer(name, packed.buffers[name])
+        self._layout = packed.layout.name
+        spec = ops.PackedSpec.of(packed, self.backend, self.batch_invariant)
+        self._names, self._spec = spec.names, str(spec)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> WQLinear:
+        # Only the device of what `fn` returns matters: `half()` must not round scales.
+        words = self._buffers["words"]
+        assert words is not None
+        device = fn(torch.empty(0, dtype=torch.float32, device=words.device)).device
+        if self.bias is not None:
+            self.bias = fn(self.bias)
+        if device == words.device:
+            return self
+        if "meta" in (device.type, words.device.type):
+            # Without values there is nothing to repack.
+            layout = self._layout_on(device)
+            self._install(_empty(self.packed, layout, device))
+        elif device.type == words.device.type:
+            for name in self._names:
+                buffer = self._buffers[name]
+                assert buffer is not None
+                self._buffers[name] = buffer.to(device)
+        else:
+            self._install(_moved(self.packed, LAYOUTS[self._layout_on(device)], device))
+        return self
+
+    def _layout_on(self, device: torch.device) -> str:
+        if device.type == "meta":
+            return self._layout
+        return layout_for(
+            self.scheme, self.out_features, self.in_features, device, self.backend
+        ).name
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        packed = self.packed
+        if packed.layout is not PLAIN and packed.device.type != "meta":
+            packed = _moved(packed, PLAIN, packed.device)
+        for name, buffer in packed.buffers.items():
+            destination[prefix + name] = buffer if keep_vars else buffer.detach()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        current = self.packed
+        expected = _empty(current, PLAIN.name, torch.device("meta")).buffers
+        wanted = dict(expected)
+        if self.bias is not None:
+            wanted["bias"] = self.bias
+        given = {name: state_dict.get(prefix + name) for name in wanted}
+        missing_keys += [prefix + name for name, tensor in given.items() if tensor is None]
+        if strict:
+            known = {prefix + name for name in wanted}
+            mine = (key for key in state_dict if key.startswith(prefix))
+            unexpected_keys += [
+                key for key in mine if key not in known and "." not in key[len(prefix) :]
+            ]
+        wrong = [
+            f"{prefix}{name}: expected {wanted[name].dtype} {list(wanted[name].shape)}, "
+            f"got {tensor.dtype} {list(tensor.shape)}"
+            for name, tensor in given.items()
+            if tensor is not None
+            and (
+                tensor.shape != wanted[name].shape
+                or (name != "bias" and tensor.dtype != wanted[name].dtype)
+            )
+        ]
+        error_msgs += wrong
+        found = {name: tensor for name, tensor in given.items() if tensor is not None}
+        if wrong or len(found) < len(wanted):
+            return
+        device = current.device
+        buffers = {name: found[name].to(device, copy=True) for name in expected}
+        plain = PackedWeight(self.scheme, PLAIN, self.out_features, self.in_features, buffers)
+        try:
+            self._install(_moved(plain, LAYOUTS[self._layout], device))
+        except WeightError as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+            return
+        if self.bias is not None:
+            self.bias = found["bias"].to(device=device, dtype=self.bias.dtype, copy=True)
+
+
+def _moved(packed: PackedWeight, layout: Any, device: torch.device) -> PackedWeight:
+    """`packed` in another layout or on another device, with one slice unpacked at a time."""
+    if packed.layout is layout and packed.device == device:
+        allocate(layout, packed.parameters(), torch.device("meta"))
+        return packed
+    out = allocate(layout, packed.parameters(), device)
+    for start, stop in row_slices(packed.n, packed.k):
+        write_rows(out, start, packed.codes(start, stop).to(device))
+    return out
+
+
+def _empty(packed: PackedWeight, layout_name: str, device: torch.device) -> PackedWeight:
+    """Buffers of the right shapes and dtypes for the weight of `packed`, without values."""
+    layout, scheme, n, k = LAYOUTS[layout_name], packed.scheme, packed.n, packed.k
+    words = layout.allocate(scheme, n, k, device)
+    buffers = {"words": words}
+    groups = (1 if scheme.per_tensor else n, scheme.groups(k))
+    if layout.transposed:
+        groups = (groups[1], n)
+    for name, buffer in packed.buffers.items():
+        if name != "words":
+            shape = groups if name in ("scales", "zeros") else buffer.shape
+            buffers[name] = torch.empty(shape, dtype=buffer.dtype, device=device)
+    return PackedWeight(scheme, layout, n, k, buffers)

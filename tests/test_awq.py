@@ -1,0 +1,105 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qkernels import WQLinear_GEMM, WQLinear_GEMV
+from qkernels.errors import LayerError
+from qkernels.quantizers import rtn
+
+
+def nibble(words, row, column_word, i):
+    return (int(words[row, column_word]) >> (4 * i)) & 15
+
+
+def case(cls, group_size=64, bias=True, k=256, n=48):
+    linear = nn.Linear(k, n, bias=bias).half()
+    fitted = rtn.fit(linear.weight.detach(), rtn.QuantScheme.parse(f"w4a16-g{group_size}"))
+    scales, zeros = fitted.scales, fitted.zeros
+    if cls is WQLinear_GEMM:
+        scales, zeros = scales.t().contiguous(), zeros.t().contiguous()
+    return linear, scales, zeros
+
+
+def truth(linear, scales, zeros, cls, group_size):
+    """Codes and weight by AutoAWQ's formula q = round((W + z*s) / s)."""
+    if cls is WQLinear_GEMM:
+        scales, zeros = scales.t(), zeros.t()
+    s = scales.float().repeat_interleave(group_size, 1)
+    z = zeros.float().repeat_interleave(group_size, 1)
+    q = ((linear.weight.detach().float() + z * s) / s).round().clamp(0, 15)
+    return q, (q - z) * s
+
+
+@pytest.mark.parametrize("cls", [WQLinear_GEMM, WQLinear_GEMV])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_buffers_are_autoawqs(cls, group_size):
+    linear, scales, zeros = case(cls, group_size)
+    module = cls.from_linear(linear, 4, group_size, scales=scales, zeros=zeros)
+    codes, weight = truth(linear, scales, zeros, cls, group_size)
+    n, k = linear.weight.shape
+    groups = k // group_size
+    z = zeros.t() if cls is WQLinear_GEMM else zeros
+    if cls is WQLinear_GEMM:
+        assert module.qweight.shape == (k, n // 8) and module.scales.shape == (groups, n)
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        for row, word, i in ((0, 0, 0), (5, 3, 1), (k - 1, n // 8 - 1, 7), (100, 2, 4)):
+            assert nibble(module.qweight, row, word, i) == codes[8 * word + order[i], row]
+        for word, i in ((0, 1), (n // 8 - 1, 6)):
+            assert nibble(module.qzeros, groups - 1, word, i) == z[8 * word + order[i], -1]
+    else:
+        multiple = {32: 4, 64: 2, 128: 1}[group_size]
+        words = -(-groups // 8)
+        width = -(-words // multiple) * multiple
+        assert module.qweight.shape == (n, k // 8)
+        assert module.qzeros.shape == (n, width) and module.scales.shape == (n, 8 * width)
+        for row, word, i in ((0, 0, 0), (5, 3, 1), (n - 1, k // 8 - 1, 7)):
+            assert nibble(module.qweight, row, word, i) == codes[row, 8 * word + i]
+        assert nibble(module.qzeros, 7, 0, groups - 1) == z[7, groups - 1]
+        assert not module.scales[:, groups:].any()
+    assert torch.equal(module.to_weight().dequantize(), weight)
+    x = torch.randn(2, 3, k).half()
+    want = x.double() @ weight.double().t() + linear.bias.double()
+    assert (module(x).double() - want).norm() / want.norm() < 1e-3
+    for name in ("in_features", "out_features", "w_bit", "group_size"):
+        assert hasattr(module, name)
+    assert set(module.state_dict()) == {"qweight", "qzeros", "scales", "bias"}
+
+
+@pytest.mark.parametrize("cls", [WQLinear_GEMM, WQLinear_GEMV])
+def test_init_only_is_filled_by_load_state_dict(cls):
+    linear, scales, zeros = case(cls, bias=False)
+    filled = cls.from_linear(linear, 4, 64, scales=scales, zeros=zeros)
+    empty = cls.from_linear(linear, 4, 64, init_only=True)
+    assert not empty.qweight.any()
+    x = torch.randn(1, 256).half()
+    empty(x)
+    empty.load_state_dict(filled.state_dict())
+    assert torch.equal(empty(x), filled(x))
+    assert torch.equal(copy.deepcopy(filled)(x), filled(x))
+
+
+@pytest.mark.parametrize("cls", [WQLinear_GEMM, WQLinear_GEMV])
+def test_without_scales_it_rounds_to_nearest(cls):
+    linear = nn.Linear(256, 48).half()
+    module = cls.from_linear(linear, 4, -1 if cls is WQLinear_GEMM else 128)
+    error = module.to_weight().dequantize() - linear.weight.detach().float()
+    assert error.norm() / linear.weight.float().norm() < 0.1
+
+
+def test_what_the_layouts_cannot_hold_is_named():
+    linear, scales, zeros = case(WQLinear_GEMM)
+    for arguments, named in (
+        ((linear, 3, 64), "w_bit=3"),
+        ((linear, 4, 100), "divisible by 100"),
+        ((nn.Linear(256, 50), 4, 64), "divisible by 8"),
+        ((nn.Conv2d(1, 1, 1), 4, 64), "Conv2d"),
+        ((linear, 4, 64, False, scales), "both scales and zeros"),
+        ((linear, 4, 64, False, scales.t(), zeros.t()), r"scales must be \[4, 48\]"),
+        ((linear, 4, 64, False, scales, zeros.int() + 16), "0..15"),
+    ):
+        with pytest.raises(LayerError, match=named):
+            WQLinear_GEMM.from_linear(*arguments)
+    with pytest.raises(LayerError, match="groups of 32, 64"):
+        WQLinear_GEMV.from_linear(linear, 4, 16)
