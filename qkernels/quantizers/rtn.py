@@ -1,0 +1,278 @@
+"""Round to nearest: scales from the range of each group, codes from the nearest value.
+
+Two steps, since the codes of a large weight are never held whole: `fit` finds the parameters of all
+rows, `encode_rows` the codes of some of them. Other methods reuse both.
+
+    symmetric     s = max|w| / ((2^b - 1) / 2), codes clamped to [0, 2^b - 1]
+    asymmetric    s = (max(w, 0) - min(w, 0)) / (2^b - 1), z = round(-min(w, 0) / s)
+    codebook, fp8 s = max|w| / the type's largest value
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkernels.errors import WeightError
+from qkernels.scheme import QuantScheme, WeightType
+from qkernels.weight import (
+    NESTED_BLOCK,
+    NestedScales,
+    QuantizedWeight,
+    WeightParameters,
+    apply_by_group,
+    nested_table,
+    row_slices,
+)
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Raises WeightError unless `weight` is a finite floating [N, K] with data."""
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise WeightError(f"{name} must be [N, K] with N, K >= 1, got {list(weight.shape)}")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise WeightError(f"{name} must be fp16, bf16 or fp32, got {weight.dtype}")
+    if weight.device.type == "meta":
+        raise WeightError(f"{name} is on the meta device and has no values: load it first")
+    for start, stop in row_slices(*weight.shape):
+        finite = weight[start:stop].isfinite()
+        if not finite.all():
+            row, column = (~finite).nonzero()[0].tolist()
+            value = float(weight[start + row, column])
+            raise WeightError(f"{name}[{start + row}, {column}] is {value}: it must be finite")
+
+
+def fit(
+    weight: Tensor,
+    scheme: QuantScheme,
+    *,
+    perm: Tensor | None = None,
+    activation_scale: Tensor | float | None = None,
+) -> WeightParameters:
+    """Scales and zero points of `weight` [N, K] by its range.
+
+    Args:
+        weight: fp16, bf16 or fp32.
+        perm: int64 [K], the column order to quantize in (activation order), or None.
+        activation_scale: for static activations: the scale of x, > 0.
+
+    Raises:
+        WeightError: for a weight that is not finite, or whose scales overflow their type.
+    """
+    check_weight(weight)
+    n, k = weight.shape
+    ranges = [_range_by_group(rows, scheme) for rows in _ordered_rows(weight, perm)]
+    low = torch.cat([low for low, _ in ranges])
+    high = torch.cat([high for _, high in ranges])
+    if scheme.per_tensor:
+        low, high = low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True)
+    zeros: Tensor | None = None
+    channel_scales: Tensor | None = None
+    nested: NestedScales | None = None
+    if scheme.scale_levels == "two":
+        scales, zeros, channel_scales = _two_level(low, high, scheme)
+    else:
+        full = _step(low, high, scheme)
+        if scheme.scale_levels == "double":
+            scales, nested = _double_quantize(full)
+        else:
+            scales = _round_scales(full, scheme)
+            full = scales.float()
+        if not scheme.symmetric:
+            largest = (1 << scheme.bits) - 1
+            zeros = (-low / full).round_().clamp_(0, largest).to(torch.uint8)
+    if activation_scale is not None:
+        activation_scale = torch.as_tensor(
+            activation_scale, dtype=torch.float32, device=weight.device
+        ).reshape(())
+    return WeightParameters(
+        scheme=scheme,
+        n=n,
+        k=k,
+        scales=scales,
+        zeros=zeros,
+        channel_scales=channel_scales,
+        nested=nested,
+        perm=None if perm is None else perm.to(weight.device),
+        activation_scale=activation_scale,
+    )
+
+
+def encode_rows(rows: Tensor, parameters: WeightParameters, start: int) -> Tensor:
+    """Codes of weight rows [start, start + R): the nearest values under given parameters.
+
+    Args:
+        rows: floating [R, K], in the weight's own column order.
+
+    Returns:
+        uint8 [R, K] in the order of `parameters.perm`.
+    """
+    scheme, stop = parameters.scheme, start + rows.shape[0]
+    if parameters.perm is not None:
+        rows = rows.index_select(1, parameters.perm)
+    length = scheme.group_length(parameters.k)
+    scaled = rows.float() if rows.dtype != torch.float32 else rows.clone()
+    apply_by_group(scaled, parameters.group_scales(start, stop), length, Tensor.div_)
+    if scheme.weight.kind == "codebook":
+        return _nearest(scaled, scheme.weight)
+    if scheme.weight.kind == "float8":
+        largest = scheme.weight.max_value
+        assert scheme.weight.float_dtype is not None
+        return scaled.clamp_(-largest, largest).to(scheme.weight.float_dtype).view(torch.uint8)
+    zeros = parameters.group_zeros(start, stop)
+    if zeros is None:
+        scaled += scheme.zero_offset
+    else:
+        apply_by_group(scaled, zeros, length, Tensor.add_)
+    scaled.round_()
+    scaled.clamp_(0, (1 << scheme.bits) - 1)
+    if scheme.scale_levels == "two":
+        _clamp_to_int8(scaled, parameters, start, length)
+    return scaled.to(torch.uint8)
+
+
+def quantize(
+    weight: Tensor,
+    scheme: QuantScheme | str,
+    *,
+    perm: Tensor | None = None,
+    activation_scale: Tensor | float | None = None,
+    bias: Tensor | None = None,
+) -> QuantizedWeight:
+    """`weight` [N, K] rounded to nearest, as the hub's form, whose codes are held whole.
+
+    Raises:
+        SchemeError, WeightError: as `QuantScheme.parse` and `fit` do.
+    """
+    scheme = QuantScheme.parse(scheme)
+    parameters = fit(weight, scheme, perm=perm, activation_scale=activation_scale)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for start, stop in row_slices(*weight.shape):
+        codes[start:stop] = encode_rows(weight[start:stop], parameters, start)
+    return QuantizedWeight(
+        scheme=scheme,
+        codes=codes,
+        scales=parameters.scales,
+        zeros=parameters.zeros,
+        channel_scales=parameters.channel_scales,
+        nested=parameters.nested,
+        perm=parameters.perm,
+        activation_scale=parameters.activation_scale,
+        bias=bias,
+    )
+
+
+def _ordered_rows(weight: Tensor, perm: Tensor | None) -> Iterator[Tensor]:
+    for start, stop in row_slices(*weight.shape):
+        rows = weight[start:stop]
+        yield rows if perm is None else rows.index_select(1, perm.to(weight.device))
+
+
+def _range_by_group(rows: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each group, 0 included: fp32 [R, G] each."""
+    k = rows.shape[1]
+    length = scheme.group_length(k)
+    # Zeros change neither a minimum that is capped at 0 nor a maximum that is floored at 0.
+    grouped = F.pad(rows.float(), (0, -k % length)).unflatten(1, (-1, length))
+    return grouped.amin(dim=2).clamp_(max=0), grouped.amax(dim=2).clamp_(min=0)
+
+
+def _step(low: Tensor, high: Tensor, scheme: QuantScheme) -> Tensor:
+    """The scale that spreads the codes over [low, high]; 1 where the group is all zero."""
+    if scheme.weight.kind != "linear":
+        step = torch.maximum(-low, high) / scheme.weight.max_value
+    elif scheme.symmetric:
+        step = torch.maximum(-low, high) / (((1 << scheme.bits) - 1) / 2)
+    else:
+        step = (high - low) / ((1 << scheme.bits) - 1)
+    return torch.where(step == 0, torch.ones_like(step), step)
+
+
+def _round_scales(scales: Tensor, scheme: QuantScheme) -> Tensor:
+    rounded = scales.to(scheme.scale_dtype)
+    if not rounded.isfinite().all():
+        raise WeightError(
+            f"a scale of {float(scales.max()):g} overflows {scheme.scale_dtype}: use scales of "
+            f"another type, such as {scheme}-sfp32"
+        )
+    # A scale that rounds to zero would divide by zero; the smallest number keeps such a group at
+    # (almost) zero, which it is.
+    smallest = torch.finfo(scheme.scale_dtype).smallest_normal * torch.finfo(scheme.scale_dtype).eps
+    return rounded.clamp_(min=smallest)
+
+
+def _two_level(
+    low: Tensor, high: Tensor, scheme: QuantScheme
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """uint8 multipliers [N, G], zeros, fp32 channel scales [N] (QServe, Lin et al. 2024, 4.1).
+
+    The channel scale is fitted so that the widest group takes the largest multiplier whose
+    products still fit int8.
+    """
+    levels = (1 << scheme.bits) - 1
+    most = 128 >> (scheme.bits - 1) if scheme.symmetric else 255 // levels
+    width = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
+    channel = _nonzero(width.amax(dim=1) / (levels * most))
+    multipliers = (width / channel[:, None] / levels).round_().clamp_(1, most)
+    zeros = None
+    if not scheme.symmetric:
+        steps = multipliers * channel[:, None]
+        zeros = (-low / steps).round_().clamp_(0, levels).to(torch.uint8)
+    return multipliers.to(torch.uint8), zeros, channel
+
+
+def _nonzero(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+def _clamp_to_int8(codes: Tensor, parameters: WeightParameters, start: int, length: int) -> None:
+    """Clamps codes, in place, so that multiplier * (code - zero) fits int8."""
+    stop = start + codes.shape[0]
+    multipliers = parameters.scales[start:stop].float()
+    zeros = parameters.group_zeros(start, stop)
+    if zeros is None:
+        zeros = torch.full_like(multipliers, parameters.scheme.zero_offset)
+    bounds: tuple[tuple[Tensor, Callable[[Tensor, Tensor], Tensor]], ...] = (
+        (zeros + (127 / multipliers).floor(), torch.Tensor.clamp_max_),
+        (zeros - (128 / multipliers).floor(), torch.Tensor.clamp_min_),
+    )
+    for bound, clamp in bounds:
+        apply_by_group(codes, bound, length, clamp)
+
+
+def _double_quantize(scales: Tensor) -> tuple[Tensor, NestedScales]:
+    """Scales to 8 bits with a second level (QLoRA, section 3): uint8 codes [N, G]."""
+    offset = scales.mean()
+    centred = (scales - offset).flatten()
+    blocks = F.pad(centred, (0, -centred.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    table = nested_table(scales.device)
+    scaled = (blocks / _nonzero(absmax)[:, None]).flatten()[: centred.numel()]
+    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return codes.view(scales.shape), NestedScales(absmax, offset)
+
+
+@lru_cache(maxsize=64)
+def _boundaries(weight: WeightType, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Midpoints between neighbouring values of a codebook, and the codes between them."""
+    assert weight.values is not None
+    first_code: dict[float, int] = {}
+    for code, value in enumerate(weight.values):
+        # Of equal values, 0 and -0 in FP4, the lower code is used.
+        first_code.setdefault(value, code)
+    values = sorted(first_code)
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(values)]
+    codes = torch.tensor([first_code[value] for value in values], dtype=torch.uint8)
+    return torch.tensor(middles, dtype=torch.float32, device=device), codes.to(device)
+
+
+def _nearest(scaled: Tensor, weight: WeightType) -> Tensor:
+    middles, codes = _boundaries(weight, scaled.device)
+    return codes[torch.bucketize(scaled, middles, out_int32=True)]
