@@ -1,0 +1,122 @@
+"""`qkernels doctor`: which backends this machine has, and the reason for each one it has not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from qkernels.cli.console import output, table
+
+_INTERPRETER_NEEDS_NUMPY = (2, 4)
+"""Triton 3.6's interpreter fails on run-time loop bounds from this numpy on."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One backend or part: there, with what it is, or not there, with the reason."""
+
+    name: str
+    there: bool
+    detail: str
+
+
+def doctor() -> None:
+    """Which backends this machine has, and the reason for each one it has not."""
+    import torch
+
+    from qkernels.cli import machine
+
+    console = output()
+    backends = table("backend", "here", "what or why not")
+    for finding in (_reference(), _extension(), *_triton(), _cuda()):
+        mark = Text("yes", "green") if finding.there else Text("no", "yellow")
+        backends.add_row(finding.name, mark, finding.detail)
+    console.print("Backends", style="bold")
+    console.print(backends)
+    facts = table("what", "value")
+    about = machine.describe()
+    facts.add_row("system", about["system"])
+    facts.add_row("CPU", f"{about['cpu']}, {about['cores']} cores")
+    facts.add_row("CPU instruction sets", " ".join(about["cpu_isa"]) or "none of AVX2 and later")
+    facts.add_row("torch threads", str(torch.get_num_threads()))
+    for name, version in machine.versions().items():
+        facts.add_row(name, version or "not installed")
+    console.print("Machine", style="bold")
+    console.print(facts)
+
+
+def _reference() -> Finding:
+    return Finding("reference", True, "plain PyTorch: every scheme, shape and device")
+
+
+def _extension() -> Finding:
+    name = "_C (packing in C++)"
+    try:
+        extension = importlib.import_module("qkernels._C")
+    except ImportError as error:
+        return Finding(name, False, f"{error}; packing goes through PyTorch instead")
+    info = extension.build_info()
+    cuda = "no CUDA kernels"
+    if info.get("cuda"):
+        cuda = f"CUDA kernels for {', '.join(info.get('cuda_architectures', []))}"
+    openmp = "OpenMP" if info.get("openmp") else "no OpenMP"
+    parts = (info.get("compiler"), f"torch {info.get('torch_version')}", openmp, cuda)
+    return Finding(name, True, ", ".join(str(part) for part in parts if part))
+
+
+def _triton() -> list[Finding]:
+    from qkernels.backends import triton as backend
+
+    problem = backend.import_problem()
+    if problem is not None:
+        return [Finding("triton", False, problem), Finding("triton interpreter", False, problem)]
+    import triton
+
+    return [_triton_on_gpu(triton.__version__), _triton_interpreter(triton.__version__)]
+
+
+def _triton_on_gpu(version: str) -> Finding:
+    import torch
+
+    from qkernels.select import explain
+
+    if not torch.cuda.is_available():
+        return Finding("triton", False, f"Triton {version} is here, but there is no CUDA GPU")
+    rows = explain("w4a16-g128", n=4096, k=4096, m=16, device="cuda")
+    reasons = [row.reason for row in rows if row.backend == "triton"]
+    able = None in reasons
+    return Finding("triton", able, f"Triton {version}" if able else str(reasons[0]))
+
+
+def _triton_interpreter(version: str) -> Finding:
+    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        reason = "off: for tests, it runs the kernels slowly on the CPU where TRITON_INTERPRET=1"
+        return Finding("triton interpreter", False, reason)
+    try:
+        import numpy as np
+    except ImportError as error:
+        return Finding("triton interpreter", False, f"{error}: pip install 'qkernels[triton]'")
+    numpy_version = tuple(int(part) for part in np.__version__.split(".")[:2])
+    if version.startswith("3.6.") and numpy_version >= _INTERPRETER_NEEDS_NUMPY:
+        reason = f"Triton {version} needs numpy below 2.4 for it, found {np.__version__}"
+        return Finding("triton interpreter", False, reason)
+    return Finding("triton interpreter", True, f"Triton {version}, numpy {np.__version__}")
+
+
+def _cuda() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        major, minor = torch.cuda.get_device_capability()
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        detail = f"{name}, compute capability {major}.{minor}, {gib:.0f} GiB, CUDA "
+        return Finding("CUDA device", True, f"{detail}{torch.version.cuda}")
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA"
+        return Finding("CUDA device", False, reason)
+    reason = f"torch {torch.__version__} is built for CUDA {torch.version.cuda} but finds no GPU"
+    return Finding("CUDA device", False, reason)

@@ -1,0 +1,101 @@
+"""`qkernels eval` and `qkernels generate`: perplexity and text of a model, quantized or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qkernels.cli import models
+from qkernels.cli.console import note, output, progress_bar, table
+
+SchemeOption = Annotated[
+    str | None, typer.Option("--scheme", help="Quantize to this scheme first, by rounding.")
+]
+
+
+def evaluate(
+    model: models.ModelArgument,
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text; an English novel is shipped.")
+    ] = None,
+    scheme: SchemeOption = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Only this many windows, evenly spaced.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    dtype: models.PrecisionOption = models.Precision.bf16,
+    device: models.DeviceOption = "auto",
+) -> None:
+    """Measure the perplexity of a model on a text."""
+    from qkernels import evaluation
+
+    content = evaluation.read_text(text or evaluation.SHIPPED_TEXT)
+    network, tokenizer = _load(model, scheme, dtype, device)
+    ids = evaluation.encode(tokenizer, content)
+    with progress_bar("perplexity") as update:
+        result = evaluation.perplexity(
+            network, ids, window=window, batch=batch, max_windows=windows, progress=update
+        )
+    rows = table("what", "value")
+    rows.add_row("model", f"{model}, {_kind(network, dtype)}")
+    rows.add_row("text", str(text) if text else f"shipped: {evaluation.SHIPPED_TEXT.name}")
+    rows.add_row("perplexity", f"{result.perplexity:.4f}")
+    rows.add_row(
+        "measured on",
+        f"{result.tokens:,} of {result.total_tokens:,} tokens, "
+        f"{result.windows} windows of {window}",
+    )
+    rows.add_row("weights of linear layers", models.mebibytes(evaluation.weight_bytes(network)))
+    rows.add_row(
+        "tokens a second", f"{result.tokens / result.seconds:,.0f} in {result.seconds:.1f} s"
+    )
+    output().print(rows)
+
+
+def generate(
+    model: models.ModelArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue or answer.")],
+    scheme: SchemeOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask it as a chat message instead of continuing it.")
+    ] = False,
+    dtype: models.PrecisionOption = models.Precision.bf16,
+    device: models.DeviceOption = "auto",
+) -> None:
+    """Continue a text, or answer a chat message, greedily."""
+    from qkernels import evaluation
+    from qkernels.errors import QuantizationError
+
+    if not prompt.strip():
+        raise QuantizationError("--prompt is empty")
+    network, tokenizer = _load(model, scheme, dtype, device)
+    with progress_bar("generating"):
+        result = evaluation.generate_text(
+            network, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat
+        )
+    output().print(result.text, soft_wrap=True)
+    note(
+        f"{result.tokens} tokens in {result.seconds:.1f} s, "
+        f"{result.tokens_per_second:.1f} tokens a second, {_kind(network, dtype)}"
+    )
+
+
+def _load(path: Path, scheme: str | None, dtype: models.Precision, device: str) -> tuple[Any, Any]:
+    from qkernels.scheme import QuantScheme
+
+    parsed = None if scheme is None else QuantScheme.parse(scheme)
+    network, tokenizer = models.load(path, dtype, device, dense=parsed is not None)
+    if parsed is not None:
+        models.quantize_with_bar(network, parsed)
+    return network, tokenizer
+
+
+def _kind(network: Any, dtype: models.Precision) -> str:
+    from qkernels.modules import WQLinear
+
+    schemes = {str(m.scheme) for m in network.modules() if isinstance(m, WQLinear)}
+    return ", ".join(sorted(schemes)) or dtype.value

@@ -1,0 +1,90 @@
+"""What the commands that load a model share: its options, and loading it with a moving bar."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qkernels.cli.console import progress_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    import qkernels as qk
+
+
+class Precision(str, Enum):
+    """The 16- and 32-bit types a model can be loaded in."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.value]
+
+
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="A model folder or a .gguf file on this machine."),
+]
+PrecisionOption = Annotated[
+    Precision, typer.Option("--dtype", help="Of the layers that are not quantized.")
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option("--device", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."),
+]
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `name` spells.
+
+    Raises:
+        QuantizationError: for a device that does not exist or is not on this machine.
+    """
+    import torch
+
+    from qkernels.errors import QuantizationError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise QuantizationError(f"device {name!r} is not one of auto, cpu, cuda, cuda:1 ...")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise QuantizationError(f"device {name!r} is not there: torch finds no such GPU")
+    return device
+
+
+def load(path: Path, precision: Precision, device: str, *, dense: bool = False) -> tuple[Any, Any]:
+    """The model at `path` on a device, and its tokenizer; `dense` refuses quantized models."""
+    target = find_device(device)
+    from qkernels.model_files import load_dense, load_model_and_tokenizer
+
+    with progress_bar(f"loading {path}"):
+        loader = load_dense if dense else load_model_and_tokenizer
+        model, tokenizer = loader(path, precision.dtype)
+        return model.to(target), tokenizer
+
+
+def quantize_with_bar(model: Any, scheme: qk.QuantScheme, **options: Any) -> qk.QuantizationReport:
+    """`qkernels.quantize_model` with a progress bar."""
+    import qkernels as qk
+
+    method = options.pop("method", "rtn")
+    with progress_bar(f"quantizing to {scheme}") as update:
+        return qk.quantize_model(model, method, scheme, progress=update, **options)
+
+
+def mebibytes(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"

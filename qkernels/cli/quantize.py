@@ -1,0 +1,191 @@
+"""`qkernels quantize`: a model folder or GGUF file in, a folder with the quantized model out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qkernels.cli import models
+from qkernels.cli.console import output, progress_bar, table
+
+if TYPE_CHECKING:
+    import torch
+
+    import qkernels as qk
+
+CALIBRATION_WINDOW = 512
+CALIBRATION_WINDOWS = 16
+"""Calibration runs this many windows of text, evenly spaced: 8,192 tokens."""
+
+Patterns = list[str] | None
+
+
+def quantize(
+    model: models.ModelArgument,
+    scheme: Annotated[str, typer.Option("--scheme", help="Such as w4a16-g128, nf4-g64, w8a8.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    method: Annotated[str, typer.Option(help="The quantization method.")] = "rtn",
+    include: Annotated[
+        Patterns, typer.Option(help="Quantize only layers whose name matches; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        Patterns, typer.Option(help="Leave layers alone whose name matches; may be repeated.")
+    ] = None,
+    override: Annotated[
+        Patterns,
+        typer.Option(
+            metavar="PATTERN=SCHEME",
+            help="Another scheme for some layers, or none to leave them alone; may be repeated.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A text to measure output errors and static activation scales on."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing model.")] = False,
+    dtype: models.PrecisionOption = models.Precision.bf16,
+    device: models.DeviceOption = "auto",
+) -> None:
+    """Quantize the linear layers of a model and write it to a folder."""
+    # Whatever can be wrong without the model is checked before the model is loaded.
+    check_output(out, model, force)
+    from qkernels.evaluation import read_text
+    from qkernels.scheme import QuantScheme
+
+    parsed = QuantScheme.parse(scheme)
+    overrides = parse_overrides(override or [])
+    text = None if calibration is None else read_text(calibration)
+    import qkernels as qk
+    from qkernels.checkpoints.compressed_tensors import format_of
+
+    for wanted in (parsed, *overrides.values()):
+        if wanted is not None:
+            format_of(wanted)
+
+    network, tokenizer = models.load(model, dtype, device, dense=True)
+    before = _bytes_by_layer(network)
+    report = models.quantize_with_bar(
+        network,
+        parsed,
+        method=method,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+        calibration=None if text is None else calibration_batches(network, tokenizer, text),
+    )
+    with progress_bar(f"writing {out}"), replaced_folder(out) as folder:
+        qk.save_model(network, folder)
+        tokenizer.save_pretrained(folder)
+    _print_report(report, sum(before[layer.name] for layer in report.layers), out)
+
+
+def parse_overrides(texts: list[str]) -> dict[str, qk.QuantScheme | None]:
+    """PATTERN=SCHEME texts as a mapping; the scheme "none" leaves layers alone."""
+    from qkernels.errors import SchemeError
+    from qkernels.scheme import QuantScheme
+
+    overrides: dict[str, qk.QuantScheme | None] = {}
+    for text in texts:
+        pattern, equals, scheme = text.partition("=")
+        if not (pattern and equals and scheme):
+            raise SchemeError(
+                f"--override {text!r} is not PATTERN=SCHEME, such as '*.down_proj=w8a16'"
+            )
+        overrides[pattern] = None if scheme == "none" else QuantScheme.parse(scheme)
+    return overrides
+
+
+def calibration_batches(model: Any, tokenizer: Any, text: str) -> list[torch.Tensor]:
+    """Token ids [1, 512] of windows spread evenly over a text."""
+    from qkernels.evaluation import encode, windows_of
+
+    device = next(model.parameters()).device
+    windows = windows_of(encode(tokenizer, text), CALIBRATION_WINDOW, CALIBRATION_WINDOWS)
+    return [ids[None].to(device) for ids in windows]
+
+
+def check_output(out: Path, model: Path, force: bool) -> None:
+    """Raises where `out` must not be written to: it is there, or holds the model that is read."""
+    from qkernels.errors import QuantizationError
+
+    if not os.path.lexists(out):
+        if not out.absolute().parent.is_dir():
+            raise QuantizationError(f"the folder {out.absolute().parent} does not exist: make it")
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise QuantizationError(f"{out} is there and is no folder: choose another output")
+    if not any(out.iterdir()):
+        return
+    if not force:
+        raise QuantizationError(f"{out} is there: choose another output, or replace it by --force")
+    if not (out / "config.json").is_file():
+        raise QuantizationError(f"{out} holds something else than a model: --force does not apply")
+    target, source = out.resolve(), model.resolve()
+    if target == source or target in source.parents or source in target.parents:
+        raise QuantizationError(f"{out} holds the model to quantize: choose another output")
+
+
+@contextlib.contextmanager
+def replaced_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block ends, and goes if it fails.
+
+    So `out` never holds half a model, and an older model is there until the new one is whole.
+    """
+    parent = out.absolute().parent
+    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=parent))
+    try:
+        # mkdtemp makes folders that are closed to everyone else.
+        umask = os.umask(0)
+        os.umask(umask)
+        new.chmod(0o777 & ~umask)
+        yield new
+        old = None
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=parent))
+            # Onto an empty folder, which rename replaces.
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old is not None:
+                old.rename(out)
+            raise
+        if old is not None:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _bytes_by_layer(model: Any) -> dict[str, int]:
+    from torch import nn
+
+    linears = model.named_modules(remove_duplicate=False)
+    return {name: m.weight.nbytes for name, m in linears if isinstance(m, nn.Linear)}
+
+
+def _print_report(report: qk.QuantizationReport, dense_bytes: int, out: Path) -> None:
+    layers = report.layers
+    worst = max(layers, key=lambda layer: layer.weight_error)
+    schemes = sorted({layer.scheme for layer in layers})
+    mean = sum(layer.weight_error for layer in layers) / len(layers)
+    rows = table("what", "value")
+    rows.add_row("written to", str(out))
+    rows.add_row("quantized layers", f"{len(layers)} ({', '.join(schemes)})")
+    rows.add_row("left alone", ", ".join(report.skipped) or "none")
+    size = models.mebibytes(report.weight_bytes)
+    rows.add_row("their weights", f"{size}, before {models.mebibytes(dense_bytes)}")
+    rows.add_row("bits per weight", f"{report.bits_per_weight:.3f}")
+    rows.add_row("relative weight error", f"mean {mean:.5f}, most {worst.weight_error:.5f}")
+    rows.add_row("worst layer", worst.name)
+    measured = [layer.output_error for layer in layers if layer.output_error is not None]
+    if measured:
+        summary = f"mean {sum(measured) / len(measured):.5f}, most {max(measured):.5f}"
+        rows.add_row("relative output error", summary)
+    output().print(rows)

@@ -1,0 +1,116 @@
+"""eval, generate, explain and inspect on a tiny model."""
+
+import re
+
+import pytest
+import torch
+
+import qkernels as qk
+from qkernels import evaluation
+from tests.tiny_model import tiny_model, tiny_tokenizer
+
+
+def cell(out: str, name: str) -> str:
+    """What the table says of `name`."""
+    return re.search(rf"│ {re.escape(name)} +│ (.*?) *│", out)[1]
+
+
+def test_eval_prints_the_perplexity(run, model_folder, text_file):
+    code, out, err = run(
+        "eval",
+        model_folder,
+        "--text",
+        text_file,
+        "--window",
+        128,
+        "--windows",
+        3,
+        "--dtype",
+        "fp32",
+    )
+    assert (code, err) == (0, "")
+    ids = evaluation.encode(tiny_tokenizer(), text_file.read_text())
+    expected = evaluation.perplexity(tiny_model(), ids, window=128, max_windows=3)
+    assert cell(out, "perplexity") == f"{expected.perplexity:.4f}"
+    assert cell(out, "measured on") == "384 of 1,600 tokens, 3 windows of 128"
+    assert "\x1b" not in out
+
+
+def test_eval_quantizes_on_the_fly(run, model_folder, text_file):
+    code, out, _ = run(
+        "eval", model_folder, "--text", text_file, "--window", 128, "--scheme", "w8a8"
+    )
+    assert code == 0
+    assert cell(out, "model").endswith("w8a8")
+
+
+def test_eval_measures_the_shipped_text_unless_told(run, model_folder):
+    code, out, _ = run("eval", model_folder, "--window", 32, "--windows", 1)
+    assert code == 0
+    assert cell(out, "text") == "shipped: persuasion.txt"
+
+
+def test_generate_prints_nothing_but_the_text(run, model_folder):
+    code, out, err = run(
+        "generate", model_folder, "-p", "Once", "--max-new-tokens", 5, "--dtype", "fp32"
+    )
+    expected = evaluation.generate_text(tiny_model(), tiny_tokenizer(), "Once", max_new_tokens=5)
+    assert (code, out) == (0, expected.text + "\n")
+    assert re.fullmatch(r"\d tokens in [\d.]+ s, [\d.]+ tokens a second, fp32\n", err)
+
+
+def test_generate_with_a_chat_template_and_a_scheme(run, model_folder):
+    code, _, err = run(
+        "generate", model_folder, "-p", "hi", "--chat", "--max-new-tokens", 2, "--scheme", "nf4-g32"
+    )
+    assert code == 0
+    assert err.endswith("nf4-g32\n")
+
+
+def test_explain_lists_every_kernel(run):
+    code, out, err = run("explain", "w4a16-g128-sym", "--n", 512, "--k", 256, "--m", 3)
+    assert (code, err) == (0, "")
+    found = qk.explain("w4a16-g128-sym", n=512, k=256, m=3)
+    assert all(f"│ {row.kernel} " in out for row in found)
+    chosen = next(row.kernel for row in found if row.chosen)
+    assert re.search(rf"│ {chosen} +│ \w+ +│ yes", out)
+    assert "x [3, 256] bf16, weight [512, 256]" in out
+
+
+def test_inspect_groups_layers_of_all_blocks(run, model_folder):
+    code, out, err = run("inspect", model_folder)
+    assert (code, err) == (0, "")
+    row = r"│ model.layers.\*.mlp.down_proj +│ +2 │ bfloat16 +│ +64 │ +96 │ +16.000 │"
+    assert re.search(row, out)
+    assert re.search(r"│ lm_head +│ +1 │", out)
+    assert re.search(r"│ all linear layers +│ +15 │", out)
+    _, out, _ = run("inspect", model_folder, "--all")
+    assert out.count("down_proj") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "MODEL", "--text", "missing.txt"), "cannot read the text missing.txt: No such"),
+        (("eval", "missing"), "missing does not exist: give a model folder"),
+        (("eval", "MODEL", "--scheme", "w4"), "scheme 'w4' does not parse"),
+        (("eval", "MODEL", "--device", "tpu"), "device 'tpu' is not one of auto, cpu"),
+        (("eval", "MODEL", "--window", "999"), "windows of 999 tokens exceed the model's context"),
+        (("generate", "MODEL", "-p", " "), "--prompt is empty"),
+        (("generate", "missing", "-p", "a"), "missing does not exist"),
+        (("explain", "w4a16-g4"), "group size 4 is too small"),
+        (("inspect", "missing"), "missing does not exist"),
+    ],
+)
+def test_wrong_input(run, model_folder, arguments: tuple[str, ...], message: str):
+    code, out, err = run(*(model_folder if word == "MODEL" else word for word in arguments))
+    assert (code, out) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_a_gpu_that_is_not_there(run):
+    code, _, err = run("explain", "w8a8", "--device", "cuda")
+    assert code == 1
+    assert "device 'cuda' is not there" in err
