@@ -1,0 +1,1 @@
+"""Benchmarks of qkernels and its peers: see docs/benchmarks.md, or `python -m bench --help`."""

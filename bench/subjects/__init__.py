@@ -1,0 +1,10 @@
+"""The contestants. A new one is a `Subject` row in one of these files, or in one of its own."""
+
+from __future__ import annotations
+
+from bench.subjects import dense, gemlite, ours, torch_ops
+from bench.subjects.base import Prepared, Problem, Subject
+
+SUBJECTS: tuple[Subject, ...] = (*dense.ROWS, *ours.ROWS, *torch_ops.ROWS, *gemlite.ROWS)
+
+__all__ = ["SUBJECTS", "Prepared", "Problem", "Subject"]
