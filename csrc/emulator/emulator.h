@@ -1,0 +1,47 @@
+// What a test asks of the emulator, also through ctypes. One launch runs at a time; no function may
+// be called during one. Strings that are returned last until the next call of the same function.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+
+// Draws the order of blocks and threads of the launches that follow from `seed`.
+void qkernels_emulator_set_seed(uint64_t seed);
+
+// Sets all counters to zero and forgets the regions; keeps what is disabled or required.
+void qkernels_emulator_reset();
+
+// A buffer in global memory whose traffic is counted under `name`, sector by sector.
+void qkernels_emulator_register_region(const char* name, const void* begin, size_t bytes);
+
+// Whether an access to global memory outside of every region ends the launch with an error, also
+// where AddressSanitizer is not there to see it.
+void qkernels_emulator_require_regions(int required);
+
+// What the launches since the last reset did: see counters.h.
+//
+//     {"launches", "blocks", "switches": of fibers, "mma", "sync_warp": by warps,
+//      "sync_threads": by blocks, "atomic_add": by threads,
+//      "global_load", "global_store", "copy_async":
+//          {"instructions": of warps, "bytes": asked for, "sectors": of 32 bytes, touched},
+//      "shared_load", "shared_store", "ldmatrix", "copy_async":
+//          {"instructions", "wavefronts", "ideal_wavefronts": were there no bank conflicts},
+//      "sites": [{"kind", "file", "line", "lane_bytes", and all of the above}],
+//      "regions": {name: {"bytes": its size, "read": traffic, "written": traffic}}}
+//
+// where traffic is {"bytes", "sectors", "least", "most": how often the least and the most often
+// touched sector was touched}.
+const char* qkernels_emulator_counters_json();
+
+// Where the launches since the last reset called what:
+// {kind: [{"file", "line", "passes": by threads, "disabled"}]}, a kind being a function of ptx.cuh.
+const char* qkernels_emulator_sites_json();
+
+// Makes the calls of `kind` on line `line` of the file whose path ends in `file_suffix` faulty, and
+// all others right again: sync_threads, sync_warp and copy_async_wait do nothing, `within` is true,
+// and copy_async_16 copies what is not valid. A null kind makes all calls right.
+void qkernels_emulator_disable_site(const char* kind, const char* file_suffix, int line);
+}

@@ -1,0 +1,215 @@
+// The emulator's bodies of ptx.cuh, which says what each function does.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "emulator/builtins.h"
+#include "emulator/collectives.h"
+#include "emulator/numbers.h"
+#include "emulator/scheduler.h"
+
+#define QK_DEVICE inline
+#define QK_HOST_DEVICE inline
+#define QK_KERNEL
+#define QK_LAUNCH_BOUNDS(threads, blocks)
+#define QK_GRID_CONSTANT
+// Default arguments are evaluated where the function is called, and so name that line.
+#define QK_SITE ::qkernels::emulator::Place place = {__builtin_FILE(), __builtin_LINE()}
+#define QK_AND_SITE , QK_SITE
+
+namespace qkernels {
+
+struct Half {
+  static uint16_t round(double x) { return emulator::round_to_16<10>(x); }
+  static float to_float(uint16_t bits) { return emulator::half_to_float(bits); }
+};
+
+struct Bfloat16 {
+  static uint16_t round(double x) { return emulator::round_to_16<7>(x); }
+  static float to_float(uint16_t bits) { return emulator::bfloat16_to_float(bits); }
+};
+
+namespace ptx {
+
+// --- Integers
+
+template <int kTable>
+QK_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int row = 0; row < 8; ++row) {
+    if ((kTable >> row & 1) == 0) continue;
+    d |= ((row & 4) != 0 ? a : ~a) & ((row & 2) != 0 ? b : ~b) & ((row & 1) != 0 ? c : ~c);
+  }
+  return d;
+}
+
+QK_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> (4 * i) & 0xf;
+    uint32_t byte = static_cast<uint32_t>(bytes >> (8 * (nibble & 7)) & 0xff);
+    if ((nibble & 8) != 0) byte = (byte & 0x80) != 0 ? 0xff : 0;  // copies of the sign bit
+    d |= byte << (8 * i);
+  }
+  return d;
+}
+
+// --- Pairs of 16-bit numbers in a word
+
+template <class T>
+QK_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto number = [shift](uint32_t word) -> double {
+      return T::to_float(static_cast<uint16_t>(word >> shift));
+    };
+    // The product is exact; T::round is then the only rounding.
+    const double sum = emulator::add_to_odd(number(a) * number(b), number(c));
+    d |= static_cast<uint32_t>(T::round(sum)) << shift;
+  }
+  return d;
+}
+
+template <class T>
+QK_DEVICE uint32_t sub2(uint32_t a, uint32_t b) {
+  uint32_t d = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const double x = T::to_float(static_cast<uint16_t>(a >> shift));
+    const double y = T::to_float(static_cast<uint16_t>(b >> shift));
+    d |= static_cast<uint32_t>(T::round(emulator::add_to_odd(x, -y))) << shift;
+  }
+  return d;
+}
+
+template <class T>
+QK_DEVICE uint32_t mul2(uint32_t a, uint32_t b) {
+  uint32_t d = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const double x = T::to_float(static_cast<uint16_t>(a >> shift));
+    const double y = T::to_float(static_cast<uint16_t>(b >> shift));
+    d |= static_cast<uint32_t>(T::round(x * y)) << shift;
+  }
+  return d;
+}
+
+template <class T>
+QK_DEVICE uint32_t pack2(float low, float high) {
+  return static_cast<uint32_t>(T::round(high)) << 16 | T::round(low);
+}
+
+template <class T>
+QK_DEVICE float to_float(uint16_t bits) {
+  return T::to_float(bits);
+}
+
+QK_DEVICE float as_float(uint32_t bits) { return emulator::bits_to<float>(bits); }
+
+QK_DEVICE uint32_t as_bits(float value) { return emulator::bits_to<uint32_t>(value); }
+
+// --- Tensor cores
+
+template <class T>
+QK_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                            uint32_t b1 QK_AND_SITE) {
+  emulator::MmaOperands operands{c, a, {b0, b1}};
+  emulator::meet_warp(emulator::Kind::kMma, &operands, emulator::multiply_fragments<T>, place);
+}
+
+QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row QK_AND_SITE) {
+  emulator::before_shared(emulator::Kind::kLdmatrix, row, 16, place);
+  emulator::LdmatrixOperands operands{r, row};
+  emulator::meet_warp(emulator::Kind::kLdmatrix, &operands, emulator::load_matrices, place);
+}
+
+// --- Shared memory
+
+QK_DEVICE unsigned char* shared_memory() { return emulator::shared_memory(); }
+
+template <class V>
+constexpr bool kIsAccess = sizeof(V) <= 16 && (sizeof(V) & (sizeof(V) - 1)) == 0;
+
+template <class V>
+QK_DEVICE V load_shared(const void* address QK_AND_SITE) {
+  static_assert(kIsAccess<V>);
+  emulator::before_shared(emulator::Kind::kLoadShared, address, sizeof(V), place);
+  V value;
+  std::memcpy(&value, address, sizeof(V));
+  return value;
+}
+
+template <class V>
+QK_DEVICE void store_shared(void* address, const V& value QK_AND_SITE) {
+  static_assert(kIsAccess<V>);
+  emulator::before_shared(emulator::Kind::kStoreShared, address, sizeof(V), place);
+  std::memcpy(address, &value, sizeof(V));
+}
+
+// --- Global memory
+
+template <class V>
+QK_DEVICE V load_global(const void* address QK_AND_SITE) {
+  static_assert(kIsAccess<V>);
+  emulator::before_global(emulator::Kind::kLoadGlobal, address, sizeof(V), place);
+  V value;
+  std::memcpy(&value, address, sizeof(V));
+  return value;
+}
+
+template <class V>
+QK_DEVICE V load_global_written(const void* address QK_AND_SITE) {
+  static_assert(kIsAccess<V>);
+  emulator::before_global(emulator::Kind::kLoadGlobalWritten, address, sizeof(V), place);
+  V value;
+  std::memcpy(&value, address, sizeof(V));
+  return value;
+}
+
+template <class V>
+QK_DEVICE void store_global(void* address, const V& value QK_AND_SITE) {
+  static_assert(kIsAccess<V>);
+  emulator::before_global(emulator::Kind::kStoreGlobal, address, sizeof(V), place);
+  std::memcpy(address, &value, sizeof(V));
+}
+
+// --- Asynchronous copies
+
+QK_DEVICE void copy_async_16(void* shared, const void* global, bool valid QK_AND_SITE) {
+  emulator::copy_async_16(shared, global, valid, place);
+}
+
+QK_DEVICE void copy_async_commit(QK_SITE) { emulator::copy_async_commit(place); }
+
+template <int kGroups>
+QK_DEVICE void copy_async_wait(QK_SITE) {
+  emulator::copy_async_wait(kGroups, place);
+}
+
+// --- Order
+
+QK_DEVICE void sync_threads(QK_SITE) { emulator::sync_threads(place); }
+
+QK_DEVICE void sync_warp(QK_SITE) {
+  emulator::meet_warp(emulator::Kind::kSyncWarp, nullptr, nullptr, place);
+}
+
+// Blocks run one after another, so all writes to global memory are visible to those that follow.
+QK_DEVICE void thread_fence() {}
+
+QK_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value QK_AND_SITE) {
+  emulator::before_global(emulator::Kind::kAtomicAdd, address, sizeof(*address), place);
+  const uint32_t before = *address;
+  *address = before + value;
+  return before;
+}
+
+// --- Bounds
+
+QK_DEVICE bool within(int64_t index, int64_t limit QK_AND_SITE) {
+  return emulator::within(index, limit, place);
+}
+
+}  // namespace ptx
+}  // namespace qkernels
