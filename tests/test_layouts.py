@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkernels.errors import WeightError
-from qkernels.layouts import LAYOUTS, pack, packing, plane_height
+from qkernels.layouts import FRAGMENT, LAYOUTS, fragment, pack, packing, plane_height
 from qkernels.quantizers import rtn
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight, row_slices
@@ -82,6 +82,11 @@ def test_layouts_give_back_what_was_packed(layout, text, with_perm, device):
     n, k = 37, 200
     scheme = QuantScheme.parse(text)
     weight = torch.randn(n, k, device=device)
+    if layout.why_not(scheme) is not None:
+        scale = schemes.activation_scale(scheme, weight)
+        with pytest.raises(WeightError, match=f"the {layout.name} layout does not take"):
+            pack(rtn.quantize(weight, scheme, activation_scale=scale), layout)
+        return
     perm = torch.randperm(k, device=device) if with_perm else None
     scale = schemes.activation_scale(scheme, weight)
     before = rtn.quantize(weight, scheme, perm=perm, activation_scale=scale)
@@ -120,6 +125,9 @@ def test_a_weight_of_several_slices(monkeypatch):
     for text in ("nf4-g16-dq", "w4a16-g32", "w4a8-g32", "w4a16-gtensor"):
         quantized = rtn.quantize(weight, text)
         for layout in LAYOUTS.values():
+            if layout.why_not(quantized.scheme) is not None:
+                assert layout is FRAGMENT
+                continue
             assert torch.equal(pack(quantized, layout).unpack().codes, quantized.codes)
         error = (quantized.dequantize() - weight).norm() / weight.norm()
         assert error < 0.2
@@ -161,3 +169,41 @@ def test_two_level_products_must_fit_int8():
             scales=torch.full_like(good.scales, 17),
             channel_scales=good.channel_scales,
         )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_fragments_are_what_a_tensor_core_takes(bits):
+    """Lane 4g + t of a step of 16 columns: pairs of rows g, g + 8, columns 2t and 2t + 8."""
+    n, k = 37, 200
+    codes = random_codes(n, k, bits)
+    words = fragment.pack_fragment_torch(codes, bits)
+    steps = 16 // bits  # of 16 columns, in a unit
+    assert words.shape == (4, 256 // (16 * steps), 32, 4)
+    padded = torch.zeros(64, 256, dtype=torch.uint8)
+    padded[:n, :k] = codes
+    for tile, unit, g, t, step in itertools.product(
+        range(4), range(words.shape[1]), (0, 5), (0, 3), range(steps)
+    ):
+        lane = words[tile, unit, 4 * g + t].tolist()
+        own = lane[step : step + 1] if bits == 4 else lane[2 * step : 2 * step + 2]
+        column = (unit * steps + step) * 16 + 2 * t
+        for pair in range(4):
+            row = tile * 16 + g + 8 * (pair % 2)
+            for odd in (0, 1):
+                word = own[0] if bits == 4 else own[pair // 2]
+                field = pair + 4 * odd if bits == 4 else pair % 2 + 2 * odd
+                code = (word >> (bits * field)) & ((1 << bits) - 1)
+                assert code == padded[row, column + 8 * (pair // 2) + odd]
+    assert torch.equal(fragment.unpack_fragment_torch(words, bits), padded)
+
+
+def test_the_fragment_layout_refuses_zero_points_it_cannot_subtract_exactly():
+    weight = rtn.quantize(torch.randn(8, 64), "w4a16-g32")
+    large = QuantizedWeight(
+        scheme=weight.scheme,
+        codes=weight.codes,
+        scales=weight.scales,
+        zeros=torch.full_like(weight.zeros, 129),
+    )
+    with pytest.raises(WeightError, match="up to 128, got 129"):
+        pack(large, FRAGMENT)

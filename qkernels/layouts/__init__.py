@@ -1,5 +1,6 @@
 """Memory orders of kernels. Nothing outside of this package knows bit order."""
 
+from qkernels.layouts.fragment import FRAGMENT, code_name
 from qkernels.layouts.packed import (
     BUFFER_NAMES,
     Layout,
@@ -11,16 +12,18 @@ from qkernels.layouts.packed import (
 from qkernels.layouts.plain import PLAIN
 from qkernels.layouts.planar import PLANAR, plane_height
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PLAIN, PLANAR)}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PLAIN, PLANAR, FRAGMENT)}
 
 __all__ = [
     "BUFFER_NAMES",
+    "FRAGMENT",
     "LAYOUTS",
     "PLAIN",
     "PLANAR",
     "Layout",
     "PackedWeight",
     "allocate",
+    "code_name",
     "pack",
     "plane_height",
     "write_rows",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qkernels.errors import WeightError
 from qkernels.scheme import QuantScheme
 from qkernels.weight import (
     NestedScales,
@@ -28,7 +29,8 @@ class Layout:
         allocate: (scheme, n, k, device) -> the words, uninitialized.
         pack_rows: (scheme, words, start, codes [rows, K] uint8): writes rows from `start` on.
         unpack_rows: (scheme, words, start, stop, k) -> codes [stop - start, K] uint8.
-        transposed: scales and zeros are [G, N] instead of [N, G], and per-tensor ones repeated.
+        store_groups: (scheme, n, scales or zeros as the hub has them) -> as the layout has them.
+        load_groups: (scheme, n, scales or zeros of the layout) -> the hub's: [N, G], or [1, 1].
     """
 
     name: str
@@ -36,7 +38,8 @@ class Layout:
     allocate: Callable[[QuantScheme, int, int, torch.device], Tensor]
     pack_rows: Callable[[QuantScheme, Tensor, int, Tensor], None]
     unpack_rows: Callable[[QuantScheme, Tensor, int, int, int], Tensor]
-    transposed: bool
+    store_groups: Callable[[QuantScheme, int, Tensor], Tensor]
+    load_groups: Callable[[QuantScheme, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +69,9 @@ class PackedWeight:
         """Everything but the codes, in the hub's shapes."""
         get = self.buffers.get
         scales, zeros = self.buffers["scales"], get("zeros")
-        if self.layout.transposed:
-            scales = _from_transposed(scales, self.scheme)
-            zeros = None if zeros is None else _from_transposed(zeros, self.scheme)
+        scales = self.layout.load_groups(self.scheme, self.n, scales)
+        if zeros is not None:
+            zeros = self.layout.load_groups(self.scheme, self.n, zeros)
         nested = None
         if "nested_absmax" in self.buffers:
             nested = NestedScales(self.buffers["nested_absmax"], self.buffers["nested_offset"])
@@ -120,23 +123,22 @@ def allocate(layout: Layout, parameters: WeightParameters, device: torch.device)
     """
     check_parameters(parameters)
     p = parameters
+    reason = layout.why_not(p.scheme)
+    if reason is not None:
+        raise WeightError(f"the {layout.name} layout does not take {p.scheme}: it {reason}")
     buffers = {"words": layout.allocate(p.scheme, p.n, p.k, device)}
     for name in _TENSOR_NAMES:
         tensor = getattr(p, name)
         if tensor is None:
             continue
-        if layout.transposed and name in ("scales", "zeros"):
-            tensor = tensor.expand(p.n, -1).t() if p.scheme.per_tensor else tensor.t()
+        if name in ("scales", "zeros"):
+            tensor = layout.store_groups(p.scheme, p.n, tensor)
         buffers[name] = tensor.to(device).contiguous()
     if p.nested is not None:
         buffers["nested_absmax"] = p.nested.absmax.to(device)
         buffers["nested_offset"] = p.nested.offset.to(device)
     ordered = {name: buffers[name] for name in BUFFER_NAMES if name in buffers}
     return PackedWeight(p.scheme, layout, p.n, p.k, ordered)
-
-
-def _from_transposed(tensor: Tensor, scheme: QuantScheme) -> Tensor:
-    return tensor[:1, :1] if scheme.per_tensor else tensor.t().contiguous()
 
 
 def write_rows(packed: PackedWeight, start: int, codes: Tensor) -> None:

@@ -26,4 +26,10 @@ def _unpack_rows(scheme: QuantScheme, words: Tensor, start: int, stop: int, k: i
     return unpack_dense(words[start:stop], k, scheme.bits)
 
 
-PLAIN = Layout("plain", lambda scheme: None, _allocate, _pack_rows, _unpack_rows, transposed=False)
+def _as_it_is(scheme: QuantScheme, n: int, values: Tensor) -> Tensor:
+    return values
+
+
+PLAIN = Layout(
+    "plain", lambda scheme: None, _allocate, _pack_rows, _unpack_rows, _as_it_is, _as_it_is
+)

@@ -62,4 +62,20 @@ def _unpack_rows(scheme: QuantScheme, words: Tensor, start: int, stop: int, k: i
     return unpack_planar(source.contiguous(), k, scheme.bits, plane_height(scheme, k))
 
 
-PLANAR = Layout("planar", lambda scheme: None, _allocate, _pack_rows, _unpack_rows, transposed=True)
+def _store_groups(scheme: QuantScheme, n: int, values: Tensor) -> Tensor:
+    return values.expand(n, -1).t() if scheme.per_tensor else values.t()
+
+
+def _load_groups(scheme: QuantScheme, n: int, stored: Tensor) -> Tensor:
+    return stored[:1, :1] if scheme.per_tensor else stored.t().contiguous()
+
+
+PLANAR = Layout(
+    "planar",
+    lambda scheme: None,
+    _allocate,
+    _pack_rows,
+    _unpack_rows,
+    _store_groups,
+    _load_groups,
+)

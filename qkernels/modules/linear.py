@@ -264,10 +264,9 @@ def _empty(packed: PackedWeight, layout_name: str, device: torch.device) -> Pack
     words = layout.allocate(scheme, n, k, device)
     buffers = {"words": words}
     groups = (1 if scheme.per_tensor else n, scheme.groups(k))
-    if layout.transposed:
-        groups = (groups[1], n)
+    stored = layout.store_groups(scheme, n, torch.empty(groups, device="meta")).shape
     for name, buffer in packed.buffers.items():
         if name != "words":
-            shape = groups if name in ("scales", "zeros") else buffer.shape
+            shape = stored if name in ("scales", "zeros") else buffer.shape
             buffers[name] = torch.empty(shape, dtype=buffer.dtype, device=device)
     return PackedWeight(scheme, layout, n, k, buffers)

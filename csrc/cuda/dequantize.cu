@@ -1,0 +1,122 @@
+// w [N, K] of 16 bits from the fragment layout, for products that a dense GEMM does better.
+//
+// A warp turns a tile of 16 rows by 64 columns at a time: decoded as weight_only_mma does, turned in
+// shared memory, and stored in rows of 128 bytes.
+
+#include "cuda/groups.cuh"
+
+namespace qkernels {
+
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kTileBytes = kTileRows * kChunkColumns * 2;
+
+struct DequantizeParameters {
+  FragmentWeight weight;
+  uint16_t* out;
+  int64_t rows;  // padded n
+  int chunks, groups, scale_bytes, zero_bytes;
+};
+
+template <class T, template <class> class Decoder, bool kRealZeros>
+QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) {
+  constexpr int kUnits = kChunkColumns / kUnitColumns<Decoder<T>::kBits>;
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int chunk = blockIdx.x * kWarps + warp;
+  if (!ptx::within(chunk, p.chunks)) return;
+  const int64_t tile = blockIdx.y;
+  Decoder<T> decoder;
+  decoder.start(p.weight.table);
+  Group<T, Decoder, kRealZeros> group;
+  group.start();
+  const auto* words = static_cast<const unsigned char*>(p.weight.words) +
+                      (tile * p.chunks + chunk) * kUnits * kUnitBytes + lane * 16;
+  // 16 rows of eight pieces of 16 bytes, swizzled so that neither side conflicts.
+  unsigned char* shared = ptx::shared_memory() + warp * kTileBytes;
+  uint4 held = {0, 0, 0, 0};
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    if (step % (4 / kUnits) == 0) {
+      held = ptx::load_global<uint4>(words + step * kUnits / 4 * kUnitBytes);
+    }
+    const int64_t column = static_cast<int64_t>(chunk) * kChunkColumns + step * kStepColumns;
+    const int64_t own = column / p.weight.group_size;
+    const int64_t g = own < p.groups ? own : p.groups - 1;
+    const int64_t index = g * p.rows + tile * kTileRows + lane / 4 * 2;
+    group.template load<true>(
+        p.weight, static_cast<const unsigned char*>(p.weight.scales) + index * p.scale_bytes,
+        static_cast<const unsigned char*>(p.weight.zeros) + index * p.zero_bytes);
+    const uint32_t all[4] = {held.x, held.y, held.z, held.w};
+    uint32_t pairs[4];
+    group.weights(decoder, all + (kUnits == 1 ? step : step % 2 * 2), pairs);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const int row = lane / 4 + pair % 2 * 8, piece = step * 2 + pair / 2;
+      ptx::store_shared<uint32_t>(
+          shared + row * 128 + (piece ^ (row & 7)) * 16 + lane % 4 * 4, pairs[pair]);
+    }
+  }
+  ptx::sync_warp();
+  const int64_t n = p.weight.n, k = p.weight.k;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = i * 4 + lane / 8, piece = lane % 8;
+    const int64_t target = tile * kTileRows + row;
+    const int64_t column = static_cast<int64_t>(chunk) * kChunkColumns + piece * 8;
+    const uint4 eight = ptx::load_shared<uint4>(shared + row * 128 + (piece ^ (row & 7)) * 16);
+    if (!ptx::within(target, n)) continue;
+    uint16_t* out = p.out + target * k + column;
+    if (k % 8 == 0) {
+      if (ptx::within(column, k)) ptx::store_global<uint4>(out, eight);
+    } else {
+      const uint32_t four[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (ptx::within(column + j, k)) {
+          ptx::store_global<uint16_t>(out + j, static_cast<uint16_t>(four[j / 2] >> (j % 2 * 16)));
+        }
+      }
+    }
+  }
+}
+
+template <template <class> class Decoder, bool kRealZeros>
+const char* run(const DequantizeParameters& p, FloatType out_type, Stream stream) {
+  dim3 grid;
+  grid.x = static_cast<unsigned>(ceil_div(p.chunks, kWarps));
+  grid.y = static_cast<unsigned>(ceil_div(p.weight.n, kTileRows));
+  constexpr int kThreads = kWarps * kLanes, kShared = kWarps * kTileBytes;
+  return out_type == FloatType::kHalf
+             ? launch(dequantize_kernel<Half, Decoder, kRealZeros>, grid, kThreads, kShared, stream,
+                      p)
+             : launch(dequantize_kernel<Bfloat16, Decoder, kRealZeros>, grid, kThreads, kShared,
+                      stream, p);
+}
+
+}  // namespace
+
+const char* dequantize(const FragmentWeight& weight, void* out, FloatType out_type, Stream stream) {
+  if (weight.n == 0) return nullptr;
+  DequantizeParameters p;
+  p.weight = weight;
+  p.out = static_cast<uint16_t*>(out);
+  p.rows = padded_rows(weight.n);
+  p.chunks = static_cast<int>(ceil_div(weight.k, kChunkColumns));
+  p.groups = static_cast<int>(ceil_div(weight.k, weight.group_size));
+  p.scale_bytes = size_of(weight.scale_type);
+  p.zero_bytes = size_of(weight.zero_type);
+  const bool real = weight.zero_type != ZeroType::kNone && weight.zero_type != ZeroType::kInteger;
+  switch (weight.code) {
+    case WeightCode::kInt4:
+      return real ? run<Int4, true>(p, out_type, stream) : run<Int4, false>(p, out_type, stream);
+    case WeightCode::kInt8:
+      return real ? run<Int8, true>(p, out_type, stream) : run<Int8, false>(p, out_type, stream);
+    case WeightCode::kTable4: return run<Table4, false>(p, out_type, stream);
+    case WeightCode::kFp4E2M1: return run<Fp4E2M1, false>(p, out_type, stream);
+    case WeightCode::kFp8E4M3: return run<Fp8E4M3, false>(p, out_type, stream);
+    default: return run<Fp8E5M2, false>(p, out_type, stream);
+  }
+}
+
+}  // namespace qkernels

@@ -1,0 +1,162 @@
+"""fragment: the layout of the CUDA kernels; weights in the order of a tensor core's A operand.
+
+N is padded to 32 rows and K to 64 columns. A unit is a tile of 16 rows by 64 columns of 4 bits, or
+by 32 columns of 8 bits: 512 bytes, of which each of a warp's 32 lanes takes 16 in one load.
+
+words          int32 [N/16, units, 32, 4]; drawn in csrc/cuda/fragment.cuh and docs/kernels.md
+scales, zeros  [G, N padded]; the rows of a tile in the order 0, 8, 1, 9, ..., 7, 15
+
+Lane 4g + t holds, of each step of 16 columns, rows g and g + 8 and columns 2t, 2t + 1, 2t + 8,
+2t + 9: what mma.m16n8k16 takes of A, and what a warp holds of A for wgmma.m64nNk16.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkernels.errors import WeightError
+from qkernels.layouts.packed import Layout
+from qkernels.scheme import QuantScheme
+
+TILE_ROWS = 16
+CHUNK_COLUMNS = 64
+ROW_MULTIPLE = 32
+_STEP = 16
+
+_LARGEST_ZERO = 128
+"""Up to which code - zero is exact in bf16, where a 4-bit code is held as 128 + code."""
+
+_CODES = {"nf4": "table4", "table": "table4"}
+"""Names of weight types that the kernels know under another one."""
+
+
+def code_name(scheme: QuantScheme) -> str:
+    """What the kernels call the weight type of `scheme`."""
+    return _CODES.get(scheme.weight.name, scheme.weight.name)
+
+
+def padded_rows(n: int) -> int:
+    return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def padded_columns(k: int) -> int:
+    return -(-k // CHUNK_COLUMNS) * CHUNK_COLUMNS
+
+
+def _why_not(scheme: QuantScheme) -> str | None:
+    if scheme.bits not in (4, 8):
+        return f"holds weights of 4 or 8 bits, not of {scheme.bits}"
+    if not scheme.weight_only:
+        return f"is for 16-bit activations, and the scheme has {scheme.activation.dtype} ones"
+    if scheme.scale_levels != "one":
+        return f"holds one level of scales, not {scheme.scale_levels}"
+    if scheme.group_size is not None and scheme.group_size % _STEP:
+        return f"takes groups of a multiple of {_STEP} columns, not of {scheme.group_size}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    """The operators for CUDA tensors, or None where qkernels._C lacks them."""
+    try:
+        importlib.import_module("qkernels._C")
+    except ImportError:
+        return None
+    operators = torch.ops.qkernels_cuda
+    return operators if hasattr(operators, "pack_fragment") else None
+
+
+def _operators(tensor: Tensor) -> Any:
+    return _compiled() if tensor.device.type == "cuda" else None
+
+
+def _allocate(scheme: QuantScheme, n: int, k: int, device: torch.device) -> Tensor:
+    units = padded_columns(k) * scheme.bits // 256
+    shape = (padded_rows(n) // TILE_ROWS, units, 32, 4)
+    return torch.empty(shape, dtype=torch.int32, device=device)
+
+
+def _pack_rows(scheme: QuantScheme, words: Tensor, start: int, codes: Tensor) -> None:
+    operators = _operators(words)
+    (rows, k), bits = codes.shape, scheme.bits
+    # Slices begin at multiples of 256 rows; only the last one has an odd number of them.
+    if operators is not None:
+        n = start + rows if rows % ROW_MULTIPLE else words.shape[0] * TILE_ROWS
+        operators.pack_fragment(codes.contiguous(), None, words, n, k, start, rows, bits, "codes")
+        return
+    tile = start // TILE_ROWS
+    words[tile : tile + padded_rows(rows) // TILE_ROWS] = pack_fragment_torch(codes, bits)
+
+
+def _unpack_rows(scheme: QuantScheme, words: Tensor, start: int, stop: int, k: int) -> Tensor:
+    operators = _operators(words)
+    if operators is not None:
+        n = words.shape[0] * TILE_ROWS
+        return operators.unpack_fragment(words, n, k, start, stop - start, scheme.bits)
+    first, last = start // TILE_ROWS, -(-stop // TILE_ROWS)
+    codes = unpack_fragment_torch(words[first:last], scheme.bits)
+    return codes[start - first * TILE_ROWS : stop - first * TILE_ROWS, :k].contiguous()
+
+
+def pack_fragment_torch(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [N, K] below 2^bits -> int32 words [N/16, units, 32, 4], in plain torch.
+
+    bits is 4 or 8; N and K are padded with zero codes.
+    """
+    n, k = codes.shape
+    codes = F.pad(codes, (0, padded_columns(k) - k, 0, padded_rows(n) - n))
+    steps = 4 if bits == 4 else 2  # of 16 columns, in a unit
+    # [tile, row half, g, unit, step, column half, t, odd]
+    parts = codes.view(-1, 2, 8, padded_columns(k) // (steps * _STEP), steps, 2, 4, 2)
+    if bits == 4:
+        # A word is a step; nibble = row half + 2 * column half + 4 * odd.
+        fields = parts.permute(0, 3, 2, 6, 4, 7, 5, 1).flatten(5)
+    else:
+        # A word is a step's column half; byte = row half + 2 * odd.
+        fields = parts.permute(0, 3, 2, 6, 4, 5, 7, 1).flatten(6).flatten(4, 5)
+    words = torch.zeros(fields.shape[:-1], dtype=torch.int32, device=codes.device)
+    for i in range(32 // bits):
+        words |= fields[..., i].int() << (bits * i)
+    return words.flatten(2, 3)
+
+
+def unpack_fragment_torch(words: Tensor, bits: int) -> Tensor:
+    """int32 words [tiles, units, 32, 4] -> uint8 codes [16 * tiles, K padded], in plain torch."""
+    tiles, units = words.shape[:2]
+    fields = torch.stack(
+        [(words >> (bits * i)) & ((1 << bits) - 1) for i in range(32 // bits)], dim=-1
+    ).to(torch.uint8)
+    if bits == 4:
+        parts = fields.view(tiles, units, 8, 4, 4, 2, 2, 2)  # unit, g, t, step, odd, columns, rows
+        codes = parts.permute(0, 7, 2, 1, 4, 6, 3, 5)
+    else:
+        parts = fields.view(tiles, units, 8, 4, 2, 2, 2, 2)  # unit, g, t, step, columns, odd, rows
+        codes = parts.permute(0, 7, 2, 1, 4, 5, 3, 6)
+    return codes.reshape(tiles * TILE_ROWS, -1)
+
+
+def _store_groups(scheme: QuantScheme, n: int, values: Tensor) -> Tensor:
+    is_zeros = values.dtype == torch.uint8
+    if is_zeros and scheme.bits == 4 and values.numel() and int(values.max()) > _LARGEST_ZERO:
+        raise WeightError(
+            f"zero points of 4-bit weights go up to {_LARGEST_ZERO}, got {int(values.max())}"
+        )
+    rows = values.expand(n, -1) if scheme.per_tensor else values
+    rows = F.pad(rows, (0, 0, 0, padded_rows(n) - n))
+    return rows.t().unflatten(1, (-1, 2, 8)).transpose(2, 3).flatten(1).contiguous()
+
+
+def _load_groups(scheme: QuantScheme, n: int, stored: Tensor) -> Tensor:
+    rows = stored.unflatten(1, (-1, 8, 2)).transpose(2, 3).flatten(1).t()
+    return rows[:1, :1].contiguous() if scheme.per_tensor else rows[:n].contiguous()
+
+
+FRAGMENT = Layout(
+    "fragment", _why_not, _allocate, _pack_rows, _unpack_rows, _store_groups, _load_groups
+)
