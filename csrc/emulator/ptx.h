@@ -24,11 +24,13 @@ namespace qkernels {
 struct Half {
   static uint16_t round(double x) { return emulator::round_to_16<10>(x); }
   static float to_float(uint16_t bits) { return emulator::half_to_float(bits); }
+  static void multiply(void* const* operands) { emulator::multiply_half(operands); }
 };
 
 struct Bfloat16 {
   static uint16_t round(double x) { return emulator::round_to_16<7>(x); }
   static float to_float(uint16_t bits) { return emulator::bfloat16_to_float(bits); }
+  static void multiply(void* const* operands) { emulator::multiply_bfloat16(operands); }
 };
 
 namespace ptx {
@@ -115,7 +117,7 @@ template <class T>
 QK_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                             uint32_t b1 QK_AND_SITE) {
   emulator::MmaOperands operands{c, a, {b0, b1}};
-  emulator::meet_warp(emulator::Kind::kMma, &operands, emulator::multiply_fragments<T>, place);
+  emulator::meet_warp(emulator::Kind::kMma, &operands, T::multiply, place);
 }
 
 QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row QK_AND_SITE) {

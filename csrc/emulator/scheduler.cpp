@@ -45,11 +45,12 @@ class Random {
     return static_cast<uint32_t>(static_cast<uint64_t>(next()) * limit >> 32);
   }
 
-  // One of the bits that are set, not quite evenly.
+  // One of the bits that are set.
   int bit_of(uint32_t mask) {
-    const int turn = static_cast<int>(next() % 32);
-    const uint32_t turned = turn == 0 ? mask : mask >> turn | mask << (32 - turn);
-    return (__builtin_ctz(turned) + turn) % 32;
+    for (uint32_t k = below(static_cast<uint32_t>(__builtin_popcount(mask))); k > 0; --k) {
+      mask &= mask - 1;
+    }
+    return __builtin_ctz(mask);
   }
 
  private:
