@@ -20,6 +20,8 @@ void qkernels_emulator_register_region(const char* name, const void* begin, size
 
 void qkernels_emulator_require_regions(int required) { emulator::require_regions(required != 0); }
 
+void qkernels_emulator_check_races(int checked) { emulator::check_races(checked != 0); }
+
 const char* qkernels_emulator_counters_json() {
   static std::string text;
   text = emulator::counters_json();

@@ -21,6 +21,10 @@ void qkernels_emulator_register_region(const char* name, const void* begin, size
 // where AddressSanitizer is not there to see it.
 void qkernels_emulator_require_regions(int required);
 
+// Whether two accesses to shared memory in no order, one of them a write, end the launch with an
+// error, even if this run made them in the right order. Off unless asked for.
+void qkernels_emulator_check_races(int checked);
+
 // What the launches since the last reset did: see counters.h.
 //
 //     {"launches", "blocks", "switches": of fibers, "mma", "sync_warp": by warps,

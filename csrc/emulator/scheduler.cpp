@@ -13,6 +13,7 @@
 #include "emulator/builtins.h"
 #include "emulator/counters.h"
 #include "emulator/fiber.h"
+#include "emulator/races.h"
 
 // What CUDA gives every thread; set at each switch.
 uint3 threadIdx;
@@ -82,6 +83,7 @@ struct Warp {
   const Site* site = nullptr;  // where `waiting` wait
   void* operands[kLanes];
   WarpAccesses accesses;
+  uint32_t barriers = 0;  // in this block
 };
 
 struct Machine {
@@ -101,6 +103,10 @@ struct Machine {
 
   int in_barrier = 0;
   const Site* barrier = nullptr;
+  uint32_t barriers = 0;  // in this block
+
+  Races races;
+  bool races_checked = false;
 
   Random random;
   uint32_t stay = 0;  // out of 2^32: the chance that the warp that runs goes on
@@ -191,6 +197,18 @@ Site& pass(Kind kind, int bytes, Place place) {
   return site;
 }
 
+void check_race(const Site& site, const void* address, int bytes, bool write) {
+  if (!machine.races_checked) return;
+  const auto offset =
+      static_cast<uint32_t>(static_cast<const unsigned char*>(address) - machine.shared);
+  const Moment now{running->index, machine.barriers, warp_of(*running).barriers};
+  const std::string race = machine.races.access(site, now, offset, bytes, write);
+  if (!race.empty()) {
+    fail(site, std::string(write ? "writes" : "reads") + " offset " + std::to_string(offset) +
+                   " of shared memory, with no barrier after it was " + race);
+  }
+}
+
 void land(Thread& thread, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     const Copy& copy = thread.copies[i];
@@ -198,6 +216,7 @@ void land(Thread& thread, size_t count) {
     if (copy.global != nullptr && std::memcmp(copy.bytes, copy.global, sizeof(copy.bytes)) != 0) {
       fail(*copy.site, "the source changed while the copy was under way");
     }
+    check_race(*copy.site, copy.shared, 16, true);
     std::memcpy(copy.shared, copy.bytes, sizeof(copy.bytes));
   }
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<ptrdiff_t>(count));
@@ -206,6 +225,7 @@ void land(Thread& thread, size_t count) {
 void finish_barrier() {
   for (int w = 0; w * kLanes < machine.threads; ++w) count_accesses(machine.warps[w].accesses);
   ++totals().sync_threads;
+  ++machine.barriers;
   machine.in_barrier = 0;
   for (int t = 0; t < machine.threads; ++t) {
     Thread& thread = machine.pool[static_cast<size_t>(t)];
@@ -215,6 +235,10 @@ void finish_barrier() {
 
 void finish_meeting(Warp& warp, uint32_t but) {
   count_accesses(warp.accesses);
+  if (warp.site->kind == Kind::kSyncWarp) {
+    ++totals().sync_warp;
+    ++warp.barriers;
+  }
   const int first = static_cast<int>(&warp - machine.warps) * kLanes;
   for (uint32_t rest = warp.waiting & ~but; rest != 0; rest &= rest - 1) {
     make_ready(machine.pool[static_cast<size_t>(first + __builtin_ctz(rest))]);
@@ -231,7 +255,6 @@ void leave_block(Thread& thread) {
   if (machine.cancelled) return;
   if (warp.waiting != 0 && warp.waiting == warp.lanes) {
     if (warp.site->kind == Kind::kSyncWarp) {
-      ++totals().sync_warp;
       finish_meeting(warp, 0);
     } else {
       set_error(describe(*warp.site) + ": " + describe(thread) +
@@ -293,10 +316,12 @@ void start_block() {
   machine.stay = kStay[machine.random.below(4)];
   machine.ready_warps = 0;
   machine.in_barrier = 0;
+  machine.barriers = 0;
+  if (machine.races_checked) machine.races.start_block(machine.shared_bytes);
   machine.alive = machine.threads;
   machine.until_switch = 1 + machine.random.below(2 * kAccessesPerSwitch);
   for (Warp& warp : machine.warps) {
-    warp.lanes = warp.ready = warp.waiting = 0;
+    warp.lanes = warp.ready = warp.waiting = warp.barriers = 0;
     for (auto& accesses : warp.accesses) accesses.clear();
   }
   for (int t = 0; t < machine.threads; ++t) {
@@ -420,6 +445,8 @@ void set_seed(uint64_t seed) { machine.random = Random(seed); }
 
 void require_regions(bool required) { machine.regions_required = required; }
 
+void check_races(bool checked) { machine.races_checked = checked; }
+
 unsigned char* shared_memory() { return machine.shared; }
 
 void fail(const Site& site, const std::string& what) {
@@ -431,6 +458,7 @@ void before_shared(Kind kind, const void* address, int bytes, Place place) {
   Site& site = pass(kind, bytes, place);
   record(site, nullptr, checked_shared(site, address, bytes));
   if (kind != Kind::kLdmatrix) maybe_give_way();
+  check_race(site, address, bytes, kind == Kind::kStoreShared);
 }
 
 void before_global(Kind kind, const void* address, int bytes, Place place) {
@@ -454,6 +482,8 @@ void copy_async_16(void* shared, const void* global, bool valid, Place place) {
     // Read now, so that AddressSanitizer's report names this call, and again when it lands.
     std::memcpy(copy.bytes, global, sizeof(copy.bytes));
   }
+  // The hardware writes at any time from now on until it lands.
+  check_race(site, shared, 16, true);
   record(site, copy.global, offset);
   running->copies.push_back(copy);
   maybe_give_way();
@@ -493,7 +523,6 @@ void meet_warp(Kind kind, void* operands, void (*work)(void* const* operands_of_
   warp.waiting |= lane_bit(*running);
   if (warp.waiting != warp.lanes) return wait_at(site);
   if (kind == Kind::kMma) ++totals().mma;
-  if (kind == Kind::kSyncWarp) ++totals().sync_warp;
   if (work != nullptr) work(warp.operands);
   finish_meeting(warp, lane_bit(*running));
 }

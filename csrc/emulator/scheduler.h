@@ -28,6 +28,7 @@ const char* run_grid(Index3 grid, int threads, int shared_bytes, void (*call)(co
 
 void set_seed(uint64_t seed);
 void require_regions(bool required);
+void check_races(bool checked);
 
 // What follows is called by a thread of a kernel.
 

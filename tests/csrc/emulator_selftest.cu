@@ -77,6 +77,27 @@ QK_KERNEL void changed_source_kernel(Arguments arguments) {
   ptx::copy_async_wait<0>();
 }
 
+// Right in mode 0: a word goes from thread to thread of a warp, then of the block, and is
+// overwritten only after all have read it; a mode takes one of the barriers away.
+QK_KERNEL void barriers_kernel(Arguments arguments) {
+  auto* shared = reinterpret_cast<uint16_t*>(ptx::shared_memory());
+  const int t = thread_index(), last = static_cast<int>(blockDim.x) - 1;
+  ptx::store_shared<uint16_t>(shared + t, uint16_t{1});
+  if (arguments.mode != 1) ptx::sync_warp();
+  uint32_t sum = ptx::load_shared<uint16_t>(shared + (t ^ 31));
+  if (arguments.mode != 2) ptx::sync_warp();
+  ptx::store_shared<uint16_t>(shared + (t ^ 2), uint16_t{2});
+  if (arguments.mode != 3) ptx::sync_threads();
+  sum += ptx::load_shared<uint32_t>(shared + (last - t) / 2 * 2);
+  if (arguments.mode != 4) ptx::sync_threads();
+  ptx::copy_async_16(shared + t * 8, arguments.in, true);
+  ptx::copy_async_commit();
+  ptx::copy_async_wait<0>();
+  if (arguments.mode != 5) ptx::sync_threads();
+  sum += ptx::load_shared<uint4>(shared + (last - t) * 8).x;
+  ptx::store_global(arguments.out + t, sum);
+}
+
 // The order in which blocks and threads come.
 QK_KERNEL void order_kernel(Arguments arguments) {
   const uint32_t place = ptx::atomic_add(arguments.out, 1);
@@ -282,6 +303,7 @@ constexpr Case kCases[] = {
     {"warp_neighbour", warp_neighbour_kernel},
     {"copy", copy_kernel},
     {"changed_source", changed_source_kernel},
+    {"barriers", barriers_kernel},
     {"order", order_kernel},
     {"deadlock", deadlock_kernel},
     {"address", address_kernel},
@@ -364,6 +386,7 @@ int run(int argc, char** argv) {
       qkernels_emulator_register_region("out", out.get(), words * 4);
     }
     qkernels_emulator_require_regions(static_cast<int>(number("require", "0")));
+    qkernels_emulator_check_races(static_cast<int>(number("races", "0")));
     if (kind != nullptr) {
       qkernels_emulator_disable_site(kind, text("file", "emulator_selftest.cu"),
                                      static_cast<int>(number("line", "0")));

@@ -262,6 +262,26 @@ def test_a_missing_barrier_shows(emulator: Emulator) -> None:
     assert any(wrong)
 
 
+@pytest.mark.parametrize(
+    ("mode", "second", "first"),
+    [
+        (1, "load_shared", "store_shared"),
+        (2, "store_shared", "load_shared"),
+        (3, "load_shared", "store_shared"),
+        (4, "copy_async_16", "load_shared"),
+        (5, "load_shared", "copy_async_16"),
+    ],
+)
+def test_races(emulator: Emulator, mode: int, second: str, first: str) -> None:
+    options = {"races": 1, "threads": 64, "shared": 1024, "launches": 4}
+    assert all(launch["error"] == "" for launch in emulator.launches("barriers", **options))
+    for launch in emulator.launches("barriers", mode=mode, **options):
+        error = launch["error"]
+        assert "with no barrier after it was" in error
+        orders = [(second, first), (first, second)]  # a run may come upon either
+        assert any(f"{b} at " in error and f" in {a} at " in error for a, b in orders)
+
+
 def test_the_seed_decides_the_order(emulator: Emulator) -> None:
     options = {"threads": 40, "blocks": 6, "words": 241}
 
