@@ -1,4 +1,8 @@
-"""Triton's interpreter where there is no GPU, and the device that kernels are tested on."""
+"""Triton's interpreter where there is no GPU, and the device that kernels are tested on.
+
+QKERNELS_EMULATOR names the library of emulated CUDA kernels that csrc/emulator/build.py makes; with
+it, their rows can run, and so the tests of every kernel run over them too.
+"""
 
 import os
 
@@ -8,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if "QKERNELS_EMULATOR" in os.environ:
+    torch.ops.load_library(os.environ["QKERNELS_EMULATOR"])
 
 
 @pytest.fixture

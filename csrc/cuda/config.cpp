@@ -21,7 +21,10 @@ int64_t stage_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
 
 int64_t group_slots(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   const int64_t groups = parts(p.k, p.group_size);
-  return std::min(groups, parts(int64_t{c.stages} * c.stage_columns(), p.group_size) + 1);
+  const int64_t touched = parts(int64_t{c.stages} * c.stage_columns(), p.group_size) + 1;
+  // An even number: integer zero points of 64 rows fill half of the banks, and those of two groups
+  // that are copied together must not fall on the same half where the slots start over.
+  return groups == 1 ? 1 : parts(std::min(groups, touched), 2) * 2;
 }
 
 int64_t shared_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
@@ -47,9 +50,7 @@ const char* why_not(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
     return "a block computes 8, 16, 32 or 64 tokens";
   }
   if (c.stages < 2 || c.stages > kMostStages) return "the pipeline has 2 to 6 stages";
-  if (c.split_k < 1 || c.split_k > parts(p.k, kChunk)) {
-    return "K is split into 1 part or more, each of 64 columns or more";
-  }
+  if (c.split_k < 1) return "K is split into 1 part or more";
   if (shared_bytes(p, c) > p.shared_bytes) return "a block does not fit the shared memory";
   return nullptr;
 }

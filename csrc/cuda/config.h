@@ -20,7 +20,7 @@ struct WeightOnlyProblem {
 // the weight, over a part of K.
 struct WeightOnlyConfig {
   int tokens;   // 8, 16, 32 or 64
-  int split_k;  // parts of K, each of another block
+  int split_k;  // parts of K, each of another block; at most as many as there are stages
   int stages;   // of the pipeline that brings weights and activations to shared memory
 
   // Warps side by side along N and along K: more along K for few tokens, where a block would

@@ -196,8 +196,8 @@ struct Fp8 {
     constexpr int kBias = (1 << (kExponentBits - 1)) - 1;
     constexpr int kShift = (kIsHalf<T> ? 15 : 127) - kBias;
     // 2^kShift, as a number of type T.
-    constexpr uint32_t kPower =
-        kIsHalf<T> ? static_cast<uint32_t>(kShift + 15) << 10 : static_cast<uint32_t>(kShift + 127) << 7;
+    constexpr uint32_t kPower = kIsHalf<T> ? static_cast<uint32_t>(kShift + 15) << 10
+                                           : static_cast<uint32_t>(kShift + 127) << 7;
     constexpr uint32_t kMagnitude = (0x7f00u >> kWiden) * 0x10001u;
 #pragma unroll
     for (int p = 0; p < 4; ++p) {

@@ -1,7 +1,7 @@
 // w [N, K] of 16 bits from the fragment layout, for products that a dense GEMM does better.
 //
-// A warp turns a tile of 16 rows by 64 columns at a time: decoded as weight_only_mma does, turned in
-// shared memory, and stored in rows of 128 bytes.
+// A warp turns a tile of 16 rows by 64 columns at a time: decoded as weight_only_mma does, turned
+// in shared memory, and stored in rows of 128 bytes.
 
 #include "cuda/groups.cuh"
 
@@ -53,8 +53,8 @@ QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) 
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       const int row = lane / 4 + pair % 2 * 8, piece = step * 2 + pair / 2;
-      ptx::store_shared<uint32_t>(
-          shared + row * 128 + (piece ^ (row & 7)) * 16 + lane % 4 * 4, pairs[pair]);
+      ptx::store_shared<uint32_t>(shared + row * 128 + (piece ^ (row & 7)) * 16 + lane % 4 * 4,
+                                  pairs[pair]);
     }
   }
   ptx::sync_warp();
@@ -87,11 +87,10 @@ const char* run(const DequantizeParameters& p, FloatType out_type, Stream stream
   grid.x = static_cast<unsigned>(ceil_div(p.chunks, kWarps));
   grid.y = static_cast<unsigned>(ceil_div(p.weight.n, kTileRows));
   constexpr int kThreads = kWarps * kLanes, kShared = kWarps * kTileBytes;
-  return out_type == FloatType::kHalf
-             ? launch(dequantize_kernel<Half, Decoder, kRealZeros>, grid, kThreads, kShared, stream,
-                      p)
-             : launch(dequantize_kernel<Bfloat16, Decoder, kRealZeros>, grid, kThreads, kShared,
-                      stream, p);
+  return out_type == FloatType::kHalf ? launch(dequantize_kernel<Half, Decoder, kRealZeros>, grid,
+                                               kThreads, kShared, stream, p)
+                                      : launch(dequantize_kernel<Bfloat16, Decoder, kRealZeros>,
+                                               grid, kThreads, kShared, stream, p);
 }
 
 }  // namespace

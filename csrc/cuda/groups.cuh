@@ -13,9 +13,10 @@ namespace qkernels {
 constexpr int size_of(FloatType type) { return type == FloatType::kFloat ? 4 : 2; }
 
 constexpr int size_of(ZeroType type) {
-  return type == ZeroType::kNone ? 0 : type == ZeroType::kInteger ? 1
-                                   : type == ZeroType::kFloat     ? 4
-                                                                  : 2;
+  return type == ZeroType::kNone      ? 0
+         : type == ZeroType::kInteger ? 1
+         : type == ZeroType::kFloat   ? 4
+                                      : 2;
 }
 
 // Two numbers side by side in shared (or, with kGlobal, global) memory, as fp32.

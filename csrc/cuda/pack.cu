@@ -1,6 +1,7 @@
 // Codes, AWQ words and GPTQ words into the fragment layout, and back to codes.
 //
-// A thread writes one word of the layout, or one code: packing happens once, when a model is loaded.
+// A thread writes one word of the layout, or one code: packing happens once, when a model is
+// loaded.
 
 #include "cuda/fragment.cuh"
 #include "cuda/weight_only.h"
@@ -15,7 +16,7 @@ struct PackParameters {
   const unsigned char* source;
   const int32_t* perm;
   uint32_t* words;
-  int64_t n, k, k_padded, first_row, rows, count;  // count: words to write
+  int64_t n, k, k_padded, first_row, rows;
 };
 
 // Code of row n (counted from first_row for kCodes) and column k of the source.
@@ -40,8 +41,8 @@ QK_DEVICE uint32_t code_at(const PackParameters& p, int64_t n, int64_t k) {
 template <CodeSource kSource, int kBits>
 QK_KERNEL void pack_kernel(const QK_GRID_CONSTANT PackParameters p) {
   constexpr int kColumns = kUnitColumns<kBits>;
+  // Whole blocks: 32 rows by 64 columns are a multiple of kThreads words.
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (!ptx::within(i, p.count)) return;
   // The inverse of fragment_place.
   const int64_t word = i + p.first_row / kTileRows * (p.k_padded / kColumns) * kLanes * 4;
   const int lane = static_cast<int>(word / 4 % kLanes);
@@ -101,9 +102,10 @@ const char* pack_fragment(const PackArguments& arguments, Stream stream) {
   p.k_padded = padded_columns(a.k);
   p.first_row = a.first_row;
   p.rows = a.rows;
-  p.count = padded_rows(a.rows) * p.k_padded * a.bits / 32;
+  const int64_t words = padded_rows(a.rows) * p.k_padded * a.bits / 32;
+  static_assert(kRowMultiple * kChunkColumns * 4 / 32 % kThreads == 0);
   const auto start = [&](void (*kernel)(PackParameters)) {
-    return launch(kernel, blocks(p.count), kThreads, 0, stream, p);
+    return launch(kernel, blocks(words), kThreads, 0, stream, p);
   };
   if (a.kind == CodeSource::kAwq) return start(pack_kernel<CodeSource::kAwq, 4>);
   if (a.kind == CodeSource::kGptq) {
@@ -114,8 +116,8 @@ const char* pack_fragment(const PackArguments& arguments, Stream stream) {
                      : start(pack_kernel<CodeSource::kCodes, 8>);
 }
 
-const char* unpack_fragment(const void* words, uint8_t* codes, int64_t k,
-                            int64_t first_row, int64_t rows, int bits, Stream stream) {
+const char* unpack_fragment(const void* words, uint8_t* codes, int64_t k, int64_t first_row,
+                            int64_t rows, int bits, Stream stream) {
   if (rows == 0) return nullptr;
   UnpackParameters p;
   p.words = static_cast<const uint32_t*>(words);

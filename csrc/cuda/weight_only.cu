@@ -13,9 +13,10 @@ const char* launch_zeros(const WeightOnlyParameters& parameters, FloatType x_typ
                          dim3 grid, int shared_bytes, Stream stream) {
   const ZeroType zeros = parameters.weight.zero_type;
   const bool real = zeros != ZeroType::kNone && zeros != ZeroType::kInteger;
-  return real ? launch_decoder<Decoder, true>(parameters, x_type, tokens, grid, shared_bytes, stream)
-              : launch_decoder<Decoder, false>(parameters, x_type, tokens, grid, shared_bytes,
-                                               stream);
+  return real
+             ? launch_decoder<Decoder, true>(parameters, x_type, tokens, grid, shared_bytes, stream)
+             : launch_decoder<Decoder, false>(parameters, x_type, tokens, grid, shared_bytes,
+                                              stream);
 }
 
 }  // namespace
@@ -63,10 +64,8 @@ const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOn
   const int shared = static_cast<int>(shared_bytes(problem, config));
   const FloatType type = arguments.x_type;
   switch (weight.code) {
-    case WeightCode::kInt4:
-      return launch_zeros<Int4>(p, type, config.tokens, grid, shared, stream);
-    case WeightCode::kInt8:
-      return launch_zeros<Int8>(p, type, config.tokens, grid, shared, stream);
+    case WeightCode::kInt4: return launch_zeros<Int4>(p, type, config.tokens, grid, shared, stream);
+    case WeightCode::kInt8: return launch_zeros<Int8>(p, type, config.tokens, grid, shared, stream);
     case WeightCode::kTable4:
       return launch_decoder<Table4, false>(p, type, config.tokens, grid, shared, stream);
     case WeightCode::kFp4E2M1:

@@ -29,11 +29,11 @@ enum class ZeroType : int { kNone, kInteger, kHalf, kBfloat16, kFloat };
 // A weight [n, k] in the fragment layout (fragment.cuh).
 struct FragmentWeight {
   const void* words;
-  const void* scales;   // [groups, padded_rows(n)] of scale_type
-  const void* zeros;    // the same shape, or null
-  const float* table;   // 16 numbers of WeightCode::kTable4, else null
+  const void* scales;  // [groups, padded_rows(n)] of scale_type
+  const void* zeros;   // the same shape, or null
+  const float* table;  // 16 numbers of WeightCode::kTable4, else null
   int64_t n, k;
-  int64_t group_size;   // a multiple of 16, or k where one group spans all of it
+  int64_t group_size;  // a multiple of 16, or k where one group spans all of it
   WeightCode code;
   FloatType scale_type;
   ZeroType zero_type;
@@ -69,9 +69,9 @@ enum class CodeSource : int {
 
 struct PackArguments {
   const void* source;
-  const int32_t* perm;  // column j of the layout is column perm[j] of the source; or null
-  void* words;          // the whole weight's
-  int64_t n, k;         // of the whole weight
+  const int32_t* perm;      // column j of the layout is column perm[j] of the source; or null
+  void* words;              // the whole weight's
+  int64_t n, k;             // of the whole weight
   int64_t first_row, rows;  // what to pack; first_row a multiple of 32; kCodes holds just these
   int bits;
   CodeSource kind;
@@ -80,7 +80,7 @@ struct PackArguments {
 const char* pack_fragment(const PackArguments& arguments, Stream stream);
 
 // codes uint8 [rows, k] of the rows from first_row on, any row.
-const char* unpack_fragment(const void* words, uint8_t* codes, int64_t k,
-                            int64_t first_row, int64_t rows, int bits, Stream stream);
+const char* unpack_fragment(const void* words, uint8_t* codes, int64_t k, int64_t first_row,
+                            int64_t rows, int bits, Stream stream);
 
 }  // namespace qkernels

@@ -1,4 +1,5 @@
-// Y^T = W X^T on tensor cores, with W dequantized in registers: y [M, N] = x [M, K] @ w [N, K].T + b
+// Y^T = W X^T on tensor cores, with W dequantized in registers: y [M, N] = x [M, K] @ w [N, K].T +
+// b
 //
 // The weight is the A operand of mma.m16n8k16, so that a single token costs eight columns and not
 // sixteen rows, and the tokens fill the N side in tiles of 8.
@@ -85,8 +86,7 @@ class WeightOnlyBlock {
       ptx::copy_async_commit();
       multiply(step);
     }
-    ptx::copy_async_wait<0>();
-    ptx::sync_threads();  // the sums take the place of the stages
+    ptx::sync_threads();  // the sums take the place of the stages, whose copies all have landed
     finish();
   }
 
@@ -188,7 +188,8 @@ class WeightOnlyBlock {
 #pragma unroll
       for (int tile = 0; tile < kTilesPerWarp; ++tile) {
         if (half == 0 || kUnits == 2) {
-          held[tile] = ptx::load_shared<uint4>(words(step, tile) + half * (kUnits - 1) * kUnitBytes);
+          held[tile] =
+              ptx::load_shared<uint4>(words(step, tile) + half * (kUnits - 1) * kUnitBytes);
         }
       }
 #pragma unroll
@@ -270,7 +271,7 @@ class WeightOnlyBlock {
 
   // The last block of the tile to get here adds the sums of all.
   QK_DEVICE void add_partials(int64_t tile, const float* partials) {
-    ptx::thread_fence();   // this block's sums before its count
+    ptx::thread_fence();  // this block's sums before its count
     ptx::sync_threads();
     auto* arrived = sum_at(kWarpsK, 0, 0);  // behind the sums
     if (threadIdx.x == 0) {
@@ -382,10 +383,10 @@ const char* launch_type(const WeightOnlyParameters& parameters, int tokens, dim3
 template <template <class> class Decoder, bool kRealZeros>
 const char* launch_decoder(const WeightOnlyParameters& parameters, FloatType x_type, int tokens,
                            dim3 grid, int shared_bytes, Stream stream) {
-  return x_type == FloatType::kHalf
-             ? launch_type<Half, Decoder, kRealZeros>(parameters, tokens, grid, shared_bytes, stream)
-             : launch_type<Bfloat16, Decoder, kRealZeros>(parameters, tokens, grid, shared_bytes,
-                                                          stream);
+  return x_type == FloatType::kHalf ? launch_type<Half, Decoder, kRealZeros>(
+                                          parameters, tokens, grid, shared_bytes, stream)
+                                    : launch_type<Bfloat16, Decoder, kRealZeros>(
+                                          parameters, tokens, grid, shared_bytes, stream);
 }
 
 }  // namespace qkernels

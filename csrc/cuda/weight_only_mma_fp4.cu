@@ -3,6 +3,6 @@
 namespace qkernels {
 
 template const char* launch_decoder<Fp4E2M1, false>(const WeightOnlyParameters&, FloatType, int,
-                                                 dim3, int, Stream);
+                                                    dim3, int, Stream);
 
 }  // namespace qkernels

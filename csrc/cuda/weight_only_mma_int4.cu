@@ -2,7 +2,7 @@
 
 namespace qkernels {
 
-template const char* launch_decoder<Int4, false>(const WeightOnlyParameters&, FloatType, int,
-                                                 dim3, int, Stream);
+template const char* launch_decoder<Int4, false>(const WeightOnlyParameters&, FloatType, int, dim3,
+                                                 int, Stream);
 
 }  // namespace qkernels

@@ -16,8 +16,8 @@ from qkernels.layouts import FRAGMENT, PackedWeight, code_name
 from qkernels.weight import codebook
 
 MOST_ROWS = 256
-"""Rows up to which the fused kernel runs; more are dequantized and left to cuBLAS, whose tensor-core
-instructions are faster on large tiles. Not measured on a GPU."""
+"""Rows up to which the fused kernel runs; more are dequantized and left to cuBLAS, whose
+tensor-core instructions are faster on large tiles. Not measured on a GPU."""
 
 _INVARIANT_ROWS = 64
 """The number of rows whose schedule serves every M where results must not depend on M."""

@@ -174,8 +174,7 @@ at::Tensor weight_only_mma_op(const at::Tensor& x, const at::Tensor& words,
   if (config.split_k > 1) {
     scratch = scope.scratch(x, partial_bytes(problem, config), counter_bytes(problem, config));
     arguments.partials = scratch.partials.mutable_data_ptr<float>();
-    arguments.counters =
-        reinterpret_cast<uint32_t*>(scratch.counters.mutable_data_ptr<int32_t>());
+    arguments.counters = reinterpret_cast<uint32_t*>(scratch.counters.mutable_data_ptr<int32_t>());
   }
   arguments.x = x.const_data_ptr();
   arguments.x_stride = x.stride(0);
@@ -193,22 +192,23 @@ at::Tensor dequantize_op(const at::Tensor& words, const at::Tensor& scales,
                          int64_t group_size, std::string_view code, at::ScalarType dtype) {
   const FragmentWeight weight =
       fragment_weight(words, scales, zeros, table, n, k, group_size, code);
-  TORCH_CHECK_VALUE(dtype == at::kHalf || dtype == at::kBFloat16, "dtype must be fp16 or bf16, got ",
-                    dtype);
+  TORCH_CHECK_VALUE(dtype == at::kHalf || dtype == at::kBFloat16,
+                    "dtype must be fp16 or bf16, got ", dtype);
   const DeviceScope scope(words);
   at::Tensor out = at::empty({n, k}, words.options().dtype(dtype));
   succeed(dequantize(weight, out.mutable_data_ptr(), float_type("out", out), scope.stream()));
   return out;
 }
 
-// Packs rows [first_row, first_row + rows) of an [n, k] weight into `words`, from `source` as `kind`
-// says: "codes" (uint8 [rows, k]), "awq" or "gptq" (the int32 words of the whole weight).
+// Packs rows [first_row, first_row + rows) of an [n, k] weight into `words`, from `source` as
+// `kind` says: "codes" (uint8 [rows, k]), "awq" or "gptq" (the int32 words of the whole weight).
 void pack_op(const at::Tensor& source, const std::optional<at::Tensor>& perm, at::Tensor words,
              int64_t n, int64_t k, int64_t first_row, int64_t rows, int64_t bits,
              std::string_view kind) {
   TORCH_CHECK_VALUE(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
   TORCH_CHECK_VALUE(first_row >= 0 && first_row % kRowMultiple == 0 && rows >= 0 &&
-                        first_row + rows <= n && (first_row + rows == n || rows % kRowMultiple == 0),
+                        first_row + rows <= n &&
+                        (first_row + rows == n || rows % kRowMultiple == 0),
                     "rows ", first_row, " to ", first_row + rows, " of ", n,
                     " do not begin and end at a multiple of ", kRowMultiple);
   check_words(words, n, k, static_cast<int>(bits));
@@ -225,8 +225,9 @@ void pack_op(const at::Tensor& source, const std::optional<at::Tensor>& perm, at
                       source.scalar_type());
     if (kind == "awq") {
       arguments.kind = CodeSource::kAwq;
-      TORCH_CHECK_VALUE(bits == 4 && n % 8 == 0, "awq words hold 4 bits and N a multiple of 8, got ",
-                        bits, " bits and N = ", n);
+      TORCH_CHECK_VALUE(bits == 4 && n % 8 == 0,
+                        "awq words hold 4 bits and N a multiple of 8, got ", bits,
+                        " bits and N = ", n);
       check("awq words", source, words, {k, n / 8});
     } else {
       arguments.kind = CodeSource::kGptq;
@@ -254,8 +255,8 @@ void pack_op(const at::Tensor& source, const std::optional<at::Tensor>& perm, at
 at::Tensor unpack_op(const at::Tensor& words, int64_t n, int64_t k, int64_t first_row, int64_t rows,
                      int64_t bits) {
   TORCH_CHECK_VALUE(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
-  TORCH_CHECK_VALUE(first_row >= 0 && rows >= 0 && first_row + rows <= n, "rows ", first_row, " to ",
-                    first_row + rows, " are not in 0 to ", n);
+  TORCH_CHECK_VALUE(first_row >= 0 && rows >= 0 && first_row + rows <= n, "rows ", first_row,
+                    " to ", first_row + rows, " are not in 0 to ", n);
   check_words(words, n, k, static_cast<int>(bits));
   const DeviceScope scope(words);
   at::Tensor codes = at::empty({rows, k}, words.options().dtype(at::kByte));
@@ -300,8 +301,7 @@ TORCH_LIBRARY(QKERNELS_LIBRARY, m) {
       "choose_config(int m, int n, int k, int group_size, int bits, int scale_bytes, "
       "int zero_bytes, int multiprocessors, int shared_bytes) -> (int, int, int, int)",
       &choose_config_op);
-  m.def(
-      "unpack_fragment(Tensor words, int n, int k, int first_row, int rows, int bits) -> Tensor");
+  m.def("unpack_fragment(Tensor words, int n, int k, int first_row, int rows, int bits) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(QKERNELS_LIBRARY, QKERNELS_DISPATCH_KEY, m) {

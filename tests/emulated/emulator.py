@@ -1,0 +1,90 @@
+"""The emulator's C interface (csrc/emulator/emulator.h) for tests, and what their modules share."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from qkernels.backends.cuda import emulator_is_loaded
+from qkernels.layouts import FRAGMENT, PackedWeight, code_name
+from qkernels.weight import codebook
+
+needs_emulator = pytest.mark.skipif(
+    not emulator_is_loaded(), reason="the emulator is not loaded: run make emulated"
+)
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    found = ctypes.CDLL(os.environ["QKERNELS_EMULATOR"])
+    for name in ("counters", "sites"):
+        getattr(found, f"qkernels_emulator_{name}_json").restype = ctypes.c_char_p
+    return found
+
+
+def set_seed(seed: int) -> None:
+    """Draws the order of blocks and threads anew."""
+    library().qkernels_emulator_set_seed(ctypes.c_uint64(seed))
+
+
+@contextmanager
+def counted(**regions: torch.Tensor) -> Iterator[dict[str, Any]]:
+    """Counts what the launches inside do; the dictionary is filled when the block ends."""
+    library().qkernels_emulator_reset()
+    for name, tensor in regions.items():
+        library().qkernels_emulator_register_region(
+            name.encode(), ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
+        )
+    counters: dict[str, Any] = {}
+    yield counters
+    counters.update(json.loads(library().qkernels_emulator_counters_json()))
+
+
+@contextmanager
+def sites() -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Lists where the launches inside called what, by kind."""
+    library().qkernels_emulator_reset()
+    found: dict[str, list[dict[str, Any]]] = {}
+    yield found
+    found.update(json.loads(library().qkernels_emulator_sites_json()))
+
+
+@contextmanager
+def disabled(kind: str, file: str, line: int) -> Iterator[None]:
+    """Makes one barrier, wait or mask do nothing."""
+    library().qkernels_emulator_disable_site(kind.encode(), file.encode(), line)
+    try:
+        yield
+    finally:
+        library().qkernels_emulator_disable_site(None, b"", 0)
+
+
+def product(
+    x: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None = None,
+    **schedule: int,
+) -> torch.Tensor:
+    """weight_only_mma in the emulator, by a schedule (tokens, split_k, stages) or the chosen one."""
+    assert packed.layout is FRAGMENT
+    return torch.ops.qkernels_emulated.weight_only_mma(
+        x, *weight_arguments(packed)[0], bias, *weight_arguments(packed)[1], **schedule
+    )
+
+
+def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    scheme, buffers = packed.scheme, packed.buffers
+    code = code_name(scheme)
+    table = codebook(scheme.weight) if code == "table4" else None
+    return (
+        (buffers["words"], buffers["scales"], buffers.get("zeros"), table),
+        (packed.n, packed.k, scheme.group_length(packed.k), code),
+    )

@@ -1,0 +1,93 @@
+"""What the kernels do to memory, counted in the emulator: performance facts that need no GPU."""
+
+import pytest
+import torch
+
+from qkernels.layouts import FRAGMENT, pack
+from qkernels.quantizers import rtn
+from tests.emulated.emulator import counted, needs_emulator, product, weight_arguments
+
+pytestmark = needs_emulator
+
+N, K = 512, 1024
+BLOCK_ROWS = {8: 64, 16: 64, 32: 128, 64: 256}
+
+
+def measured(text, m, n=N, k=K, **schedule):
+    packed = pack(rtn.quantize(torch.randn(n, k), text), FRAGMENT)
+    x = torch.randn(m, k, dtype=torch.float16)
+    product(x, packed, **schedule)  # makes its scratch, which is not counted
+    regions = {
+        name: packed.buffers[name]
+        for name in ("words", "scales", "zeros")
+        if name in packed.buffers
+    }
+    with counted(x=x, **regions) as counters:
+        product(x, packed, **schedule)
+    return counters
+
+
+@pytest.mark.parametrize("text", ["w4a16-g128", "w4a16-g32-sym", "w8a16-g64", "nf4-g64"])
+@pytest.mark.parametrize(
+    ("m", "tokens", "split_k"), [(1, 8, 1), (1, 8, 2), (13, 16, 2), (32, 32, 4), (64, 64, 2)]
+)
+def test_weights_and_scales_are_read_exactly_once(text, m, tokens, split_k):
+    counters = measured(text, m, tokens=tokens, split_k=split_k, stages=3)
+    for name in ("words", "scales", "zeros"):
+        if name in counters["regions"]:
+            region = counters["regions"][name]
+            assert region["read"]["least"] == region["read"]["most"] == 1, name
+            assert region["read"]["bytes"] == region["bytes"], name
+
+
+def test_scales_that_span_all_of_k_are_read_once_for_each_part_of_it():
+    for split_k in (1, 4):
+        counters = measured("w8a16", 8, tokens=8, split_k=split_k, stages=3)
+        read = counters["regions"]["scales"]["read"]
+        assert read["least"] == read["most"] == split_k
+
+
+@pytest.mark.parametrize(("m", "tokens"), [(8, 8), (16, 16), (32, 32), (64, 64)])
+def test_activations_are_read_once_for_each_block_of_rows(m, tokens):
+    counters = measured("w4a16-g128", m, tokens=tokens, split_k=2, stages=3)
+    read = counters["regions"]["x"]["read"]
+    assert read["least"] == read["most"] == N // BLOCK_ROWS[tokens]
+
+
+@pytest.mark.parametrize("text", ["w4a16-g128", "w8a16-g64"])
+@pytest.mark.parametrize(("m", "tokens"), [(1, 8), (8, 8), (16, 16), (32, 32), (64, 64)])
+def test_every_sector_is_used_and_no_bank_conflicts(text, m, tokens):
+    counters = measured(text, m, tokens=tokens, split_k=2, stages=3)
+    assert counters["copy_async"]["bytes"] == 32 * counters["copy_async"]["sectors"]
+    # The last block of each tile clears its counter: 4 bytes by one thread.
+    tiles = N // BLOCK_ROWS[tokens]
+    stored = counters["global_store"]
+    assert stored["bytes"] - 4 * tiles == 32 * (stored["sectors"] - tiles)
+    for site in counters["sites"]:
+        if "wavefronts" in site:
+            assert site["wavefronts"] == site["ideal_wavefronts"], site
+
+
+@pytest.mark.parametrize(("m", "tokens"), [(8, 8), (16, 16), (32, 32), (64, 64)])
+def test_tensor_core_operations(m, tokens):
+    """One mma for 16 rows, 16 columns and 8 tokens; one ldmatrix for 32 columns and 8 tokens."""
+    counters = measured("w4a16-g128", m, tokens=tokens, split_k=1, stages=3)
+    assert counters["mma"] == N // 16 * (K // 16) * (tokens // 8)
+    # Two tiles of 16 rows share each fragment of x.
+    assert counters["ldmatrix"]["instructions"] == N // 32 * (K // 32) * (tokens // 8)
+
+
+@pytest.mark.parametrize("text", ["w4a16-g128", "w8a16-g64"])
+def test_dequantizing_reads_and_writes_once(text):
+    packed = pack(rtn.quantize(torch.randn(N, K), text), FRAGMENT)
+    tensors, facts = weight_arguments(packed)
+    with counted(words=packed.buffers["words"]) as counters:
+        torch.ops.qkernels_emulated.dequantize(*tensors, *facts, torch.float16)
+    read = counters["regions"]["words"]["read"]
+    assert read["least"] == read["most"] == 1
+    assert (
+        counters["global_store"]["bytes"] == N * K * 2 == 32 * counters["global_store"]["sectors"]
+    )
+    for site in counters["sites"]:
+        if "wavefronts" in site:
+            assert site["wavefronts"] == site["ideal_wavefronts"], site

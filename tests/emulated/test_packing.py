@@ -1,0 +1,93 @@
+"""pack.cu in the emulator: the same words as the layout's plain torch, from codes, AWQ and GPTQ."""
+
+import pytest
+import torch
+
+from qkernels.layouts import fragment
+from tests.emulated.emulator import needs_emulator
+
+pytestmark = needs_emulator
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def random_codes(n, k, bits):
+    return torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
+
+
+def in_words(fields):
+    """[..., count] small integers -> int32 [...], the first in the lowest bits."""
+    bits = 32 // fields.shape[-1]
+    shifts = torch.arange(fields.shape[-1]) * bits
+    return (fields.long() << shifts).sum(-1).to(torch.int32)
+
+
+def pack(source, n, k, bits, kind, perm=None, slices=None):
+    words = torch.empty_like(
+        fragment.pack_fragment_torch(torch.zeros(n, k, dtype=torch.uint8), bits)
+    )
+    words.fill_(-1)
+    for first, last in slices or ((0, n),):
+        part = source[first:last] if kind == "codes" else source
+        torch.ops.qkernels_emulated.pack_fragment(
+            part, perm, words, n, k, first, last - first, bits, kind
+        )
+    return words
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (33, 65), (64, 128), (100, 200)])
+def test_codes(bits, n, k):
+    codes = random_codes(n, k, bits)
+    words = pack(codes, n, k, bits, "codes")
+    assert torch.equal(words, fragment.pack_fragment_torch(codes, bits))
+    for first, last in ((0, n), (n // 2, n), (0, 1)):
+        got = torch.ops.qkernels_emulated.unpack_fragment(words, n, k, first, last - first, bits)
+        assert torch.equal(got, codes[first:last])
+
+
+def test_slices_leave_the_others_alone():
+    codes = random_codes(100, 72, 4)
+    words = pack(codes, 100, 72, 4, "codes", slices=((64, 100), (0, 32), (32, 64)))
+    assert torch.equal(words, fragment.pack_fragment_torch(codes, 4))
+
+
+def test_awq_words():
+    n, k = 48, 80
+    codes = random_codes(n, k, 4)
+    awq = in_words(codes.t().unflatten(1, (-1, 8))[..., list(AWQ_ORDER)]).contiguous()
+    assert torch.equal(pack(awq, n, k, 4, "awq"), fragment.pack_fragment_torch(codes, 4))
+    parts = pack(awq, n, k, 4, "awq", slices=((32, 48), (0, 32)))
+    assert torch.equal(parts, fragment.pack_fragment_torch(codes, 4))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_words_with_activation_order(bits):
+    n, k = 40, 96
+    codes = random_codes(n, k, bits)
+    gptq = in_words(codes.t().unflatten(0, (-1, 32 // bits)).transpose(1, 2)).contiguous()
+    assert torch.equal(pack(gptq, n, k, bits, "gptq"), fragment.pack_fragment_torch(codes, bits))
+    perm = torch.randperm(k)
+    words = pack(gptq, n, k, bits, "gptq", perm.int())
+    assert torch.equal(words, fragment.pack_fragment_torch(codes[:, perm], bits))
+
+
+def test_wrong_input_is_named():
+    codes = random_codes(64, 64, 4)
+    words = fragment.pack_fragment_torch(codes, 4)
+    call = torch.ops.qkernels_emulated.pack_fragment
+    for arguments, message in (
+        ((codes[:16], None, words, 64, 64, 16, 16, 4, "codes"), "multiple of 32"),
+        ((codes, None, words, 64, 64, 32, 64, 4, "codes"), "multiple of 32"),
+        ((codes, None, words, 64, 64, 0, 64, 3, "codes"), "4 or 8, got 3"),
+        ((codes.int(), None, words, 64, 64, 0, 64, 4, "codes"), "uint8"),
+        ((codes[:, :8], None, words, 64, 64, 0, 64, 4, "codes"), "shape"),
+        ((codes, None, words, 96, 64, 0, 64, 4, "codes"), "words must have shape"),
+        ((codes, None, words, 64, 64, 0, 64, 4, "marlin"), "codes, awq or gptq"),
+        ((codes, torch.arange(64), words, 64, 64, 0, 64, 4, "codes"), "perm must be int32"),
+        ((words, None, words, 64, 64, 0, 64, 4, "awq"), r"awq words must have shape \[64, 8\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(*arguments)
+    with pytest.raises(ValueError, match="rows 60 to 70 are not in 0 to 64"):
+        torch.ops.qkernels_emulated.unpack_fragment(words, 64, 64, 60, 10, 4)

@@ -1,0 +1,154 @@
+"""weight_only_mma in the emulator: every schedule, tails, real zero points, determinism, errors."""
+
+import itertools
+
+import pytest
+import torch
+
+from qkernels.layouts import FRAGMENT, pack
+from qkernels.quantizers import rtn
+from qkernels.weight import QuantizedWeight
+from tests.bounds import FROBENIUS_BOUND
+from tests.emulated.emulator import needs_emulator, product, set_seed
+
+pytestmark = needs_emulator
+
+SCHEDULES = [  # tokens, split_k, stages
+    *itertools.product(("w4a16-g32", "w8a16-g48"), (8, 16, 32, 64), (1, 3), (2, 3)),
+    *(("w4a16-g32", *deep) for deep in ((8, 5, 6), (16, 2, 5), (32, 1, 4), (64, 2, 4))),
+]
+
+
+def quantized(n, k, text="w4a16-g64", bias=False):
+    return rtn.quantize(torch.randn(n, k), text, bias=torch.randn(n) if bias else None)
+
+
+def error(y, x, weight):
+    exact = x.double()[:, : weight.k] @ weight.dequantize().double().t()
+    if weight.bias is not None:
+        exact += weight.bias.double()
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(("text", "tokens", "split_k", "stages"), SCHEDULES)
+def test_every_schedule(text, tokens, split_k, stages):
+    schedule = {"tokens": tokens, "split_k": split_k, "stages": stages}
+    for seed, (m, n, k) in enumerate(((1, 33, 72), (9, 130, 1000), (70, 300, 328))):
+        set_seed(seed)
+        weight = quantized(n, k, text)
+        x = torch.randn(m, k, dtype=torch.float16)
+        y = product(x, pack(weight, FRAGMENT), **schedule)
+        assert error(y, x, weight) <= FROBENIUS_BOUND[torch.float16], (m, n, k)
+
+
+@pytest.mark.parametrize("n", [1, 4, 31, 64, 97])
+@pytest.mark.parametrize("k", [8, 64, 136, 513])
+def test_tails(n, k):
+    """Integers, whose sums fp32 holds: the only rounding is that of the result."""
+    for m, dtype in ((1, torch.float16), (8, torch.bfloat16), (17, torch.float16)):
+        base = quantized(n, k, "w4a16-g16")
+        ones = torch.ones_like(base.scales)
+        weight = QuantizedWeight(
+            scheme=base.scheme, codes=base.codes, scales=ones, zeros=base.zeros
+        )
+        x = torch.zeros(m, -(-k // 8) * 8, dtype=dtype)
+        x[:, :k] = torch.randint(-2, 3, (m, k))
+        exact = x[:, :k].float() @ weight.dequantize().t()
+        assert torch.equal(product(x, pack(weight, FRAGMENT)), exact.to(dtype)), m
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("zero_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_real_zero_points(dtype, zero_dtype, bits):
+    n, k = 40, 256
+    base = quantized(n, k, f"w{bits}a16-g64")
+    middle = (1 << bits) / 2
+    for spread in (0.3, 3.0, 0.9 * middle):
+        zeros = (middle + spread * torch.randn(n, k // 64)).to(zero_dtype)
+        weight = QuantizedWeight(
+            scheme=base.scheme, codes=base.codes, scales=base.scales, zeros=zeros
+        )
+        x = torch.randn(5, k, dtype=dtype)
+        y = product(x, pack(weight, FRAGMENT))
+        assert error(y, x, weight) <= FROBENIUS_BOUND[dtype], spread
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_bias_of_every_type(bias_dtype):
+    weight = quantized(70, 128)
+    bias = (100 * torch.randn(70)).to(bias_dtype)
+    x = torch.zeros(3, 128, dtype=torch.bfloat16)
+    y = product(x, pack(weight, FRAGMENT), bias, tokens=8, split_k=2)
+    assert torch.equal(y, bias.to(torch.bfloat16).expand(3, -1))
+
+
+def test_the_same_bits_in_every_order_of_blocks_and_threads():
+    weight, x = quantized(130, 1024), torch.randn(3, 1024, dtype=torch.float16)
+    packed = pack(weight, FRAGMENT)
+    results = []
+    for seed in range(6):
+        set_seed(seed)
+        results.append(product(x, packed, tokens=8, split_k=4, stages=3))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_no_rows():
+    assert product(
+        torch.empty(0, 128, dtype=torch.float16), pack(quantized(8, 128), FRAGMENT)
+    ).shape == (0, 8)
+
+
+def test_wrong_input_is_named():
+    packed = pack(quantized(32, 128), FRAGMENT)
+    x = torch.randn(2, 128, dtype=torch.float16)
+    unaligned = torch.randn(2 * 128 + 1, dtype=torch.float16)[1:].view(2, 128)
+    for bad, message in (
+        (x[:, :64], r"shape \[M, 128\], got \[2, 64\]"),
+        (x.float(), "fp16 or bf16"),
+        (x[0], r"shape \[M, 128\]"),
+        (x.repeat(1, 2)[:, ::2], "contiguous along K"),
+        (unaligned, "unaligned address"),
+        (torch.randn(2, 132, dtype=torch.float16)[:, :128], "aligned to 16 bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            product(bad, packed)
+    for bias, message in (
+        (torch.zeros(31), r"bias must have shape \[32\], got \[31\]"),
+        (torch.zeros(32, dtype=torch.int32), "bias must be fp16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            product(x, packed, bias)
+    wide = pack(quantized(256, 1024, "w8a16-g16"), FRAGMENT)
+    with pytest.raises(ValueError, match="does not fit the shared memory: tokens 64"):
+        product(torch.randn(2, 1024, dtype=torch.float16), wide, tokens=64, stages=6)
+    for schedule, message in (
+        ({"tokens": 24}, "8, 16, 32 or 64 tokens"),
+        ({"tokens": 8, "stages": 7}, "2 to 6 stages"),
+        ({"tokens": 8, "split_k": 0}, "1 part or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            product(x, packed, **schedule)
+
+
+def test_weights_that_do_not_fit_are_named():
+    packed = pack(quantized(32, 128), FRAGMENT)
+    words, scales, zeros = (packed.buffers[name] for name in ("words", "scales", "zeros"))
+    x = torch.randn(2, 128, dtype=torch.float16)
+    call = torch.ops.qkernels_emulated.weight_only_mma
+    for arguments, message in (
+        ((words, scales, zeros, None, None, 64, 128, 64, "int4"), "words must have shape"),
+        ((words, scales, zeros, None, None, 32, 128, 32, "int4"), "scales must have shape"),
+        ((words, scales, zeros, None, None, 32, 128, 24, "int4"), "multiple of 16"),
+        ((words, scales, zeros, None, None, 32, 128, 64, "int5"), "code must be int4"),
+        (
+            (words, scales, zeros, None, None, 32, 128, 64, "table4"),
+            "int4 and int8 codes take zeros",
+        ),
+        ((words, scales, None, None, None, 32, 128, 64, "table4"), "table goes with table4"),
+        ((words.float(), scales, zeros, None, None, 32, 128, 64, "int4"), "words must be int32"),
+        ((words, scales.int(), zeros, None, None, 32, 128, 64, "int4"), "scales must be fp16"),
+        ((words, scales, zeros.int(), None, None, 32, 128, 64, "int4"), "zeros must be uint8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(x, *arguments)
