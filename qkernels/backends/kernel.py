@@ -55,6 +55,7 @@ class Kernel:
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel cannot run `problem`, its layout included; None where it can."""
-        if self.layout is not None and problem.layout not in (None, self.layout):
+        reason = self.why_not(problem)
+        if reason is None and self.layout is not None and problem.layout not in (None, self.layout):
             return f"reads the {self.layout} layout, and the weight is in {problem.layout}"
-        return self.why_not(problem)
+        return reason

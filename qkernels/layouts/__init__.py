@@ -1,6 +1,6 @@
 """Memory orders of kernels. Nothing outside of this package knows bit order."""
 
-from qkernels.layouts.fragment import FRAGMENT, code_name
+from qkernels.layouts.fragment import FRAGMENT, code_name, pack_words
 from qkernels.layouts.packed import (
     BUFFER_NAMES,
     Layout,
@@ -25,6 +25,7 @@ __all__ = [
     "allocate",
     "code_name",
     "pack",
+    "pack_words",
     "plane_height",
     "write_rows",
 ]

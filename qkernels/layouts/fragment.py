@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.errors import WeightError
-from qkernels.layouts.packed import Layout
+from qkernels.layouts.packed import Layout, PackedWeight
 from qkernels.scheme import QuantScheme
 
 TILE_ROWS = 16
@@ -102,6 +102,27 @@ def _unpack_rows(scheme: QuantScheme, words: Tensor, start: int, stop: int, k: i
     first, last = start // TILE_ROWS, -(-stop // TILE_ROWS)
     codes = unpack_fragment_torch(words[first:last], scheme.bits)
     return codes[start - first * TILE_ROWS : stop - first * TILE_ROWS, :k].contiguous()
+
+
+def pack_words(packed: PackedWeight, source: Tensor, kind: str, perm: Tensor | None = None) -> None:
+    """Writes the words of `packed` from those of another format, on the device, with no copy.
+
+    Args:
+        packed: as `allocate` gives it, on a GPU for which `select` has a CUDA kernel.
+        source: the int32 words of the whole weight, on the same device. kind "awq": [K, N/8],
+            nibble i of a word is column 8c + [0,2,4,6,1,3,5,7][i]. kind "gptq": [K*bits/32, N],
+            little-endian along K.
+        perm: int64 [K] or None; column j of `packed` is column perm[j] of `source`.
+
+    Raises:
+        ValueError: for words of another shape, dtype or device.
+    """
+    words = packed.buffers["words"]
+    operators = _operators(words)
+    assert operators is not None and packed.layout is FRAGMENT
+    order = None if perm is None else perm.int()
+    n, k, bits = packed.n, packed.k, packed.scheme.bits
+    operators.pack_fragment(source, order, words, n, k, 0, n, bits, kind)
 
 
 def pack_fragment_torch(codes: Tensor, bits: int) -> Tensor:

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.errors import LayerError
+from qkernels.layouts import FRAGMENT, allocate, pack_words
 from qkernels.layouts.packing import pack_dense, unpack_dense
 from qkernels.modules.linear import WQLinear
 from qkernels.quantizers import rtn
 from qkernels.scheme import QuantScheme
-from qkernels.weight import QuantizedWeight
+from qkernels.select import layout_for
+from qkernels.weight import QuantizedWeight, WeightParameters
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -147,8 +149,11 @@ class _AwqLinear(nn.Module):
             for buffer in (self.qweight, self.qzeros, self.scales, self.bias)
         )
         if self._layer is None or versions != self._versions:
-            self._layer, self._versions = WQLinear.from_weight(self.to_weight()), versions
+            self._layer, self._versions = self._packed_layer(), versions
         return self._layer(x)
+
+    def _packed_layer(self) -> WQLinear:
+        return WQLinear.from_weight(self.to_weight())
 
     def to_weight(self) -> QuantizedWeight:
         """The buffers as the hub's form."""
@@ -218,10 +223,23 @@ class WQLinear_GEMM(_AwqLinear):
         self.scales, self.bias = weight.scales.t().contiguous(), weight.bias
 
     def _load(self) -> tuple[Tensor, Tensor, Tensor]:
-        n = self.out_features
-        codes = _reorder(unpack_dense(self.qweight, n, 4), _AWQ_INVERSE).t().contiguous()
-        zeros = _reorder(unpack_dense(self.qzeros, n, 4), _AWQ_INVERSE).t().contiguous()
-        return codes, zeros, self.scales.to(torch.float16).t().contiguous()
+        codes = _reorder(unpack_dense(self.qweight, self.out_features, 4), _AWQ_INVERSE)
+        return codes.t().contiguous(), *self._load_groups()
+
+    def _load_groups(self) -> tuple[Tensor, Tensor]:
+        zeros = _reorder(unpack_dense(self.qzeros, self.out_features, 4), _AWQ_INVERSE)
+        return zeros.t().contiguous(), self.scales.to(torch.float16).t().contiguous()
+
+    def _packed_layer(self) -> WQLinear:
+        scheme, n, k = self.scheme, self.out_features, self.in_features
+        if layout_for(scheme, n, k, self.qweight.device) is not FRAGMENT:
+            return super()._packed_layer()
+        zeros, scales = self._load_groups()
+        parameters = WeightParameters(scheme=scheme, n=n, k=k, scales=scales, zeros=zeros)
+        packed = allocate(FRAGMENT, parameters, self.qweight.device)
+        # The words go straight to the kernels' order, and are never unpacked.
+        pack_words(packed, self.qweight, "awq")
+        return WQLinear(packed, self.bias)
 
 
 class WQLinear_GEMV(_AwqLinear):

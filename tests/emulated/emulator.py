@@ -73,7 +73,7 @@ def product(
     bias: torch.Tensor | None = None,
     **schedule: int,
 ) -> torch.Tensor:
-    """weight_only_mma in the emulator, by a schedule (tokens, split_k, stages) or the chosen one."""
+    """weight_only_mma in the emulator; `schedule`: tokens, split_k and stages, or none."""
     assert packed.layout is FRAGMENT
     return torch.ops.qkernels_emulated.weight_only_mma(
         x, *weight_arguments(packed)[0], bias, *weight_arguments(packed)[1], **schedule

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qkernels.layouts import fragment
+from qkernels import WQLinear_GEMM
+from qkernels.layouts import FRAGMENT, fragment
 from tests.emulated.emulator import needs_emulator
 
 pytestmark = needs_emulator
@@ -91,3 +92,20 @@ def test_wrong_input_is_named():
             call(*arguments)
     with pytest.raises(ValueError, match="rows 60 to 70 are not in 0 to 64"):
         torch.ops.qkernels_emulated.unpack_fragment(words, 64, 64, 60, 10, 4)
+
+
+def test_awq_layers_go_to_the_kernels_without_being_unpacked(monkeypatch):
+    layer = WQLinear_GEMM.from_linear(torch.nn.Linear(128, 48), 4, 64)
+    want = layer.to_weight()
+    x = torch.randn(3, 128)
+    expected = layer(x)
+    # As on a GPU: the CUDA kernels come first, and their operators pack.
+    monkeypatch.setattr("qkernels.modules.awq.layout_for", lambda *arguments: FRAGMENT)
+    monkeypatch.setattr(fragment, "_operators", lambda tensor: torch.ops.qkernels_emulated)
+    monkeypatch.setattr(layer, "_load", None)
+    packed = layer._packed_layer()
+    assert "layout=fragment" in repr(packed)
+    got = packed.to_weight()
+    for name in ("codes", "scales", "zeros", "bias"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert torch.equal(packed(x), expected)

@@ -1,0 +1,100 @@
+"""Why the CUDA kernels cannot run, told beforehand: no GPU, too old a one, code for other ones."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qkernels import explain
+from qkernels.backends import cuda
+from qkernels.scheme import QuantScheme
+from qkernels.select import make_problem
+
+MMA, DENSE = cuda.KERNELS
+
+
+def question(text="w4a16-g128", m=1, x_dtype=torch.float16, **changes):
+    scheme = QuantScheme.parse(text)
+    problem = make_problem(
+        scheme, n=4096, k=4096, m=m, device="cpu", layout="fragment", x_dtype=x_dtype
+    )
+    return replace(problem, **{"device": "cuda", "capability": (9, 0), **changes})
+
+
+@pytest.fixture
+def built(monkeypatch):
+    monkeypatch.setattr(cuda, "build_problem", lambda: None)
+    monkeypatch.setattr(cuda, "built_architectures", lambda: ("8.0", "9.0a"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((8, 0), ("8.0",), True),
+        ((8, 6), ("8.0",), True),
+        ((8, 0), ("8.6",), False),
+        ((9, 0), ("8.0", "8.6"), False),
+        ((9, 0), ("9.0a",), True),
+        ((9, 1), ("9.0a",), False),
+        ((12, 0), ("9.0+PTX",), True),
+        ((12, 1), ("12.0",), True),
+        ((12, 0), ("9.0a+PTX",), False),
+        ((8, 0), ("9.0+PTX",), False),
+    ],
+)
+def test_architectures_of_the_build(capability, built, runs):
+    reason = cuda.missing_architecture(capability, built)
+    assert (reason is None) == runs
+    if reason is not None:
+        assert f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}" in reason
+
+
+@pytest.mark.usefixtures("built")
+def test_what_the_kernels_take():
+    assert MMA.refusal(question()) is None
+    assert MMA.refusal(question(capability=(8, 9))) is None
+    for changes, message in (
+        ({"device": "cpu"}, "needs a CUDA GPU"),
+        ({"capability": (7, 5)}, "compute capability 8.0 or more"),
+        ({"capability": (12, 0)}, "TORCH_CUDA_ARCH_LIST=12.0"),
+        ({"x_dtype": torch.float32}, "fp16 or bf16"),
+        ({"m": cuda.MOST_ROWS + 1}, "256 rows of x at most, got 257"),
+        ({"text": "w3a16-g64"}, "4 or 8 bits, not of 3"),
+        ({"text": "w8a8"}, "16-bit activations"),
+        ({"text": "nf4-g64-dq"}, "one level of scales"),
+        ({"text": "w4a16-g24"}, "multiple of 16 columns, not of 24"),
+        ({"layout": "planar"}, "reads the fragment layout"),
+    ):
+        assert message in MMA.refusal(question(**changes)), changes
+
+
+@pytest.mark.usefixtures("built")
+def test_many_rows_go_to_a_dense_product():
+    assert DENSE.refusal(question(m=4096)) is None
+    invariant = question(m=4096, batch_invariant=True)
+    assert "cuBLAS" in DENSE.refusal(invariant)
+    assert MMA.refusal(invariant) is None
+
+
+def test_explain_says_why_not():
+    rows = {row.kernel: row for row in explain("w4a16-g128", n=64, k=64, m=1)}
+    assert rows["cuda_weight_only_mma"].reason.startswith("needs a CUDA GPU")
+    assert "emulated_weight_only_mma" in rows
+
+
+def test_x_is_brought_into_the_form_that_the_kernel_reads():
+    x = torch.randn(3, 64, dtype=torch.float16)
+    assert cuda.aligned_rows(x) is x
+    assert cuda.aligned_rows(x[:, :32]).data_ptr() == x.data_ptr()
+    for odd in (x[:, 1:], x[:, ::2], x.t(), x[:, :60], torch.randn(0, 5)):
+        rows = cuda.aligned_rows(odd)
+        k = odd.shape[1]
+        assert rows.shape == (odd.shape[0], -(-k // 8) * 8)
+        assert rows.stride(1) == 1 and rows.data_ptr() % 16 == 0
+        assert rows.shape[0] < 2 or rows.stride(0) % 8 == 0
+        assert torch.equal(rows[:, :k], odd) and not rows[:, k:].any()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA, and so may the build")
+def test_a_build_without_cuda_says_what_to_do():
+    assert "built without CUDA" in cuda.build_problem()
