@@ -28,6 +28,7 @@ INSTALLED := $(STAMPS)/installed
 BUILT := $(STAMPS)/built
 MODEL := $(STAMPS)/model
 LINTERS := $(STAMPS)/linters
+EMULATOR := $(OUT)/emulated/kernels.so
 # Which interpreter the extension in qkernels/ was last built for.
 BUILT_FOR := $(OUT)/stamps/built-for
 
@@ -36,11 +37,12 @@ export PATH := $(patsubst %/,%,$(dir $(PY))):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test bench gpu cubins lint clean FORCE
+.PHONY: help demo test emulated bench gpu cubins lint clean FORCE
 
 help:
 	@echo "make demo     quantize a real model, run it on WQLinear; results in $(OUT)/demo"
 	@echo "make test     run the tests"
+	@echo "make emulated run the tests of the CUDA kernels in their emulator; make test does it too"
 	@echo "make bench    time the kernels and their peers on this machine; results in $(OUT)/bench"
 	@echo "make gpu      with PYTHON: build, test and time on the GPU; results in $(OUT)/gpu"
 	@echo "make cubins   compile every configuration of every Triton kernel for every architecture"
@@ -67,6 +69,11 @@ endef
 PYTEST = env OMP_NUM_THREADS=1 $(PY) -m pytest \
 	$$($(PY) -c 'from importlib.util import find_spec; print("-n $(JOBS)" if find_spec("xdist") else "")') \
 	$(PYTEST_ARGS)
+
+# The CUDA kernels in their emulator, under the sanitizers, which must be there before Python is.
+EMULATED_PYTEST = env LD_PRELOAD="$$($(PY) csrc/emulator/build.py --preload)" \
+	ASAN_OPTIONS=detect_leaks=0 QKERNELS_EMULATOR=$(EMULATOR) CUDA_VISIBLE_DEVICES= \
+	$(PYTEST) -k emulated tests/emulated tests/test_kernels.py
 
 ifdef PYTHON
 
@@ -132,13 +139,23 @@ $(BUILT): $(SOURCES) $(INSTALLED) $(BUILT_FOR)
 	@$(call quietly,$(PY) setup.py build_ext --inplace --force,build)
 	@touch $@
 
+$(EMULATOR): $(SOURCES) csrc/emulator/build.py $(INSTALLED) $(BUILT_FOR)
+	@echo "Building the emulated CUDA kernels ..."
+	@$(call quietly,$(PY) csrc/emulator/build.py --sanitize --jobs $(JOBS) $@,emulator)
+	@touch $@
+
 demo: $(INSTALLED) $(BUILT) $(MODEL)
 	@$(call require,torch safetensors triton transformers accelerate gguf matplotlib typer rich)
 	@$(PY) -m qkernels.demo --output $(OUT)/demo
 
-test: $(INSTALLED) $(BUILT)
+test: $(INSTALLED) $(BUILT) $(EMULATOR)
 	@$(call require,pytest hypothesis safetensors triton)
 	@$(PYTEST)
+	@$(EMULATED_PYTEST)
+
+emulated: $(INSTALLED) $(BUILT) $(EMULATOR)
+	@$(call require,pytest hypothesis safetensors triton)
+	@$(EMULATED_PYTEST)
 
 cubins: $(INSTALLED) $(BUILT)
 	@$(call require,pytest triton)
