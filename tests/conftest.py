@@ -4,6 +4,7 @@ QKERNELS_EMULATOR names the library of emulated CUDA kernels that csrc/emulator/
 it, their rows can run, and so the tests of every kernel run over them too.
 """
 
+import ctypes
 import os
 
 import pytest
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():
 
 if "QKERNELS_EMULATOR" in os.environ:
     torch.ops.load_library(os.environ["QKERNELS_EMULATOR"])
+    ctypes.CDLL(os.environ["QKERNELS_EMULATOR"]).qkernels_emulator_check_races(1)
 
 
 @pytest.fixture

@@ -242,7 +242,7 @@ QK_DEVICE void sync_threads(QK_SITE) { __syncthreads(); }
 QK_DEVICE void sync_warp(QK_SITE) { __syncwarp(); }
 
 // Makes this thread's writes to global memory visible to other blocks before its later ones.
-QK_DEVICE void thread_fence() { __threadfence(); }
+QK_DEVICE void thread_fence(QK_SITE) { __threadfence(); }
 
 QK_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value) {
   return atomicAdd(address, value);

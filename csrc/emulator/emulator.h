@@ -45,7 +45,7 @@ const char* qkernels_emulator_counters_json();
 const char* qkernels_emulator_sites_json();
 
 // Makes the calls of `kind` on line `line` of the file whose path ends in `file_suffix` faulty, and
-// all others right again: sync_threads, sync_warp and copy_async_wait do nothing, `within` is true,
-// and copy_async_16 copies what is not valid. A null kind makes all calls right.
+// all others right again: sync_threads, sync_warp, thread_fence and copy_async_wait do nothing,
+// `within` is true, and copy_async_16 copies what is not valid. A null kind makes all calls right.
 void qkernels_emulator_disable_site(const char* kind, const char* file_suffix, int line);
 }

@@ -197,8 +197,7 @@ QK_DEVICE void sync_warp(QK_SITE) {
   emulator::meet_warp(emulator::Kind::kSyncWarp, nullptr, nullptr, place);
 }
 
-// Blocks run one after another, so all writes to global memory are visible to those that follow.
-QK_DEVICE void thread_fence() {}
+QK_DEVICE void thread_fence(QK_SITE) { emulator::thread_fence(place); }
 
 QK_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value QK_AND_SITE) {
   emulator::before_global(emulator::Kind::kAtomicAdd, address, sizeof(*address), place);

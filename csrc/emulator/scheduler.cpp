@@ -74,6 +74,9 @@ struct Thread {
   const Site* waits_at = nullptr;
   std::vector<Copy> copies;       // in the order of their start
   std::deque<size_t> group_ends;  // in `copies`, of the groups that have not landed
+  int64_t stored_at = -1;         // barriers before its last store to global memory
+  int64_t fenced_at = -1;         // and before its last fence
+  bool stores_fenced = true;
 };
 
 struct Warp {
@@ -103,7 +106,9 @@ struct Machine {
 
   int in_barrier = 0;
   const Site* barrier = nullptr;
-  uint32_t barriers = 0;  // in this block
+  uint32_t barriers = 0;            // in this block
+  const Thread* counter = nullptr;  // that did atomic_add last, after so many barriers:
+  int64_t counted_at = -1;
 
   Races races;
   bool races_checked = false;
@@ -206,6 +211,39 @@ void check_race(const Site& site, const void* address, int bytes, bool write) {
   if (!race.empty()) {
     fail(site, std::string(write ? "writes" : "reads") + " offset " + std::to_string(offset) +
                    " of shared memory, with no barrier after it was " + race);
+  }
+}
+
+// By atomic_add a block tells others that what it has stored is there for them, and learns whether
+// theirs is. So every thread's stores must be fenced and behind a barrier by then, and what the
+// others have stored is read behind a barrier and a fence.
+void publishes(const Site& site) {
+  for (int t = 0; t < machine.threads; ++t) {
+    const Thread& thread = machine.pool[static_cast<size_t>(t)];
+    const std::string stores = "a store to global memory by thread " + std::to_string(t);
+    if (!thread.stores_fenced) fail(site, stores + " has no fence behind it");
+    if (&thread != running && thread.stored_at == machine.barriers) {
+      fail(site, "no barrier orders it with " + stores);
+    }
+  }
+  machine.counter = running;
+  machine.counted_at = machine.barriers;
+}
+
+void check_publication(const Site& site) {
+  if (site.kind == Kind::kAtomicAdd) {
+    publishes(site);
+  } else if (site.kind == Kind::kStoreGlobal) {
+    if (machine.counter != nullptr && machine.counter != running &&
+        machine.counted_at == machine.barriers) {
+      fail(site, "no barrier orders it with the atomic_add of another thread");
+    }
+    running->stored_at = machine.barriers;
+    running->stores_fenced = false;
+  } else if (site.kind == Kind::kLoadGlobalWritten) {
+    if (machine.counter != nullptr && running->fenced_at <= machine.counted_at) {
+      fail(site, "no barrier and fence order it with the atomic_add before it");
+    }
   }
 }
 
@@ -317,6 +355,8 @@ void start_block() {
   machine.ready_warps = 0;
   machine.in_barrier = 0;
   machine.barriers = 0;
+  machine.counter = nullptr;
+  machine.counted_at = -1;
   if (machine.races_checked) machine.races.start_block(machine.shared_bytes);
   machine.alive = machine.threads;
   machine.until_switch = 1 + machine.random.below(2 * kAccessesPerSwitch);
@@ -328,6 +368,8 @@ void start_block() {
     Thread& thread = machine.pool[static_cast<size_t>(t)];
     thread.copies.clear();
     thread.group_ends.clear();
+    thread.stored_at = thread.fenced_at = -1;
+    thread.stores_fenced = true;
     warp_of(thread).lanes |= lane_bit(thread);
     make_ready(thread);
   }
@@ -471,6 +513,7 @@ void before_global(Kind kind, const void* address, int bytes, Place place) {
   }
   // Nobody writes what load_global reads, so its time does not matter.
   if (kind != Kind::kLoadGlobal) maybe_give_way();
+  check_publication(site);
 }
 
 void copy_async_16(void* shared, const void* global, bool valid, Place place) {
@@ -541,6 +584,12 @@ void sync_threads(Place place) {
   } else {
     wait_at(site);
   }
+}
+
+void thread_fence(Place place) {
+  if (pass(Kind::kThreadFence, 0, place).disabled) return;
+  running->stores_fenced = true;
+  running->fenced_at = machine.barriers;
 }
 
 bool within(int64_t index, int64_t limit, Place place) {

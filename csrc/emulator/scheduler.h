@@ -2,8 +2,10 @@
 // order drawn from the seed.
 //
 // A thread gives way to another where it waits, and now and then where it touches memory that
-// others touch. Whichever warp ran goes on with a chance that is drawn for each block, so that
-// warps run side by side in some blocks and far ahead of each other in some.
+// others touch. Blocks never run at the same time; what one leaves in global memory for another is
+// checked by rule instead, see publishes() in scheduler.cpp. Whichever warp ran goes on with a
+// chance that is drawn for each block, so that warps run side by side in some blocks and far ahead
+// of each other in some.
 
 #pragma once
 
@@ -50,6 +52,7 @@ void copy_async_wait(int groups, Place place);
 void meet_warp(Kind kind, void* operands, void (*work)(void* const* operands_of_lanes),
                Place place);
 void sync_threads(Place place);
+void thread_fence(Place place);
 
 bool within(int64_t index, int64_t limit, Place place);
 

@@ -71,6 +71,7 @@ const char* name_of(Kind kind) {
                                                              "mma",
                                                              "sync_threads",
                                                              "sync_warp",
+                                                             "thread_fence",
                                                              "within"};
   return kNames[static_cast<size_t>(kind)];
 }
