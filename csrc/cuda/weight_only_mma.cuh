@@ -275,7 +275,7 @@ class WeightOnlyBlock {
     ptx::sync_threads();
     auto* arrived = sum_at(kWarpsK, 0, 0);  // behind the sums
     if (threadIdx.x == 0) {
-      ptx::store_shared<uint32_t>(arrived, ptx::atomic_add(p_.counters + tile, 1));
+      ptx::store_shared<uint32_t>(arrived, ptx::count_block(p_.counters + tile));
     }
     ptx::sync_threads();
     if (ptx::load_shared<uint32_t>(arrived) != static_cast<uint32_t>(p_.split_k - 1)) return;

@@ -28,7 +28,7 @@ void qkernels_emulator_check_races(int checked);
 // What the launches since the last reset did: see counters.h.
 //
 //     {"launches", "blocks", "switches": of fibers, "mma", "sync_warp": by warps,
-//      "sync_threads": by blocks, "atomic_add": by threads,
+//      "sync_threads": by blocks, "atomic_add": by threads, count_block too,
 //      "global_load", "global_store", "copy_async":
 //          {"instructions": of warps, "bytes": asked for, "sectors": of 32 bytes, touched},
 //      "shared_load", "shared_store", "ldmatrix", "copy_async":

@@ -206,6 +206,11 @@ QK_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value QK_AND_SITE) {
   return before;
 }
 
+QK_DEVICE uint32_t count_block(uint32_t* counter QK_AND_SITE) {
+  emulator::before_global(emulator::Kind::kCountBlock, counter, sizeof(*counter), place);
+  return (*counter)++;
+}
+
 // --- Bounds
 
 QK_DEVICE bool within(int64_t index, int64_t limit QK_AND_SITE) {

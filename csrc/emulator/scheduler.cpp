@@ -107,7 +107,7 @@ struct Machine {
   int in_barrier = 0;
   const Site* barrier = nullptr;
   uint32_t barriers = 0;            // in this block
-  const Thread* counter = nullptr;  // that did atomic_add last, after so many barriers:
+  const Thread* counter = nullptr;  // that called count_block last, after so many barriers:
   int64_t counted_at = -1;
 
   Races races;
@@ -214,7 +214,7 @@ void check_race(const Site& site, const void* address, int bytes, bool write) {
   }
 }
 
-// By atomic_add a block tells others that what it has stored is there for them, and learns whether
+// By count_block a block tells others that what it has stored is there for them, and learns whether
 // theirs is. So every thread's stores must be fenced and behind a barrier by then, and what the
 // others have stored is read behind a barrier and a fence.
 void publishes(const Site& site) {
@@ -231,18 +231,18 @@ void publishes(const Site& site) {
 }
 
 void check_publication(const Site& site) {
-  if (site.kind == Kind::kAtomicAdd) {
+  if (site.kind == Kind::kCountBlock) {
     publishes(site);
   } else if (site.kind == Kind::kStoreGlobal) {
     if (machine.counter != nullptr && machine.counter != running &&
         machine.counted_at == machine.barriers) {
-      fail(site, "no barrier orders it with the atomic_add of another thread");
+      fail(site, "no barrier orders it with the count_block of another thread");
     }
     running->stored_at = machine.barriers;
     running->stores_fenced = false;
   } else if (site.kind == Kind::kLoadGlobalWritten) {
     if (machine.counter != nullptr && running->fenced_at <= machine.counted_at) {
-      fail(site, "no barrier and fence order it with the atomic_add before it");
+      fail(site, "no barrier and fence order it with the count_block before it");
     }
   }
 }
@@ -506,7 +506,7 @@ void before_shared(Kind kind, const void* address, int bytes, Place place) {
 void before_global(Kind kind, const void* address, int bytes, Place place) {
   Site& site = pass(kind, bytes, place);
   check_global(site, address, bytes);
-  if (kind == Kind::kAtomicAdd) {
+  if (kind == Kind::kAtomicAdd || kind == Kind::kCountBlock) {
     ++totals().atomic_add;
   } else {
     record(site, address, kNoShared);

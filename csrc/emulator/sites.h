@@ -15,6 +15,7 @@ enum class Kind : uint8_t {
   kLoadGlobalWritten,
   kStoreGlobal,
   kAtomicAdd,
+  kCountBlock,
   kCopyAsync16,
   kCopyAsyncCommit,
   kCopyAsyncWait,
