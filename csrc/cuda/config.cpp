@@ -13,15 +13,15 @@ constexpr int kMostStages = 6;
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 int64_t stage_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
-  const int64_t x = int64_t{c.tokens} * c.stage_columns() * 2;
-  return x + kWarps * 32 * kChunk * p.bits / 8;
+  const int64_t x = c.tokens * kChunk * 2 * c.stage_chunks(p.bits);
+  return x + kWarps * 32 * kChunk * p.bits / 8 * c.warp_chunks(p.bits);
 }
 
 }  // namespace
 
 int64_t group_slots(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   const int64_t groups = parts(p.k, p.group_size);
-  const int64_t touched = parts(int64_t{c.stages} * c.stage_columns(), p.group_size) + 1;
+  const int64_t touched = parts(c.stages * kChunk * c.stage_chunks(p.bits), p.group_size) + 1;
   // An even number: integer zero points of 64 rows fill half of the banks, and those of two groups
   // that are copied together must not fall on the same half where the slots start over.
   return groups == 1 ? 1 : parts(std::min(groups, touched), 2) * 2;
@@ -66,7 +66,7 @@ WeightOnlyConfig choose_config(const WeightOnlyProblem& p) {
   const int64_t resident = c.tokens < 64 && 2 * shared_bytes(p, c) <= p.shared_bytes ? 2 : 1;
   const int64_t slots = resident * p.multiprocessors;
   const int64_t blocks = parts(p.n, c.block_rows()) * parts(p.m, c.tokens);
-  const int64_t steps = parts(parts(p.k, kChunk), c.warps_k());
+  const int64_t steps = parts(parts(p.k, kChunk), c.stage_chunks(p.bits));
   // Waves of blocks times the steps of each, a start of about three steps included, and for each
   // part of K a little for adding it. Not measured on a GPU.
   double best = 0;

@@ -28,7 +28,10 @@ struct WeightOnlyConfig {
   int warps_n() const { return tokens <= 16 ? 2 : tokens == 32 ? 4 : 8; }
   int warps_k() const { return 8 / warps_n(); }
   int block_rows() const { return 32 * warps_n(); }
-  int stage_columns() const { return 64 * warps_k(); }
+  // Chunks of 64 columns that a warp takes of a stage. Two spread the costs of a stage, where there
+  // is the shared memory for it.
+  int warp_chunks(int bits) const { return bits == 4 && tokens == 8 ? 2 : 1; }
+  int stage_chunks(int bits) const { return warps_k() * warp_chunks(bits); }
 };
 
 // The heuristic schedule: a pure function.

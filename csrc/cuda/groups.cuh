@@ -69,16 +69,15 @@ QK_DEVICE void load_scales(const void* address, FloatType type, uint32_t (&scale
   scales[1] = ptx::prmt(bits, bits, 0x3232);
 }
 
-template <bool kGlobal>
+template <bool kGlobal, bool kRealZeros>
 QK_DEVICE TwoFloats load_zeros(const void* address, ZeroType type) {
-  switch (type) {
-    case ZeroType::kInteger: {
-      const uint16_t bits = load_pair<uint16_t, kGlobal>(address);
-      return {static_cast<float>(bits & 0xff), static_cast<float>(bits >> 8)};
-    }
-    case ZeroType::kHalf: return load_floats<kGlobal>(address, FloatType::kHalf);
-    case ZeroType::kBfloat16: return load_floats<kGlobal>(address, FloatType::kBfloat16);
-    default: return load_floats<kGlobal>(address, FloatType::kFloat);
+  if constexpr (kRealZeros) {
+    return load_floats<kGlobal>(address, type == ZeroType::kHalf       ? FloatType::kHalf
+                                         : type == ZeroType::kBfloat16 ? FloatType::kBfloat16
+                                                                       : FloatType::kFloat);
+  } else {
+    const uint16_t bits = load_pair<uint16_t, kGlobal>(address);
+    return {static_cast<float>(bits & 0xff), static_cast<float>(bits >> 8)};
   }
 }
 
@@ -103,7 +102,7 @@ struct Group {
     load_scales<T, kGlobal>(scales_at, weight.scale_type, scales);
     if constexpr (Decoder<T>::kHasOffsets) {
       if (weight.zero_type == ZeroType::kNone) return;
-      const TwoFloats zeros = load_zeros<kGlobal>(zeros_at, weight.zero_type);
+      const TwoFloats zeros = load_zeros<kGlobal, kRealZeros>(zeros_at, weight.zero_type);
       if constexpr (kRealZeros) {
         // Within these, offsets are exact in both types.
         const float low = rintf(fminf(fmaxf(zeros.low, -64.0f), 128.0f));

@@ -47,8 +47,9 @@ const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOn
   p.rows = padded_rows(weight.n);
   p.chunks = chunks;
   // Whole stages, and no block without any.
-  const int steps = static_cast<int>(ceil_div(chunks, config.warps_k()));
-  p.chunks_per_split = static_cast<int>(ceil_div(steps, config.split_k)) * config.warps_k();
+  const int stage = config.stage_chunks(problem.bits);
+  const int stages = static_cast<int>(ceil_div(chunks, stage));
+  p.chunks_per_split = static_cast<int>(ceil_div(stages, config.split_k)) * stage;
   p.split_k = static_cast<int>(ceil_div(chunks, p.chunks_per_split));
   p.stages = config.stages;
   p.groups = static_cast<int>(ceil_div(weight.k, weight.group_size));

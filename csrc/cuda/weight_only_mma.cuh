@@ -5,15 +5,15 @@
 // sixteen rows, and the tokens fill the N side in tiles of 8.
 //
 //     block      kTokens tokens x (32 * warps_n) rows of the weight, one of split_k parts of K
-//     warp       32 rows (two tiles of 16, which share each fragment of x), and every warps_k-th
-//                chunk of 64 columns
-//     stage      what a block brings to shared memory at a time: 64 * warps_k columns
+//     warp       32 rows (two tiles of 16, which share each fragment of x), and one or two of each
+//                stage's chunks of 64 columns
+//     stage      what a block brings to shared memory at a time: the chunks of warps_k warps
 //
 // Asynchronous copies keep `stages - 1` stages under way. A lane copies and reads back its own 16
 // bytes of weights, so these need no swizzle and no barrier; x is shared by the block and swizzled
 // by 16-byte pieces, so that neither the copies nor ldmatrix conflict.
 //
-//     shared memory:  [stages] { x [kTokens][stage columns] | words [8 warps][2 tiles][chunk] }
+//     shared memory:  [stages] { x [kTokens][stage columns] | words [8 warps][2 tiles][chunks] }
 //                     scales [slots][block rows] | zeros [slots][block rows]
 //     then, over it:  sums [warps_k][kTokens][block rows + 4] fp32
 //
@@ -42,20 +42,24 @@ class WeightOnlyBlock {
   static constexpr int kWarpsN = kTokens <= 16 ? 2 : kTokens == 32 ? 4 : 8;
   static constexpr int kWarpsK = kWarps / kWarpsN;
   static constexpr int kBlockRows = kWarpsN * kTilesPerWarp * kTileRows;
-  static constexpr int kStageColumns = kWarpsK * kChunkColumns;
+  static constexpr int kBits = Decoder<T>::kBits;
+  // As WeightOnlyConfig has them, of a warp and of a stage.
+  static constexpr int kWarpChunks = kBits == 4 && kTokens == 8 ? 2 : 1;
+  static constexpr int kStageChunks = kWarpsK * kWarpChunks;
+  static constexpr int kStageColumns = kStageChunks * kChunkColumns;
   static constexpr int kRowBytes = kStageColumns * 2;  // of x in shared memory
   static constexpr int kPieces = kRowBytes / 16;
-  static constexpr int kBits = Decoder<T>::kBits;
   static constexpr int kUnits = kChunkColumns / kUnitColumns<kBits>;  // of a chunk
+  static constexpr int kChunkBytes = kUnits * kUnitBytes;             // of a tile
   static constexpr int kXBytes = kTokens * kRowBytes;
-  static constexpr int kStageBytes = kXBytes + kWarps * kTilesPerWarp * kUnits * kUnitBytes;
+  static constexpr int kXCopies = kTokens * kPieces / kThreads;  // of a thread and stage
+  static constexpr int kTileBytes = kWarpChunks * kChunkBytes;
+  static constexpr int kStageBytes = kXBytes + kWarps * kTilesPerWarp * kTileBytes;
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kSumRow = kBlockRows + kPadding;
 
   QK_DEVICE WeightOnlyBlock(const WeightOnlyParameters& parameters, unsigned char* shared)
       : p_(parameters), shared_(shared) {
-    scales_ = shared + p_.stages * kStageBytes;
-    zeros_ = scales_ + p_.slots * kBlockRows * p_.scale_bytes;
     lane_ = threadIdx.x % kLanes;
     warp_ = threadIdx.x / kLanes;
     warp_n_ = warp_ % kWarpsN;
@@ -64,27 +68,36 @@ class WeightOnlyBlock {
     token0_ = static_cast<int64_t>(blockIdx.z) * kTokens;
     first_chunk_ = blockIdx.y * p_.chunks_per_split;
     last_chunk_ = min_of(first_chunk_ + p_.chunks_per_split, p_.chunks);
-    warp_row_ = block_row_ + warp_n_ * kTilesPerWarp * kTileRows;
-    has_rows_ = warp_row_ < p_.rows;
+    end_column_ = last_chunk_ * kChunkColumns;
+    const int64_t warp_row = block_row_ + warp_n_ * kTilesPerWarp * kTileRows;
+    has_rows_ = warp_row < p_.rows;
+
+    copied_chunk_ = first_chunk_ + warp_k_ * kWarpChunks;
+    const int64_t unit = warp_row / kTileRows * p_.chunks + copied_chunk_;
+    weights_ = static_cast<const unsigned char*>(p_.weight.words) + unit * kChunkBytes + lane_ * 16;
+    words_at_ = kXBytes + warp_ * kTilesPerWarp * kTileBytes + lane_ * 16;
+    start_activations();
+    start_groups();
   }
 
   QK_DEVICE void run() {
-    const int steps = (last_chunk_ - first_chunk_ + kWarpsK - 1) / kWarpsK;
+    const int steps = (last_chunk_ - first_chunk_ + kStageChunks - 1) / kStageChunks;
     decoder_.start(p_.weight.table);
     for (auto& group : groups_) group.start();
     for (int step = 0; step < p_.stages - 1; ++step) {
-      if (step < steps) copy_stage(step);
+      if (step < steps) copy_stage();
       ptx::copy_async_commit();
     }
+    int left = steps - (p_.stages - 1);  // stages that are still to be copied
     for (int step = 0; step < steps; ++step) {
       wait_for_stage();
       // Every warp's copies of this stage have landed, and every warp is done with the stage
       // before, whose place the next copies take.
       ptx::sync_threads();
-      const int next = step + p_.stages - 1;
-      if (next < steps) copy_stage(next);
+      if (left > 0) copy_stage();
+      --left;
       ptx::copy_async_commit();
-      multiply(step);
+      multiply(first_chunk_ + step * kStageChunks + warp_k_ * kWarpChunks);
     }
     ptx::sync_threads();  // the sums take the place of the stages, whose copies all have landed
     finish();
@@ -93,111 +106,152 @@ class WeightOnlyBlock {
  private:
   static QK_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
+  // Where piece `piece` of a row of x lies in it.
   static QK_DEVICE int swizzled(int piece, int token) {
     return (piece & ~7) | ((piece ^ token) & 7);
   }
 
-  QK_DEVICE unsigned char* stage(int step) { return shared_ + step % p_.stages * kStageBytes; }
-
-  QK_DEVICE unsigned char* words(int step, int tile) {
-    return stage(step) + kXBytes + (warp_ * kTilesPerWarp + tile) * kUnits * kUnitBytes +
-           lane_ * 16;
-  }
-
-  // The number of groups to leave under way is a constant of the instruction.
+  // The number of groups of copies to leave under way is a constant of the instruction.
   QK_DEVICE void wait_for_stage() {
-    switch (p_.stages) {
-      case 2: ptx::copy_async_wait<0>(); break;
-      case 3: ptx::copy_async_wait<1>(); break;
-      case 4: ptx::copy_async_wait<2>(); break;
-      case 5: ptx::copy_async_wait<3>(); break;
-      default: ptx::copy_async_wait<4>(); break;
+    if (p_.stages == 4) {
+      ptx::copy_async_wait<2>();
+    } else if (p_.stages == 3) {
+      ptx::copy_async_wait<1>();
+    } else if (p_.stages == 2) {
+      ptx::copy_async_wait<0>();
+    } else if (p_.stages == 5) {
+      ptx::copy_async_wait<3>();
+    } else {
+      ptx::copy_async_wait<4>();
     }
   }
 
-  QK_DEVICE void copy_stage(int step) {
-    const int chunk = first_chunk_ + step * kWarpsK;
-    copy_weights(step, chunk + warp_k_);
-    copy_activations(step, chunk);
-    copy_groups(step, chunk);
+  // Divisions stand here and in start_groups(), once a block: the loop only adds and compares.
+  QK_DEVICE void start_activations() {
+    column_ = first_chunk_ * kChunkColumns;
+#pragma unroll
+    for (int i = 0; i < kXCopies; ++i) {
+      const int index = i * kThreads + threadIdx.x;
+      const int token = index / kPieces, piece = index % kPieces;
+      x_[i] = p_.x + ((token0_ + token) * p_.x_stride + column_ + piece * 8) * 2;
+      x_at_[i] = token * kRowBytes + swizzled(piece, token) * 16;
+      // A column that a token beyond the last one never reaches.
+      x_limit_[i] = ptx::within(token0_ + token, p_.m)
+                        ? min_of(end_column_, static_cast<int>(p_.weight.k)) - piece * 8
+                        : 0;
+    }
   }
 
-  QK_DEVICE void copy_weights(int step, int chunk) {
-    if (!has_rows_ || chunk >= last_chunk_) return;
-    const auto* source = static_cast<const unsigned char*>(p_.weight.words);
-    const int64_t units = static_cast<int64_t>(p_.chunks) * kUnits;  // of a row of tiles
+  QK_DEVICE void start_groups() {
+    const int size = static_cast<int>(p_.weight.group_size);
+    scales_at_ = p_.stages * kStageBytes;
+    zeros_at_ = scales_at_ + p_.slots * kBlockRows * p_.scale_bytes;
+    next_group_ = first_chunk_ * kChunkColumns / size;
+    next_edge_ = next_group_ * size;
+    group_ = next_group_;
+    group_end_ = next_edge_ + size;
+    // Half of the threads copy scales, half zero points; a thread copies the same 16 bytes of every
+    // groups_at_once_-th group.
+    constexpr int kHalf = kThreads / 2;
+    const bool is_scale = threadIdx.x < kHalf;
+    const int bytes = is_scale ? p_.scale_bytes : p_.zero_bytes;
+    const int pieces = kBlockRows * bytes / 16;
+    if (pieces == 0) return;
+    const int index = threadIdx.x % kHalf, offset = index % pieces * 16;
+    groups_at_once_ = kHalf / pieces;
+    my_group_ = index / pieces;
+    const int64_t from = block_row_ * bytes + offset;
+    copies_groups_ = ptx::within(from, p_.rows * bytes);
+    group_source_ =
+        static_cast<const unsigned char*>(is_scale ? p_.weight.scales : p_.weight.zeros);
+    group_source_ += from;
+    group_bytes_ = p_.rows * bytes;
+    slot_bytes_ = kBlockRows * bytes;
+    group_target_ = (is_scale ? scales_at_ : zeros_at_) + offset;
+  }
+
+  QK_DEVICE void copy_stage() {
+    copy_weights();
+    copy_activations();
+    copy_groups(min_of(column_ + kStageColumns, end_column_));
+    column_ += kStageColumns;
+    write_ = next_stage(write_);
+  }
+
+  QK_DEVICE int next_stage(int stage) const {
+    return stage + kStageBytes == scales_at_ ? 0 : stage + kStageBytes;
+  }
+
+  QK_DEVICE void copy_weights() {
+    const int64_t row_bytes = static_cast<int64_t>(p_.chunks) * kChunkBytes;  // of a row of tiles
 #pragma unroll
-    for (int tile = 0; tile < kTilesPerWarp; ++tile) {
-      const int64_t unit =
-          (warp_row_ / kTileRows + tile) * units + static_cast<int64_t>(chunk) * kUnits;
+    for (int c = 0; c < kWarpChunks; ++c) {
+      if (!has_rows_ || copied_chunk_ + c >= last_chunk_) break;
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        ptx::copy_async_16(words(step, tile) + u * kUnitBytes,
-                           source + (unit + u) * kUnitBytes + lane_ * 16, true);
+      for (int tile = 0; tile < kTilesPerWarp; ++tile) {
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          const int offset = c * kChunkBytes + u * kUnitBytes;
+          ptx::copy_async_16(shared_ + write_ + words_at_ + tile * kTileBytes + offset,
+                             weights_ + tile * row_bytes + offset, true);
+        }
       }
     }
+    copied_chunk_ += kStageChunks;
+    weights_ += kStageChunks * kChunkBytes;
   }
 
-  QK_DEVICE void copy_activations(int step, int chunk) {
-    const int64_t end = static_cast<int64_t>(last_chunk_) * kChunkColumns;
-    const int64_t limit = end < p_.weight.k ? end : p_.weight.k;
-    for (int i = threadIdx.x; i < kTokens * kPieces; i += kThreads) {
-      const int token = i / kPieces, piece = i % kPieces;
-      const int64_t column = static_cast<int64_t>(chunk) * kChunkColumns + piece * 8;
-      const bool valid = ptx::within(token0_ + token, p_.m) && ptx::within(column, limit);
-      ptx::copy_async_16(stage(step) + token * kRowBytes + swizzled(piece, token) * 16,
-                         p_.x + ((token0_ + token) * p_.x_stride + column) * 2, valid);
+  QK_DEVICE void copy_activations() {
+#pragma unroll
+    for (int i = 0; i < kXCopies; ++i) {
+      ptx::copy_async_16(shared_ + write_ + x_at_[i], x_[i], ptx::within(column_, x_limit_[i]));
+      x_[i] += kRowBytes;
     }
   }
 
-  QK_DEVICE void copy_groups(int step, int chunk) {
-    const int size = static_cast<int>(p_.weight.group_size);
-    const int begin = chunk * kChunkColumns;
-    const int end = min_of(chunk + kWarpsK, last_chunk_) * kChunkColumns;
-    // The group that reaches into a later stage came with an earlier one.
-    const int first = step == 0 ? begin / size : (begin + size - 1) / size;
-    const int last = min_of((end + size - 1) / size, p_.groups);
-    copy_group_rows(p_.weight.scales, scales_, p_.scale_bytes, first, last);
-    if (p_.zero_bytes != 0) {
-      copy_group_rows(p_.weight.zeros, zeros_, p_.zero_bytes, first, last);
+  // The groups that begin before column `end`, and have not been copied yet.
+  QK_DEVICE void copy_groups(int end) {
+    const int size = static_cast<int>(p_.weight.group_size), first = next_group_;
+    while (next_edge_ < end && next_group_ < p_.groups) {
+      ++next_group_;
+      next_edge_ += size;
     }
+    const int count = next_group_ - first;
+    if (copies_groups_) {
+      for (int i = my_group_; i < count; i += groups_at_once_) {
+        const int slot = next_slot_ + i < p_.slots ? next_slot_ + i : next_slot_ + i - p_.slots;
+        ptx::copy_async_16(shared_ + group_target_ + slot * slot_bytes_,
+                           group_source_ + (first + i) * group_bytes_, true);
+      }
+    }
+    next_slot_ += count;
+    if (next_slot_ >= p_.slots) next_slot_ -= p_.slots;
   }
 
-  QK_DEVICE void copy_group_rows(const void* source, unsigned char* target, int bytes, int first,
-                                 int last) {
-    const int pieces = kBlockRows * bytes / 16;
-    const auto* from = static_cast<const unsigned char*>(source);
-    for (int i = threadIdx.x; i < (last - first) * pieces; i += kThreads) {
-      const int group = first + i / pieces, offset = i % pieces * 16;
-      if (!ptx::within(block_row_ * bytes + offset, p_.rows * bytes)) continue;
-      ptx::copy_async_16(target + group % p_.slots * kBlockRows * bytes + offset,
-                         from + (group * p_.rows + block_row_) * bytes + offset, true);
+  QK_DEVICE void multiply(int chunk) {
+    for (int c = 0; c < kWarpChunks; ++c) {
+      if (has_rows_ && chunk + c < last_chunk_) multiply_chunk((chunk + c) * kChunkColumns, c);
     }
+    read_ = next_stage(read_);
   }
 
-  QK_DEVICE void multiply(int step) {
-    const int chunk = first_chunk_ + step * kWarpsK + warp_k_;
-    if (!has_rows_ || chunk >= last_chunk_) return;
-    const int size = static_cast<int>(p_.weight.group_size);
-    int group = min_of(chunk * kChunkColumns / size, p_.groups - 1);
-    load_group(group);
+  // `c`: which of the warp's chunks of the stage.
+  QK_DEVICE void multiply_chunk(int column, int c) {
+    const unsigned char* const stage = shared_ + read_;
     uint4 held[kTilesPerWarp];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // two steps of 16 columns: what one ldmatrix brings
       uint32_t a[2][kTilesPerWarp][4];
+      if (half == 0 || kUnits == 2) {
 #pragma unroll
-      for (int tile = 0; tile < kTilesPerWarp; ++tile) {
-        if (half == 0 || kUnits == 2) {
-          held[tile] =
-              ptx::load_shared<uint4>(words(step, tile) + half * (kUnits - 1) * kUnitBytes);
+        for (int tile = 0; tile < kTilesPerWarp; ++tile) {
+          held[tile] = ptx::load_shared<uint4>(stage + words_at_ + tile * kTileBytes +
+                                               c * kChunkBytes + half * (kUnits - 1) * kUnitBytes);
         }
       }
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        const int column = chunk * kChunkColumns + (2 * half + s) * kStepColumns;
-        if ((half > 0 || s > 0) && column >= (group + 1) * size && group + 1 < p_.groups) {
-          load_group(++group);
-        }
+        enter_group(column + (2 * half + s) * kStepColumns);
 #pragma unroll
         for (int tile = 0; tile < kTilesPerWarp; ++tile) {
           const uint32_t all[4] = {held[tile].x, held[tile].y, held[tile].z, held[tile].w};
@@ -206,12 +260,13 @@ class WeightOnlyBlock {
           groups_[tile].weights(decoder_, all + first, a[s][tile]);
         }
       }
-      const int piece = warp_k_ * (kChunkColumns / 8) + half * 4 + lane_ / 8;
+      const int piece = (warp_k_ * kWarpChunks + c) * (kChunkColumns / 8) + half * 4 + lane_ / 8;
+      const unsigned char* const row =
+          stage + lane_ % 8 * kRowBytes + swizzled(piece, lane_ % 8) * 16;
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
-        const int token = t * 8 + lane_ % 8;
         uint32_t b[4];
-        ptx::ldmatrix_x4(b, stage(step) + token * kRowBytes + swizzled(piece, token) * 16);
+        ptx::ldmatrix_x4(b, row + t * 8 * kRowBytes);
 #pragma unroll
         for (int tile = 0; tile < kTilesPerWarp; ++tile) {
           ptx::mma_m16n8k16<T>(sums_[tile][t], a[0][tile], b[0], b[1]);
@@ -221,14 +276,23 @@ class WeightOnlyBlock {
     }
   }
 
-  QK_DEVICE void load_group(int group) {
-    const int slot = group % p_.slots;
+  // Makes groups_ those of the columns from `column` on.
+  QK_DEVICE void enter_group(int column) {
+    bool is_new = !has_group_;
+    while (column >= group_end_ && group_ + 1 < p_.groups) {
+      is_new = true;
+      ++group_;
+      group_end_ += static_cast<int>(p_.weight.group_size);
+      if (++group_slot_ == p_.slots) group_slot_ = 0;
+    }
+    if (!is_new) return;
+    has_group_ = true;
 #pragma unroll
     for (int tile = 0; tile < kTilesPerWarp; ++tile) {
       const int row = (warp_n_ * kTilesPerWarp + tile) * kTileRows + lane_ / 4 * 2;
-      const int index = slot * kBlockRows + row;
-      groups_[tile].template load<false>(p_.weight, scales_ + index * p_.scale_bytes,
-                                         zeros_ + index * p_.zero_bytes);
+      const int index = group_slot_ * kBlockRows + row;
+      groups_[tile].template load<false>(p_.weight, shared_ + scales_at_ + index * p_.scale_bytes,
+                                         shared_ + zeros_at_ + index * p_.zero_bytes);
     }
   }
 
@@ -342,11 +406,29 @@ class WeightOnlyBlock {
   }
 
   const WeightOnlyParameters& p_;
-  unsigned char *shared_, *scales_, *zeros_;
+  unsigned char* shared_;
   int lane_, warp_, warp_n_, warp_k_;
-  int64_t block_row_, token0_, warp_row_;
-  int first_chunk_, last_chunk_;
+  int64_t block_row_, token0_;
+  int first_chunk_, last_chunk_, end_column_;
   bool has_rows_;
+
+  // What is to be copied next, and where; offsets of shared memory are in bytes.
+  int column_, copied_chunk_, write_ = 0;
+  const unsigned char* weights_;
+  int words_at_;
+  const unsigned char* x_[kXCopies];
+  int x_at_[kXCopies], x_limit_[kXCopies];
+  int next_group_, next_edge_, next_slot_ = 0;  // next_edge_: its first column
+  int my_group_, groups_at_once_, group_target_, slot_bytes_;
+  const unsigned char* group_source_;
+  int64_t group_bytes_;
+  bool copies_groups_ = false;
+
+  // What is to be multiplied next.
+  int read_ = 0;
+  int scales_at_, zeros_at_;
+  int group_, group_end_, group_slot_ = 0;
+  bool has_group_ = false;
   Decoder<T> decoder_;
   Group<T, Decoder, kRealZeros> groups_[kTilesPerWarp];
   float sums_[kTilesPerWarp][kTokenTiles][4] = {};

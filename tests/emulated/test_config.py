@@ -42,7 +42,7 @@ def test_small_layers_are_split_until_they_fill_the_card():
     rows = 64  # of a block, at M = 1
     for n, k in ((1024, 5120), (2048, 2048), (4096, 4096), (8192, 8192)):
         _, split_k, _, _ = choose(1, n, k)
-        steps = -(-k // 256)
+        steps = -(-k // 512)
         blocks = -(-n // rows) * split_k
         # Every processor has work, or no part of K could be shorter.
         assert blocks >= H200[0] or split_k >= steps // 2, (n, k)

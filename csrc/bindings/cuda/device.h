@@ -38,7 +38,7 @@ class DeviceScope {
   bool capturing() const { return false; }
 
   // Few processors, so that small problems are split in as many ways as large ones on a GPU.
-  DeviceFacts facts() const { return {4, 99 * 1024}; }
+  DeviceFacts facts() const { return {4, 227 * 1024}; }
 
  private:
   int index() const { return 0; }
