@@ -30,8 +30,12 @@ SCHEMES = ("w4a16-g64", "w4a16-g64-sym", "nf4-g64", "w8a16", "w8a8")
 PROMPT = "The capital of France is"
 NEW_TOKENS = 24
 WINDOW = 512
-WINDOWS = 10
-"""An eighth of the shipped text: the whole of it takes too long for a demo on 2 cores."""
+WINDOWS = (4, 10)
+"""The least and the most windows that are read by default: up to an eighth of the shipped text."""
+
+READING_SECONDS = 120.0
+"""What reading should take in all, at the dense model's speed; fewer windows are read where a
+machine is slow."""
 
 DENSE = "bf16"
 
@@ -98,6 +102,18 @@ def measure(
         row.seconds = time.perf_counter() - start
 
 
+def windows_that_fit(seconds: float, configurations: int) -> int:
+    """How many windows to read, where one takes `seconds` and each configuration reads them all."""
+    fewest, most = WINDOWS
+    return max(fewest, min(most, int(READING_SECONDS / max(seconds * configurations, 1e-9))))
+
+
+def _seconds_a_window(model: nn.Module, token_ids: Tensor, window: int) -> float:
+    first = token_ids[:window]
+    evaluation.perplexity(model, first[:16], window=window)  # warms up
+    return evaluation.perplexity(model, first, window=window).seconds
+
+
 def run(
     demo: Demo,
     model: nn.Module,
@@ -105,7 +121,7 @@ def run(
     text: str,
     *,
     schemes: Iterable[str],
-    windows: int | None,
+    windows: int | str,
     window: int = WINDOW,
     progress: Callable[[str], Progress],
 ) -> None:
@@ -114,12 +130,17 @@ def run(
     A scheme that fails leaves its reason in its row, and the others are measured all the same.
 
     Args:
-        windows: how many windows of the text, evenly spaced and the same for all; None for all.
+        windows: how many windows of the text, evenly spaced and the same for all configurations;
+            "fit" for what this machine reads in about READING_SECONDS, "all" for all.
         progress: called with the name of each configuration, gives what shows its progress.
     """
     token_ids = evaluation.encode(tokenizer, text)
     demo.total_tokens = len(token_ids)
-    for name in (DENSE, *schemes):
+    names = (DENSE, *schemes)
+    if windows == "fit":
+        progress("choosing how much to read")(0, 0, "")
+        windows = windows_that_fit(_seconds_a_window(model, token_ids, window), len(names))
+    for name in names:
         row = Row(name)
         demo.rows.append(row)
         try:
@@ -130,7 +151,7 @@ def run(
                 tokenizer,
                 token_ids,
                 scheme=scheme,
-                windows=windows,
+                windows=None if windows == "all" else int(windows),
                 window=window,
                 progress=progress(name),
             )
@@ -156,7 +177,7 @@ def main(arguments: Sequence[str] | None = None, loader: Loader | None = None) -
         print(f"demo: needs {error.name}: pip install 'qkernels[demo]'", file=sys.stderr)
         return 1
     options = _parser().parse_args(arguments)
-    windows = None if options.full else options.windows
+    windows = "all" if options.full else options.windows or "fit"
     demo = Demo("", options.text.name, PROMPT)
     try:
         device = find_device(options.device)
@@ -207,10 +228,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, help="another model folder or .gguf file")
     add("--text", type=Path, default=evaluation.SHIPPED_TEXT, help="UTF-8 text to measure on")
     add("--schemes", nargs="+", metavar="SCHEME", default=list(SCHEMES))
-    add("--windows", type=int, default=WINDOWS, help="windows of the text (%(default)s)")
+    add("--windows", type=int, help="windows of the text (4 to 10, by this machine's speed)")
     add("--window", type=int, default=WINDOW, help="tokens a window (%(default)s)")
     add("--device", default="auto", help="cpu, cuda ...; auto takes a GPU where there is one")
-    add("--full", action="store_true", help="the whole text, which takes eight times as long")
+    add("--full", action="store_true", help="the whole text, which takes long")
     return parser
 
 

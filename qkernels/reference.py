@@ -10,6 +10,7 @@ x comes with its columns already in the order of the codes (see `WeightParameter
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -82,12 +83,30 @@ def quantize_activations(
     return quantized, torch.where(finite, scale, torch.full_like(scale, float("nan")))
 
 
+_EXACT_COLUMNS = 1024
+"""Columns over which fp32 sums of products of two int8 are exact: 128 * 128 * 1024 = 2^24."""
+
+
+@lru_cache(maxsize=1)
+def _cpu_multiplies_int8() -> bool:
+    """Whether this CPU has instructions for int8 products, without which `_int_mm` crawls."""
+    return torch.cpu._is_vnni_supported()
+
+
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """int8 [M, K] @ int8 [N, K].T -> int32 [M, N], exact."""
-    if a.device.type == "cpu" and a.shape[0] and a.shape[1]:
+    if a.device.type == "cpu" and a.shape[0] and a.shape[1] and _cpu_multiplies_int8():
         return torch._int_mm(a, b.t())
-    # float64 holds every sum of K < 2^39 products of two int8 exactly.
-    return (a.double() @ b.double().t()).to(torch.int32)
+    return integer_product_in_floats(a, b)
+
+
+def integer_product_in_floats(a: Tensor, b: Tensor) -> Tensor:
+    """`integer_product` by fp32 products over few enough columns that every sum is exact."""
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    for start in range(0, a.shape[1], _EXACT_COLUMNS):
+        columns = slice(start, start + _EXACT_COLUMNS)
+        total += (a[:, columns].float() @ b[:, columns].float().t()).to(torch.int32)
+    return total
 
 
 def linear(

@@ -179,3 +179,15 @@ def test_without_matplotlib_the_figures_are_still_written(run, tmp_path, capsys,
     assert run("--windows", "1", schemes=("w8a8",)) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["demo.json", "demo.md"]
     assert "no picture: " in capsys.readouterr().err
+
+
+def test_a_slow_machine_reads_less():
+    assert demo.windows_that_fit(0.5, 6) == 10
+    assert demo.windows_that_fit(3.0, 6) == 6
+    assert demo.windows_that_fit(60.0, 6) == 4
+
+
+def test_by_default_every_configuration_reads_the_same_windows(run, tmp_path):
+    assert run() == 0
+    tokens = {row["tokens"] for row in read(tmp_path)["rows"]}
+    assert len(tokens) == 1 and 4 * 64 <= tokens.pop() <= 10 * 64

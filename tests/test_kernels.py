@@ -298,6 +298,19 @@ def test_integer_products_are_exact(text):
     assert seen >= 2
 
 
+def test_both_integer_products_are_exact_at_the_largest_sums():
+    k = 3000
+    a = torch.full((2, k), -128, dtype=torch.int8)
+    b = torch.randint(-128, 128, (3, k), dtype=torch.int8)
+    b[0] = -128
+    want = (a.double() @ b.double().t()).to(torch.int32)
+    assert want[0, 0] == 128 * 128 * k
+    assert torch.equal(reference.integer_product_in_floats(a, b), want)
+    assert torch.equal(reference.integer_product(a, b), want)
+    empty = reference.integer_product(a[:, :0], b[:, :0])
+    assert empty.shape == (2, 3) and not empty.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_per_token_quantization(dtype):
     x = torch.randn(6, 100, dtype=dtype) * torch.tensor([[1e-3], [1.0], [300], [0], [1], [7]]).to(
