@@ -31,7 +31,7 @@ def doctor() -> None:
 
     console = output()
     backends = table("backend", "here", "what or why not")
-    for finding in (_reference(), _extension(), *_triton(), _cuda()):
+    for finding in (_reference(), _extension(), _kernels(), *_triton(), _cuda()):
         mark = Text("yes", "green") if finding.there else Text("no", "yellow")
         backends.add_row(finding.name, mark, finding.detail)
     console.print("Backends", style="bold")
@@ -67,6 +67,24 @@ def _extension() -> Finding:
     return Finding(name, True, ", ".join(str(part) for part in parts if part))
 
 
+def _kernels() -> Finding:
+    import torch
+
+    from qkernels.backends import cuda as backend
+    from qkernels.select import explain
+
+    name = "cuda kernels"
+    problem = backend.build_problem()
+    if problem is not None:
+        return Finding(name, False, problem)
+    built = f"for {', '.join(backend.built_architectures())}"
+    if not torch.cuda.is_available():
+        return Finding(name, False, f"built {built}, but there is no CUDA GPU")
+    rows = explain("w4a16-g128", n=4096, k=4096, m=16, device="cuda")
+    reasons = [row.reason for row in rows if row.backend == "cuda"]
+    return Finding(name, None in reasons, built if None in reasons else str(reasons[0]))
+
+
 def _triton() -> list[Finding]:
     from qkernels.backends import triton as backend
 
@@ -85,7 +103,7 @@ def _triton_on_gpu(version: str) -> Finding:
 
     if not torch.cuda.is_available():
         return Finding("triton", False, f"Triton {version} is here, but there is no CUDA GPU")
-    rows = explain("w4a16-g128", n=4096, k=4096, m=16, device="cuda")
+    rows = explain("w2a16-g128", n=4096, k=4096, m=16, device="cuda")
     reasons = [row.reason for row in rows if row.backend == "triton"]
     able = None in reasons
     return Finding("triton", able, f"Triton {version}" if able else str(reasons[0]))
