@@ -37,7 +37,7 @@ export PATH := $(patsubst %/,%,$(dir $(PY))):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test emulated bench gpu cubins lint clean FORCE
+.PHONY: help demo test emulated bench gpu cubins budgets lint clean FORCE
 
 help:
 	@echo "make demo     quantize a real model, run it on WQLinear; results in $(OUT)/demo"
@@ -46,6 +46,7 @@ help:
 	@echo "make bench    time the kernels and their peers on this machine; results in $(OUT)/bench"
 	@echo "make gpu      with PYTHON: build, test and time on the GPU; results in $(OUT)/gpu"
 	@echo "make cubins   compile every configuration of every Triton kernel for every architecture"
+	@echo "make budgets  compile the CUDA kernels for every architecture, within csrc/cuda/budgets.toml"
 	@echo "make lint     ruff, mypy and clang-format"
 	@echo "make clean    remove .venv and everything built"
 	@echo "PYTHON=/some/python uses that interpreter and its torch; JOBS=n runs n test processes."
@@ -160,6 +161,10 @@ emulated: $(INSTALLED) $(BUILT) $(EMULATOR)
 cubins: $(INSTALLED) $(BUILT)
 	@$(call require,pytest triton)
 	@$(PYTEST) -m full tests/triton_kernels
+
+budgets: $(INSTALLED) $(BUILT)
+	@$(call require,pytest triton)
+	@$(PYTEST) -m 'full or not full' tests/csrc/test_budgets.py
 
 bench: $(INSTALLED) $(BUILT)
 	@$(PY) -m bench --output $(OUT)/bench

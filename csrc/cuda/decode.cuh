@@ -16,7 +16,8 @@
 
 namespace qkernels {
 
-constexpr int kLop3AndOr = (0xf0 & 0xcc) | 0xaa;  // (a & b) | c
+constexpr int kLop3AndOr = (0xf0 & 0xcc) | 0xaa;     // (a & b) | c
+constexpr int kLop3NotAndOr = (0x0f & 0xcc) | 0xaa;  // (~a & b) | c
 
 template <class T>
 constexpr bool kIsHalf = false;
@@ -102,7 +103,7 @@ struct Int8 {
         const uint32_t bytes = word >> (8 * (p % 2));
         // The low 7 bits as 128 + q7; the top bit as 128 or, where it is clear, 256.
         const uint32_t low = ptx::lop3<kLop3AndOr>(bytes, 0x007f007f, 0x43004300);
-        const uint32_t top = ptx::lop3<kLop3AndOr>(~bytes, 0x00800080, 0x43004300);
+        const uint32_t top = ptx::lop3<kLop3NotAndOr>(bytes, 0x00800080, 0x43004300);
         pairs[p] = ptx::sub2<T>(ptx::sub2<T>(low, top), offset);
       }
     }

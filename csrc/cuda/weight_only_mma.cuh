@@ -434,9 +434,13 @@ class WeightOnlyBlock {
   float sums_[kTilesPerWarp][kTokenTiles][4] = {};
 };
 
-// Two blocks a multiprocessor, but for 64 tokens, whose sums take twice the registers.
+// Blocks of a multiprocessor that the registers must suffice for. The sums of 64 tokens take too
+// many for two, and so do those of 32 with what real zero points need.
+template <bool kRealZeros, int kTokens>
+constexpr int kResidentBlocks = kTokens == 64 || (kTokens == 32 && kRealZeros) ? 1 : 2;
+
 template <class T, template <class> class Decoder, bool kRealZeros, int kTokens>
-QK_KERNEL void QK_LAUNCH_BOUNDS(kThreads, kTokens == 64 ? 1 : 2)
+QK_KERNEL void QK_LAUNCH_BOUNDS(kThreads, (kResidentBlocks<kRealZeros, kTokens>))
     weight_only_mma_kernel(const QK_GRID_CONSTANT WeightOnlyParameters parameters) {
   WeightOnlyBlock<T, Decoder, kRealZeros, kTokens>(parameters, ptx::shared_memory()).run();
 }

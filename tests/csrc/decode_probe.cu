@@ -1,0 +1,72 @@
+// Each decoder on its own: loads the words of a lane, decodes them, and stores the pairs. What it
+// takes more than nothing_kernel, which loads and stores as much, is the decoder's.
+
+#include "cuda/decode.cuh"
+
+namespace qkernels {
+
+struct ProbeParameters {
+  const uint4* words;
+  const float* table;
+  uint4* pairs;
+  Offsets offsets;
+};
+
+// 16 bytes of codes are 32 weights of 4 bits or 16 of 8 bits, in steps of 8.
+template <class D>
+constexpr int kSteps = D::kBits == 4 ? 4 : 2;
+
+template <class D>
+__global__ void decode_kernel(ProbeParameters p) {
+  const int i = threadIdx.x;
+  D decoder;
+  decoder.start(p.table);
+  const uint4 held = p.words[i];
+  const uint32_t words[4] = {held.x, held.y, held.z, held.w};
+#pragma unroll
+  for (int step = 0; step < kSteps<D>; ++step) {
+    uint32_t pairs[4];
+    decoder.decode(words + step * D::kWords, p.offsets, pairs);
+    p.pairs[i * kSteps<D> + step] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+  }
+}
+
+// Stores as often, with nothing decoded; a table is loaded where the decoder has one.
+template <class D>
+__global__ void nothing_kernel(ProbeParameters p) {
+  const int i = threadIdx.x;
+  D decoder;
+  decoder.start(p.table);
+  const uint4 held = p.words[i];
+#pragma unroll
+  for (int step = 0; step < kSteps<D>; ++step) {
+    uint4 out = held;
+    if constexpr (sizeof(D) > sizeof(int)) {
+      out = step % 2 == 0 ? uint4{decoder.low_bytes[0], decoder.low_bytes[1], decoder.low_bytes[2],
+                                  decoder.low_bytes[3]}
+                          : uint4{decoder.high_bytes[0], decoder.high_bytes[1],
+                                  decoder.high_bytes[2], decoder.high_bytes[3]};
+      out.x += held.x;
+    }
+    p.pairs[i * kSteps<D> + step] = out;
+  }
+}
+
+#define QKERNELS_PROBE(D)                                     \
+  template __global__ void decode_kernel<D>(ProbeParameters); \
+  template __global__ void nothing_kernel<D>(ProbeParameters);
+
+QKERNELS_PROBE(Int4<Half>)
+QKERNELS_PROBE(Int4<Bfloat16>)
+QKERNELS_PROBE(Int8<Half>)
+QKERNELS_PROBE(Int8<Bfloat16>)
+QKERNELS_PROBE(Table4<Half>)
+QKERNELS_PROBE(Table4<Bfloat16>)
+QKERNELS_PROBE(Fp4E2M1<Half>)
+QKERNELS_PROBE(Fp4E2M1<Bfloat16>)
+QKERNELS_PROBE(Fp8E4M3<Half>)
+QKERNELS_PROBE(Fp8E4M3<Bfloat16>)
+QKERNELS_PROBE(Fp8E5M2<Half>)
+QKERNELS_PROBE(Fp8E5M2<Bfloat16>)
+
+}  // namespace qkernels
