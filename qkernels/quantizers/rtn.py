@@ -11,7 +11,7 @@ rows, `encode_rows` the codes of some of them. Other methods reuse both.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -68,9 +68,7 @@ def fit(
     """
     check_weight(weight)
     n, k = weight.shape
-    ranges = [_range_by_group(rows, scheme) for rows in _ordered_rows(weight, perm)]
-    low = torch.cat([low for low, _ in ranges])
-    high = torch.cat([high for _, high in ranges])
+    low, high = _ranges(weight, scheme, perm)
     if scheme.per_tensor:
         low, high = low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True)
     zeros: Tensor | None = None
@@ -169,19 +167,27 @@ def quantize(
     )
 
 
-def _ordered_rows(weight: Tensor, perm: Tensor | None) -> Iterator[Tensor]:
-    for start, stop in row_slices(*weight.shape):
-        rows = weight[start:stop]
-        yield rows if perm is None else rows.index_select(1, perm.to(weight.device))
-
-
-def _range_by_group(rows: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """Lowest and highest value of each group, 0 included: fp32 [R, G] each."""
-    k = rows.shape[1]
+def _ranges(weight: Tensor, scheme: QuantScheme, perm: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each group, 0 included: fp32 [N, G] each."""
+    n, k = weight.shape
     length = scheme.group_length(k)
-    # Zeros change neither a minimum that is capped at 0 nor a maximum that is floored at 0.
-    grouped = F.pad(rows.float(), (0, -k % length)).unflatten(1, (-1, length))
-    return grouped.amin(dim=2).clamp_(max=0), grouped.amax(dim=2).clamp_(min=0)
+    # Both are made first and written slice by slice: small results that are allocated between a
+    # slice's large temporaries and outlive them keep the allocator from giving those to the next
+    # slice, up to the whole weight in fp32, twice.
+    low = torch.empty(n, scheme.groups(k), device=weight.device)
+    high = torch.empty_like(low)
+    if perm is not None:
+        perm = perm.to(weight.device)
+    for start, stop in row_slices(n, k):
+        rows = weight[start:stop]
+        rows = (rows if perm is None else rows.index_select(1, perm)).float()
+        if k % length:
+            # Zeros change neither a minimum capped at 0 nor a maximum floored at 0.
+            rows = F.pad(rows, (0, -k % length))
+        grouped = rows.unflatten(1, (-1, length))
+        torch.amin(grouped, dim=2, out=low[start:stop])
+        torch.amax(grouped, dim=2, out=high[start:stop])
+    return low.clamp_(max=0), high.clamp_(min=0)
 
 
 def _step(low: Tensor, high: Tensor, scheme: QuantScheme) -> Tensor:
