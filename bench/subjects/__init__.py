@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from bench.subjects import dense, gemlite, ours, torch_ops
+from bench.subjects import bitsandbytes, dense, gemlite, ours, torch_ops
 from bench.subjects.base import Prepared, Problem, Subject
 
-SUBJECTS: tuple[Subject, ...] = (*dense.ROWS, *ours.ROWS, *torch_ops.ROWS, *gemlite.ROWS)
+SUBJECTS: tuple[Subject, ...] = (
+    *(*dense.ROWS, *ours.ROWS, *torch_ops.ROWS),
+    *(*gemlite.ROWS, *bitsandbytes.ROWS),
+)
 
 __all__ = ["SUBJECTS", "Prepared", "Problem", "Subject"]

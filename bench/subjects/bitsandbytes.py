@@ -1,0 +1,57 @@
+"""bitsandbytes (Dettmers et al.): NF4 and FP4 weights, where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from bench.subjects.base import Prepared, Problem, Subject, first_reason
+from qkernels.weight import QuantizedWeight, codebook
+
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def _why_not(problem: Problem) -> str | None:
+    scheme = problem.scheme
+    return first_reason(
+        (
+            importlib.util.find_spec("bitsandbytes") is not None,
+            "the package bitsandbytes is not installed",
+        ),
+        (
+            scheme.weight.name == "nf4" and scheme.weight_only and scheme.scale_levels == "one",
+            f"runs nf4-g<N> here, not {scheme}",
+        ),
+        (scheme.group_size in _BLOCKS, f"group size {scheme.group_size} is not one of {_BLOCKS}"),
+        (
+            problem.k % (scheme.group_size or 1) == 0,
+            f"K={problem.k} is not a multiple of the group size {scheme.group_size}",
+        ),
+    )
+
+
+def _prepare(problem: Problem, weight: QuantizedWeight) -> Prepared:
+    import bitsandbytes as bnb  # type: ignore[import-not-found]
+    from bitsandbytes.functional import QuantState  # type: ignore[import-not-found]
+
+    # Two codes a byte along K, the first in the high half; blocks follow each other row by row.
+    packed = (weight.codes[:, ::2] << 4 | weight.codes[:, 1::2]).reshape(-1, 1).contiguous()
+    state = QuantState(
+        absmax=weight.parameters.group_scales().flatten().contiguous(),
+        shape=torch.Size(weight.shape),
+        code=codebook(weight.scheme.weight, weight.codes.device),
+        blocksize=problem.scheme.group_size,
+        quant_type="nf4",
+        dtype=problem.dtype,
+    )
+
+    def run(tensors: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        state.absmax = tensors[1]
+        return bnb.matmul_4bit(x, tensors[0].t(), quant_state=state)
+
+    return Prepared(state=(packed, state.absmax), run=run)
+
+
+ROWS = (Subject("bitsandbytes", _why_not, _prepare),)
