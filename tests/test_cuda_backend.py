@@ -8,7 +8,7 @@ import torch
 from qkernels import explain
 from qkernels.backends import cuda
 from qkernels.scheme import QuantScheme
-from qkernels.select import make_problem
+from qkernels.select import make_problem, select
 
 MMA, DENSE = cuda.KERNELS
 
@@ -62,10 +62,21 @@ def test_what_the_kernels_take():
         ({"text": "w3a16-g64"}, "4 or 8 bits, not of 3"),
         ({"text": "w8a8"}, "16-bit activations"),
         ({"text": "nf4-g64-dq"}, "one level of scales"),
-        ({"text": "w4a16-g24"}, "multiple of 16 columns, not of 24"),
         ({"layout": "planar"}, "reads the fragment layout"),
     ):
         assert message in MMA.refusal(question(**changes)), changes
+
+
+@pytest.mark.usefixtures("built")
+def test_they_come_first_on_a_gpu():
+    select.cache_clear()
+    try:
+        for text in ("w4a16-g128", "w8a16", "nf4-g64", "fp8e4m3-a16", "w4a16-g24"):
+            assert select(replace(question(text), layout=None)) is MMA
+            assert select(replace(question(text, m=257), layout=None)) is DENSE
+        assert select(replace(question("w3a16-g64"), layout=None)).backend != "cuda"
+    finally:
+        select.cache_clear()
 
 
 @pytest.mark.usefixtures("built")

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.backends.kernel import Kernel, Problem
-from qkernels.layouts import FRAGMENT, PackedWeight, code_name
+from qkernels.layouts import FRAGMENT, PackedWeight
+from qkernels.layouts.fragment import code_name, column_order, kernel_columns, kernel_group
 from qkernels.weight import codebook
 
 MOST_ROWS = 256
@@ -123,6 +124,12 @@ def aligned_rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _kernel_order(x: Tensor, packed: PackedWeight) -> Tensor:
+    """x [M, K] with its columns where the kernels see them: zeros stand where groups are padded."""
+    order = column_order(packed.scheme, packed.k, x.device)
+    return x if order is None else F.pad(x, (0, 1)).index_select(1, order[0])
+
+
 def _weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What the operators take of a weight: tensors, and what they are."""
     assert packed.layout is FRAGMENT, f"the weight is in {packed.layout.name}"
@@ -130,7 +137,8 @@ def _weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any,
     code = code_name(scheme)
     table = codebook(scheme.weight, packed.device) if code == "table4" else None
     tensors = (buffers["words"], buffers["scales"], buffers.get("zeros"), table)
-    return tensors, (packed.n, packed.k, scheme.group_length(packed.k), code)
+    columns, group = kernel_columns(scheme, packed.k), kernel_group(scheme, packed.k)
+    return tensors, (packed.n, columns, group, code)
 
 
 Run = Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
@@ -142,7 +150,8 @@ def _run_fused(namespace: str) -> Run:
         tensors, facts = _weight_arguments(packed)
         schedule_m = _INVARIANT_ROWS if problem.batch_invariant else 0
         operators = getattr(torch.ops, namespace)
-        return operators.weight_only_mma(aligned_rows(x), *tensors, bias, *facts, schedule_m)
+        rows = aligned_rows(_kernel_order(x, packed))
+        return operators.weight_only_mma(rows, *tensors, bias, *facts, schedule_m)
 
     return run
 
@@ -151,7 +160,9 @@ def _run_dense(namespace: str) -> Run:
     def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
         tensors, facts = _weight_arguments(packed)
         weight = getattr(torch.ops, namespace).dequantize(*tensors, *facts, x.dtype)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return F.linear(
+            _kernel_order(x, packed), weight, None if bias is None else bias.to(x.dtype)
+        )
 
     return run
 

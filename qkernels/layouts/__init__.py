@@ -1,6 +1,6 @@
 """Memory orders of kernels. Nothing outside of this package knows bit order."""
 
-from qkernels.layouts.fragment import FRAGMENT, code_name, pack_words
+from qkernels.layouts.fragment import FRAGMENT, pack_words
 from qkernels.layouts.packed import (
     BUFFER_NAMES,
     Layout,
@@ -23,7 +23,6 @@ __all__ = [
     "Layout",
     "PackedWeight",
     "allocate",
-    "code_name",
     "pack",
     "pack_words",
     "plane_height",

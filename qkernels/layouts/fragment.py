@@ -6,6 +6,9 @@ by 32 columns of 8 bits: 512 bytes, of which each of a warp's 32 lanes takes 16 
 words          int32 [N/16, units, 32, 4]; drawn in csrc/cuda/fragment.cuh and docs/kernels.md
 scales, zeros  [G, N padded]; the rows of a tile in the order 0, 8, 1, 9, ..., 7, 15
 
+The kernels take groups of a multiple of 16 columns. Other groups are padded to one, each at its
+end, with columns of code 0 whose x is zero: see `kernel_columns`.
+
 Lane 4g + t holds, of each step of 16 columns, rows g and g + 8 and columns 2t, 2t + 1, 2t + 8,
 2t + 9: what mma.m16n8k16 takes of A, and what a warp holds of A for wgmma.m64nNk16.
 """
@@ -56,9 +59,37 @@ def _why_not(scheme: QuantScheme) -> str | None:
         return f"is for 16-bit activations, and the scheme has {scheme.activation.dtype} ones"
     if scheme.scale_levels != "one":
         return f"holds one level of scales, not {scheme.scale_levels}"
-    if scheme.group_size is not None and scheme.group_size % _STEP:
-        return f"takes groups of a multiple of {_STEP} columns, not of {scheme.group_size}"
     return None
+
+
+def kernel_group(scheme: QuantScheme, k: int) -> int:
+    """Columns of a group as the kernels see it: a multiple of 16, or all of K."""
+    length = scheme.group_length(k)
+    return length if length >= k else -(-length // _STEP) * _STEP
+
+
+def kernel_columns(scheme: QuantScheme, k: int) -> int:
+    """Columns of the weight as the kernels see it: `k`, and what pads its groups."""
+    last = scheme.groups(k) - 1
+    return last * kernel_group(scheme, k) + k - last * scheme.group_length(k)
+
+
+@lru_cache(maxsize=256)
+def column_order(scheme: QuantScheme, k: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """How padded groups map to columns, or None where no group is padded. Cached: do not write.
+
+    Returns:
+        source: int64 [kernel_columns]; the column each comes from, or k for padding.
+        target: int64 [k]; where each column goes.
+    """
+    if kernel_columns(scheme, k) == k:
+        return None
+    columns = torch.arange(k, device=device)
+    length = scheme.group_length(k)
+    target = columns // length * kernel_group(scheme, k) + columns % length
+    source = torch.full((kernel_columns(scheme, k),), k, device=device)
+    source[target] = columns
+    return source, target
 
 
 @lru_cache(maxsize=1)
@@ -77,13 +108,16 @@ def _operators(tensor: Tensor) -> Any:
 
 
 def _allocate(scheme: QuantScheme, n: int, k: int, device: torch.device) -> Tensor:
-    units = padded_columns(k) * scheme.bits // 256
+    units = padded_columns(kernel_columns(scheme, k)) * scheme.bits // 256
     shape = (padded_rows(n) // TILE_ROWS, units, 32, 4)
     return torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def _pack_rows(scheme: QuantScheme, words: Tensor, start: int, codes: Tensor) -> None:
     operators = _operators(words)
+    order = column_order(scheme, codes.shape[1], codes.device)
+    if order is not None:
+        codes = F.pad(codes, (0, 1)).index_select(1, order[0])
     (rows, k), bits = codes.shape, scheme.bits
     # Slices begin at multiples of 256 rows; only the last one has an odd number of them.
     if operators is not None:
@@ -95,13 +129,16 @@ def _pack_rows(scheme: QuantScheme, words: Tensor, start: int, codes: Tensor) ->
 
 
 def _unpack_rows(scheme: QuantScheme, words: Tensor, start: int, stop: int, k: int) -> Tensor:
-    operators = _operators(words)
+    operators, width = _operators(words), kernel_columns(scheme, k)
     if operators is not None:
         n = words.shape[0] * TILE_ROWS
-        return operators.unpack_fragment(words, n, k, start, stop - start, scheme.bits)
-    first, last = start // TILE_ROWS, -(-stop // TILE_ROWS)
-    codes = unpack_fragment_torch(words[first:last], scheme.bits)
-    return codes[start - first * TILE_ROWS : stop - first * TILE_ROWS, :k].contiguous()
+        codes = operators.unpack_fragment(words, n, width, start, stop - start, scheme.bits)
+    else:
+        first, last = start // TILE_ROWS, -(-stop // TILE_ROWS)
+        codes = unpack_fragment_torch(words[first:last], scheme.bits)
+        codes = codes[start - first * TILE_ROWS : stop - first * TILE_ROWS, :width]
+    order = column_order(scheme, k, words.device)
+    return codes.contiguous() if order is None else codes.index_select(1, order[1])
 
 
 def pack_words(packed: PackedWeight, source: Tensor, kind: str, perm: Tensor | None = None) -> None:
@@ -115,11 +152,17 @@ def pack_words(packed: PackedWeight, source: Tensor, kind: str, perm: Tensor | N
         perm: int64 [K] or None; column j of `packed` is column perm[j] of `source`.
 
     Raises:
+        WeightError: for groups that must be padded.
         ValueError: for words of another shape, dtype or device.
     """
     words = packed.buffers["words"]
     operators = _operators(words)
     assert operators is not None and packed.layout is FRAGMENT
+    if column_order(packed.scheme, packed.k, words.device) is not None:
+        raise WeightError(
+            f"{kind} words go to groups of a multiple of {_STEP} columns, not of "
+            f"{packed.scheme.group_size}: unpack and pack them"
+        )
     order = None if perm is None else perm.int()
     n, k, bits = packed.n, packed.k, packed.scheme.bits
     operators.pack_fragment(source, order, words, n, k, 0, n, bits, kind)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from qkernels.backends.cuda import emulator_is_loaded
-from qkernels.layouts import FRAGMENT, PackedWeight, code_name
+from qkernels.layouts import FRAGMENT, PackedWeight
+from qkernels.layouts.fragment import code_name, kernel_columns, kernel_group
 from qkernels.weight import codebook
 
 needs_emulator = pytest.mark.skipif(
@@ -86,5 +87,5 @@ def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, 
     table = codebook(scheme.weight) if code == "table4" else None
     return (
         (buffers["words"], buffers["scales"], buffers.get("zeros"), table),
-        (packed.n, packed.k, scheme.group_length(packed.k), code),
+        (packed.n, kernel_columns(scheme, packed.k), kernel_group(scheme, packed.k), code),
     )
