@@ -1,5 +1,5 @@
-// Y^T = W X^T on tensor cores, with W dequantized in registers: y [M, N] = x [M, K] @ w [N, K].T +
-// b
+// y [M, N] = x [M, K] @ w [N, K].T + b, as Y^T = W X^T on tensor cores, with W dequantized in
+// registers.
 //
 // The weight is the A operand of mma.m16n8k16, so that a single token costs eight columns and not
 // sixteen rows, and the tokens fill the N side in tiles of 8.
