@@ -10,6 +10,7 @@ import qkernels as qk
 from qkernels import WQLinear
 from qkernels.errors import LayerError, QuantizationError, WeightError
 from qkernels.layouts import BUFFER_NAMES, LAYOUTS
+from qkernels.select import layout_for
 from tests import schemes
 
 SOME = (
@@ -111,7 +112,7 @@ def test_moving_repacks(text):
     layer, x = quantized(text), torch.randn(2, 200)
     weight, y = layer.dequantize(), layer(x)
     layer.cuda()
-    assert layer._layout == "planar"
+    assert layer._layout == layout_for(layer.scheme, 48, 200, "cuda").name != "plain"
     assert torch.equal(layer.dequantize().cpu(), weight)
     assert torch.allclose(layer(x.cuda()).cpu(), y, rtol=1e-2, atol=1e-2)
     assert torch.equal(layer.cpu()(x), y)

@@ -108,7 +108,8 @@ def test_doctor_names_every_backend_with_a_reason(run):
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     assert "\x1b" not in out
-    for name in ("reference", "_C", "triton", "triton interpreter", "CUDA device", "torch threads"):
+    names = ("reference", "_C", "cuda kernels", "triton", "triton interpreter", "CUDA device")
+    for name in (*names, "torch threads"):
         assert re.search(rf"│ {re.escape(name)}[^│]*│[^│]*\w", out), name
 
 
