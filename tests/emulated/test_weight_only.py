@@ -4,9 +4,13 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from qkernels import WQLinear
 from qkernels.layouts import FRAGMENT, pack
 from qkernels.quantizers import rtn
+from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
 from tests.bounds import FROBENIUS_BOUND
 from tests.emulated.emulator import needs_emulator, product, set_seed
@@ -55,6 +59,37 @@ def test_tails(n, k):
         x[:, :k] = torch.randint(-2, 3, (m, k))
         exact = x[:, :k].float() @ weight.dequantize().t()
         assert torch.equal(product(x, pack(weight, FRAGMENT)), exact.to(dtype)), m
+
+
+@given(
+    m=st.integers(1, 80),
+    n=st.integers(1, 300),
+    k=st.integers(1, 700),
+    group=st.integers(16, 256),
+    bits=st.sampled_from([4, 8]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_shape_and_group_through_the_layer(m, n, k, group, bits, dtype, seed):
+    """Integers again, with a scale of one half for every other group."""
+    torch.manual_seed(seed)
+    set_seed(seed)
+    scheme = QuantScheme.parse(f"w{bits}a16-g{group}")
+    groups = scheme.groups(k)
+    scales = torch.ones(n, groups, dtype=torch.float16)
+    scales[:, ::2] = 0.5
+    weight = QuantizedWeight(
+        scheme=scheme,
+        codes=torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8),
+        scales=scales,
+        zeros=torch.randint(0, 1 << bits, (n, groups), dtype=torch.uint8),
+    )
+    layer = WQLinear.from_weight(weight, backend="emulated")
+    x = torch.randint(-2, 3, (m, k)).to(dtype)
+    # code - zero has 8 bits at most, and a scale of one half none: every weight is exact.
+    exact = x.double() @ weight.dequantize().double().t()
+    assert torch.equal(layer(x), exact.float().to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
