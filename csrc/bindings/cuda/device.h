@@ -83,7 +83,8 @@ class DeviceScope {
   // scratch of its own, which it zeroes itself.
   Scratch scratch(const at::Tensor& like, int64_t partial_bytes, int64_t counter_bytes) const {
     static std::mutex mutex;
-    static std::map<std::pair<int, Stream>, std::vector<Scratch>> kept;
+    // Never destroyed: when a process ends, CUDA may be gone before its tensors.
+    static auto& kept = *new std::map<std::pair<int, Stream>, std::vector<Scratch>>;
     const std::lock_guard<std::mutex> lock(mutex);
     std::vector<Scratch>& all = kept[{index(), stream()}];
     if (!all.empty()) {
