@@ -87,18 +87,16 @@ class DeviceScope {
     static auto& kept = *new std::map<std::pair<int, Stream>, std::vector<Scratch>>;
     const std::lock_guard<std::mutex> lock(mutex);
     std::vector<Scratch>& all = kept[{index(), stream()}];
+    int64_t least_partials = int64_t{32} << 20, least_counters = int64_t{64} << 10;
     if (!all.empty()) {
-      const Scratch& last = all.back();
-      if (last.partials.nbytes() >= static_cast<size_t>(partial_bytes) &&
-          last.counters.nbytes() >= static_cast<size_t>(counter_bytes)) {
-        return last;
-      }
+      least_partials = static_cast<int64_t>(all.back().partials.nbytes());
+      least_counters = static_cast<int64_t>(all.back().counters.nbytes());
+      if (least_partials >= partial_bytes && least_counters >= counter_bytes) return all.back();
     }
-    constexpr int64_t kLeastPartials = int64_t{32} << 20, kLeastCounters = int64_t{64} << 10;
     const auto options = like.options();
     const Scratch made = {
-        at::empty({std::max(partial_bytes, kLeastPartials) / 4}, options.dtype(at::kFloat)),
-        at::zeros({std::max(counter_bytes, kLeastCounters) / 4}, options.dtype(at::kInt))};
+        at::empty({std::max(partial_bytes, least_partials) / 4}, options.dtype(at::kFloat)),
+        at::zeros({std::max(counter_bytes, least_counters) / 4}, options.dtype(at::kInt))};
     // Smaller ones stay: a graph may have been captured with them.
     if (!capturing()) all.push_back(made);
     return made;
