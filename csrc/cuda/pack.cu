@@ -58,7 +58,9 @@ QK_KERNEL void pack_kernel(const QK_GRID_CONSTANT PackParameters p) {
     const int step = kBits == 4 ? index : index / 2;
     const int64_t n = row0 + pair % 2 * 8;
     const int64_t k = column0 + step * kStepColumns + pair / 2 * 8 + odd;
-    if (ptx::within(n, p.first_row + p.rows) && ptx::within(k, p.k)) {
+    const bool has_row = ptx::within(n, p.first_row + p.rows);
+    const bool has_column = ptx::within(k, p.k);
+    if (has_row && has_column) {
       const int64_t from = p.perm == nullptr ? k : ptx::load_global<int32_t>(p.perm + k);
       value |= code_at<kSource, kBits>(p, n, from) << (field * kBits);
     }
