@@ -6,12 +6,24 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 INTEGER = ("LOP3", "SHF", "PRMT", "IADD3", "VIADD", "LEA", "SEL", "IMAD", "SGXT", "BMSK", "I2F")
 """Instructions of the integer pipes, IMAD included, which nvcc also takes for moves and shifts."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`target` is the address it jumps to; `may_pass`: what follows it in memory may run next."""
+
+    address: int
+    text: str  # with all suffixes, such as LDGSTS.E.BYPASS.128
+    target: int | None
+    may_pass: bool
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,21 @@ class KernelCode:
     stack: int
     shared: int
     local: int
-    instructions: Counter[str]  # with all suffixes, such as LDGSTS.E.BYPASS.128
+    code: tuple[Instruction, ...]
+
+    @cached_property
+    def instructions(self) -> Counter[str]:
+        """How often each instruction stands in the code."""
+        return Counter(each.text for each in self.code)
+
+    @cached_property
+    def _following(self) -> list[list[int]]:
+        place = {each.address: i for i, each in enumerate(self.code)}
+        following = [[i + 1] if each.may_pass else [] for i, each in enumerate(self.code)]
+        for after, each in zip(following, self.code, strict=True):
+            if each.target is not None:
+                after.append(place[each.target])
+        return [[i for i in after if i < len(self.code)] for after in following]
 
     def count(self, operation: str, *suffixes: str) -> int:
         """Instructions of an operation that have all of these suffixes."""
@@ -35,6 +61,66 @@ class KernelCode:
 
     def integer_operations(self) -> int:
         return sum(self.count(operation) for operation in INTEGER)
+
+    def places(self, operation: str) -> list[int]:
+        """Where in `code` an operation stands."""
+        return [i for i, each in enumerate(self.code) if each.text.split(".")[0] == operation]
+
+    def way(self, stops: list[int]) -> list[int]:
+        """The fewest instructions that lead from the first of these places through all others.
+
+        In order, without the first one. What a branch can skip is skipped.
+        """
+        found: list[int] = []
+        for start, end in pairwise(stops):
+            before: dict[int, int | None] = {}
+            waiting: deque[tuple[int, int | None]] = deque(
+                (i, None) for i in self._following[start]
+            )
+            while end not in before:
+                assert waiting, f"{self.name}: no way from instruction {start} to {end}"
+                here, previous = waiting.popleft()
+                if here not in before:
+                    before[here] = previous
+                    waiting.extend((i, here) for i in self._following[here])
+            part: list[int] = []
+            at: int | None = end
+            while at is not None:
+                part.append(at)
+                at = before[at]
+            found += reversed(part)
+        return found
+
+    @cached_property
+    def stage_way(self) -> list[int]:
+        """What a warp runs at least for a stage: from a barrier to itself.
+
+        The way leads through a copy and every tensor-core instruction; what is not needed each
+        time, such as the scales of a new group, is not on it.
+        """
+        tensor = self.places("HMMA")
+        barrier = max(i for i in self.places("BAR") if i < tensor[0])
+        copy = min(i for i in self.places("LDGSTS") if i > barrier)
+        return self.way([barrier, copy, *tensor, barrier])
+
+    @cached_property
+    def chunk_way(self) -> list[int]:
+        """From the last tensor-core instruction to itself: a chunk's, or a stage's if it has one.
+
+        Where a warp has two chunks a stage, they are a loop of their own.
+        """
+        tensor = self.places("HMMA")
+        return self.way([tensor[-1], *tensor])
+
+    def chunk_instructions(self) -> float:
+        """Instructions that a warp runs at least for a chunk of its weights."""
+        stage, chunk = len(self.stage_way), len(self.chunk_way)
+        has_one = self.stage_way[-1] in self.chunk_way  # the barrier
+        return stage if has_one else (stage + chunk) / 2
+
+    def count_on(self, way: list[int], operation: str, suffix: str) -> int:
+        texts = (self.code[i].text.split(".") for i in way)
+        return sum(text[0] == operation and suffix in text for text in texts)
 
 
 def find_cuobjdump() -> str | None:
@@ -58,26 +144,42 @@ _USAGE = re.compile(
     r"Function (?P<name>[^\s:]+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+) "
     r"SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)"
 )
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_INSTRUCTION = re.compile(
+    r"^\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<predicate>@!?U?P\w+\s+)?"
+    r"(?P<text>[A-Z][A-Z0-9_.]*)(?P<operands>[^;]*);"
+)
+_TARGET = re.compile(r"(?P<condition>!?U?P\d,)?\s*(?P<address>0x[0-9a-f]+)\s*$")
+
+
+def instruction(found: re.Match[str]) -> Instruction:
+    """A line of `cuobjdump -sass`. CALL.REL.NOINC is a jump where there are no functions."""
+    operation = found["text"].split(".")[0]
+    conditional = found["predicate"] is not None
+    jump = _TARGET.search(found["operands"]) if operation in ("BRA", "CALL") else None
+    ends = operation in ("BRA", "CALL", "BRX", "EXIT", "RET")
+    return Instruction(
+        address=int(found["address"], 16),
+        text=found["text"],
+        target=int(jump["address"], 16) if jump else None,
+        may_pass=not ends or conditional or bool(jump and jump["condition"]),
+    )
 
 
 def parse(usage: str, sass: str, demangle: dict[str, str]) -> list[KernelCode]:
     """The kernels of `cuobjdump -res-usage` and `-sass`; `demangle` maps the mangled names."""
-    code: dict[str, Counter[str]] = {}
-    current: Counter[str] | None = None
+    code: dict[str, list[Instruction]] = {}
+    current: list[Instruction] | None = None
     for line in sass.splitlines():
         if "Function : " in line:
-            current = code.setdefault(line.split("Function : ")[1].strip(), Counter())
+            current = code.setdefault(line.split("Function : ")[1].strip(), [])
         elif current is not None and (found := _INSTRUCTION.match(line)):
-            current[found[1]] += 1
+            current.append(instruction(found))
     kernels = []
     for found in _USAGE.finditer(usage):
         numbers = {key: int(found[key]) for key in ("registers", "stack", "shared", "local")}
         name = found["name"]
         kernels.append(
-            KernelCode(
-                short_name(demangle[name]), **numbers, instructions=code.get(name, Counter())
-            )
+            KernelCode(short_name(demangle[name]), **numbers, code=tuple(code.get(name, ())))
         )
     return kernels
 

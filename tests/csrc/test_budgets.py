@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomllib
@@ -27,6 +28,12 @@ RESERVED_SHARED = 1024
 """Bytes that sm_90 and later take of each block that uses shared memory, counted as its own."""
 
 FOUR_BITS = ("Int4", "Table4", "Fp4")
+
+
+def has_four_bits(name: str) -> bool:
+    """Whether the decoder in a kernel's name takes codes of 4 bits."""
+    return any(decoder in name for decoder in FOUR_BITS)
+
 
 needs_tools = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not in PATH"),
@@ -55,42 +62,66 @@ def compiled(source: Path, architecture: str) -> Path:
     return cubin
 
 
-def broken(kernel: sass.KernelCode, budget: dict[str, int]) -> list[str]:
+def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
     """In what a kernel breaks its budget, in words."""
-    narrow_copies = kernel.count("LDGSTS") - kernel.count("LDGSTS", "128")
     found = {
-        "registers": kernel.registers,
-        "tensor": kernel.count("HMMA"),
-        "ldmatrix": kernel.count("LDSM", "4"),
-        "copies": kernel.count("LDGSTS", "128"),
-        "shared_loads": kernel.count("LDS", "128"),
-        "global_loads": kernel.count("LDG", "128"),
+        "tensor": lambda: kernel.count("HMMA", "16816", "F32"),
+        "ldmatrix": lambda: kernel.count("LDSM", "4"),
+        "copies": lambda: kernel.count_on(kernel.stage_way, "LDGSTS", "128"),
+        "weight_loads": lambda: kernel.count_on(kernel.chunk_way, "LDS", "128"),
+        "global_loads": lambda: kernel.count("LDG", "128"),
     }
     spilled = kernel.stack + kernel.local + kernel.count("LDL") + kernel.count("STL")
+    is_bfloat16 = "<Bfloat16" in kernel.name
+    other_tensor = kernel.count("HMMA") - kernel.count("HMMA", "BF16")
+    narrow_copies = kernel.count("LDGSTS") - kernel.count("LDGSTS", "128")
     problems = [
         f"{what} {number}, none allowed"
         for what, number in (
             ("spills or stack", spilled),
             ("static shared memory", kernel.shared % RESERVED_SHARED),
-            ("copies of less than 16 bytes", narrow_copies),
+            (
+                "copies of less than 16 bytes",
+                kernel.count("LDGSTS") - kernel.count("LDGSTS", "128"),
+            ),
+            (
+                "tensor-core instructions of another type",
+                other_tensor if is_bfloat16 else kernel.count("HMMA", "BF16"),
+            ),
         )
         if number
     ]
-    for what in ("tensor", "ldmatrix"):
-        if what in budget and found[what] != budget[what]:
-            problems.append(f"{what} {found[what]}, expected {budget[what]}")
-    if found["registers"] > budget["registers"]:
-        problems.append(f"registers {found['registers']}, allowed {budget['registers']}")
-    for what in ("copies", "shared_loads", "global_loads"):
-        if found[what] < budget.get(what, 0):
-            problems.append(f"{what} {found[what]}, expected {budget[what]} or more")
+    for what, count in found.items():
+        if what in budget:
+            allowed, number = budget[what], count()
+            if isinstance(allowed, list):
+                allowed = allowed[0 if has_four_bits(kernel.name) else 1]
+            if number != allowed:
+                problems.append(f"{what} {number}, expected {allowed}")
+    wide, expected = kernel.count("LDS", "128"), budget.get("shared_loads", 0)
+    if wide < expected:
+        problems.append(f"shared_loads {wide}, expected {expected} or more")
+    if kernel.registers > budget["registers"]:
+        problems.append(f"registers {kernel.registers}, allowed {budget['registers']}")
+    if "chunk_instructions" in budget:
+        number, allowed = kernel.chunk_instructions(), budget["chunk_instructions"]
+        if number > allowed:
+            problems.append(f"instructions a chunk {number:g}, allowed {allowed}")
     return problems
 
 
-def budget_of(name: str) -> dict[str, int]:
+def budget_of(name: str) -> dict[str, Any]:
     rows = [row for row in BUDGETS["budget"] if fnmatch.fnmatchcase(name, row["kernel"])]
     assert len(rows) == 1, f"{name} matches {len(rows)} rows of budgets.toml"
-    return rows[0]
+    limits = [
+        limit
+        for pattern, limit in BUDGETS["chunk_instructions"].items()
+        if fnmatch.fnmatchcase(name, pattern)
+    ]
+    # What decides at few tokens is held for all decoders.
+    least = 1 if fnmatch.fnmatchcase(name, "weight_only_mma_kernel<*, 8>") else 0
+    assert least <= len(limits) <= 1, f"{name} matches {len(limits)} of chunk_instructions"
+    return rows[0] | ({"chunk_instructions": limits[0]} if limits else {})
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -126,7 +157,7 @@ class TestDecoders:
         for decoder, allowed in BUDGETS["integer_operations"].items():
             spent = kernels[f"decode_kernel<{decoder}>"].integer_operations()
             spent -= kernels[f"nothing_kernel<{decoder}>"].integer_operations()
-            weights = 32 if decoder.startswith(FOUR_BITS) else 16
+            weights = 32 if has_four_bits(decoder) else 16
             assert spent / weights <= allowed, (
                 f"{decoder} for sm_{architecture}: {spent} of {weights}"
             )
@@ -155,13 +186,64 @@ def test_the_parser_reads_what_cuobjdump_writes():
     assert kernel.count("LDGSTS") == 2 and kernel.count("LDGSTS", "128") == 1
 
 
+# Instructions 1 to 8 are a loop from barrier to barrier, which has to copy (3) and multiply (6) and
+# can skip 5.
+LOOP = """
+		Function : _Z1fv
+        /*0000*/                   MOV R1, R2 ;
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0020*/               @P1 BRA 0x40 ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0040*/              @!P0 BRA P3, 0x60 ;
+        /*0050*/                   LDS R4, [R1] ;
+        /*0060*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0070*/               @P0 CALL.REL.NOINC {jump} ;
+        /*0080*/                   BRA 0x10 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(("jump", "number"), [("0x90", 7), ("0x10", 6)])
+def test_the_shortest_way_through_a_stage(jump, number):
+    (kernel,) = sass.parse(USAGE, LOOP.format(jump=jump), {"_Z1fv": "f(P)"})
+    assert kernel.chunk_instructions() == number
+    assert broken(kernel, {"registers": 40, "chunk_instructions": number - 1})[-1] == (
+        f"instructions a chunk {number}, allowed {number - 1}"
+    )
+    assert len(broken(kernel, {"registers": 40, "chunk_instructions": number})) == 1
+
+
+def test_two_chunks_a_stage_are_a_loop_of_their_own():
+    inner = LOOP.replace("@P0 CALL.REL.NOINC {jump}", "@P0 BRA 0x40")
+    (kernel,) = sass.parse(USAGE, inner, {"_Z1fv": "f(P)"})
+    # 7 of the stage, and the branches 4 and 7 with the HMMA for the second chunk.
+    assert kernel.chunk_instructions() == (7 + 3) / 2
+
+
+def test_what_cannot_be_reached_has_no_way():
+    (kernel,) = sass.parse(USAGE, LOOP.format(jump="0x90"), {"_Z1fv": "f(P)"})
+    with pytest.raises(AssertionError, match="no way from instruction 9 to 1"):
+        kernel.way([9, 1])
+
+
 def test_a_broken_budget_is_named():
-    (kernel,) = sass.parse(USAGE, SASS, {"_Z1fv": "f(P)"})
-    budget = {"registers": 39, "tensor": 2, "copies": 2, "shared_loads": 1}
+    (kernel,) = sass.parse(USAGE, SASS, {"_Z1fv": "f<Bfloat16, Fp8E4M3>(P)"})
+    budget = {"registers": 39, "tensor": 2, "shared_loads": 2, "global_loads": [0, 1]}
     assert broken(kernel, budget) == [
         "spills or stack 8, none allowed",
         "copies of less than 16 bytes 1, none allowed",
+        "tensor-core instructions of another type 1, none allowed",
         "tensor 1, expected 2",
+        "global_loads 0, expected 1",
+        "shared_loads 1, expected 2 or more",
         "registers 40, allowed 39",
-        "copies 1, expected 2 or more",
     ]
+
+
+def test_copies_and_loads_count_where_they_are_needed():
+    code = LOOP.format(jump="0x90").replace("P3, 0x60", "0x60").replace("LDS R4", "LDS.128 R4")
+    (skipped,) = sass.parse(USAGE, code, {"_Z1fv": "f(P)"})
+    (straight,) = sass.parse(USAGE, code.replace("@!P0 BRA", "     MOV"), {"_Z1fv": "f(P)"})
+    loads = [k.count_on(k.chunk_way, "LDS", "128") for k in (skipped, straight)]
+    assert loads == [0, 1]
+    assert [k.count_on(k.stage_way, "LDGSTS", "128") for k in (skipped, straight)] == [1, 1]
