@@ -80,10 +80,7 @@ def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
         for what, number in (
             ("spills or stack", spilled),
             ("static shared memory", kernel.shared % RESERVED_SHARED),
-            (
-                "copies of less than 16 bytes",
-                kernel.count("LDGSTS") - kernel.count("LDGSTS", "128"),
-            ),
+            ("copies of less than 16 bytes", narrow_copies),
             (
                 "tensor-core instructions of another type",
                 other_tensor if is_bfloat16 else kernel.count("HMMA", "BF16"),
