@@ -191,6 +191,7 @@ gpu: $(INSTALLED) $(BUILT)
 			tests/test_kernels.py || { status=$$?; echo "$$tool: exit status $$status" >&2; }; \
 	done; \
 	timeout --kill-after=10 210 $(PY) -m bench --device cuda --time-limit 190 --output $(OUT)/gpu \
+		--schemes w4a16-g128,w8a16-sym,w8a8,w4a8-g128,nf4-g64 \
 		|| { status=$$?; echo "benchmark: exit status $$status" >&2; }; \
 	exit $$status
 

@@ -1,4 +1,7 @@
-"""bitsandbytes (Dettmers et al.): NF4 and FP4 weights, where it is installed."""
+"""bitsandbytes (Dettmers et al.): NF4 weights, where it is installed.
+
+Its FP4 is not a peer of `fp4-g<N>`: it has 16 values of its own, which are not those of E2M1.
+"""
 
 from __future__ import annotations
 
