@@ -34,6 +34,7 @@ namespace qkernels {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kTilesPerWarp = 2;
+constexpr int kNoEnd = 0x7fffffff;  // of the last group
 constexpr int kPadding = 4;  // floats: lets the fragments of sums be stored without conflicts
 
 template <class T, template <class> class Decoder, bool kRealZeros, int kTokens>
@@ -70,12 +71,19 @@ class WeightOnlyBlock {
     last_chunk_ = min_of(first_chunk_ + p_.chunks_per_split, p_.chunks);
     end_column_ = last_chunk_ * kChunkColumns;
     const int64_t warp_row = block_row_ + warp_n_ * kTilesPerWarp * kTileRows;
-    has_rows_ = warp_row < p_.rows;
+    // A warp beyond the last row has no chunks.
+    warp_end_ = warp_row < p_.rows ? last_chunk_ : 0;
 
     copied_chunk_ = first_chunk_ + warp_k_ * kWarpChunks;
+    chunk_ = copied_chunk_;
     const int64_t unit = warp_row / kTileRows * p_.chunks + copied_chunk_;
     weights_ = static_cast<const unsigned char*>(p_.weight.words) + unit * kChunkBytes + lane_ * 16;
     words_at_ = kXBytes + warp_ * kTilesPerWarp * kTileBytes + lane_ * 16;
+    // Piece lane / 8 of token lane % 8 in the warp's first chunk; the second half of a chunk lies 4
+    // pieces on, which the swizzle makes bit 6 of the address.
+    fragment_at_ = lane_ % 8 * kRowBytes + warp_k_ * kWarpChunks * kChunkColumns * 2 +
+                   swizzled(lane_ / 8, lane_ % 8) * 16;
+    fine_groups_ = p_.weight.group_size % kChunkColumns != 0;
     start_activations();
     start_groups();
   }
@@ -97,7 +105,7 @@ class WeightOnlyBlock {
       if (left > 0) copy_stage();
       --left;
       ptx::copy_async_commit();
-      multiply(first_chunk_ + step * kStageChunks + warp_k_ * kWarpChunks);
+      multiply();
     }
     ptx::sync_threads();  // the sums take the place of the stages, whose copies all have landed
     finish();
@@ -148,8 +156,9 @@ class WeightOnlyBlock {
     zeros_at_ = scales_at_ + p_.slots * kBlockRows * p_.scale_bytes;
     next_group_ = first_chunk_ * kChunkColumns / size;
     next_edge_ = next_group_ * size;
-    group_ = next_group_;
-    group_end_ = next_edge_ + size;
+    // Before the first group, so that the first chunk enters it.
+    group_ = next_group_ - 1;
+    group_end_ = next_edge_;
     // Half of the threads copy scales, half zero points; a thread copies the same 16 bytes of every
     // groups_at_once_-th group.
     constexpr int kHalf = kThreads / 2;
@@ -186,7 +195,7 @@ class WeightOnlyBlock {
     const int64_t row_bytes = static_cast<int64_t>(p_.chunks) * kChunkBytes;  // of a row of tiles
 #pragma unroll
     for (int c = 0; c < kWarpChunks; ++c) {
-      if (!has_rows_ || copied_chunk_ + c >= last_chunk_) break;
+      if (copied_chunk_ + c >= warp_end_) break;
 #pragma unroll
       for (int tile = 0; tile < kTilesPerWarp; ++tile) {
 #pragma unroll
@@ -228,10 +237,11 @@ class WeightOnlyBlock {
     if (next_slot_ >= p_.slots) next_slot_ -= p_.slots;
   }
 
-  QK_DEVICE void multiply(int chunk) {
+  QK_DEVICE void multiply() {
     for (int c = 0; c < kWarpChunks; ++c) {
-      if (has_rows_ && chunk + c < last_chunk_) multiply_chunk((chunk + c) * kChunkColumns, c);
+      if (chunk_ + c < warp_end_) multiply_chunk((chunk_ + c) * kChunkColumns, c);
     }
+    chunk_ += kStageChunks;
     read_ = next_stage(read_);
   }
 
@@ -251,7 +261,8 @@ class WeightOnlyBlock {
       }
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        enter_group(column + (2 * half + s) * kStepColumns);
+        const int first_column = (2 * half + s) * kStepColumns;
+        if (first_column == 0 || fine_groups_) enter_group(column + first_column);
 #pragma unroll
         for (int tile = 0; tile < kTilesPerWarp; ++tile) {
           const uint32_t all[4] = {held[tile].x, held[tile].y, held[tile].z, held[tile].w};
@@ -260,9 +271,7 @@ class WeightOnlyBlock {
           groups_[tile].weights(decoder_, all + first, a[s][tile]);
         }
       }
-      const int piece = (warp_k_ * kWarpChunks + c) * (kChunkColumns / 8) + half * 4 + lane_ / 8;
-      const unsigned char* const row =
-          stage + lane_ % 8 * kRowBytes + swizzled(piece, lane_ % 8) * 16;
+      const unsigned char* const row = stage + (fragment_at_ ^ half * 64) + c * kChunkColumns * 2;
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
         uint32_t b[4];
@@ -278,15 +287,13 @@ class WeightOnlyBlock {
 
   // Makes groups_ those of the columns from `column` on.
   QK_DEVICE void enter_group(int column) {
-    bool is_new = !has_group_;
-    while (column >= group_end_ && group_ + 1 < p_.groups) {
-      is_new = true;
+    if (column < group_end_) return;
+    do {
       ++group_;
-      group_end_ += static_cast<int>(p_.weight.group_size);
+      group_end_ =
+          group_ + 1 < p_.groups ? group_end_ + static_cast<int>(p_.weight.group_size) : kNoEnd;
       if (++group_slot_ == p_.slots) group_slot_ = 0;
-    }
-    if (!is_new) return;
-    has_group_ = true;
+    } while (column >= group_end_);
 #pragma unroll
     for (int tile = 0; tile < kTilesPerWarp; ++tile) {
       const int row = (warp_n_ * kTilesPerWarp + tile) * kTileRows + lane_ / 4 * 2;
@@ -410,7 +417,7 @@ class WeightOnlyBlock {
   int lane_, warp_, warp_n_, warp_k_;
   int64_t block_row_, token0_;
   int first_chunk_, last_chunk_, end_column_;
-  bool has_rows_;
+  int warp_end_;
 
   // What is to be copied next, and where; offsets of shared memory are in bytes.
   int column_, copied_chunk_, write_ = 0;
@@ -427,8 +434,9 @@ class WeightOnlyBlock {
   // What is to be multiplied next.
   int read_ = 0;
   int scales_at_, zeros_at_;
-  int group_, group_end_, group_slot_ = 0;
-  bool has_group_ = false;
+  int chunk_, fragment_at_;
+  int group_, group_end_, group_slot_ = -1;
+  bool fine_groups_;
   Decoder<T> decoder_;
   Group<T, Decoder, kRealZeros> groups_[kTilesPerWarp];
   float sums_[kTilesPerWarp][kTokenTiles][4] = {};
