@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkernels.backends.kernel import Kernel, Problem
+from qkernels.backends.kernel import Kernel, Problem, Run, WhyNot, kernel_rows, no_gpu
 from qkernels.layouts import FRAGMENT, PackedWeight
 from qkernels.layouts.fragment import code_name, column_order, kernel_columns, kernel_group
 from qkernels.weight import codebook
@@ -22,8 +21,6 @@ tensor-core instructions are faster on large tiles. Not measured on a GPU."""
 
 _INVARIANT_ROWS = 64
 """The number of rows whose schedule serves every M where results must not depend on M."""
-
-_LEAST_CAPABILITY = (8, 0)
 
 _X_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -77,12 +74,8 @@ def emulator_is_loaded() -> bool:
     return hasattr(torch.ops.qkernels_emulated, "weight_only_mma")
 
 
-def _no_gpu(problem: Problem) -> str | None:
-    if problem.device != "cuda":
-        return f"needs a CUDA GPU, and the weight is on {problem.device}"
-    if problem.capability is not None and problem.capability < _LEAST_CAPABILITY:
-        return f"needs compute capability 8.0 or more, this GPU has {problem.capability}"
-    reason = build_problem()
+def _not_built_for(problem: Problem) -> str | None:
+    reason = no_gpu(problem) or build_problem()
     if reason is None and problem.capability is not None:
         reason = missing_architecture(problem.capability, built_architectures())
     return reason
@@ -130,7 +123,7 @@ def _kernel_order(x: Tensor, packed: PackedWeight) -> Tensor:
     return x if order is None else F.pad(x, (0, 1)).index_select(1, order[0])
 
 
-def _weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What the operators take of a weight: tensors, and what they are."""
     assert packed.layout is FRAGMENT, f"the weight is in {packed.layout.name}"
     scheme, buffers = packed.scheme, packed.buffers
@@ -141,13 +134,9 @@ def _weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any,
     return tensors, (packed.n, columns, group, code)
 
 
-Run = Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
-WhyNot = Callable[[Problem], str | None]
-
-
 def _run_fused(namespace: str) -> Run:
     def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        tensors, facts = _weight_arguments(packed)
+        tensors, facts = weight_arguments(packed)
         schedule_m = _INVARIANT_ROWS if problem.batch_invariant else 0
         operators = getattr(torch.ops, namespace)
         rows = aligned_rows(_kernel_order(x, packed))
@@ -158,7 +147,7 @@ def _run_fused(namespace: str) -> Run:
 
 def _run_dense(namespace: str) -> Run:
     def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        tensors, facts = _weight_arguments(packed)
+        tensors, facts = weight_arguments(packed)
         weight = getattr(torch.ops, namespace).dequantize(*tensors, *facts, x.dtype)
         return F.linear(
             _kernel_order(x, packed), weight, None if bias is None else bias.to(x.dtype)
@@ -168,17 +157,12 @@ def _run_dense(namespace: str) -> Run:
 
 
 def _rows(backend: str, namespace: str, no_device: WhyNot) -> tuple[Kernel, ...]:
-    def row(name: str, why_not: WhyNot, run: Run) -> Kernel:
-        def refuses(problem: Problem) -> str | None:
-            return no_device(problem) or why_not(problem)
-
-        return Kernel(f"{backend}_{name}", backend, FRAGMENT.name, refuses, run)
-
-    return (
-        row("weight_only_mma", _no_fused_product, _run_fused(namespace)),
-        row("dequantize_matmul", _no_dense_product, _run_dense(namespace)),
-    )
+    kernels = {
+        "weight_only_mma": (_no_fused_product, _run_fused(namespace)),
+        "dequantize_matmul": (_no_dense_product, _run_dense(namespace)),
+    }
+    return kernel_rows(backend, FRAGMENT.name, no_device, kernels)
 
 
-KERNELS = _rows("cuda", "qkernels_cuda", _no_gpu)
+KERNELS = _rows("cuda", "qkernels_cuda", _not_built_for)
 EMULATED_KERNELS = _rows("emulated", "qkernels_emulated", _no_emulator)

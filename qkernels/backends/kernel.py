@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from qkernels.layouts import PackedWeight
 from qkernels.scheme import QuantScheme
+
+_LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Problem:
     batch_invariant: bool = False
 
 
+Run = Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
+WhyNot = Callable[[Problem], str | None]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A row of the kernel table.
@@ -50,8 +56,8 @@ class Kernel:
     name: str
     backend: str
     layout: str | None
-    why_not: Callable[[Problem], str | None]
-    run: Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
+    why_not: WhyNot
+    run: Run
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel cannot run `problem`, its layout included; None where it can."""
@@ -59,3 +65,26 @@ class Kernel:
         if reason is None and self.layout is not None and problem.layout not in (None, self.layout):
             return f"reads the {self.layout} layout, and the weight is in {problem.layout}"
         return reason
+
+
+def no_gpu(problem: Problem) -> str | None:
+    """Why no GPU kernel can run `problem`: another device, or too old a GPU; else None."""
+    if problem.device != "cuda":
+        return f"needs a CUDA GPU, and the weight is on {problem.device}"
+    if problem.capability is not None and problem.capability < _LEAST_CAPABILITY:
+        return f"needs compute capability 8.0 or more, this GPU has {problem.capability}"
+    return None
+
+
+def kernel_rows(
+    backend: str, layout: str, no_device: WhyNot, kernels: Mapping[str, tuple[WhyNot, Run]]
+) -> tuple[Kernel, ...]:
+    """The rows of a backend, named `<backend>_<kernel>`; `no_device` refuses for all of them."""
+
+    def row(name: str, why_not: WhyNot, run: Run) -> Kernel:
+        def refuses(problem: Problem) -> str | None:
+            return no_device(problem) or why_not(problem)
+
+        return Kernel(f"{backend}_{name}", backend, layout, refuses, run)
+
+    return tuple(row(name, why_not, run) for name, (why_not, run) in kernels.items())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qkernels import reference
-from qkernels.backends.kernel import Kernel, Problem
+from qkernels.backends.kernel import Kernel, Problem, Run, WhyNot, kernel_rows, no_gpu
 from qkernels.layouts import PLANAR, PackedWeight, plane_height
 from qkernels.weight import codebook, nested_table
 
@@ -26,8 +25,6 @@ Not measured on a GPU."""
 
 _INVARIANT_ROWS = 64
 """The number of rows whose GEMM config serves every M where results must not depend on M."""
-
-_LEAST_CAPABILITY = (8, 0)
 
 _X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -53,14 +50,10 @@ def interpreter_is_on() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def _no_gpu(problem: Problem) -> str | None:
-    if problem.device != "cuda":
-        return f"needs a CUDA GPU, and the weight is on {problem.device}"
-    if interpreter_is_on():
+def _not_compiled(problem: Problem) -> str | None:
+    if problem.device == "cuda" and interpreter_is_on():
         return "TRITON_INTERPRET is set, which keeps Triton from compiling: unset it"
-    if problem.capability is not None and problem.capability < _LEAST_CAPABILITY:
-        return f"needs compute capability 8.0 or more, this GPU has {problem.capability}"
-    return import_problem()
+    return no_gpu(problem) or import_problem()
 
 
 def _no_interpreter(problem: Problem) -> str | None:
@@ -129,10 +122,6 @@ def planar_weight(packed: PackedWeight) -> Any:
     )
 
 
-Run = Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
-WhyNot = Callable[[Problem], str | None]
-
-
 def _run_float(launcher: str) -> Run:
     def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
         weight, out_dtype, x_scale = planar_weight(packed), x.dtype, None
@@ -167,18 +156,13 @@ def _invariant_config(launcher: str, weight: Any, problem: Problem) -> Any:
 
 
 def _rows(backend: str, no_device: WhyNot) -> tuple[Kernel, ...]:
-    def row(name: str, why_not: WhyNot, run: Run) -> Kernel:
-        def refuses(problem: Problem) -> str | None:
-            return no_device(problem) or why_not(problem)
-
-        return Kernel(f"{backend}_{name}", backend, PLANAR.name, refuses, run)
-
-    return (
-        row("weight_only_gemv", _no_gemv, _run_float("weight_only_gemv")),
-        row("weight_only_gemm", _no_float_product, _run_float("weight_only_gemm")),
-        row("int8_gemm", _no_int8_gemm, _run_int8),
-    )
+    kernels = {
+        "weight_only_gemv": (_no_gemv, _run_float("weight_only_gemv")),
+        "weight_only_gemm": (_no_float_product, _run_float("weight_only_gemm")),
+        "int8_gemm": (_no_int8_gemm, _run_int8),
+    }
+    return kernel_rows(backend, PLANAR.name, no_device, kernels)
 
 
-KERNELS = _rows("triton", _no_gpu)
+KERNELS = _rows("triton", _not_compiled)
 INTERPRETED_KERNELS = _rows("interpreted", _no_interpreter)

