@@ -1,5 +1,5 @@
 // qkernels._C: checks what Python passes in and calls the kernels, which take raw pointers.
-// The only file that knows torch and pybind11. A user's mistake is a ValueError with the values.
+// The operators of the CUDA kernels are in cuda/. A user's mistake is a ValueError with the values.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

@@ -7,7 +7,7 @@ namespace qkernels {
 
 namespace {
 
-constexpr int64_t kChunk = 64, kPaddedRows = 32, kWarps = 8;
+constexpr int64_t kChunk = 64, kWarps = 8;
 constexpr int kMostStages = 6;
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }

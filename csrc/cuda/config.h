@@ -25,13 +25,13 @@ struct WeightOnlyConfig {
 
   // Warps side by side along N and along K: more along K for few tokens, where a block would
   // otherwise span more rows than small layers have; all along N for many, which share x.
-  int warps_n() const { return tokens <= 16 ? 2 : tokens == 32 ? 4 : 8; }
-  int warps_k() const { return 8 / warps_n(); }
-  int block_rows() const { return 32 * warps_n(); }
+  constexpr int warps_n() const { return tokens <= 16 ? 2 : tokens == 32 ? 4 : 8; }
+  constexpr int warps_k() const { return 8 / warps_n(); }
+  constexpr int block_rows() const { return 32 * warps_n(); }
   // Chunks of 64 columns that a warp takes of a stage. Two spread the costs of a stage, where there
   // is the shared memory for it.
-  int warp_chunks(int bits) const { return bits == 4 && tokens == 8 ? 2 : 1; }
-  int stage_chunks(int bits) const { return warps_k() * warp_chunks(bits); }
+  constexpr int warp_chunks(int bits) const { return bits == 4 && tokens == 8 ? 2 : 1; }
+  constexpr int stage_chunks(int bits) const { return warps_k() * warp_chunks(bits); }
 };
 
 // The heuristic schedule: a pure function.

@@ -220,4 +220,23 @@ using Fp8E4M3 = Fp8<T, 4>;
 template <class T>
 using Fp8E5M2 = Fp8<T, 5>;
 
+template <template <class> class Decoder, bool kRealZeros>
+struct DecoderTag {};
+
+// `visit(DecoderTag<Decoder, kRealZeros>())` for the decoder that a weight takes.
+template <class Visit>
+const char* visit_decoder(const FragmentWeight& weight, Visit visit) {
+  const bool real = weight.zero_type != ZeroType::kNone && weight.zero_type != ZeroType::kInteger;
+  switch (weight.code) {
+    case WeightCode::kInt4:
+      return real ? visit(DecoderTag<Int4, true>()) : visit(DecoderTag<Int4, false>());
+    case WeightCode::kInt8:
+      return real ? visit(DecoderTag<Int8, true>()) : visit(DecoderTag<Int8, false>());
+    case WeightCode::kTable4: return visit(DecoderTag<Table4, false>());
+    case WeightCode::kFp4E2M1: return visit(DecoderTag<Fp4E2M1, false>());
+    case WeightCode::kFp8E4M3: return visit(DecoderTag<Fp8E4M3, false>());
+    default: return visit(DecoderTag<Fp8E5M2, false>());
+  }
+}
+
 }  // namespace qkernels

@@ -82,7 +82,8 @@ QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) 
 }
 
 template <template <class> class Decoder, bool kRealZeros>
-const char* run(const DequantizeParameters& p, FloatType out_type, Stream stream) {
+const char* run(DecoderTag<Decoder, kRealZeros>, const DequantizeParameters& p, FloatType out_type,
+                Stream stream) {
   dim3 grid;
   grid.x = static_cast<unsigned>(ceil_div(p.chunks, kWarps));
   grid.y = static_cast<unsigned>(ceil_div(p.weight.n, kTileRows));
@@ -105,17 +106,7 @@ const char* dequantize(const FragmentWeight& weight, void* out, FloatType out_ty
   p.groups = static_cast<int>(ceil_div(weight.k, weight.group_size));
   p.scale_bytes = size_of(weight.scale_type);
   p.zero_bytes = size_of(weight.zero_type);
-  const bool real = weight.zero_type != ZeroType::kNone && weight.zero_type != ZeroType::kInteger;
-  switch (weight.code) {
-    case WeightCode::kInt4:
-      return real ? run<Int4, true>(p, out_type, stream) : run<Int4, false>(p, out_type, stream);
-    case WeightCode::kInt8:
-      return real ? run<Int8, true>(p, out_type, stream) : run<Int8, false>(p, out_type, stream);
-    case WeightCode::kTable4: return run<Table4, false>(p, out_type, stream);
-    case WeightCode::kFp4E2M1: return run<Fp4E2M1, false>(p, out_type, stream);
-    case WeightCode::kFp8E4M3: return run<Fp8E4M3, false>(p, out_type, stream);
-    default: return run<Fp8E5M2, false>(p, out_type, stream);
-  }
+  return visit_decoder(weight, [&](auto decoder) { return run(decoder, p, out_type, stream); });
 }
 
 }  // namespace qkernels

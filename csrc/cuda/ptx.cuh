@@ -251,7 +251,7 @@ QK_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value) {
 // Counts this block as arrived, and returns how many had before it. By this a block tells others
 // that all it has stored is there, so a fence and a barrier stand before it; and after it, before
 // what the others have stored is read.
-QK_DEVICE uint32_t count_block(uint32_t* counter QK_AND_SITE) { return atomicAdd(counter, 1); }
+QK_DEVICE uint32_t count_block(uint32_t* counter QK_AND_SITE) { return atomic_add(counter, 1); }
 
 // --- Bounds
 

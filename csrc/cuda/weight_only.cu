@@ -8,15 +8,11 @@ namespace qkernels {
 
 namespace {
 
-template <template <class> class Decoder>
-const char* launch_zeros(const WeightOnlyParameters& parameters, FloatType x_type, int tokens,
-                         dim3 grid, int shared_bytes, Stream stream) {
-  const ZeroType zeros = parameters.weight.zero_type;
-  const bool real = zeros != ZeroType::kNone && zeros != ZeroType::kInteger;
-  return real
-             ? launch_decoder<Decoder, true>(parameters, x_type, tokens, grid, shared_bytes, stream)
-             : launch_decoder<Decoder, false>(parameters, x_type, tokens, grid, shared_bytes,
-                                              stream);
+template <template <class> class Decoder, bool kRealZeros>
+const char* run(DecoderTag<Decoder, kRealZeros>, const WeightOnlyParameters& parameters,
+                FloatType x_type, int tokens, dim3 grid, int shared_bytes, Stream stream) {
+  return launch_decoder<Decoder, kRealZeros>(parameters, x_type, tokens, grid, shared_bytes,
+                                             stream);
 }
 
 }  // namespace
@@ -63,18 +59,9 @@ const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOn
   grid.y = static_cast<unsigned>(p.split_k);
   grid.z = static_cast<unsigned>(ceil_div(arguments.m, config.tokens));
   const int shared = static_cast<int>(shared_bytes(problem, config));
-  const FloatType type = arguments.x_type;
-  switch (weight.code) {
-    case WeightCode::kInt4: return launch_zeros<Int4>(p, type, config.tokens, grid, shared, stream);
-    case WeightCode::kInt8: return launch_zeros<Int8>(p, type, config.tokens, grid, shared, stream);
-    case WeightCode::kTable4:
-      return launch_decoder<Table4, false>(p, type, config.tokens, grid, shared, stream);
-    case WeightCode::kFp4E2M1:
-      return launch_decoder<Fp4E2M1, false>(p, type, config.tokens, grid, shared, stream);
-    case WeightCode::kFp8E4M3:
-      return launch_decoder<Fp8E4M3, false>(p, type, config.tokens, grid, shared, stream);
-    default: return launch_decoder<Fp8E5M2, false>(p, type, config.tokens, grid, shared, stream);
-  }
+  return visit_decoder(weight, [&](auto decoder) {
+    return run(decoder, p, arguments.x_type, config.tokens, grid, shared, stream);
+  });
 }
 
 }  // namespace qkernels

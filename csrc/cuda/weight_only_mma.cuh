@@ -40,13 +40,14 @@ constexpr int kPadding = 4;  // floats: lets the fragments of sums be stored wit
 template <class T, template <class> class Decoder, bool kRealZeros, int kTokens>
 class WeightOnlyBlock {
  public:
-  static constexpr int kWarpsN = kTokens <= 16 ? 2 : kTokens == 32 ? 4 : 8;
-  static constexpr int kWarpsK = kWarps / kWarpsN;
-  static constexpr int kBlockRows = kWarpsN * kTilesPerWarp * kTileRows;
+  static constexpr WeightOnlyConfig kShape = {kTokens, 1, 2};  // any split_k and stages
+  static constexpr int kWarpsN = kShape.warps_n();
+  static constexpr int kWarpsK = kShape.warps_k();
+  static constexpr int kBlockRows = kShape.block_rows();
+  static_assert(kWarpsN * kWarpsK == kWarps && kBlockRows == kWarpsN * kTilesPerWarp * kTileRows);
   static constexpr int kBits = Decoder<T>::kBits;
-  // As WeightOnlyConfig has them, of a warp and of a stage.
-  static constexpr int kWarpChunks = kBits == 4 && kTokens == 8 ? 2 : 1;
-  static constexpr int kStageChunks = kWarpsK * kWarpChunks;
+  static constexpr int kWarpChunks = kShape.warp_chunks(kBits);
+  static constexpr int kStageChunks = kShape.stage_chunks(kBits);
   static constexpr int kStageColumns = kStageChunks * kChunkColumns;
   static constexpr int kRowBytes = kStageColumns * 2;  // of x in shared memory
   static constexpr int kPieces = kRowBytes / 16;
