@@ -87,12 +87,11 @@ def extension() -> tuple[Extension, type]:
     )
     headers = sources("csrc/**/*.h") + sources("csrc/**/*.cuh")
     openmp = ["-fopenmp"] if compiles(shlex.split(get_cxx_compiler()), "-fopenmp") else []
-    options: dict[str, Any] = {
-        "include_dirs": [str(ROOT / "csrc")],
-        "depends": headers,
-        "extra_link_args": openmp,
-    }
-    cxx_flags = ["-O3", "-Wall", *openmp]
+    # OpenMP is not linked: torch brings a runtime, and a second one would start threads of its own,
+    # which spin on the cores that torch's need.
+    options: dict[str, Any] = {"include_dirs": [str(ROOT / "csrc")], "depends": headers}
+    # A product and a sum must not be contracted where the reference rounds in between.
+    cxx_flags = ["-O3", "-Wall", "-ffp-contract=off", *openmp]
     nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
     if cuda and torch.version.cuda and nvcc.exists():
         cxx_flags.append(f'-DQKERNELS_CUDA_ARCHITECTURES="{cuda_architectures(nvcc)}"')

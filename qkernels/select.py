@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 
+from qkernels.backends import cpu as cpu_backend
 from qkernels.backends import cuda as cuda_backend
 from qkernels.backends import reference as reference_backend
 from qkernels.backends import triton as triton_backend
@@ -18,6 +19,7 @@ from qkernels.scheme import QuantScheme
 KERNELS: tuple[Kernel, ...] = (
     *cuda_backend.KERNELS,
     *triton_backend.KERNELS,
+    *cpu_backend.KERNELS,
     *reference_backend.KERNELS,
     # Behind the reference, which never refuses, so that simulators run only where they are asked
     # for by name.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qkernels import WQLinear, ops, reference
+from qkernels.backends.cpu import ISAS
 from qkernels.errors import NoKernelError, WeightError
 from qkernels.layouts import LAYOUTS, pack
 from qkernels.quantizers import rtn
@@ -22,6 +23,7 @@ from tests.bounds import DENSE_FACTOR, FROBENIUS_BOUND
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 CUDA_BACKENDS = ("cuda", "emulated")
+CPU_INT8 = tuple(f"cpu_{isa}_int8" for isa in ISAS)
 N, K = 49, 200
 DTYPES_BY_ROWS = {
     1: (torch.float16,),
@@ -42,7 +44,7 @@ CASES = [
     pytest.param(kernel, text, id=f"{kernel.name}-{text[:16]}")
     for kernel in KERNELS
     for text in schemes.ALL
-    if runnable(kernel, QuantScheme.parse(text), 1)
+    if any(runnable(kernel, QuantScheme.parse(text), m) for m in (1, 17))
 ]
 FLOAT_CASES = [case for case in CASES if QuantScheme.parse(case.values[1]).weight_only]
 
@@ -67,23 +69,39 @@ def seen_by(kernel, quantized, dtype):
     """The weight as a kernel multiplies it, in `dtype`: dequantized, and rounded once.
 
     The CUDA kernels dequantize in 16 bits: their codebooks and scales are rounded to `dtype` first.
+    Tiles of AMX hold a codebook in bf16, in one number where x is bf16, in two where it is fp16.
     """
-    if kernel.backend not in CUDA_BACKENDS:
+    in_tiles = kernel.name == "cpu_amx_float" and dtype != torch.float32
+    if kernel.backend not in CUDA_BACKENDS and not in_tiles:
         return quantized.dequantize().to(dtype)
     scheme, length = quantized.scheme, quantized.scheme.group_length(quantized.k)
-    values = code_values(scheme, quantized.codes).to(dtype).float()
+    values = code_values(scheme, quantized.codes)
+    if in_tiles:
+        first = values.bfloat16().float()
+        rest = (values - first).bfloat16().float()
+        values = first + rest if dtype == torch.float16 else first
+    else:
+        values = values.to(dtype).float()
     zeros = quantized.group_zeros()
     if zeros is not None:
         apply_by_group(values, zeros, length, torch.Tensor.sub_)
-    scales = quantized.group_scales().to(dtype).float()
+    scales = quantized.group_scales()
+    if not in_tiles:
+        scales = scales.to(dtype).float()
     apply_by_group(values, scales, length, torch.Tensor.mul_)
     return quantized.to_column_order(values).to(dtype)
 
 
-def may_refuse(kernel, dtype):
+def may_refuse(kernel, dtype, m):
     """Whether a kernel that takes a scheme may still refuse this M or this type of x."""
     is_16_bit = kernel.backend in CUDA_BACKENDS and dtype == torch.float32
-    return "gemv" in kernel.name or is_16_bit
+    many, few = kernel.name.startswith("cpu_amx"), kernel.name.startswith("cpu_portable")
+    return "gemv" in kernel.name or is_16_bit or (many and m < 9) or (few and m > 16)
+
+
+def few_rows(kernel, scheme):
+    """The least of some numbers of rows that a kernel takes."""
+    return next(m for m in (3, 17) if runnable(kernel, scheme, m))
 
 
 def run(kernel, quantized, x, **kwargs):
@@ -141,17 +159,15 @@ def error(y, exact):
 def test_identity_gives_the_dequantized_weight_bit_for_bit(kernel, text):
     quantized = make(text, n=20, k=72, perm=True, bias=False)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        if not runnable(kernel, quantized.scheme, 1, dtype):
-            assert may_refuse(kernel, dtype)
+        if not any(runnable(kernel, quantized.scheme, m, dtype) for m in (1, 17)):
+            assert may_refuse(kernel, dtype, 17)
             continue
         exact = seen_by(kernel, quantized, dtype).t()
         x = torch.eye(72, dtype=dtype, device=DEVICE)
-        # A GEMV takes few rows at a time: the first and last columns of K, and some between.
-        parts = (
-            [slice(None)]
-            if "gemv" not in kernel.name
-            else [slice(0, 3), slice(35, 38), slice(69, 72)]
-        )
+        # Some kernels take few rows at a time: the first and last columns of K, and some between.
+        parts = [slice(None)]
+        if not runnable(kernel, quantized.scheme, 72, dtype):
+            parts = [slice(0, 3), slice(35, 38), slice(69, 72)]
         for part in parts:
             assert torch.equal(run(kernel, quantized, x[part]), exact[part]), (dtype, part)
 
@@ -166,7 +182,7 @@ def test_close_to_float64(kernel, text, m):
         quantized = make(text, x=x, perm=m == 3)
         y = run(kernel, quantized, x)
         if y is None:
-            assert may_refuse(kernel, dtype)
+            assert may_refuse(kernel, dtype, m)
             continue
         assert y.dtype == dtype and y.shape == (m, N)
         exact = expected(quantized, x)
@@ -177,10 +193,8 @@ def test_close_to_float64(kernel, text, m):
 def test_model_shape_many_rows_and_none(kernel, text):
     n, k = MODEL_SHAPE
     quantized = make(text, n=n, k=k)
-    assert run(kernel, quantized, torch.randn(0, k, dtype=torch.float16, device=DEVICE)).shape == (
-        0,
-        n,
-    )
+    nothing = run(kernel, quantized, torch.randn(0, k, dtype=torch.float16, device=DEVICE))
+    assert nothing is None or nothing.shape == (0, n)
     for m in (16, 129):
         x = torch.randn(m, k, dtype=torch.float16, device=DEVICE)
         y = run(kernel, quantized, x)
@@ -190,8 +204,9 @@ def test_model_shape_many_rows_and_none(kernel, text):
 
 @pytest.mark.parametrize(("kernel", "text"), FLOAT_CASES)
 def test_within_twice_the_error_of_a_dense_product(kernel, text):
-    x = torch.randn(4, K, dtype=torch.float16, device=DEVICE)
     quantized = make(text, bias=False)
+    m = few_rows(kernel, quantized.scheme)
+    x = torch.randn(m, K, dtype=torch.float16, device=DEVICE)
     exact = expected(quantized, x)
     dense = (x @ quantized.dequantize().half().t()).double()
     assert error(run(kernel, quantized, x), exact) <= DENSE_FACTOR * error(dense, exact)
@@ -199,7 +214,8 @@ def test_within_twice_the_error_of_a_dense_product(kernel, text):
 
 @pytest.mark.parametrize(("kernel", "text"), CASES)
 def test_twice_the_same_bits(kernel, text):
-    x = torch.randn(3, K, dtype=torch.float16, device=DEVICE)
+    m = few_rows(kernel, QuantScheme.parse(text))
+    x = torch.randn(m, K, dtype=torch.float16, device=DEVICE)
     quantized = make(text, x=x)
     assert torch.equal(run(kernel, quantized, x), run(kernel, quantized, x))
 
@@ -221,7 +237,8 @@ def test_every_output_is_written_and_nothing_else(kernel, text, monkeypatch):
         taken.append((whole, whole.clone(), count))
         return whole[guard : guard + count].view(shape)
 
-    x = torch.randn(3, K, dtype=torch.float16, device=DEVICE)
+    m = few_rows(kernel, QuantScheme.parse(text))
+    x = torch.randn(m, K, dtype=torch.float16, device=DEVICE)
     quantized = make(text, x=x)
     want = run(kernel, quantized, x)
     assert want.isfinite().all()
@@ -245,36 +262,61 @@ def test_every_output_is_written_and_nothing_else(kernel, text, monkeypatch):
 @pytest.mark.parametrize(("kernel", "text"), CASES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_stay_visible(kernel, text, bad):
-    x = torch.randn(3, K, dtype=torch.float16, device=DEVICE)
+    m = few_rows(kernel, QuantScheme.parse(text))
+    x = torch.randn(m, K, dtype=torch.float16, device=DEVICE)
     quantized = make(text, x=x)
     x[1, 7] = bad
     y = run(kernel, quantized, x)
     per_tensor = quantized.scheme.activation.granularity == "tensor"
     assert not y[1].isfinite().any()
     if not per_tensor:
-        assert y[0].isfinite().all() and y[2].isfinite().all()
+        assert y[0].isfinite().all() and y[2:].isfinite().all()
 
 
 @pytest.mark.parametrize(("kernel", "text"), CASES)
 def test_strided_rows(kernel, text):
-    wide = torch.randn(4, 2 * K, dtype=torch.float16, device=DEVICE)
+    m = few_rows(kernel, QuantScheme.parse(text))
+    wide = torch.randn(m, 2 * K, dtype=torch.float16, device=DEVICE)
     x = wide[:, ::2]
     quantized = make(text, x=x)
     assert torch.equal(run(kernel, quantized, x), run(kernel, quantized, x.contiguous()))
+
+
+def reference_rows(quantized, x):
+    return reference.linear(x, pack(quantized, LAYOUTS["plain"]), quantized.bias)
+
+
+CPU_INT8_CASES = [case for case in CASES if case.values[0].name in CPU_INT8]
+
+
+@pytest.mark.parametrize(("kernel", "text"), CPU_INT8_CASES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_int8_on_the_cpu_is_the_reference_bit_for_bit(kernel, text, dtype):
+    m = few_rows(kernel, QuantScheme.parse(text))
+    x = torch.randn(m, K, dtype=dtype)
+    x[:, ::50] *= 100
+    quantized = make(text, x=x)
+    assert torch.equal(run(kernel, quantized, x), reference_rows(quantized, x))
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("text", ["w4a16-g64", "w8a8", "w4a8-g64-flat"])
 def test_batch_invariance(kernel, text):
     scheme = QuantScheme.parse(text)
-    if not runnable(kernel, scheme, 1, batch_invariant=True):
-        assert not runnable(kernel, scheme, 1) or kernel.name.endswith(("gemv", "_matmul"))
+    if not runnable(kernel, scheme, 19, batch_invariant=True):
+        assert not runnable(kernel, scheme, 1) or kernel.name.endswith(
+            ("gemv", "_matmul", "portable_int8")
+        )
         return
     x = torch.randn(19, K, dtype=torch.float16, device=DEVICE)
     quantized = make(text)
     together = run(kernel, quantized, x, batch_invariant=True)
     for rows in (slice(0, 1), slice(5, 8), slice(0, 18)):
         alone = run(kernel, quantized, x[rows], batch_invariant=True)
+        if alone is None:
+            # Another kernel of the same bits runs these: sums are integers, or added in order.
+            assert kernel.name == "cpu_amx_int8" and rows != slice(0, 18)
+            alone = reference_rows(quantized, x[rows])
         assert torch.equal(alone, together[rows])
 
 
@@ -285,17 +327,18 @@ def test_integer_products_are_exact(text):
     object.__setattr__(quantized, "scales", torch.ones_like(quantized.scales))
     if quantized.channel_scales is not None:
         quantized.channel_scales.fill_(1)
-    x = torch.randint(-127, 128, (5, K), device=DEVICE).float()
+    x = torch.randint(-127, 128, (17, K), device=DEVICE).float()
     x[:, 0] = 127
     if quantized.activation_scale is not None:
         quantized.activation_scale.fill_(1)
     want = x.double() @ quantized.dequantize().double().t()
     seen = 0
     for kernel in KERNELS:
-        if runnable(kernel, quantized.scheme, 5, torch.float32):
-            assert torch.equal(run(kernel, quantized, x).double(), want), kernel.name
-            seen += 1
-    assert seen >= 2
+        for m in (5, 17):
+            if runnable(kernel, quantized.scheme, m, torch.float32):
+                assert torch.equal(run(kernel, quantized, x[:m]).double(), want[:m]), kernel.name
+                seen += 1
+    assert seen >= 4
 
 
 def test_both_integer_products_are_exact_at_the_largest_sums():

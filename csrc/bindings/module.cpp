@@ -1,5 +1,5 @@
 // qkernels._C: checks what Python passes in and calls the kernels, which take raw pointers.
-// The operators of the CUDA kernels are in cuda/. A user's mistake is a ValueError with the values.
+// The CPU kernels are called in cpu.cpp, the CUDA kernels in cuda/. A user's mistake is a ValueError with the values.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/cpu.h"
 #include "cpu/pack.h"
 
 namespace py = pybind11;
@@ -180,4 +181,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "plane 16, 32 or 64");
   m.def("build_info", &build_info,
         "version, compiler, cpp_standard, torch_version, cuda, cuda_architectures, openmp");
+  qkernels::bindings::register_cpu(m);
 }

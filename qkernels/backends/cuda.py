@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qkernels.backends.kernel import Kernel, Problem, Run, WhyNot, kernel_rows, no_gpu
 from qkernels.layouts import FRAGMENT, PackedWeight
-from qkernels.layouts.fragment import code_name, column_order, kernel_columns, kernel_group
+from qkernels.layouts.fragment import code_name
+from qkernels.layouts.padding import kernel_columns, kernel_group, padded_columns
 from qkernels.weight import codebook
 
 MOST_ROWS = 256
@@ -117,12 +118,6 @@ def aligned_rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _kernel_order(x: Tensor, packed: PackedWeight) -> Tensor:
-    """x [M, K] with its columns where the kernels see them: zeros stand where groups are padded."""
-    order = column_order(packed.scheme, packed.k, x.device)
-    return x if order is None else F.pad(x, (0, 1)).index_select(1, order[0])
-
-
 def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What the operators take of a weight: tensors, and what they are."""
     assert packed.layout is FRAGMENT, f"the weight is in {packed.layout.name}"
@@ -139,7 +134,7 @@ def _run_fused(namespace: str) -> Run:
         tensors, facts = weight_arguments(packed)
         schedule_m = _INVARIANT_ROWS if problem.batch_invariant else 0
         operators = getattr(torch.ops, namespace)
-        rows = aligned_rows(_kernel_order(x, packed))
+        rows = aligned_rows(padded_columns(x, packed.scheme))
         return operators.weight_only_mma(rows, *tensors, bias, *facts, schedule_m)
 
     return run
@@ -150,7 +145,7 @@ def _run_dense(namespace: str) -> Run:
         tensors, facts = weight_arguments(packed)
         weight = getattr(torch.ops, namespace).dequantize(*tensors, *facts, x.dtype)
         return F.linear(
-            _kernel_order(x, packed), weight, None if bias is None else bias.to(x.dtype)
+            padded_columns(x, packed.scheme), weight, None if bias is None else bias.to(x.dtype)
         )
 
     return run

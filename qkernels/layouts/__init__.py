@@ -11,8 +11,11 @@ from qkernels.layouts.packed import (
 )
 from qkernels.layouts.plain import PLAIN
 from qkernels.layouts.planar import PLANAR, plane_height
+from qkernels.layouts.vnni import VNNI
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PLAIN, PLANAR, FRAGMENT)}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (PLAIN, PLANAR, FRAGMENT, VNNI)
+}
 
 __all__ = [
     "BUFFER_NAMES",
@@ -20,6 +23,7 @@ __all__ = [
     "LAYOUTS",
     "PLAIN",
     "PLANAR",
+    "VNNI",
     "Layout",
     "PackedWeight",
     "allocate",

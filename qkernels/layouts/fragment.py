@@ -7,7 +7,7 @@ words          int32 [N/16, units, 32, 4]; drawn in csrc/cuda/fragment.cuh and d
 scales, zeros  [G, N padded]; the rows of a tile in the order 0, 8, 1, 9, ..., 7, 15
 
 The kernels take groups of a multiple of 16 columns. Other groups are padded to one, each at its
-end, with columns of code 0 whose x is zero: see `kernel_columns`.
+end, with columns of code 0 whose x is zero: see `padding`.
 
 Lane 4g + t holds, of each step of 16 columns, rows g and g + 8 and columns 2t, 2t + 1, 2t + 8,
 2t + 9: what mma.m16n8k16 takes of A, and what a warp holds of A for wgmma.m64nNk16.
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from qkernels.errors import WeightError
 from qkernels.layouts.packed import Layout, PackedWeight
+from qkernels.layouts.padding import GROUP_MULTIPLE, column_order, kernel_columns
 from qkernels.scheme import QuantScheme
 
 TILE_ROWS = 16
 CHUNK_COLUMNS = 64
 ROW_MULTIPLE = 32
-_STEP = 16
 
 _LARGEST_ZERO = 128
 """Up to which code - zero is exact in bf16, where a 4-bit code is held as 128 + code."""
@@ -60,36 +60,6 @@ def _why_not(scheme: QuantScheme) -> str | None:
     if scheme.scale_levels != "one":
         return f"holds one level of scales, not {scheme.scale_levels}"
     return None
-
-
-def kernel_group(scheme: QuantScheme, k: int) -> int:
-    """Columns of a group as the kernels see it: a multiple of 16, or all of K."""
-    length = scheme.group_length(k)
-    return length if length >= k else -(-length // _STEP) * _STEP
-
-
-def kernel_columns(scheme: QuantScheme, k: int) -> int:
-    """Columns of the weight as the kernels see it: `k`, and what pads its groups."""
-    last = scheme.groups(k) - 1
-    return last * kernel_group(scheme, k) + k - last * scheme.group_length(k)
-
-
-@lru_cache(maxsize=256)
-def column_order(scheme: QuantScheme, k: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """How padded groups map to columns, or None where no group is padded. Cached: do not write.
-
-    Returns:
-        source: int64 [kernel_columns]; the column each comes from, or k for padding.
-        target: int64 [k]; where each column goes.
-    """
-    if kernel_columns(scheme, k) == k:
-        return None
-    columns = torch.arange(k, device=device)
-    length = scheme.group_length(k)
-    target = columns // length * kernel_group(scheme, k) + columns % length
-    source = torch.full((kernel_columns(scheme, k),), k, device=device)
-    source[target] = columns
-    return source, target
 
 
 @lru_cache(maxsize=1)
@@ -160,7 +130,7 @@ def pack_words(packed: PackedWeight, source: Tensor, kind: str, perm: Tensor | N
     assert operators is not None and packed.layout is FRAGMENT
     if column_order(packed.scheme, packed.k, words.device) is not None:
         raise WeightError(
-            f"{kind} words go to groups of a multiple of {_STEP} columns, not of "
+            f"{kind} words go to groups of a multiple of {GROUP_MULTIPLE} columns, not of "
             f"{packed.scheme.group_size}: unpack and pack them"
         )
     order = None if perm is None else perm.int()
@@ -177,7 +147,7 @@ def pack_fragment_torch(codes: Tensor, bits: int) -> Tensor:
     codes = F.pad(codes, (0, padded_columns(k) - k, 0, padded_rows(n) - n))
     steps = 4 if bits == 4 else 2  # of 16 columns, in a unit
     # [tile, row half, g, unit, step, column half, t, odd]
-    parts = codes.view(-1, 2, 8, padded_columns(k) // (steps * _STEP), steps, 2, 4, 2)
+    parts = codes.view(-1, 2, 8, padded_columns(k) // (steps * GROUP_MULTIPLE), steps, 2, 4, 2)
     if bits == 4:
         # A word is a step; nibble = row half + 2 * column half + 4 * odd.
         fields = parts.permute(0, 3, 2, 6, 4, 7, 5, 1).flatten(5)

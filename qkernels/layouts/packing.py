@@ -44,7 +44,8 @@ def planar_rows(k: int, bits: int, plane: int) -> int:
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> ModuleType | None:
+def compiled() -> ModuleType | None:
+    """qkernels._C, or None where it was not built."""
     try:
         return importlib.import_module("qkernels._C")
     except ImportError:
@@ -62,7 +63,7 @@ def _triton() -> ModuleType | None:
 
 def _implementation(tensor: Tensor) -> ModuleType | None:
     if tensor.device.type == "cpu":
-        return _compiled()
+        return compiled()
     return _triton() if tensor.device.type == "cuda" else None
 
 

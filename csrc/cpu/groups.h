@@ -1,0 +1,127 @@
+// Scales and zero points of a group, and what becomes of sums.
+
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/weight.h"
+
+namespace qkernels::cpu {
+
+template <class V>
+QK_INLINE typename V::F load_as_float(const void* p, GroupType type, int64_t index) {
+  switch (type) {
+    case GroupType::kFp16: return V::load_half(static_cast<const uint16_t*>(p) + index);
+    case GroupType::kBf16: return V::load_bf16(static_cast<const uint16_t*>(p) + index);
+    case GroupType::kFp32: return V::load(static_cast<const float*>(p) + index);
+    default: return V::to_float(V::load_bytes(static_cast<const uint8_t*>(p) + index));
+  }
+}
+
+template <class V>
+QK_INLINE typename V::F load_as_float(const void* p, FloatType type, int64_t index) {
+  switch (type) {
+    case FloatType::kFp16: return V::load_half(static_cast<const uint16_t*>(p) + index);
+    case FloatType::kBf16: return V::load_bf16(static_cast<const uint16_t*>(p) + index);
+    default: return V::load(static_cast<const float*>(p) + index);
+  }
+}
+
+template <class V>
+QK_INLINE void store_as(void* p, FloatType type, int64_t index, typename V::F value) {
+  switch (type) {
+    case FloatType::kFp16: return V::store_half(static_cast<uint16_t*>(p) + index, value);
+    case FloatType::kBf16: return V::store_bf16(static_cast<uint16_t*>(p) + index, value);
+    default: return V::store(static_cast<float*>(p) + index, value);
+  }
+}
+
+// Up to 16 numbers, the others zero.
+template <class V>
+typename V::F load_first(const void* p, FloatType type, int64_t index, int64_t count) {
+  if (count >= kLanes) return load_as_float<V>(p, type, index);
+  alignas(64) unsigned char lanes[64] = {};
+  const auto bytes = static_cast<size_t>(count * size_of(type));
+  __builtin_memcpy(lanes, static_cast<const char*>(p) + index * size_of(type), bytes);
+  return load_as_float<V>(lanes, type, 0);
+}
+
+template <class V>
+void store_first(void* p, FloatType type, int64_t index, int64_t count, typename V::F value) {
+  if (count >= kLanes) return store_as<V>(p, type, index, value);
+  alignas(64) unsigned char lanes[64];
+  store_as<V>(lanes, type, 0, value);
+  const auto bytes = static_cast<size_t>(count * size_of(type));
+  __builtin_memcpy(static_cast<char*>(p) + index * size_of(type), lanes, bytes);
+}
+
+// The scales of group g of a panel, as floats.
+template <class V>
+QK_INLINE typename V::F group_scales(const Weight& weight, int64_t panel, int64_t g) {
+  const int64_t groups = weight.groups(), index = (panel * groups + g) * kLanes;
+  if (weight.scale_type != GroupType::kNested) {
+    return load_as_float<V>(weight.scales, weight.scale_type, index);
+  }
+  const auto* codes = static_cast<const uint8_t*>(weight.scales) + index;
+  alignas(64) float lanes[16];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    // Blocks of 256 scales follow each other row by row.
+    const int64_t row = panel * kLanes + i < weight.n ? panel * kLanes + i : weight.n - 1;
+    const float product =
+        weight.nested_table[codes[i]] * weight.nested_absmax[(row * groups + g) / 256];
+    lanes[i] = product + weight.nested_offset;
+  }
+  return V::load(lanes);
+}
+
+// Whether the numbers of a decoder with that offset still want their zero points.
+inline bool has_zeros(const Weight& weight, float offset) {
+  return weight.zero_type != GroupType::kNone || weight.middle != offset;
+}
+
+// What group g's numbers are less, beyond the decoder's offset.
+template <class V>
+QK_INLINE typename V::F group_zeros(const Weight& weight, int64_t panel, int64_t g, float offset) {
+  if (weight.zero_type == GroupType::kNone) return V::broadcast(weight.middle - offset);
+  const int64_t index = (panel * weight.groups() + g) * kLanes;
+  return V::sub(load_as_float<V>(weight.zeros, weight.zero_type, index), V::broadcast(offset));
+}
+
+template <class V>
+QK_INLINE typename V::I group_integer_zeros(const Weight& weight, int64_t panel, int64_t g) {
+  if (weight.zero_type == GroupType::kNone) {
+    return V::broadcast(static_cast<int32_t>(weight.middle));
+  }
+  const int64_t index = (panel * weight.groups() + g) * kLanes;
+  return V::load_bytes(static_cast<const uint8_t*>(weight.zeros) + index);
+}
+
+template <class V>
+typename V::F channel_scales(const Weight& weight, int64_t panel) {
+  if (weight.channel_scales == nullptr) return group_scales<V>(weight, panel, 0);
+  const int64_t first = panel * kLanes;
+  return load_first<V>(weight.channel_scales, FloatType::kFp32, first, weight.n - first);
+}
+
+// Writes 16 results of a row. `scaled` says that row scales have been applied.
+template <class V>
+void write_output(const Output& out, const Weight& weight, int64_t row, int64_t panel,
+                  typename V::F value, bool scaled) {
+  const int64_t first = panel * kLanes, count = weight.n - first;
+  if (out.row_scales != nullptr && !scaled) {
+    value = V::mul(V::broadcast(out.row_scales[row]), value);
+  }
+  if (out.bias != nullptr) {
+    value = V::add(value, load_first<V>(out.bias, out.bias_type, first, count));
+  }
+  store_first<V>(out.y, out.y_type, row * weight.n + first, count, value);
+}
+
+// The same for an integer sum over all of K.
+template <class V>
+void write_output(const Output& out, const Weight& weight, int64_t row, int64_t panel,
+                  typename V::I sum) {
+  const auto scale = V::mul(V::broadcast(out.row_scales[row]), channel_scales<V>(weight, panel));
+  write_output<V>(out, weight, row, panel, V::mul(scale, V::to_float(sum)), true);
+}
+
+}  // namespace qkernels::cpu

@@ -1,0 +1,128 @@
+// What a set of instructions has to offer: one table of functions for each `Isa`.
+//
+// They work on a range of panels, on the calling thread. `linear.cpp` and `quantize.cpp` share the
+// work out among threads.
+
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "cpu/weight.h"
+
+namespace qkernels::cpu {
+
+// y[row][n] = (row_scale[row] *) sum + bias[n], rounded to y's type.
+struct Output {
+  void* y;  // [m][n]
+  FloatType y_type;
+  const float* row_scales;  // [m] or null
+  const void* bias;         // [n] or null
+  FloatType bias_type;
+};
+
+// x is fp32 [m][weight.columns()], zero in the columns that pad.
+struct FloatJob {
+  Weight weight;
+  int64_t m;
+  const float* x;
+  const float* x_sums;  // [m][groups]
+  Output out;
+};
+
+// x is int8 [m][weight.columns()], zero in the columns that pad.
+struct Int8Job {
+  Weight weight;
+  int64_t m;
+  const int8_t* x;
+  const int32_t* x_sums;  // [m][groups]
+  Output out;             // with row scales
+};
+
+// Groups [begin, end). Where `sums` is not null the kernel stores its sums there, and writes no y:
+// [m][panels * 16], fp32, or int32 where the sums of the weight's groups are integers.
+struct GroupRange {
+  int64_t begin, end;
+  void* sums;
+};
+
+// x for the tiles: [tile of 16 rows][step of 32 columns][term][16][32] bf16, or
+// [tile of 16 rows][step of 64 columns][16][64] int8. Rows from m on are zero.
+struct FloatTileJob {
+  Weight weight;
+  int64_t m;
+  const uint16_t* x;
+  int terms;        // bf16 numbers whose sum is an element of x: 1, 2 or 3
+  int table_terms;  // and a number of a table, at most
+  const float* x_sums;
+  Output out;
+};
+
+struct Int8TileJob {
+  Weight weight;
+  int64_t m;
+  const int8_t* x;
+  const int32_t* x_sums;
+  Output out;
+};
+
+// How rows are quantized to int8: q = round(value / scale) within +-127.
+struct RowScaling {
+  const float* given;  // the one scale of all rows, or null: max|row| / 127
+};
+
+// The rows that are quantized: x; or norm(x (+ residual)) * gain; or silu(x) * up.
+struct RowSource {
+  enum class Kind { kPlain, kRmsNorm, kSiluMul } kind;
+  const void* x;  // [m][k], `x_stride` elements apart
+  FloatType type;
+  int64_t k, x_stride;
+  const void* residual;  // [m][k] or null, of x's type; x + residual is stored to `sum`
+  void* sum;
+  const void* gain;  // [k] or null
+  FloatType gain_type;
+  float epsilon;
+  const void* up;  // [m][k], `up_stride` elements apart
+  int64_t up_stride;
+};
+
+struct Kernels {
+  // Sums of all panels [begin, end) and all rows.
+  void (*float_rows)(const FloatJob&, int64_t begin, int64_t end, GroupRange groups);
+  void (*int8_rows)(const Int8Job&, int64_t begin, int64_t end, GroupRange groups);
+  // Adds the `parts` sums of parts of K, [parts][m][panels * 16], in order, for panels [begin, end).
+  void (*finish_float)(const FloatJob&, int64_t begin, int64_t end, const float* sums, int parts);
+  void (*finish_int8)(const Int8Job&, int64_t begin, int64_t end, const int32_t* sums, int parts);
+
+  // A row of x to fp32 [columns], zero from k on, and the sums of its groups where `sums` is not
+  // null.
+  void (*widen_row)(const void* x, FloatType type, const Weight& weight, int64_t k, float* out,
+                    float* sums);
+  // The sums of the groups of an int8 row [columns].
+  void (*int8_sums)(const int8_t* x, const Weight& weight, int32_t* sums);
+
+  // Row `row` of a source as fp32 [k]; `values` has room for k rounded up to 16.
+  void (*load_row)(const RowSource& source, int64_t row, float* values);
+  // fp32 [k] to int8; returns the scale, which is NaN or infinity where the row is not finite.
+  // Infinity and numbers beyond the range saturate, NaN becomes 0.
+  float (*quantize_row)(const float* values, int64_t k, const float* given_scale, int8_t* out);
+  // The same with a zero point of its own: value = scale * (q - zero), q in [-128, 127].
+  float (*quantize_row_asymmetric)(const float* values, int64_t k, int8_t* out, int32_t* zero);
+  // The bits of max|value|, of which more is larger and NaN the largest.
+  int32_t (*largest_bits)(const float* values, int64_t k);
+
+  // Null without tiles. `scratch` holds tile_scratch(m, end - begin) bytes at a multiple of 64.
+  void (*float_tiles)(const FloatTileJob&, int64_t begin, int64_t end, void* scratch);
+  void (*int8_tiles)(const Int8TileJob&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*tile_scratch)(int64_t m, int64_t panels);
+  // 16 rows of x from `row` on into the order of tiles.
+  void (*pack_float_tile)(const void* x, FloatType type, int64_t x_stride, int64_t row, int64_t m,
+                          int64_t k, const Weight& weight, int terms, uint16_t* out);
+  void (*pack_int8_tile)(const int8_t* x, int64_t x_stride, int64_t row, int64_t m, int64_t k,
+                         const Weight& weight, int8_t* out);
+};
+
+// The table of a level that this machine runs.
+const Kernels& kernels(Isa isa);
+
+}  // namespace qkernels::cpu

@@ -1,0 +1,321 @@
+#include "cpu/linear.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+
+#include "cpu/scratch.h"
+
+namespace qkernels::cpu {
+
+namespace {
+
+// Rows that are worked on at a time, which bounds the memory that a thread keeps.
+constexpr int64_t kRowsAtOnce = 64, kTileRowsAtOnce = 256, kInt8TileRowsAtOnce = 512;
+// Starting threads takes as long as so many products.
+constexpr int64_t kProductsWorthThreads = 1 << 17;
+constexpr int64_t kElementsWorthThreads = 1 << 16;
+// Panels from which on threads find enough to do without a split of K.
+constexpr int64_t kPanelsWithoutSplit = 32;
+constexpr int64_t kColumnsOfPart = 1024;
+constexpr int64_t kTasksOfThread = 4;
+constexpr int64_t kTileRows = 16;
+
+// Of the thread that calls: x in the order of the kernels, shared by all threads of the call.
+thread_local Scratch shared_scratch;
+// Of each thread at work.
+thread_local Scratch own_scratch;
+
+Pool pool_for(const Pool& pool, int64_t work, int64_t worth) {
+  return {work < worth ? 1 : pool.threads, pool.run};
+}
+
+// Carves arrays out of one buffer, each at a multiple of 64 bytes. The first pass only adds up.
+class Carver {
+ public:
+  explicit Carver(void* memory) : at_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* out = reinterpret_cast<T*>(at_);
+    const int64_t bytes = divide_up(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+    at_ = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(at_) + static_cast<uintptr_t>(bytes));
+    return out;
+  }
+  size_t used() const { return reinterpret_cast<uintptr_t>(at_); }
+
+ private:
+  char* at_;
+};
+
+// `layout(carver)` twice: to know the size, and to place the arrays.
+template <class Layout>
+void carve(Scratch& scratch, const Layout& layout) {
+  Carver size(nullptr);
+  layout(size);
+  Carver placed(scratch.reserve(size.used()));
+  layout(placed);
+}
+
+// Panels of a task: an even number, so that there is work for all threads.
+int64_t panels_of_task(int64_t panels, const Pool& pool, int64_t most) {
+  const int64_t tasks = kTasksOfThread * pool.threads;
+  return std::clamp(panels / tasks / 2 * 2, int64_t{2}, most);
+}
+
+template <class Body>
+void for_panels(const Pool& pool, int64_t panels, int64_t most, const Body& body) {
+  const int64_t step = panels_of_task(panels, pool, most);
+  parallel_for(pool, divide_up(panels, step), [&](int64_t task) {
+    body(task * step, std::min(panels, (task + 1) * step));
+  });
+}
+
+// Parts that K falls into, each of whole groups: a function of the shape alone, since it decides
+// in which order sums are added.
+int64_t parts_of_k(const Weight& weight) {
+  if (weight.panels() >= kPanelsWithoutSplit) return 1;
+  const int64_t wanted = divide_up(kPanelsWithoutSplit, std::max<int64_t>(weight.panels(), 1));
+  return std::max<int64_t>(
+      1, std::min({wanted, weight.groups(), weight.columns() / kColumnsOfPart}));
+}
+
+Output rows_from(const Output& out, int64_t n, int64_t row) {
+  Output moved = out;
+  moved.y = static_cast<char*>(out.y) + row * n * size_of(out.y_type);
+  if (out.row_scales != nullptr) moved.row_scales = out.row_scales + row;
+  return moved;
+}
+
+const void* row_at(const void* x, FloatType type, int64_t stride, int64_t row) {
+  return static_cast<const char*>(x) + row * stride * size_of(type);
+}
+
+// Runs `rows` and, where K is split, `finish`.
+template <class Sum, class Job>
+void run_rows(const Job& job, void (*rows)(const Job&, int64_t, int64_t, GroupRange),
+              void (*finish)(const Job&, int64_t, int64_t, const Sum*, int), int64_t parts,
+              Sum* sums, const Pool& pool) {
+  const Weight& weight = job.weight;
+  const int64_t panels = weight.panels(), groups = weight.groups();
+  constexpr int64_t kMostPanels = 64;
+  if (parts == 1) {
+    for_panels(pool, panels, kMostPanels, [&](int64_t begin, int64_t end) {
+      rows(job, begin, end, {0, groups, nullptr});
+    });
+    return;
+  }
+  const int64_t step = panels_of_task(panels * parts, pool, kMostPanels);
+  const int64_t ranges = divide_up(panels, step), part_size = job.m * panels * kLanes;
+  parallel_for(pool, ranges * parts, [&](int64_t task) {
+    const int64_t part = task / ranges, begin = task % ranges * step;
+    const GroupRange range{groups * part / parts, groups * (part + 1) / parts,
+                           sums + part * part_size};
+    rows(job, begin, std::min(panels, begin + step), range);
+  });
+  finish(job, 0, panels, sums, static_cast<int>(parts));
+}
+
+void float_on_rows(const FloatArguments& arguments, const Kernels& table, const Pool& pool) {
+  const Weight& weight = arguments.weight;
+  const int64_t columns = weight.columns(), groups = weight.groups(), parts = parts_of_k(weight);
+  for (int64_t row = 0; row < arguments.m; row += kRowsAtOnce) {
+    const int64_t m = std::min(kRowsAtOnce, arguments.m - row);
+    float *x, *x_sums, *sums;
+    carve(shared_scratch, [&](Carver& carver) {
+      x = carver.take<float>(m * columns);
+      x_sums = carver.take<float>(m * groups);
+      sums = carver.take<float>(parts == 1 ? 0 : parts * m * weight.panels() * kLanes);
+    });
+    parallel_for(pool_for(pool, m * columns, kElementsWorthThreads), m, [&](int64_t r) {
+      table.widen_row(row_at(arguments.x, arguments.x_type, arguments.x_stride, row + r),
+                      arguments.x_type, weight, arguments.k, x + r * columns, x_sums + r * groups);
+    });
+    const FloatJob job{weight, m, x, x_sums, rows_from(arguments.out, weight.n, row)};
+    run_rows<float, FloatJob>(job, table.float_rows, table.finish_float, parts, sums,
+                              pool_for(pool, m * weight.n * columns, kProductsWorthThreads));
+  }
+}
+
+// Numbers of bf16 that hold one of the type.
+int terms_of(FloatType type) {
+  return type == FloatType::kBf16 ? 1 : type == FloatType::kFp16 ? 2 : 3;
+}
+
+void float_on_tiles(const FloatArguments& arguments, const Kernels& table, const Pool& pool) {
+  const Weight& weight = arguments.weight;
+  const int64_t columns = weight.columns(), groups = weight.groups();
+  const int terms = terms_of(arguments.x_type);
+  for (int64_t row = 0; row < arguments.m; row += kTileRowsAtOnce) {
+    const int64_t m = std::min(kTileRowsAtOnce, arguments.m - row);
+    const int64_t tiles = divide_up(m, kTileRows), tile = kTileRows * columns * terms;
+    uint16_t* x;
+    float* x_sums;
+    carve(shared_scratch, [&](Carver& carver) {
+      x = carver.take<uint16_t>(tiles * tile);
+      x_sums = carver.take<float>(m * groups);
+    });
+    const void* first = row_at(arguments.x, arguments.x_type, arguments.x_stride, row);
+    parallel_for(pool_for(pool, m * columns, kElementsWorthThreads), tiles, [&](int64_t t) {
+      table.pack_float_tile(first, arguments.x_type, arguments.x_stride, t * kTileRows, m,
+                            arguments.k, weight, terms, x + t * tile);
+      auto* wide = static_cast<float*>(own_scratch.reserve(static_cast<size_t>(columns) * 4));
+      for (int64_t r = t * kTileRows; r < std::min(m, (t + 1) * kTileRows); ++r) {
+        table.widen_row(row_at(first, arguments.x_type, arguments.x_stride, r), arguments.x_type,
+                        weight, arguments.k, wide, x_sums + r * groups);
+      }
+    });
+    const FloatTileJob job{weight, m, x, terms, terms_of(arguments.out.y_type), x_sums,
+                           rows_from(arguments.out, weight.n, row)};
+    constexpr int64_t kMostPanels = 16;
+    for_panels(pool_for(pool, m * weight.n * columns, kProductsWorthThreads), weight.panels(),
+               kMostPanels, [&](int64_t begin, int64_t end) {
+                 const auto bytes = static_cast<size_t>(table.tile_scratch(m, end - begin));
+                 table.float_tiles(job, begin, end, own_scratch.reserve(bytes));
+               });
+  }
+}
+
+RowSource rows_from(const RowSource& source, int64_t row) {
+  RowSource moved = source;
+  moved.x = row_at(source.x, source.type, source.x_stride, row);
+  if (source.residual != nullptr) {
+    moved.residual = row_at(source.residual, source.type, source.k, row);
+    moved.sum = const_cast<void*>(row_at(source.sum, source.type, source.k, row));
+  }
+  if (source.up != nullptr) moved.up = row_at(source.up, source.type, source.up_stride, row);
+  return moved;
+}
+
+float* values_of_row(const Kernels& table, const RowSource& source, int64_t row) {
+  const auto bytes = static_cast<size_t>(divide_up(source.k, kLanes) * kLanes * 4);
+  auto* values = static_cast<float*>(own_scratch.reserve(bytes));
+  table.load_row(source, row, values);
+  return values;
+}
+
+// max|x| / 127 of the whole tensor; NaN or infinity where an element is.
+float scale_of_tensor(const RowSource& source, int64_t m, const Kernels& table, const Pool& pool) {
+  std::atomic<int32_t> largest{0};
+  parallel_for(pool, m, [&](int64_t row) {
+    const int32_t bits = table.largest_bits(values_of_row(table, source, row), source.k);
+    int32_t seen = largest.load();
+    while (bits > seen && !largest.compare_exchange_weak(seen, bits)) {
+    }
+  });
+  const int32_t bits = largest.load();
+  float top;
+  std::memcpy(&top, &bits, 4);
+  return top == 0 ? 1.0f : top / 127.0f;
+}
+
+// Rows to int8, `stride` apart. A scale of the tensor is passed as given, `of_tensor` says so: it
+// knows of NaN and infinity itself.
+void quantize(const RowSource& source, int64_t m, const float* given, bool of_tensor, int8_t* out,
+              int64_t stride, float* scales, const Kernels& table, const Pool& pool) {
+  parallel_for(pool, m, [&](int64_t row) {
+    int8_t* to = out + row * stride;
+    const float* values = values_of_row(table, source, row);
+    const float scale = table.quantize_row(values, source.k, given, to);
+    scales[row] = of_tensor ? *given : scale;
+    std::memset(to + source.k, 0, static_cast<size_t>(stride - source.k));
+  });
+}
+
+}  // namespace
+
+void linear_float(const FloatArguments& arguments, const Schedule& schedule, const Pool& pool) {
+  const Kernels& table = kernels(schedule.isa);
+  if (!schedule.tiles) return float_on_rows(arguments, table, pool);
+  assert(arguments.weight.groups() == 1 || fits_float_tiles(arguments.weight.group));
+  float_on_tiles(arguments, table, pool);
+}
+
+void linear_int8(const Int8Arguments& arguments, const Schedule& schedule, const Pool& pool) {
+  const Kernels& table = kernels(schedule.isa);
+  const Weight& weight = arguments.weight;
+  const int64_t columns = weight.columns(), groups = weight.groups();
+  const bool tiles = schedule.tiles;
+  assert(!tiles || weight.sums_are_integers() || fits_int8_tiles(weight.group));
+  const int64_t at_once = tiles ? kInt8TileRowsAtOnce : kRowsAtOnce;
+  const int64_t parts = tiles || !weight.sums_are_integers() ? 1 : parts_of_k(weight);
+  const bool quantized = arguments.quantized != nullptr;
+  float tensor_scale = 0;
+  const float* given = arguments.given_scale;
+  if (!quantized && arguments.scale_of == ScaleOf::kTensor) {
+    const Pool all = pool_for(pool, arguments.m * columns, kElementsWorthThreads);
+    tensor_scale = scale_of_tensor(arguments.source, arguments.m, table, all);
+    given = &tensor_scale;
+  }
+  for (int64_t row = 0; row < arguments.m; row += at_once) {
+    const int64_t m = std::min(at_once, arguments.m - row);
+    const int64_t row_tiles = divide_up(m, kTileRows), tile = kTileRows * columns;
+    int8_t *x, *x_tiles;
+    int32_t *x_sums, *sums;
+    float* scales;
+    carve(shared_scratch, [&](Carver& carver) {
+      x = carver.take<int8_t>(m * columns);
+      x_tiles = carver.take<int8_t>(tiles ? row_tiles * tile : 0);
+      x_sums = carver.take<int32_t>(m * groups);
+      scales = carver.take<float>(m);
+      sums = carver.take<int32_t>(parts == 1 ? 0 : parts * m * weight.panels() * kLanes);
+    });
+    const Pool some = pool_for(pool, m * columns, kElementsWorthThreads);
+    Output out = rows_from(arguments.out, weight.n, row);
+    if (quantized) {
+      const int8_t* from = arguments.quantized + row * arguments.quantized_stride;
+      parallel_for(some, m, [&](int64_t r) {
+        int8_t* to = x + r * columns;
+        std::memcpy(to, from + r * arguments.quantized_stride, static_cast<size_t>(arguments.k));
+        std::memset(to + arguments.k, 0, static_cast<size_t>(columns - arguments.k));
+      });
+    } else {
+      quantize(rows_from(arguments.source, row), m, given, arguments.scale_of == ScaleOf::kTensor,
+               x, columns, scales, table, some);
+      out.row_scales = scales;
+    }
+    parallel_for(some, row_tiles, [&](int64_t t) {
+      for (int64_t r = t * kTileRows; r < std::min(m, (t + 1) * kTileRows); ++r) {
+        table.int8_sums(x + r * columns, weight, x_sums + r * groups);
+      }
+      if (tiles) {
+        table.pack_int8_tile(x, columns, t * kTileRows, m, columns, weight, x_tiles + t * tile);
+      }
+    });
+    const Pool workers = pool_for(pool, m * weight.n * columns, kProductsWorthThreads);
+    if (tiles) {
+      const Int8TileJob job{weight, m, x_tiles, x_sums, out};
+      constexpr int64_t kMostPanels = 16;
+      for_panels(workers, weight.panels(), kMostPanels, [&](int64_t begin, int64_t end) {
+        const auto bytes = static_cast<size_t>(table.tile_scratch(m, end - begin));
+        table.int8_tiles(job, begin, end, own_scratch.reserve(bytes));
+      });
+    } else {
+      const Int8Job job{weight, m, x, x_sums, out};
+      run_rows<int32_t, Int8Job>(job, table.int8_rows, table.finish_int8, parts, sums, workers);
+    }
+  }
+}
+
+void quantize_rows(const RowSource& source, int64_t m, ScaleOf scale_of, const float* given_scale,
+                   int8_t* out, float* scales, int32_t* zeros, Isa isa, const Pool& pool) {
+  const Kernels& table = kernels(isa);
+  const Pool workers = pool_for(pool, m * source.k, kElementsWorthThreads);
+  if (zeros != nullptr) {
+    parallel_for(workers, m, [&](int64_t row) {
+      const float* values = values_of_row(table, source, row);
+      scales[row] =
+          table.quantize_row_asymmetric(values, source.k, out + row * source.k, zeros + row);
+    });
+    return;
+  }
+  float tensor_scale = 0;
+  if (scale_of == ScaleOf::kTensor) {
+    tensor_scale = scale_of_tensor(source, m, table, workers);
+    given_scale = &tensor_scale;
+  }
+  quantize(source, m, given_scale, scale_of == ScaleOf::kTensor, out, source.k, scales, table,
+           workers);
+}
+
+}  // namespace qkernels::cpu

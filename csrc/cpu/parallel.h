@@ -1,0 +1,31 @@
+// Work for several threads. The threads belong to the caller, who says how to start them.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace qkernels::cpu {
+
+struct Pool {
+  int threads;  // at most so many work
+  // Calls body(context) on `threads` threads, the caller among them, and waits for all.
+  void (*run)(int threads, void (*body)(void*), void* context);
+};
+
+// body(task) for each task of [0, tasks), in any order. What a task computes must not depend on the
+// thread; so the bits of a result do not depend on how many there are.
+template <class Body>
+void parallel_for(const Pool& pool, int64_t tasks, const Body& body) {
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task);
+  };
+  const int threads = static_cast<int>(std::min<int64_t>(pool.threads, tasks));
+  if (threads <= 1) return work();
+  pool.run(
+      threads, [](void* context) { (*static_cast<decltype(work)*>(context))(); }, &work);
+}
+
+}  // namespace qkernels::cpu

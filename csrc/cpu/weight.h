@@ -1,0 +1,83 @@
+// A quantized weight as the CPU kernels read it.
+//
+// words   [panels][steps][16]: a panel is 16 rows, a step 8 columns of up to 4 bits or 4 columns of
+//         8 bits. Lane r of a step is row r of the panel:
+//
+//           up to 4 bits   bit 31  28  24  20  16  12   8   4   0
+//                               c7  c3  c6  c2  c5  c1  c4  c0
+//           8 bits         bit 31      24      16       8       0
+//                               c3      c2      c1      c0
+//
+//         One AND (and one shift) thus leaves the four columns of an int8 dot product in each lane,
+//         and 16 steps of 8 bits are a tile of AMX as they lie.
+// scales, zeros   [panels][groups][16]
+//
+// N is padded to panels, K to 64 columns with zero codes; x is read as zero there.
+
+#pragma once
+
+#include <cstdint>
+
+namespace qkernels::cpu {
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kColumnMultiple = 64;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t padded_columns(int64_t k) {
+  return divide_up(k, kColumnMultiple) * kColumnMultiple;
+}
+
+enum class FloatType { kFp16, kBf16, kFp32 };
+
+constexpr int64_t size_of(FloatType type) { return type == FloatType::kFp32 ? 4 : 2; }
+
+enum class Code {
+  kInt4,     // the code itself; codes of 2 and 3 bits too
+  kTable4,   // table[code]
+  kInt8,     // the code itself
+  kFp8E4M3,  // the code's bits as a number
+  kFp8E5M2,
+};
+
+constexpr bool is_nibble(Code code) { return code <= Code::kTable4; }
+
+enum class GroupType {
+  kNone,
+  kFp16,
+  kBf16,
+  kFp32,
+  kUint8,   // an integer
+  kNested,  // table[code] * absmax[index / 256] + offset, of doubly quantized scales
+};
+
+struct Weight {
+  const uint32_t* words;
+  int64_t n, k;   // k with the columns that pad groups
+  int64_t group;  // columns of a group: a multiple of 8, or all of K
+  Code code;
+  const void* scales;
+  GroupType scale_type;
+  const void* zeros;
+  GroupType zero_type;
+  float middle;                 // half the range of integer codes: their zero point without zeros
+  const float* channel_scales;  // [n], where the scales are integers; else null
+  const float* table;           // [16], of kTable4
+  const float* nested_table;    // [256]
+  const float* nested_absmax;
+  float nested_offset;
+
+  int64_t panels() const { return divide_up(n, kLanes); }
+  int64_t groups() const { return divide_up(k, group); }
+  int64_t columns() const { return padded_columns(k); }
+  // The end of group g; the last takes what pads K.
+  int64_t group_end(int64_t g) const {
+    return g + 1 == groups() ? columns() : (g + 1) * group;
+  }
+  int64_t step_columns() const { return is_nibble(code) ? 8 : 4; }
+  // Two-level scales, or one scale a row: sums over all of K are integers.
+  bool sums_are_integers() const { return channel_scales != nullptr || groups() == 1; }
+  int64_t panel_words() const { return columns() / step_columns() * kLanes; }
+};
+
+}  // namespace qkernels::cpu

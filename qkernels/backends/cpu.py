@@ -1,0 +1,231 @@
+"""The C++ kernels for the CPU as rows: for each set of instructions one for floats, one for int8.
+
+QKERNELS_CPU_ISA caps the instructions: portable, avx2, avx512 or amx.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import reference
+from qkernels.backends.kernel import Kernel, Problem, Run, WhyNot, kernel_rows
+from qkernels.errors import NoKernelError
+from qkernels.layouts import VNNI, PackedWeight
+from qkernels.layouts.padding import kernel_columns, kernel_group, padded_columns
+from qkernels.scheme import QuantScheme
+from qkernels.weight import codebook, nested_table
+
+ISAS = ("amx", "avx512", "avx2", "portable")
+"""Sets of instructions, the fastest first. Each machine runs those after its best too."""
+
+ISA_VARIABLE = "QKERNELS_CPU_ISA"
+
+_FLOAT_TILE_ROWS = 3
+_INT8_TILE_ROWS = 9
+"""Rows of x from which on tiles are faster than vectors, measured: see docs/cpu.md."""
+
+_MOST_PORTABLE_ROWS = 16
+"""Rows up to which plain C++ is faster than dequantizing for torch's product."""
+
+_FLOAT_TILE_GROUP, _INT8_TILE_GROUP = 32, 64
+"""Columns of a tile, of which groups must be multiples."""
+
+
+@lru_cache(maxsize=1)
+def build_problem() -> str | None:
+    """Why there are no CPU kernels in this installation, or None."""
+    try:
+        importlib.import_module("qkernels._C")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    return importlib.import_module("qkernels._C")
+
+
+def isa_cap() -> str:
+    """The best set of instructions that the environment allows.
+
+    Raises:
+        NoKernelError: for a value of QKERNELS_CPU_ISA that names none.
+    """
+    cap = os.environ.get(ISA_VARIABLE) or ISAS[0]
+    if cap not in ISAS:
+        raise NoKernelError(f"{ISA_VARIABLE}={cap!r} is not one of {', '.join(ISAS)}")
+    return cap
+
+
+@lru_cache(maxsize=16)
+def _why_no_isa(isa: str, cap: str) -> str | None:
+    problem = build_problem()
+    if problem is not None:
+        return problem
+    if ISAS.index(isa) < ISAS.index(cap):
+        return f"{ISA_VARIABLE}={cap} rules out {isa}"
+    return _compiled().why_no_isa(isa)
+
+
+def why_no_isa(isa: str) -> str | None:
+    """Why kernels with these instructions do not run here, or None."""
+    return _why_no_isa(isa, isa_cap())
+
+
+@lru_cache(maxsize=8)
+def _best_isa(cap: str) -> str:
+    return next(isa for isa in ISAS if _why_no_isa(isa, cap) is None)
+
+
+def best_isa() -> str:
+    """The set of instructions that work on rows, which has no tiles, uses here."""
+    return _best_isa(isa_cap())
+
+
+def _not_here(isa: str) -> WhyNot:
+    def why_not(problem: Problem) -> str | None:
+        if problem.device != "cpu":
+            return f"runs on the CPU, and the weight is on {problem.device}"
+        return why_no_isa(isa)
+
+    return why_not
+
+
+def _no_floats(problem: Problem) -> str | None:
+    if problem.scheme.integer_activation:
+        return "multiplies 16-bit activations, and the scheme has int8 ones"
+    return None
+
+
+def _no_integers(problem: Problem) -> str | None:
+    if not problem.scheme.integer_activation:
+        return "multiplies int8 activations, and the scheme has none"
+    return None
+
+
+def _odd_group(problem: Problem, multiple: int) -> str | None:
+    """Why groups do not fall into whole tiles, or None."""
+    scheme, k = problem.scheme, problem.k
+    group = kernel_group(scheme, k)
+    if scheme.groups(k) > 1 and group % multiple:
+        return f"needs groups of a multiple of {multiple} columns, not of {group}"
+    return None
+
+
+def _no_float_tiles(problem: Problem) -> str | None:
+    # Tiles round otherwise than vectors do, so that one of them must do for every M.
+    if problem.m < _FLOAT_TILE_ROWS and not problem.batch_invariant:
+        return f"is for {_FLOAT_TILE_ROWS} rows of x and more, got {problem.m}"
+    return _no_floats(problem) or _odd_group(problem, _FLOAT_TILE_GROUP)
+
+
+def _no_int8_tiles(problem: Problem) -> str | None:
+    if problem.m < _INT8_TILE_ROWS:
+        return f"is for {_INT8_TILE_ROWS} rows of x and more, got {problem.m}"
+    reason = _no_integers(problem)
+    if reason is None and problem.scheme.scale_levels == "one":
+        reason = _odd_group(problem, _INT8_TILE_GROUP)
+    return reason
+
+
+def _few_rows(why_not: WhyNot) -> WhyNot:
+    def refuses(problem: Problem) -> str | None:
+        if problem.m > _MOST_PORTABLE_ROWS and not problem.batch_invariant:
+            return f"is for {_MOST_PORTABLE_ROWS} rows of x at most, got {problem.m}"
+        return why_not(problem)
+
+    return refuses
+
+
+def _code_name(scheme: QuantScheme) -> str:
+    if scheme.weight.kind == "linear":
+        return "int8" if scheme.bits == 8 else "int4"
+    return "table4" if scheme.weight.kind == "codebook" else scheme.weight.name
+
+
+@lru_cache(maxsize=1024)
+def _linear(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool) -> Any:
+    """The compiled description of a weight; what differs between calls is passed to them."""
+    return _compiled().CpuLinear(
+        n,
+        kernel_columns(scheme, k),
+        kernel_group(scheme, k),
+        _code_name(scheme),
+        float(1 << (scheme.bits - 1)) if scheme.weight.kind == "linear" else 0.0,
+        codebook(scheme.weight) if scheme.weight.kind == "codebook" else None,
+        nested_table(torch.device("cpu")) if scheme.scale_levels == "double" else None,
+        isa,
+        tiles,
+        scheme.activation.granularity,
+    )
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """x [M, K] with adjacent columns, as the kernels take it."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _run_floats(isa: str, tiles: bool) -> Run:
+    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+        scheme, buffers = packed.scheme, packed.buffers
+        y_dtype, row_scales = x.dtype, None
+        if not scheme.weight_only:
+            # Numbers of float8 are numbers of bf16.
+            quantized, row_scales = reference.quantize_activations(x, packed)
+            x = quantized.to(torch.bfloat16)
+        return _linear(scheme, packed.n, packed.k, isa, tiles).floats(
+            _rows_of(padded_columns(x, scheme)),
+            buffers["words"],
+            buffers["scales"],
+            buffers.get("zeros"),
+            buffers.get("channel_scales"),
+            buffers.get("nested_absmax"),
+            buffers.get("nested_offset"),
+            row_scales,
+            bias,
+            y_dtype,
+        )
+
+    return run
+
+
+def _run_integers(isa: str, tiles: bool) -> Run:
+    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+        scheme, buffers = packed.scheme, packed.buffers
+        return _linear(scheme, packed.n, packed.k, isa, tiles).integers(
+            _rows_of(padded_columns(x, scheme)),
+            buffers["words"],
+            buffers["scales"],
+            buffers.get("zeros"),
+            buffers.get("channel_scales"),
+            buffers.get("activation_scale"),
+            None,
+            bias,
+            x.dtype,
+        )
+
+    return run
+
+
+def _rows(isa: str) -> tuple[Kernel, ...]:
+    tiles = isa == "amx"
+    no_floats = _no_float_tiles if tiles else _no_floats
+    no_integers = _no_int8_tiles if tiles else _no_integers
+    if isa == "portable":
+        no_floats, no_integers = _few_rows(no_floats), _few_rows(no_integers)
+    kernels: dict[str, tuple[Callable[[Problem], str | None], Run]] = {
+        f"{isa}_float": (no_floats, _run_floats(isa, tiles)),
+        f"{isa}_int8": (no_integers, _run_integers(isa, tiles)),
+    }
+    return kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
+
+
+KERNELS = tuple(row for isa in ISAS for row in _rows(isa))
