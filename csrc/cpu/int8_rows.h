@@ -35,6 +35,7 @@ struct Int8Block {
       I words[kPanels], upper[kPanels];
       QK_UNROLL for (int p = 0; p < kPanels; ++p) {
         words[p] = V::load(from[p]);
+        QK_PREFETCH(from[p] + kPrefetchWords);
         from[p] += kLanes;
         if constexpr (kNibbles) {
           const I low = V::broadcast(int32_t{0x0f0f0f0f});

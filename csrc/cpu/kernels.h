@@ -118,8 +118,8 @@ struct Kernels {
   // 16 rows of x from `row` on into the order of tiles.
   void (*pack_float_tile)(const void* x, FloatType type, int64_t x_stride, int64_t row, int64_t m,
                           int64_t k, const Weight& weight, int terms, uint16_t* out);
-  void (*pack_int8_tile)(const int8_t* x, int64_t x_stride, int64_t row, int64_t m, int64_t k,
-                         const Weight& weight, int8_t* out);
+  // A row of int8 x [columns] into its row of the tiles, `out` being where that begins.
+  void (*pack_int8_row)(const int8_t* x, int64_t columns, int8_t* out);
 };
 
 // The table of a level that this machine runs.

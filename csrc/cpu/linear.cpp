@@ -20,11 +20,13 @@ constexpr int64_t kPanelsWithoutSplit = 32;
 constexpr int64_t kColumnsOfPart = 1024;
 constexpr int64_t kTasksOfThread = 4;
 constexpr int64_t kTileRows = 16;
+// Panels whose sums of all rows lie in the L2 cache with a chunk of x.
+constexpr int64_t kTilePanels = 16;
 
 // Of the thread that calls: x in the order of the kernels, shared by all threads of the call.
 thread_local Scratch shared_scratch;
-// Of each thread at work.
-thread_local Scratch own_scratch;
+// Of each thread at work: for one thing at a time, and for the int8 row that is made meanwhile.
+thread_local Scratch own_scratch, row_scratch;
 
 Pool pool_for(const Pool& pool, int64_t work, int64_t worth) {
   return {work < worth ? 1 : pool.threads, pool.run};
@@ -167,24 +169,12 @@ void float_on_tiles(const FloatArguments& arguments, const Kernels& table, const
     });
     const FloatTileJob job{weight, m, x, terms, terms_of(arguments.out.y_type), x_sums,
                            rows_from(arguments.out, weight.n, row)};
-    constexpr int64_t kMostPanels = 16;
     for_panels(pool_for(pool, m * weight.n * columns, kProductsWorthThreads), weight.panels(),
-               kMostPanels, [&](int64_t begin, int64_t end) {
+               kTilePanels, [&](int64_t begin, int64_t end) {
                  const auto bytes = static_cast<size_t>(table.tile_scratch(m, end - begin));
                  table.float_tiles(job, begin, end, own_scratch.reserve(bytes));
                });
   }
-}
-
-RowSource rows_from(const RowSource& source, int64_t row) {
-  RowSource moved = source;
-  moved.x = row_at(source.x, source.type, source.x_stride, row);
-  if (source.residual != nullptr) {
-    moved.residual = row_at(source.residual, source.type, source.k, row);
-    moved.sum = const_cast<void*>(row_at(source.sum, source.type, source.k, row));
-  }
-  if (source.up != nullptr) moved.up = row_at(source.up, source.type, source.up_stride, row);
-  return moved;
 }
 
 float* values_of_row(const Kernels& table, const RowSource& source, int64_t row) {
@@ -209,18 +199,19 @@ float scale_of_tensor(const RowSource& source, int64_t m, const Kernels& table, 
   return top == 0 ? 1.0f : top / 127.0f;
 }
 
-// Rows to int8, `stride` apart. A scale of the tensor is passed as given, `of_tensor` says so: it
-// knows of NaN and infinity itself.
-void quantize(const RowSource& source, int64_t m, const float* given, bool of_tensor, int8_t* out,
-              int64_t stride, float* scales, const Kernels& table, const Pool& pool) {
-  parallel_for(pool, m, [&](int64_t row) {
-    int8_t* to = out + row * stride;
+// How the rows of a call are quantized.
+struct Scaling {
+  const float* given;  // the scale of all rows, or null
+  // Whether that is of this very tensor: it then knows of NaN and infinity itself.
+  bool of_tensor;
+
+  // Row `row` of a source to int8 [k]; returns its scale.
+  float row(const Kernels& table, const RowSource& source, int64_t row, int8_t* out) const {
     const float* values = values_of_row(table, source, row);
-    const float scale = table.quantize_row(values, source.k, given, to);
-    scales[row] = of_tensor ? *given : scale;
-    std::memset(to + source.k, 0, static_cast<size_t>(stride - source.k));
-  });
-}
+    const float scale = table.quantize_row(values, source.k, given, out);
+    return of_tensor ? *given : scale;
+  }
+};
 
 }  // namespace
 
@@ -241,52 +232,50 @@ void linear_int8(const Int8Arguments& arguments, const Schedule& schedule, const
   const int64_t parts = tiles || !weight.sums_are_integers() ? 1 : parts_of_k(weight);
   const bool quantized = arguments.quantized != nullptr;
   float tensor_scale = 0;
-  const float* given = arguments.given_scale;
+  Scaling scaling{arguments.given_scale, false};
   if (!quantized && arguments.scale_of == ScaleOf::kTensor) {
     const Pool all = pool_for(pool, arguments.m * columns, kElementsWorthThreads);
     tensor_scale = scale_of_tensor(arguments.source, arguments.m, table, all);
-    given = &tensor_scale;
+    scaling = {&tensor_scale, true};
   }
   for (int64_t row = 0; row < arguments.m; row += at_once) {
     const int64_t m = std::min(at_once, arguments.m - row);
-    const int64_t row_tiles = divide_up(m, kTileRows), tile = kTileRows * columns;
-    int8_t *x, *x_tiles;
+    const int64_t rows = tiles ? divide_up(m, kTileRows) * kTileRows : m;
+    int8_t* x;
     int32_t *x_sums, *sums;
     float* scales;
     carve(shared_scratch, [&](Carver& carver) {
-      x = carver.take<int8_t>(m * columns);
-      x_tiles = carver.take<int8_t>(tiles ? row_tiles * tile : 0);
-      x_sums = carver.take<int32_t>(m * groups);
+      x = carver.take<int8_t>(rows * columns);
+      x_sums = carver.take<int32_t>(rows * groups);
       scales = carver.take<float>(m);
       sums = carver.take<int32_t>(parts == 1 ? 0 : parts * m * weight.panels() * kLanes);
     });
     const Pool some = pool_for(pool, m * columns, kElementsWorthThreads);
     Output out = rows_from(arguments.out, weight.n, row);
-    if (quantized) {
-      const int8_t* from = arguments.quantized + row * arguments.quantized_stride;
-      parallel_for(some, m, [&](int64_t r) {
-        int8_t* to = x + r * columns;
-        std::memcpy(to, from + r * arguments.quantized_stride, static_cast<size_t>(arguments.k));
-        std::memset(to + arguments.k, 0, static_cast<size_t>(columns - arguments.k));
-      });
-    } else {
-      quantize(rows_from(arguments.source, row), m, given, arguments.scale_of == ScaleOf::kTensor,
-               x, columns, scales, table, some);
-      out.row_scales = scales;
-    }
-    parallel_for(some, row_tiles, [&](int64_t t) {
-      for (int64_t r = t * kTileRows; r < std::min(m, (t + 1) * kTileRows); ++r) {
-        table.int8_sums(x + r * columns, weight, x_sums + r * groups);
+    if (!quantized) out.row_scales = scales;
+    parallel_for(some, rows, [&](int64_t r) {
+      // Tiles want each row in pieces; it is made in one first.
+      int8_t* to = x + r * columns;
+      if (tiles) to = static_cast<int8_t*>(row_scratch.reserve(static_cast<size_t>(columns)));
+      const int64_t k = r < m ? arguments.k : 0;
+      if (r < m && quantized) {
+        const int8_t* from = arguments.quantized + (row + r) * arguments.quantized_stride;
+        std::memcpy(to, from, static_cast<size_t>(k));
+      } else if (r < m) {
+        scales[r] = scaling.row(table, arguments.source, row + r, to);
       }
+      std::memset(to + k, 0, static_cast<size_t>(columns - k));
+      table.int8_sums(to, weight, x_sums + r * groups);
       if (tiles) {
-        table.pack_int8_tile(x, columns, t * kTileRows, m, columns, weight, x_tiles + t * tile);
+        constexpr int64_t kStep = 64;
+        table.pack_int8_row(to, columns, x + r / kTileRows * kTileRows * columns +
+                                             r % kTileRows * kStep);
       }
     });
     const Pool workers = pool_for(pool, m * weight.n * columns, kProductsWorthThreads);
     if (tiles) {
-      const Int8TileJob job{weight, m, x_tiles, x_sums, out};
-      constexpr int64_t kMostPanels = 16;
-      for_panels(workers, weight.panels(), kMostPanels, [&](int64_t begin, int64_t end) {
+      const Int8TileJob job{weight, m, x, x_sums, out};
+      for_panels(workers, weight.panels(), kTilePanels, [&](int64_t begin, int64_t end) {
         const auto bytes = static_cast<size_t>(table.tile_scratch(m, end - begin));
         table.int8_tiles(job, begin, end, own_scratch.reserve(bytes));
       });
@@ -314,8 +303,10 @@ void quantize_rows(const RowSource& source, int64_t m, ScaleOf scale_of, const f
     tensor_scale = scale_of_tensor(source, m, table, workers);
     given_scale = &tensor_scale;
   }
-  quantize(source, m, given_scale, scale_of == ScaleOf::kTensor, out, source.k, scales, table,
-           workers);
+  const Scaling scaling{given_scale, scale_of == ScaleOf::kTensor};
+  parallel_for(workers, m, [&](int64_t row) {
+    scales[row] = scaling.row(table, source, row, out + row * source.k);
+  });
 }
 
 }  // namespace qkernels::cpu

@@ -17,3 +17,6 @@
 // Loops over arrays of registers must be unrolled whole for these to be registers.
 #define QK_UNROLL QK_PRAGMA(GCC unroll 16)
 #define QK_INLINE inline __attribute__((always_inline))
+
+// Asks for the line that holds `p`, which need not be an address of anything.
+#define QK_PREFETCH(p) __builtin_prefetch(p)

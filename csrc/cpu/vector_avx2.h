@@ -18,6 +18,8 @@ struct Avx2 {
 
   static constexpr int kMostRows = 4, kMostPanels = 1;
   static constexpr int kSplit = 1;
+  // Whether fma rounds once.
+  static constexpr bool kFused = true;
   static constexpr bool kFastLookup = false;
 
   static QK_INLINE F broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

@@ -14,6 +14,8 @@ struct Avx512 {
 
   static constexpr int kMostRows = 4, kMostPanels = 2;
   static constexpr int kSplit = 2;
+  // Whether fma rounds once.
+  static constexpr bool kFused = true;
   static constexpr bool kFastLookup = true;
 
   static QK_INLINE F broadcast(float x) { return _mm512_set1_ps(x); }

@@ -68,6 +68,8 @@ struct Portable {
   static constexpr int kMostRows = 4, kMostPanels = 1;
   // Sums that take turns over the columns, for more additions in flight.
   static constexpr int kSplit = 1;
+  // Whether fma rounds once.
+  static constexpr bool kFused = false;
   static constexpr bool kFastLookup = false;
 
   template <class Value>

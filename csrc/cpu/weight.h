@@ -23,6 +23,9 @@ namespace qkernels::cpu {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kColumnMultiple = 64;
 
+// How far ahead weights are asked for: the hardware's own prefetch stops at each page.
+constexpr int64_t kPrefetchWords = 512;
+
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t padded_columns(int64_t k) {
   return divide_up(k, kColumnMultiple) * kColumnMultiple;
