@@ -69,9 +69,9 @@ def seen_by(kernel, quantized, dtype):
     """The weight as a kernel multiplies it, in `dtype`: dequantized, and rounded once.
 
     The CUDA kernels dequantize in 16 bits: their codebooks and scales are rounded to `dtype` first.
-    Tiles of AMX hold a codebook in bf16, in one number where x is bf16, in two where it is fp16.
+    Tiles of AMX hold a codebook as the sum of two bf16 numbers where x is fp16.
     """
-    in_tiles = kernel.name == "cpu_amx_float" and dtype != torch.float32
+    in_tiles = kernel.name == "cpu_amx_float" and dtype == torch.float16
     if kernel.backend not in CUDA_BACKENDS and not in_tiles:
         return quantized.dequantize().to(dtype)
     scheme, length = quantized.scheme, quantized.scheme.group_length(quantized.k)
@@ -79,7 +79,7 @@ def seen_by(kernel, quantized, dtype):
     if in_tiles:
         first = values.bfloat16().float()
         rest = (values - first).bfloat16().float()
-        values = first + rest if dtype == torch.float16 else first
+        values = first + rest
     else:
         values = values.to(dtype).float()
     zeros = quantized.group_zeros()

@@ -99,7 +99,7 @@ class CpuLinear {
  public:
   CpuLinear(int64_t n, int64_t k, int64_t group, const std::string& code, double middle,
             const Optional& table, const Optional& nested_table, const std::string& isa, bool tiles,
-            const std::string& scale_of)
+            bool rounds_weights, const std::string& scale_of)
       : table_(table), nested_table_(nested_table) {
     weight_.n = n;
     weight_.k = k;
@@ -109,6 +109,7 @@ class CpuLinear {
     require(n > 0 && k > 0, "n and k must be above 0, got ", n, " and ", k);
     require(group >= k || (group >= 16 && group % 16 == 0),
             "group must be a multiple of 16, or k or more, got ", group);
+    weight_.prepare();
     require(table.has_value() == (weight_.code == cpu::Code::kTable4),
             "a table goes with table4 codes alone, got ", code);
     if (table) {
@@ -119,10 +120,11 @@ class CpuLinear {
       check("nested_table", *nested_table, {256}, at::kFloat);
       weight_.nested_table = nested_table->const_data_ptr<float>();
     }
-    schedule_ = {isa_of(isa), tiles};
+    schedule_ = {isa_of(isa), tiles, rounds_weights};
     const char* missing = cpu::why_not(schedule_.isa);
     require(missing == nullptr, isa, ": ", missing == nullptr ? "" : missing);
     require(!tiles || schedule_.isa == cpu::Isa::kAmx, "tiles need amx, got ", isa);
+    require(tiles || !rounds_weights, "only tiles round weights");
     if (scale_of == "tensor") scale_of_ = cpu::ScaleOf::kTensor;
     else if (scale_of == "static") scale_of_ = cpu::ScaleOf::kGiven;
     else require(scale_of == "token", "scale_of must be token, tensor or static, got ", scale_of);
@@ -137,13 +139,16 @@ class CpuLinear {
     cpu::FloatArguments arguments{};
     arguments.weight = weight(words, scales, zeros, channel_scales, absmax, offset);
     check_rows("x", x, weight_.k);
-    require(!schedule_.tiles || weight_.groups() == 1 || cpu::fits_float_tiles(weight_.group),
+    const bool whole = !schedule_.tiles || schedule_.rounds_weights || weight_.groups() == 1;
+    require(whole || cpu::fits_float_tiles(weight_.group),
             "tiles need groups of a multiple of 32, got ", weight_.group);
     arguments.m = m;
     arguments.k = weight_.k;
     arguments.x = x.const_data_ptr();
     arguments.x_type = float_type("x", x.scalar_type());
     arguments.x_stride = m > 1 ? x.stride(0) : weight_.k;
+    require(!schedule_.rounds_weights || (x.scalar_type() == at::kBFloat16 && y_type == at::kBFloat16),
+            "rounded weights go with x and y of bf16, got ", x.scalar_type(), " and ", y_type);
     at::Tensor y = at::empty({m, weight_.n}, y_type);
     arguments.out = output(y, bias);
     if (row_scales) {
@@ -363,10 +368,10 @@ void register_cpu(py::module_& m) {
 #endif
   py::class_<CpuLinear>(m, "CpuLinear", "A weight in the vnni layout, less its tensors.")
       .def(py::init<int64_t, int64_t, int64_t, const std::string&, double, const Optional&,
-                    const Optional&, const std::string&, bool, const std::string&>(),
+                    const Optional&, const std::string&, bool, bool, const std::string&>(),
            py::arg("n"), py::arg("k"), py::arg("group"), py::arg("code"), py::arg("middle"),
            py::arg("table"), py::arg("nested_table"), py::arg("isa"), py::arg("tiles"),
-           py::arg("scale_of"))
+           py::arg("rounds_weights"), py::arg("scale_of"))
       .def("floats", &CpuLinear::floats, "y [M, N] of x in fp16, bf16 or fp32")
       .def("integers", &CpuLinear::integers, "y [M, N] by an int8 product");
   m.def("quantize_rows_cpu", &quantize, "-> int8 [M, K], scales [M], zero points or None, sum");

@@ -37,8 +37,8 @@ QK_INLINE void store_as(void* p, FloatType type, int64_t index, typename V::F va
 
 // Up to 16 numbers, the others zero.
 template <class V>
-typename V::F load_first(const void* p, FloatType type, int64_t index, int64_t count) {
-  if (count >= kLanes) return load_as_float<V>(p, type, index);
+__attribute__((noinline)) typename V::F load_some(const void* p, FloatType type, int64_t index,
+                                                  int64_t count) {
   alignas(64) unsigned char lanes[64] = {};
   const auto bytes = static_cast<size_t>(count * size_of(type));
   __builtin_memcpy(lanes, static_cast<const char*>(p) + index * size_of(type), bytes);
@@ -46,12 +46,26 @@ typename V::F load_first(const void* p, FloatType type, int64_t index, int64_t c
 }
 
 template <class V>
-void store_first(void* p, FloatType type, int64_t index, int64_t count, typename V::F value) {
-  if (count >= kLanes) return store_as<V>(p, type, index, value);
+__attribute__((noinline)) void store_some(void* p, FloatType type, int64_t index, int64_t count,
+                                          typename V::F value) {
   alignas(64) unsigned char lanes[64];
   store_as<V>(lanes, type, 0, value);
   const auto bytes = static_cast<size_t>(count * size_of(type));
   __builtin_memcpy(static_cast<char*>(p) + index * size_of(type), lanes, bytes);
+}
+
+// As many of 16 as there are.
+template <class V>
+QK_INLINE typename V::F load_first(const void* p, FloatType type, int64_t index, int64_t count) {
+  if (count >= kLanes) return load_as_float<V>(p, type, index);
+  return load_some<V>(p, type, index, count);
+}
+
+template <class V>
+QK_INLINE void store_first(void* p, FloatType type, int64_t index, int64_t count,
+                           typename V::F value) {
+  if (count >= kLanes) store_as<V>(p, type, index, value);
+  else store_some<V>(p, type, index, count, value);
 }
 
 // The scales of group g of a panel, as floats.

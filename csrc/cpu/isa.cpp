@@ -65,6 +65,8 @@ Detected detect() {
   found.isa = Isa::kAvx512;
   found.missing = "this CPU has no AMX with bf16 and int8";
   if (!bit(d, 22) || !bit(d, 24) || !bit(d, 25)) return found;
+  // Conversions to bf16, which every CPU with tiles has.
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return found;
   found.missing = "the operating system does not let this process use AMX tiles";
   if ((saved & kTiles) != kTiles || !tiles_permitted()) return found;
   found.isa = Isa::kAmx;

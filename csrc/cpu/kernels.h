@@ -46,14 +46,16 @@ struct GroupRange {
   void* sums;
 };
 
-// x for the tiles: [tile of 16 rows][step of 32 columns][term][16][32] bf16, or
+// x for the tiles: [tile of 16 rows][step of 32 columns][term][16][32] bf16, columns in the
+// order that exact codes are decoded in; or
 // [tile of 16 rows][step of 64 columns][16][64] int8. Rows from m on are zero.
 struct FloatTileJob {
   Weight weight;
   int64_t m;
   const uint16_t* x;
-  int terms;        // bf16 numbers whose sum is an element of x: 1, 2 or 3
-  int table_terms;  // and a number of a table, at most
+  int terms;            // bf16 numbers whose sum is an element of x: 1, 2 or 3
+  int table_terms;      // and a number of a table, at most
+  bool rounds_weights;  // weights are scaled and rounded to bf16; with one term
   const float* x_sums;
   Output out;
 };
@@ -117,7 +119,8 @@ struct Kernels {
   int64_t (*tile_scratch)(int64_t m, int64_t panels);
   // 16 rows of x from `row` on into the order of tiles.
   void (*pack_float_tile)(const void* x, FloatType type, int64_t x_stride, int64_t row, int64_t m,
-                          int64_t k, const Weight& weight, int terms, uint16_t* out);
+                          int64_t k, const Weight& weight, int terms, bool in_order,
+                          uint16_t* out);
   // A row of int8 x [columns] into its row of the tiles, `out` being where that begins.
   void (*pack_int8_row)(const int8_t* x, int64_t columns, int8_t* out);
 };

@@ -11,7 +11,9 @@ namespace qkernels::cpu {
 namespace {
 
 // Rows that are worked on at a time, which bounds the memory that a thread keeps.
-constexpr int64_t kRowsAtOnce = 64, kTileRowsAtOnce = 256, kInt8TileRowsAtOnce = 512;
+constexpr int64_t kRowsAtOnce = 64, kTileRowsAtOnce = 512;
+// Of x, next to what else lies in the L2 cache.
+constexpr int64_t kCachedBytes = 3 << 19;
 // Starting threads takes as long as so many products.
 constexpr int64_t kProductsWorthThreads = 1 << 17;
 constexpr int64_t kElementsWorthThreads = 1 << 16;
@@ -20,7 +22,7 @@ constexpr int64_t kPanelsWithoutSplit = 32;
 constexpr int64_t kColumnsOfPart = 1024;
 constexpr int64_t kTasksOfThread = 4;
 constexpr int64_t kTileRows = 16;
-// Panels whose sums of all rows lie in the L2 cache with a chunk of x.
+// Panels of a task on tiles.
 constexpr int64_t kTilePanels = 16;
 
 // Of the thread that calls: x in the order of the kernels, shared by all threads of the call.
@@ -59,10 +61,10 @@ void carve(Scratch& scratch, const Layout& layout) {
   layout(placed);
 }
 
-// Panels of a task: an even number, so that there is work for all threads.
+// Panels of a task: a multiple of four, which kernels take at once, so that all threads find work.
 int64_t panels_of_task(int64_t panels, const Pool& pool, int64_t most) {
   const int64_t tasks = kTasksOfThread * pool.threads;
-  return std::clamp(panels / tasks / 2 * 2, int64_t{2}, most);
+  return std::clamp(panels / tasks / 4 * 4, int64_t{4}, most);
 }
 
 template <class Body>
@@ -144,31 +146,38 @@ int terms_of(FloatType type) {
   return type == FloatType::kBf16 ? 1 : type == FloatType::kFp16 ? 2 : 3;
 }
 
-void float_on_tiles(const FloatArguments& arguments, const Kernels& table, const Pool& pool) {
+void float_on_tiles(const FloatArguments& arguments, bool rounds_weights, const Kernels& table,
+                    const Pool& pool) {
   const Weight& weight = arguments.weight;
   const int64_t columns = weight.columns(), groups = weight.groups();
   const int terms = terms_of(arguments.x_type);
-  for (int64_t row = 0; row < arguments.m; row += kTileRowsAtOnce) {
-    const int64_t m = std::min(kTileRowsAtOnce, arguments.m - row);
+  int64_t at_once = kTileRowsAtOnce;
+  if (!rounds_weights) {
+    const int64_t cached = kCachedBytes / (columns * terms * 2) / kTileRows * kTileRows;
+    at_once = std::clamp(cached, 2 * kTileRows, kTileRowsAtOnce);
+  }
+  for (int64_t row = 0; row < arguments.m; row += at_once) {
+    const int64_t m = std::min(at_once, arguments.m - row);
     const int64_t tiles = divide_up(m, kTileRows), tile = kTileRows * columns * terms;
     uint16_t* x;
     float* x_sums;
     carve(shared_scratch, [&](Carver& carver) {
       x = carver.take<uint16_t>(tiles * tile);
-      x_sums = carver.take<float>(m * groups);
+      x_sums = carver.take<float>(rounds_weights ? 0 : m * groups);
     });
     const void* first = row_at(arguments.x, arguments.x_type, arguments.x_stride, row);
     parallel_for(pool_for(pool, m * columns, kElementsWorthThreads), tiles, [&](int64_t t) {
       table.pack_float_tile(first, arguments.x_type, arguments.x_stride, t * kTileRows, m,
-                            arguments.k, weight, terms, x + t * tile);
+                            arguments.k, weight, terms, rounds_weights, x + t * tile);
+      if (rounds_weights) return;
       auto* wide = static_cast<float*>(own_scratch.reserve(static_cast<size_t>(columns) * 4));
       for (int64_t r = t * kTileRows; r < std::min(m, (t + 1) * kTileRows); ++r) {
         table.widen_row(row_at(first, arguments.x_type, arguments.x_stride, r), arguments.x_type,
                         weight, arguments.k, wide, x_sums + r * groups);
       }
     });
-    const FloatTileJob job{weight, m, x, terms, terms_of(arguments.out.y_type), x_sums,
-                           rows_from(arguments.out, weight.n, row)};
+    const FloatTileJob job{weight, m, x, terms, terms_of(arguments.out.y_type), rounds_weights,
+                           x_sums, rows_from(arguments.out, weight.n, row)};
     for_panels(pool_for(pool, m * weight.n * columns, kProductsWorthThreads), weight.panels(),
                kTilePanels, [&](int64_t begin, int64_t end) {
                  const auto bytes = static_cast<size_t>(table.tile_scratch(m, end - begin));
@@ -218,8 +227,10 @@ struct Scaling {
 void linear_float(const FloatArguments& arguments, const Schedule& schedule, const Pool& pool) {
   const Kernels& table = kernels(schedule.isa);
   if (!schedule.tiles) return float_on_rows(arguments, table, pool);
-  assert(arguments.weight.groups() == 1 || fits_float_tiles(arguments.weight.group));
-  float_on_tiles(arguments, table, pool);
+  assert(schedule.rounds_weights || arguments.weight.groups() == 1 ||
+         fits_float_tiles(arguments.weight.group));
+  assert(!schedule.rounds_weights || arguments.x_type == FloatType::kBf16);
+  float_on_tiles(arguments, schedule.rounds_weights, table, pool);
 }
 
 void linear_int8(const Int8Arguments& arguments, const Schedule& schedule, const Pool& pool) {
@@ -228,7 +239,7 @@ void linear_int8(const Int8Arguments& arguments, const Schedule& schedule, const
   const int64_t columns = weight.columns(), groups = weight.groups();
   const bool tiles = schedule.tiles;
   assert(!tiles || weight.sums_are_integers() || fits_int8_tiles(weight.group));
-  const int64_t at_once = tiles ? kInt8TileRowsAtOnce : kRowsAtOnce;
+  const int64_t at_once = tiles ? kTileRowsAtOnce : kRowsAtOnce;
   const int64_t parts = tiles || !weight.sums_are_integers() ? 1 : parts_of_k(weight);
   const bool quantized = arguments.quantized != nullptr;
   float tensor_scale = 0;

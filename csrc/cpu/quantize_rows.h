@@ -121,6 +121,14 @@ float quantize_row(const float* values, int64_t k, const float* given_scale, int
   float scale = top == 0 ? 1.0f : top / 127.0f;
   if (given_scale != nullptr) scale = *given_scale;
   const Quotient<V> quotient(scale);
+  if (given_scale == nullptr && bits < kInfinityBits) {
+    // Nothing is beyond the range, and there is no NaN.
+    for (int64_t at = 0; at < k; at += kLanes) {
+      const auto value = quotient(load_first<V>(values, FloatType::kFp32, at, k - at));
+      store_first_bytes<V>(out, at, k - at, V::round(value));
+    }
+    return scale;
+  }
   const auto high = V::broadcast(127.0f), low = V::broadcast(-127.0f);
   // Beyond the range anyhow, so that infinity is not divided.
   const auto most = V::broadcast(scale * 128.0f), least = V::broadcast(scale * -128.0f);

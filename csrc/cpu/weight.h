@@ -70,17 +70,30 @@ struct Weight {
   const float* nested_absmax;
   float nested_offset;
 
+  // Follow from the above, by `prepare`: divisions are slow where they are asked for often.
+  int64_t group_count, column_count, panel_stride;
+
+  void prepare() {
+    group_count = divide_up(k, group);
+    column_count = padded_columns(k);
+    panel_stride = column_count / step_columns() * kLanes;
+  }
+
   int64_t panels() const { return divide_up(n, kLanes); }
-  int64_t groups() const { return divide_up(k, group); }
-  int64_t columns() const { return padded_columns(k); }
+  int64_t groups() const { return group_count; }
+  int64_t columns() const { return column_count; }
   // The end of group g; the last takes what pads K.
   int64_t group_end(int64_t g) const {
-    return g + 1 == groups() ? columns() : (g + 1) * group;
+    return g + 1 == group_count ? column_count : (g + 1) * group;
   }
   int64_t step_columns() const { return is_nibble(code) ? 8 : 4; }
+  int64_t panel_words() const { return panel_stride; }
+  // Words before column `column` of a panel.
+  int64_t words_before(int64_t column) const {
+    return (is_nibble(code) ? column / 8 : column / 4) * kLanes;
+  }
   // Two-level scales, or one scale a row: sums over all of K are integers.
-  bool sums_are_integers() const { return channel_scales != nullptr || groups() == 1; }
-  int64_t panel_words() const { return columns() / step_columns() * kLanes; }
+  bool sums_are_integers() const { return channel_scales != nullptr || group_count == 1; }
 };
 
 }  // namespace qkernels::cpu

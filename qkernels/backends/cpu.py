@@ -28,6 +28,7 @@ ISAS = ("amx", "avx512", "avx2", "portable")
 ISA_VARIABLE = "QKERNELS_CPU_ISA"
 
 _FLOAT_TILE_ROWS = 3
+_SCALED_TILE_ROWS = 40
 _INT8_TILE_ROWS = 9
 """Rows of x from which on tiles are faster than vectors, measured: see docs/cpu.md."""
 
@@ -127,6 +128,16 @@ def _no_float_tiles(problem: Problem) -> str | None:
     return _no_floats(problem) or _odd_group(problem, _FLOAT_TILE_GROUP)
 
 
+def _no_scaled_tiles(problem: Problem) -> str | None:
+    if problem.x_dtype != torch.bfloat16:
+        return f"rounds weights to bf16, and x is {problem.x_dtype}"
+    if problem.batch_invariant:
+        return "rounds unlike the kernels for few rows, and batch_invariant wants one for every M"
+    if problem.m < _SCALED_TILE_ROWS:
+        return f"is for {_SCALED_TILE_ROWS} rows of x and more, got {problem.m}"
+    return _no_floats(problem)
+
+
 def _no_int8_tiles(problem: Problem) -> str | None:
     if problem.m < _INT8_TILE_ROWS:
         return f"is for {_INT8_TILE_ROWS} rows of x and more, got {problem.m}"
@@ -152,7 +163,9 @@ def _code_name(scheme: QuantScheme) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _linear(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool) -> Any:
+def _linear(
+    scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bool = False
+) -> Any:
     """The compiled description of a weight; what differs between calls is passed to them."""
     return _compiled().CpuLinear(
         n,
@@ -164,6 +177,7 @@ def _linear(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool) -> Any:
         nested_table(torch.device("cpu")) if scheme.scale_levels == "double" else None,
         isa,
         tiles,
+        rounds,
         scheme.activation.granularity,
     )
 
@@ -173,7 +187,7 @@ def _rows_of(x: Tensor) -> Tensor:
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
-def _run_floats(isa: str, tiles: bool) -> Run:
+def _run_floats(isa: str, tiles: bool, rounds: bool = False) -> Run:
     def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
         scheme, buffers = packed.scheme, packed.buffers
         y_dtype, row_scales = x.dtype, None
@@ -181,7 +195,7 @@ def _run_floats(isa: str, tiles: bool) -> Run:
             # Numbers of float8 are numbers of bf16.
             quantized, row_scales = reference.quantize_activations(x, packed)
             x = quantized.to(torch.bfloat16)
-        return _linear(scheme, packed.n, packed.k, isa, tiles).floats(
+        return _linear(scheme, packed.n, packed.k, isa, tiles, rounds).floats(
             _rows_of(padded_columns(x, scheme)),
             buffers["words"],
             buffers["scales"],
@@ -221,7 +235,10 @@ def _rows(isa: str) -> tuple[Kernel, ...]:
     no_integers = _no_int8_tiles if tiles else _no_integers
     if isa == "portable":
         no_floats, no_integers = _few_rows(no_floats), _few_rows(no_integers)
-    kernels: dict[str, tuple[Callable[[Problem], str | None], Run]] = {
+    kernels: dict[str, tuple[Callable[[Problem], str | None], Run]] = {}
+    if tiles:
+        kernels["amx_scaled"] = (_no_scaled_tiles, _run_floats(isa, tiles, rounds=True))
+    kernels |= {
         f"{isa}_float": (no_floats, _run_floats(isa, tiles)),
         f"{isa}_int8": (no_integers, _run_integers(isa, tiles)),
     }

@@ -1,0 +1,180 @@
+// What the kernels on AMX tiles share. Only for source files after QK_TARGET.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/groups.h"
+#include "cpu/kernels.h"
+
+namespace qkernels::cpu {
+namespace {
+
+using V = Avx512;
+using F = V::F;
+using I = V::I;
+
+constexpr int64_t kTileRows = 16, kTileBytes = 1024;
+constexpr int64_t kFloatStep = 32, kInt8Step = 64;  // columns of a tile
+// The registers of tiles on this thread, which other libraries set up as they like: 0 to 3 for sums
+// and 4 and 5 for x, of `rows` rows; 6 and 7 for weights.
+class TileRegisters {
+ public:
+  explicit TileRegisters(int64_t rows) {
+    alignas(64) char config[64] = {};
+    config[0] = 1;  // the palette
+    for (int tile = 0; tile < 8; ++tile) {
+      config[16 + 2 * tile] = 64;  // bytes of a row
+      config[48 + tile] = static_cast<char>(tile < 6 ? rows : kTileRows);
+    }
+    // gcc 12's _tile_loadconfig reads 8 of these bytes, and the stores of the others vanish.
+    asm volatile("ldtilecfg %0" ::"m"(*reinterpret_cast<const char(*)[64]>(config)) : "memory");
+  }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+// Columns that lie in one group and one chunk.
+struct Span {
+  int64_t first, last, group;
+};
+
+int64_t chunk_end(const Weight& weight, int64_t first, int64_t length) {
+  const int64_t columns = weight.columns();
+  if (weight.groups() == 1) return first + length < columns ? first + length : columns;
+  if (weight.group > length) {
+    const int64_t group_end = weight.group_end(first / weight.group);
+    return first + length < group_end ? first + length : group_end;
+  }
+  const int64_t last = first + length / weight.group * weight.group;
+  // The last group takes the columns that pad K.
+  return last / weight.group >= weight.groups() ? columns : last;
+}
+
+int64_t spans_of(const Weight& weight, int64_t first, int64_t last, Span* spans) {
+  int64_t count = 0;
+  while (first < last) {
+    const int64_t g = weight.groups() == 1 ? 0 : first / weight.group;
+    const int64_t end = weight.group_end(g) < last ? weight.group_end(g) : last;
+    spans[count++] = {first, end, g};
+    first = end;
+  }
+  return count;
+}
+
+template <int kSlots, int kPanels>
+QK_INLINE void zero_tiles() {
+  _tile_zero(0);
+  if constexpr (kPanels == 2) _tile_zero(1);
+  if constexpr (kSlots == 2) _tile_zero(2);
+  if constexpr (kSlots == 2 && kPanels == 2) _tile_zero(3);
+}
+
+// Whether x is small enough to stay in the L2 cache next to all else.
+constexpr bool stays_cached(int64_t bytes_of_x) { return bytes_of_x <= 1 << 20; }
+
+// Asks for weights while tiles multiply, which alone read no memory.
+class Prefetch {
+ public:
+  // Columns [first, last) of panels [begin, end); nothing where that is empty.
+  Prefetch(const Weight& weight, int64_t begin, int64_t end, int64_t first, int64_t last)
+      : panels_(first < last ? end - begin : 0),
+        stride_(weight.panel_words() * 4),
+        length_(weight.words_before(last - first) * 4),
+        at_(reinterpret_cast<const char*>(weight.words + begin * weight.panel_words() +
+                                          weight.words_before(first))),
+        end_(at_ + (panels_ > 0 ? length_ : 0)) {}
+
+  // Lines to ask for at a time so as to be through after so many times.
+  int lines(int64_t times) const {
+    return static_cast<int>(divide_up(panels_ * length_ / 64, times > 0 ? times : 1));
+  }
+
+  QK_INLINE void ask(int lines) {
+    const char *at = at_, *const end = end_;
+    const char* const stop = end - at < 64 * lines ? end : at + 64 * lines;
+    for (; at < stop; at += 64) QK_PREFETCH(at);
+    at_ = at;
+    if (at < end || panels_ <= 1) return;
+    --panels_;
+    end_ = end + stride_;
+    at_ = end_ - length_;
+  }
+
+ private:
+  int64_t panels_, stride_, length_;
+  const char *at_, *end_;
+};
+
+// Of the chunk after `last`: of the same two panels, or of the next two.
+inline Prefetch next_chunk(const Weight& weight, int64_t panel, int64_t end, int64_t last,
+                           int64_t length) {
+  const bool same = last < weight.columns();
+  const int64_t next = same ? panel : panel + 2, first = same ? last : 0;
+  const int64_t next_end = end - next < 2 ? end : next + 2;
+  return {weight, next, next_end, first,
+          next < end ? chunk_end(weight, first, length) : first};
+}
+
+// Codes of up to 4 bits as bytes, in tiles. With two-level scales, a byte is
+// multiplier * (code - zero) + 128.
+void decode_bytes(const Weight& weight, int64_t panel, int64_t first, int64_t last, char* out) {
+  const uint32_t* from = weight.words + panel * weight.panel_words() + first / 8 * kLanes;
+  const I low = V::broadcast(int32_t{0x0f0f0f0f});
+  while (first < last) {
+    const int64_t g = weight.groups() == 1 ? 0 : first / weight.group;
+    const int64_t end = weight.group_end(g) < last ? weight.group_end(g) : last;
+    if (weight.channel_scales == nullptr) {
+      for (; first < end; first += 8, from += kLanes, out += 128) {
+        const I words = V::load(from);
+        _mm512_store_si512(out, V::and_(words, low));
+        _mm512_store_si512(out + 64, V::and_(V::right<4>(words), low));
+      }
+      continue;
+    }
+    const int64_t at = (panel * weight.groups() + g) * kLanes;
+    const I multiplier = V::load_bytes(static_cast<const uint8_t*>(weight.scales) + at);
+    // All four bytes of a lane at once: what one borrows of the next, the sum of all gives back,
+    // since each byte of the result is within 0 and 255.
+    const I zero = V::mul(group_integer_zeros<V>(weight, panel, g), multiplier);
+    const I offset = V::sub(V::broadcast(int32_t(0x80808080)),
+                            V::mul(zero, V::broadcast(int32_t{0x01010101})));
+    for (; first < end; first += 8, from += kLanes, out += 128) {
+      const I words = V::load(from);
+      _mm512_store_si512(out, V::add(V::mul(V::and_(words, low), multiplier), offset));
+      _mm512_store_si512(out + 64,
+                         V::add(V::mul(V::and_(V::right<4>(words), low), multiplier), offset));
+    }
+  }
+}
+
+// What the columns of two panels have in common in all rows of y.
+struct OutputColumns {
+  F bias[2] = {V::broadcast(0.0f), V::broadcast(0.0f)};
+  int64_t count[2];
+
+  OutputColumns(const Output& out, const Weight& weight, int64_t panel, int64_t panels) {
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t first = (panel + p) * kLanes;
+      count[p] = weight.n - first < kLanes ? weight.n - first : kLanes;
+      if (out.bias != nullptr) {
+        bias[p] = load_first<V>(out.bias, out.bias_type, first, count[p]);
+      }
+    }
+  }
+
+  QK_INLINE void write(const Output& out, int64_t at, int64_t p, F value) const {
+    if (out.bias != nullptr) value = V::add(value, bias[p]);
+    if (out.y_type == FloatType::kBf16 && count[p] == kLanes) {
+      const auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+      _mm256_storeu_si256(
+          reinterpret_cast<__m256i*>(static_cast<uint16_t*>(out.y) + at), rounded);
+      return;
+    }
+    store_first<V>(out.y, out.y_type, at, count[p], value);
+  }
+};
+
+}  // namespace
+}  // namespace qkernels::cpu

@@ -1,0 +1,348 @@
+// Products on AMX tiles whose sums run over all of K: of int8, where scales are multiplied into the
+// weights or wait for the end, and of bf16, with scaled weights rounded to bf16.
+//
+// A chunk of two panels (four, for one tile of rows) is decoded into the L1 cache and multiplied with
+// the same chunk of all rows, which comes from the L2 cache. Tiles of sums go to memory and back for
+// each chunk: longer ones, whose weights would come from the L2 cache too, were slower.
+
+#pragma once
+
+#include "cpu/decode.h"
+#include "cpu/tiles.h"
+
+namespace qkernels::cpu {
+namespace {
+
+constexpr int64_t kMostPanels = 4;
+constexpr int64_t kChunkSteps = 8;  // of two panels; half as many of four
+
+// x and weights of a kind of product:
+//   kStep                            columns of a tile
+//   kIntegers                        int8, else bf16
+//   x(row_tile)                      its first tile
+//   tiles(panel, first)              the weights as they lie, where they are tiles; else null
+//   decode(panel, first, last, out)  into tiles
+//   finish(panel, panels, sums, stride)
+
+// Registers of tiles are named by literals.
+#define QK_MULTIPLY_TILES(sum, x, weights) \
+  do { \
+    if constexpr (Kind::kIntegers) _tile_dpbsud(sum, x, weights); \
+    else _tile_dpbf16ps(sum, x, weights); \
+  } while (false)
+
+template <class Kind, int kRowTiles, int kPanels>
+__attribute__((noinline)) void multiply_chunk(const char* const* weights, const char* x, int64_t x_stride, int64_t steps,
+                    bool first, int32_t* sums, int64_t panel_sums, Prefetch& prefetch, int lines) {
+  static_assert(kRowTiles * kPanels <= 4);
+  constexpr int64_t kRowTile = kTileRows * kLanes;
+  constexpr bool kPair = kRowTiles == 2;
+  int32_t* second = sums + kRowTile;
+  if (first) {
+    zero_tiles<kRowTiles, kPanels>();
+  } else {
+    _tile_loadd(0, sums, 64);
+    if constexpr (kPanels >= 2) _tile_loadd(1, sums + panel_sums, 64);
+    if constexpr (kPair) _tile_loadd(2, second, 64);
+    if constexpr (kPair && kPanels == 2) _tile_loadd(3, second + panel_sums, 64);
+    if constexpr (kPanels == 4) _tile_loadd(2, sums + 2 * panel_sums, 64);
+    if constexpr (kPanels == 4) _tile_loadd(3, sums + 3 * panel_sums, 64);
+  }
+  for (int64_t at = 0; at < steps * kTileBytes; at += kTileBytes) {
+    prefetch.ask(lines);
+    _tile_loadd(6, weights[0] + at, 64);
+    if constexpr (kPanels >= 2) _tile_loadd(7, weights[1] + at, 64);
+    _tile_loadd(4, x + at, 64);
+    QK_MULTIPLY_TILES(0, 4, 6);
+    if constexpr (kPanels >= 2) QK_MULTIPLY_TILES(1, 4, 7);
+    if constexpr (kPair) {
+      _tile_loadd(5, x + x_stride + at, 64);
+      QK_MULTIPLY_TILES(2, 5, 6);
+      if constexpr (kPanels == 2) QK_MULTIPLY_TILES(3, 5, 7);
+    }
+    if constexpr (kPanels == 4) {
+      _tile_loadd(6, weights[2] + at, 64);
+      QK_MULTIPLY_TILES(2, 4, 6);
+      _tile_loadd(7, weights[3] + at, 64);
+      QK_MULTIPLY_TILES(3, 4, 7);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  if constexpr (kPanels >= 2) _tile_stored(1, sums + panel_sums, 64);
+  if constexpr (kPair) _tile_stored(2, second, 64);
+  if constexpr (kPair && kPanels == 2) _tile_stored(3, second + panel_sums, 64);
+  if constexpr (kPanels == 4) _tile_stored(2, sums + 2 * panel_sums, 64);
+  if constexpr (kPanels == 4) _tile_stored(3, sums + 3 * panel_sums, 64);
+}
+
+template <class Kind>
+struct WholeTiles {
+  const Kind& kind;
+  const Weight& weight;
+  int64_t m;
+  char* decoded;
+  int32_t* sums;  // [panels][m in tiles][16]
+
+  int64_t row_tiles() const { return divide_up(m, kTileRows); }
+  int64_t panel_sums() const { return row_tiles() * kTileRows * kLanes; }
+
+  template <int kRowTiles, int kPanels>
+  void add(const char* const* weights, int64_t panel, int64_t tile, int64_t first, int64_t last,
+           Prefetch& prefetch, int lines) const {
+    const int64_t steps = weight.columns() / Kind::kStep;
+    multiply_chunk<Kind, kRowTiles, kPanels>(
+        weights, kind.x(tile) + first / Kind::kStep * kTileBytes, steps * kTileBytes,
+        (last - first) / Kind::kStep, first == 0,
+        sums + panel * panel_sums() + tile * kTileRows * kLanes, panel_sums(), prefetch, lines);
+  }
+
+  // All rows of x and `panels` panels, from `panel` of the task on.
+  void add_rows(const char* const* weights, int64_t panel, int64_t panels, int64_t first,
+                int64_t last, Prefetch& prefetch, int lines) const {
+    int64_t p = 0;
+    for (; p + 2 <= panels; p += 2) {
+      for (int64_t tile = 0; tile + 2 <= row_tiles(); tile += 2) {
+        add<2, 2>(weights + p, panel + p, tile, first, last, prefetch, lines);
+      }
+    }
+    for (int64_t tile = 0; p < panels && tile + 2 <= row_tiles(); tile += 2) {
+      add<2, 1>(weights + p, panel + p, tile, first, last, prefetch, lines);
+    }
+    if (row_tiles() % 2 == 0) return;
+    const int64_t tile = row_tiles() - 1;
+    for (p = 0; p + 4 <= panels; p += 4) {
+      add<1, 4>(weights + p, panel + p, tile, first, last, prefetch, lines);
+    }
+    for (; p + 2 <= panels; p += 2) {
+      add<1, 2>(weights + p, panel + p, tile, first, last, prefetch, lines);
+    }
+    if (p < panels) add<1, 1>(weights + p, panel + p, tile, first, last, prefetch, lines);
+  }
+
+  // A chunk [first, last) of `panels` panels from `panel` on; and asks for another one.
+  void add_chunk(int64_t begin, int64_t panel, int64_t panels, int64_t first, int64_t last,
+                 Prefetch prefetch) const {
+    const char* weights[kMostPanels];
+    for (int64_t p = 0; p < panels; ++p) {
+      weights[p] = kind.tiles(panel + p, first);
+      if (weights[p] != nullptr) continue;
+      char* out = decoded + p * (last - first) / Kind::kStep * kTileBytes;
+      kind.decode(panel + p, first, last, out);
+      weights[p] = out;
+    }
+    const int64_t times = divide_up(panels, row_tiles() == 1 ? 4 : 2) *
+                          divide_up(row_tiles(), 2) * ((last - first) / Kind::kStep);
+    add_rows(weights, panel - begin, panels, first, last, prefetch, prefetch.lines(times));
+  }
+
+  void run(int64_t begin, int64_t end) const {
+    const int64_t at_once = 2;
+    const int64_t chunk = 2 * kChunkSteps / at_once * Kind::kStep, columns = weight.columns();
+    const TileRegisters registers(m < kTileRows ? m : kTileRows);
+    // Where all of x stays in the L2 cache, panels are finished one after the other, so that
+    // weights stream; else a chunk of x is used by all panels of the task.
+    const bool along_k = stays_cached(row_tiles() * kTileRows * columns * 64 / Kind::kStep);
+    int64_t panel = begin, first = 0;
+    for (;;) {
+      const int64_t last = columns - first < chunk ? columns : first + chunk;
+      const int64_t panels = end - panel < at_once ? end - panel : at_once;
+      int64_t next = panel, next_first = first;
+      if (along_k ? last < columns : panel + panels >= end) next_first = last;
+      else next += panels;
+      if (along_k && last == columns) next_first = 0;
+      if (!along_k && panel + panels >= end) next = begin;
+      const bool more = next < end && next_first < columns;
+      const int64_t next_last = columns - next_first < chunk ? columns : next_first + chunk;
+      add_chunk(begin, panel, panels, first, last,
+                Prefetch(weight, next, end - next < at_once ? end : next + at_once, next_first,
+                         more ? next_last : next_first));
+      if (!more) break;
+      panel = next;
+      first = next_first;
+    }
+    for (panel = begin; panel < end; panel += 2) {
+      kind.finish(panel, end - panel < 2 ? 1 : 2, sums + (panel - begin) * panel_sums(),
+                  panel_sums());
+    }
+  }
+};
+
+// --- bf16
+
+template <class Decoder>
+class ScaledTiles {
+ public:
+  static constexpr int64_t kStep = 32;
+  static constexpr bool kIntegers = false;
+
+  ScaledTiles(const FloatTileJob& job, const Decoder& decoder) : job_(job), decoder_(decoder) {}
+
+  const char* x(int64_t row_tile) const {
+    return reinterpret_cast<const char*>(job_.x) +
+           row_tile * (job_.weight.columns() / kStep) * kTileBytes;
+  }
+  const char* tiles(int64_t, int64_t) const { return nullptr; }
+
+  __attribute__((noinline)) void decode(int64_t panel, int64_t first, int64_t last, char* out) const {
+    const Weight& weight = job_.weight;
+    const uint32_t* from =
+        weight.words + panel * weight.panel_words() + first / Decoder::kColumns * kLanes;
+    const bool zeros = has_zeros(weight, decoder_.offset);
+    const bool fuses = size_of_scales(weight) == 2 && weight.zero_type == GroupType::kUint8;
+    while (first < last) {
+      const int64_t g = weight.groups() == 1 ? 0 : first / weight.group;
+      const int64_t end = weight.group_end(g) < last ? weight.group_end(g) : last;
+      const F scale = group_scales<V>(weight, panel, g);
+      const F zero = group_zeros<V>(weight, panel, g, decoder_.offset);
+      // One operation where it loses nothing: integers times scales of 16 bits are exact.
+      if (!zeros) decode_group<Zeros::kNone>(from, first, end, scale, zero, out);
+      else if (fuses) decode_group<Zeros::kFused>(from, first, end, scale, V::mul(zero, scale), out);
+      else decode_group<Zeros::kReal>(from, first, end, scale, zero, out);
+      from += (end - first) / Decoder::kColumns * kLanes;
+      out += (end - first) * 2 * kLanes;
+      first = end;
+    }
+  }
+
+  __attribute__((noinline)) void finish(int64_t panel, int64_t panels, const int32_t* sums, int64_t stride) const {
+    const OutputColumns columns(job_.out, job_.weight, panel, panels);
+    for (int64_t row = 0; row < job_.m; ++row, sums += kLanes) {
+      for (int64_t p = 0; p < panels; ++p) {
+        F sum = V::load(reinterpret_cast<const float*>(sums + p * stride));
+        if (job_.out.row_scales != nullptr) {
+          sum = V::mul(V::broadcast(job_.out.row_scales[row]), sum);
+        }
+        columns.write(job_.out, row * job_.weight.n + (panel + p) * kLanes, p, sum);
+      }
+    }
+  }
+
+ private:
+  enum class Zeros { kNone, kFused, kReal };
+
+  static int size_of_scales(const Weight& weight) {
+    return weight.scale_type == GroupType::kFp16 || weight.scale_type == GroupType::kBf16 ? 2 : 4;
+  }
+
+  template <Zeros kZeros, int kColumn>
+  QK_INLINE F weight_of(I words, F scale, F zero) const {
+    const F value = decoder_.template value<kColumn>(words);
+    if constexpr (kZeros == Zeros::kNone) return V::mul(value, scale);
+    if constexpr (kZeros == Zeros::kFused) return _mm512_fmsub_ps(value, scale, zero);
+    return V::mul(V::sub(value, zero), scale);
+  }
+
+  template <Zeros kZeros, int kColumn>
+  QK_INLINE I pair_of(I words, F scale, F zero, I order) const {
+    const auto both = _mm512_cvtne2ps_pbh(weight_of<kZeros, kColumn + 1>(words, scale, zero),
+                                          weight_of<kZeros, kColumn>(words, scale, zero));
+    return _mm512_permutexvar_epi16(order, reinterpret_cast<I>(both));
+  }
+
+  template <Zeros kZeros>
+  QK_INLINE void decode_group(const uint32_t* from, int64_t first, int64_t last, F scale, F zero,
+                              char* out) const {
+    // Word 2i of a row of a tile is row i's even column, word 2i + 1 its odd one.
+    alignas(64) static constexpr uint16_t kOrder[32] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const I order = _mm512_load_si512(kOrder);
+    for (int64_t k = first; k < last; k += Decoder::kColumns, from += kLanes) {
+      const I words = V::load(from);
+      _mm512_store_si512(out, pair_of<kZeros, 0>(words, scale, zero, order));
+      _mm512_store_si512(out + 64, pair_of<kZeros, 2>(words, scale, zero, order));
+      if constexpr (Decoder::kColumns == 8) {
+        _mm512_store_si512(out + 128, pair_of<kZeros, 4>(words, scale, zero, order));
+        _mm512_store_si512(out + 192, pair_of<kZeros, 6>(words, scale, zero, order));
+      }
+      out += Decoder::kColumns * 2 * kLanes;
+    }
+  }
+
+  const FloatTileJob& job_;
+  const Decoder& decoder_;
+};
+
+// --- Integers
+
+class IntegerTiles {
+ public:
+  static constexpr int64_t kStep = 64;
+  static constexpr bool kIntegers = true;
+
+  // `x_totals` [m]: the sums of the rows of x.
+  IntegerTiles(const Int8TileJob& job, const int32_t* x_totals) : job_(job), x_totals_(x_totals) {}
+
+  const char* x(int64_t row_tile) const {
+    return reinterpret_cast<const char*>(job_.x) +
+           row_tile * (job_.weight.columns() / kStep) * kTileBytes;
+  }
+  // Steps of 8-bit codes are tiles as they lie.
+  const char* tiles(int64_t panel, int64_t first) const {
+    if (is_nibble(job_.weight.code)) return nullptr;
+    return reinterpret_cast<const char*>(job_.weight.words + panel * job_.weight.panel_words() +
+                                         first / 4 * kLanes);
+  }
+  __attribute__((noinline)) void decode(int64_t panel, int64_t first, int64_t last, char* out) const {
+    decode_bytes(job_.weight, panel, first, last, out);
+  }
+
+  __attribute__((noinline)) void finish(int64_t panel, int64_t panels, const int32_t* sums, int64_t stride) const {
+    const Weight& weight = job_.weight;
+    const OutputColumns columns(job_.out, weight, panel, panels);
+    F scales[2] = {};
+    I zeros[2] = {};
+    for (int64_t p = 0; p < panels; ++p) {
+      scales[p] = channel_scales<V>(weight, panel + p);
+      // Decoded with two-level scales, the zero point is what keeps bytes unsigned.
+      zeros[p] = weight.channel_scales != nullptr ? V::broadcast(int32_t{128})
+                                                  : group_integer_zeros<V>(weight, panel + p, 0);
+    }
+    for (int64_t row = 0; row < job_.m; ++row, sums += kLanes) {
+      const F row_scale = V::broadcast(job_.out.row_scales[row]);
+      const I total = V::broadcast(x_totals_[row]);
+      for (int64_t p = 0; p < panels; ++p) {
+        const I sum = V::sub(V::load(sums + p * stride), V::mul(zeros[p], total));
+        columns.write(job_.out, row * weight.n + (panel + p) * kLanes, p,
+                      V::mul(V::mul(row_scale, scales[p]), V::to_float(sum)));
+      }
+    }
+  }
+
+ private:
+  const Int8TileJob& job_;
+  const int32_t* x_totals_;
+};
+
+constexpr int64_t kDecodedBytes = 2 * kChunkSteps * kTileBytes;
+
+// Bytes that run_whole takes of the scratch of a task.
+inline int64_t whole_scratch(int64_t m, int64_t panels) {
+  const int64_t rows = divide_up(m, kTileRows) * kTileRows;
+  return kDecodedBytes + panels * rows * kLanes * 4 + rows * 4;
+}
+
+template <class Decoder>
+void run_scaled(const FloatTileJob& job, const Decoder& decoder, int64_t begin, int64_t end,
+                void* scratch) {
+  const ScaledTiles<Decoder> kind(job, decoder);
+  auto* memory = static_cast<char*>(scratch);
+  auto* sums = reinterpret_cast<int32_t*>(memory + kDecodedBytes);
+  WholeTiles<ScaledTiles<Decoder>>{kind, job.weight, job.m, memory, sums}.run(begin, end);
+}
+
+inline void run_integers(const Int8TileJob& job, int64_t begin, int64_t end, void* scratch) {
+  auto* memory = static_cast<char*>(scratch);
+  auto* totals = reinterpret_cast<int32_t*>(memory + kDecodedBytes);
+  const int64_t rows = divide_up(job.m, kTileRows) * kTileRows, groups = job.weight.groups();
+  for (int64_t row = 0; row < job.m; ++row) {
+    int32_t total = 0;
+    for (int64_t g = 0; g < groups; ++g) total += job.x_sums[row * groups + g];
+    totals[row] = total;
+  }
+  const IntegerTiles kind(job, totals);
+  WholeTiles<IntegerTiles>{kind, job.weight, job.m, memory, totals + rows}.run(begin, end);
+}
+
+}  // namespace
+}  // namespace qkernels::cpu
