@@ -29,6 +29,7 @@ DTYPES_BY_ROWS = {
     1: (torch.float16,),
     3: (torch.bfloat16,),
     17: (torch.float16, torch.float32),
+    72: (torch.bfloat16,),
 }  # every dtype and every number of rows, but not their product: the interpreter is slow
 MODEL_SHAPE = (24, 576)  # SmolLM2's hidden size: groups of 128 do not divide it
 
@@ -40,11 +41,19 @@ def runnable(kernel, scheme, m, dtype=torch.float16, **kwargs):
     return kernel.refusal(problem) is None
 
 
+# So few that each kernel takes one of them.
+ROWS = (3, 17, 72)
+
+
+def runnable_in_some_type(kernel, scheme, m):
+    return any(runnable(kernel, scheme, m, dtype) for dtype in (torch.float16, torch.bfloat16))
+
+
 CASES = [
     pytest.param(kernel, text, id=f"{kernel.name}-{text[:16]}")
     for kernel in KERNELS
     for text in schemes.ALL
-    if any(runnable(kernel, QuantScheme.parse(text), m) for m in (1, 17))
+    if any(runnable_in_some_type(kernel, QuantScheme.parse(text), m) for m in ROWS)
 ]
 FLOAT_CASES = [case for case in CASES if QuantScheme.parse(case.values[1]).weight_only]
 
@@ -69,9 +78,9 @@ def seen_by(kernel, quantized, dtype):
     """The weight as a kernel multiplies it, in `dtype`: dequantized, and rounded once.
 
     The CUDA kernels dequantize in 16 bits: their codebooks and scales are rounded to `dtype` first.
-    Tiles of AMX hold a codebook as the sum of two bf16 numbers where x is fp16.
+    Tiles of AMX hold a codebook in bf16: as one number where x is bf16, as two where it is fp16.
     """
-    in_tiles = kernel.name == "cpu_amx_float" and dtype == torch.float16
+    in_tiles = kernel.name == "cpu_amx_float" and dtype != torch.float32
     if kernel.backend not in CUDA_BACKENDS and not in_tiles:
         return quantized.dequantize().to(dtype)
     scheme, length = quantized.scheme, quantized.scheme.group_length(quantized.k)
@@ -79,7 +88,7 @@ def seen_by(kernel, quantized, dtype):
     if in_tiles:
         first = values.bfloat16().float()
         rest = (values - first).bfloat16().float()
-        values = first + rest
+        values = first + rest if dtype == torch.float16 else first
     else:
         values = values.to(dtype).float()
     zeros = quantized.group_zeros()
@@ -96,12 +105,19 @@ def may_refuse(kernel, dtype, m):
     """Whether a kernel that takes a scheme may still refuse this M or this type of x."""
     is_16_bit = kernel.backend in CUDA_BACKENDS and dtype == torch.float32
     many, few = kernel.name.startswith("cpu_amx"), kernel.name.startswith("cpu_portable")
+    if kernel.name == "cpu_amx_scaled" and (dtype != torch.bfloat16 or m < 40):
+        return True
     return "gemv" in kernel.name or is_16_bit or (many and m < 9) or (few and m > 16)
 
 
 def few_rows(kernel, scheme):
-    """The least of some numbers of rows that a kernel takes."""
-    return next(m for m in (3, 17) if runnable(kernel, scheme, m))
+    """The least of some numbers of rows that a kernel takes, and a type of x that it takes."""
+    return next(
+        (m, dtype)
+        for m in ROWS
+        for dtype in (torch.float16, torch.bfloat16)
+        if runnable(kernel, scheme, m, dtype)
+    )
 
 
 def run(kernel, quantized, x, **kwargs):
@@ -159,7 +175,7 @@ def error(y, exact):
 def test_identity_gives_the_dequantized_weight_bit_for_bit(kernel, text):
     quantized = make(text, n=20, k=72, perm=True, bias=False)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        if not any(runnable(kernel, quantized.scheme, m, dtype) for m in (1, 17)):
+        if not any(runnable(kernel, quantized.scheme, m, dtype) for m in ROWS):
             assert may_refuse(kernel, dtype, 17)
             continue
         exact = seen_by(kernel, quantized, dtype).t()
@@ -173,7 +189,7 @@ def test_identity_gives_the_dequantized_weight_bit_for_bit(kernel, text):
 
 
 @pytest.mark.parametrize(("kernel", "text"), CASES)
-@pytest.mark.parametrize("m", [1, 3, 17])
+@pytest.mark.parametrize("m", list(DTYPES_BY_ROWS))
 def test_close_to_float64(kernel, text, m):
     for dtype in DTYPES_BY_ROWS[m]:
         x = torch.randn(m, K, dtype=dtype, device=DEVICE)
@@ -196,26 +212,27 @@ def test_model_shape_many_rows_and_none(kernel, text):
     nothing = run(kernel, quantized, torch.randn(0, k, dtype=torch.float16, device=DEVICE))
     assert nothing is None or nothing.shape == (0, n)
     for m in (16, 129):
-        x = torch.randn(m, k, dtype=torch.float16, device=DEVICE)
+        dtype = torch.float16 if kernel.name != "cpu_amx_scaled" else torch.bfloat16
+        x = torch.randn(m, k, dtype=dtype, device=DEVICE)
         y = run(kernel, quantized, x)
         if y is not None:
-            assert error(y, expected(quantized, x)) <= FROBENIUS_BOUND[torch.float16]
+            assert error(y, expected(quantized, x)) <= FROBENIUS_BOUND[dtype]
 
 
 @pytest.mark.parametrize(("kernel", "text"), FLOAT_CASES)
 def test_within_twice_the_error_of_a_dense_product(kernel, text):
     quantized = make(text, bias=False)
-    m = few_rows(kernel, quantized.scheme)
-    x = torch.randn(m, K, dtype=torch.float16, device=DEVICE)
+    m, dtype = few_rows(kernel, quantized.scheme)
+    x = torch.randn(m, K, dtype=dtype, device=DEVICE)
     exact = expected(quantized, x)
-    dense = (x @ quantized.dequantize().half().t()).double()
+    dense = (x @ quantized.dequantize().to(dtype).t()).double()
     assert error(run(kernel, quantized, x), exact) <= DENSE_FACTOR * error(dense, exact)
 
 
 @pytest.mark.parametrize(("kernel", "text"), CASES)
 def test_twice_the_same_bits(kernel, text):
-    m = few_rows(kernel, QuantScheme.parse(text))
-    x = torch.randn(m, K, dtype=torch.float16, device=DEVICE)
+    m, dtype = few_rows(kernel, QuantScheme.parse(text))
+    x = torch.randn(m, K, dtype=dtype, device=DEVICE)
     quantized = make(text, x=x)
     assert torch.equal(run(kernel, quantized, x), run(kernel, quantized, x))
 
@@ -237,8 +254,8 @@ def test_every_output_is_written_and_nothing_else(kernel, text, monkeypatch):
         taken.append((whole, whole.clone(), count))
         return whole[guard : guard + count].view(shape)
 
-    m = few_rows(kernel, QuantScheme.parse(text))
-    x = torch.randn(m, K, dtype=torch.float16, device=DEVICE)
+    m, dtype = few_rows(kernel, QuantScheme.parse(text))
+    x = torch.randn(m, K, dtype=dtype, device=DEVICE)
     quantized = make(text, x=x)
     want = run(kernel, quantized, x)
     assert want.isfinite().all()
@@ -262,8 +279,8 @@ def test_every_output_is_written_and_nothing_else(kernel, text, monkeypatch):
 @pytest.mark.parametrize(("kernel", "text"), CASES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_stay_visible(kernel, text, bad):
-    m = few_rows(kernel, QuantScheme.parse(text))
-    x = torch.randn(m, K, dtype=torch.float16, device=DEVICE)
+    m, dtype = few_rows(kernel, QuantScheme.parse(text))
+    x = torch.randn(m, K, dtype=dtype, device=DEVICE)
     quantized = make(text, x=x)
     x[1, 7] = bad
     y = run(kernel, quantized, x)
@@ -275,8 +292,8 @@ def test_nan_and_infinity_stay_visible(kernel, text, bad):
 
 @pytest.mark.parametrize(("kernel", "text"), CASES)
 def test_strided_rows(kernel, text):
-    m = few_rows(kernel, QuantScheme.parse(text))
-    wide = torch.randn(m, 2 * K, dtype=torch.float16, device=DEVICE)
+    m, dtype = few_rows(kernel, QuantScheme.parse(text))
+    wide = torch.randn(m, 2 * K, dtype=dtype, device=DEVICE)
     x = wide[:, ::2]
     quantized = make(text, x=x)
     assert torch.equal(run(kernel, quantized, x), run(kernel, quantized, x.contiguous()))
@@ -292,7 +309,7 @@ CPU_INT8_CASES = [case for case in CASES if case.values[0].name in CPU_INT8]
 @pytest.mark.parametrize(("kernel", "text"), CPU_INT8_CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_int8_on_the_cpu_is_the_reference_bit_for_bit(kernel, text, dtype):
-    m = few_rows(kernel, QuantScheme.parse(text))
+    m, _ = few_rows(kernel, QuantScheme.parse(text))
     x = torch.randn(m, K, dtype=dtype)
     x[:, ::50] *= 100
     quantized = make(text, x=x)
@@ -305,7 +322,7 @@ def test_batch_invariance(kernel, text):
     scheme = QuantScheme.parse(text)
     if not runnable(kernel, scheme, 19, batch_invariant=True):
         assert not runnable(kernel, scheme, 1) or kernel.name.endswith(
-            ("gemv", "_matmul", "portable_int8")
+            ("gemv", "_matmul", "amx_scaled")
         )
         return
     x = torch.randn(19, K, dtype=torch.float16, device=DEVICE)

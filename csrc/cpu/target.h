@@ -18,5 +18,7 @@
 #define QK_UNROLL QK_PRAGMA(GCC unroll 16)
 #define QK_INLINE inline __attribute__((always_inline))
 
-// Asks for the line that holds `p`, which need not be an address of anything.
+// Asks for the line that holds `p`, which need not be an address of anything: into the L1 cache,
+// for what is read soon, or into the L2 cache, which can wait for more lines at once.
 #define QK_PREFETCH(p) __builtin_prefetch(p)
+#define QK_PREFETCH_FAR(p) __builtin_prefetch(p, 0, 2)

@@ -74,37 +74,39 @@ QK_INLINE void zero_tiles() {
 // Whether x is small enough to stay in the L2 cache next to all else.
 constexpr bool stays_cached(int64_t bytes_of_x) { return bytes_of_x <= 1 << 20; }
 
-// Asks for weights while tiles multiply, which alone read no memory.
+// Asks for weights while tiles multiply, which alone read no memory: of two panels in turn, since
+// that keeps more of the memory busy than one after the other.
 class Prefetch {
  public:
   // Columns [first, last) of panels [begin, end); nothing where that is empty.
-  Prefetch(const Weight& weight, int64_t begin, int64_t end, int64_t first, int64_t last)
-      : panels_(first < last ? end - begin : 0),
-        stride_(weight.panel_words() * 4),
-        length_(weight.words_before(last - first) * 4),
-        at_(reinterpret_cast<const char*>(weight.words + begin * weight.panel_words() +
-                                          weight.words_before(first))),
-        end_(at_ + (panels_ > 0 ? length_ : 0)) {}
+  Prefetch(const Weight& weight, int64_t begin, int64_t end, int64_t first, int64_t last) {
+    if (first >= last) return;
+    length_ = weight.words_before(last - first) * 4;
+    panels_ = end - begin;
+    for (int64_t p = 0; p < panels_; ++p) {
+      at_[p] = reinterpret_cast<const char*>(
+          weight.words + (begin + p) * weight.panel_words() + weight.words_before(first));
+      end_[p] = at_[p] + length_;
+    }
+  }
 
-  // Lines to ask for at a time so as to be through after so many times.
+  // Lines of each panel to ask for at a time so as to be through after so many times.
   int lines(int64_t times) const {
-    return static_cast<int>(divide_up(panels_ * length_ / 64, times > 0 ? times : 1));
+    return static_cast<int>(divide_up(length_ / 64, times > 0 ? times : 1));
   }
 
   QK_INLINE void ask(int lines) {
-    const char *at = at_, *const end = end_;
-    const char* const stop = end - at < 64 * lines ? end : at + 64 * lines;
-    for (; at < stop; at += 64) QK_PREFETCH(at);
-    at_ = at;
-    if (at < end || panels_ <= 1) return;
-    --panels_;
-    end_ = end + stride_;
-    at_ = end_ - length_;
+    for (int p = 0; p < 2; ++p) {
+      const char* at = at_[p];
+      const char* const stop = end_[p] - at < 64 * lines ? end_[p] : at + 64 * lines;
+      for (; at < stop; at += 64) QK_PREFETCH_FAR(at);
+      at_[p] = at;
+    }
   }
 
  private:
-  int64_t panels_, stride_, length_;
-  const char *at_, *end_;
+  int64_t panels_ = 0, length_ = 0;
+  const char *at_[2] = {}, *end_[2] = {};
 };
 
 // Of the chunk after `last`: of the same two panels, or of the next two.
