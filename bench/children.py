@@ -34,7 +34,7 @@ PROGRAM = (sys.executable, "-m", "bench")
 OPTION = "--child"
 """Says to `python -m bench` that it is a child; its value are the ceilings as JSON."""
 
-START_SECONDS = 3.0
+START_SECONDS = 2.0
 """About what Python and torch take to start, which a child's own time limit does not count."""
 
 GRACE_SECONDS = 20.0

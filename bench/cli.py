@@ -118,7 +118,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     if options.quick:
         layers = [Layer("quick", "linear", 2048, 2048)] if on_cpu else [parse_shape("4096,4096")]
         m_values: tuple[int, ...] = (1, 16, 128) if on_cpu else (1, 16, 256)
-        cell_seconds, rotate_mb, time_limit = 0.1, 128, 50.0
+        cell_seconds, rotate_mb, time_limit = 0.1, 128, 55.0
     else:
         layers = list(model_layers("targets-cpu" if on_cpu else "targets"))
         m_values = (1, 4, 16, 64, 128, 512) if on_cpu else M_VALUES

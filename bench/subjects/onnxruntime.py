@@ -22,7 +22,7 @@ def _why_not(problem: Problem) -> str | None:
     scheme = problem.scheme
     missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
     return first_reason(
-        (not missing, f"the package {' and '.join(missing)} is not installed"),
+        (not missing, f"not installed: {', '.join(missing)}"),
         (problem.device == "cpu", "runs on the CPU here"),
         (
             scheme.weight.name == "int4" and scheme.scale_levels == "one" and scheme.weight_only,
