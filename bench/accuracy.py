@@ -27,9 +27,13 @@ _LIMIT = 2.0**-6
 _LIMIT_QUANTIZED_X = 2.0**-4
 
 
-def error_limit(scheme: QuantScheme | None) -> float:
-    """The relative error from which on an output counts as wrong; None is a dense product."""
-    return _LIMIT if scheme is None or scheme.weight_only else _LIMIT_QUANTIZED_X
+def error_limit(scheme: QuantScheme | None, *, quantizes_x: bool = False) -> float:
+    """The relative error from which on an output counts as wrong; None is a dense product.
+
+    `quantizes_x` is of a subject that rounds x to 8 bits where the scheme does not.
+    """
+    exact_x = scheme is None or (scheme.weight_only and not quantizes_x)
+    return _LIMIT if exact_x else _LIMIT_QUANTIZED_X
 
 
 class Reference:

@@ -9,23 +9,28 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from bench import load, machine, plot, report, results, roofline
-from bench.driver import Driver, Plan
+from bench import children, load, machine, plot, report, results, roofline
+from bench.children import Children
+from bench.driver import INTERRUPTED, Driver, Plan, time_is_up
 from bench.progress import Progress
 from bench.results import Results, ResultsError
 from bench.shapes import M_VALUES, MODELS, Layer, model_layers, parse_shape, without_repeats
 from bench.subjects import SUBJECTS, Problem, Subject
-from bench.subjects.dense import DTYPE_NAMES
+from bench.subjects.dense import DTYPE_NAMES, baseline_name
 from qkernels.errors import SchemeError
 from qkernels.scheme import QuantScheme
 
-DEFAULT_SCHEMES = "w4a16-g128,w8a16-sym,w8a8,w4a8-g128"
-INTERRUPTED = 130
+DEFAULT_SCHEMES = {
+    "cpu": "w4a8-g128,w4a16-g128,w8a8,nf4-g64",
+    "cuda": "w4a16-g128,w8a16-sym,w8a8,w4a8-g128",
+}
+INTERRUPTED_STATUS = 130
 """The exit code of a command that SIGINT ended."""
 
 
@@ -50,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--schemes", nargs="+", metavar="SCHEME", default=[DEFAULT_SCHEMES])
+    add(
+        "--schemes",
+        nargs="+",
+        metavar="SCHEME",
+        help="those that targets are set for, unless given",
+    )
     add("--models", nargs="+", metavar="MODEL", help=f"layers of: {', '.join(MODELS)}")
     add("--shapes", nargs="+", metavar="N,K", help="layers of your own")
     add("--m", nargs="+", metavar="M", help="rows of x; 1 to 4096 unless given")
@@ -67,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--commit", help="to record, where the files are not in a git repository")
     add("--list", action="store_true", help="list the subjects, with the reason of each absent one")
     add("--from", dest="source", metavar="JSON", help="show an earlier run; draw its picture")
+    add(children.OPTION, dest="ceilings", help=argparse.SUPPRESS)
     return parser
 
 
@@ -88,7 +99,7 @@ def run(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("bench: interrupted before anything was measured", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED_STATUS
     except SystemExit as done:  # argparse after --help
         return int(done.code or 0)
 
@@ -107,7 +118,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     if options.quick:
         layers = [Layer("quick", "linear", 2048, 2048)] if on_cpu else [parse_shape("4096,4096")]
         m_values: tuple[int, ...] = (1, 16, 128) if on_cpu else (1, 16, 256)
-        cell_seconds, rotate_mb, time_limit = 0.1, 128, 50.0
+        cell_seconds, rotate_mb, time_limit = 0.1, 128, 55.0
     else:
         layers = list(model_layers("targets-cpu" if on_cpu else "targets"))
         m_values = (1, 4, 16, 64, 128, 512) if on_cpu else M_VALUES
@@ -131,7 +142,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         dtype=DTYPE_NAMES[options.dtype],
         layers=without_repeats(layers),
         m_values=m_values,
-        schemes=_schemes(options.schemes),
+        schemes=_schemes(options.schemes or [DEFAULT_SCHEMES[device]]),
         subjects=_subjects(options.subjects),
         cell_seconds=options.cell_seconds or cell_seconds,
         rotate_bytes=rotate_mb << 20,
@@ -229,10 +240,39 @@ def _measure(options: argparse.Namespace, plan: Plan, argv: Sequence[str]) -> in
     except OSError as error:
         raise UsageError(f"--output {options.output}: {error.strerror}") from None
     found = _new_results(options, plan, argv)
+    if options.ceilings is None:
+        found.stopped = _run(found, plan, argv, started)
+    else:
+        found.stopped = _run_as_child(found, plan, options.ceilings, started)
+    found.settings["seconds"] = round(time.perf_counter() - started, 1)
+    path = results.new_path(folder, f"{machine.card_name(plan.device)}-{found.date[:10]}")
+    path.write_text(found.to_json())
+    if options.ceilings is None:
+        # Files first: a reader of standard output may close it early, as `head` does.
+        picture = _draw(found, path.with_suffix(".png"), _words(options.plot_layers))
+        report.print_results(found)
+        print(f"written: {path}", *picture, sep="\n")
+    if found.stopped == INTERRUPTED:
+        print("bench: interrupted; what was measured until then is written", file=sys.stderr)
+        return INTERRUPTED_STATUS
+    return 0
+
+
+def _run(found: Results, plan: Plan, argv: Sequence[str], started: float) -> str | None:
+    """Measures the ceilings and the whole plan into `found`; returns why that is incomplete."""
     small = all(layer.n * layer.k <= 1 << 16 for layer in plan.layers)
-    with_int8 = any(scheme.integer_activation for scheme in plan.schemes)
+    apart = children.apart(plan)
+    with_int8 = any(scheme.integer_activation for scheme in plan.schemes) or any(
+        subject.quantizes_x for subject in apart
+    )
+    total = plan.problems + len(apart)
+    together = replace(
+        plan,
+        subjects=[subject for subject in plan.subjects if subject not in apart],
+        time_limit=plan.time_limit * children.parents_share(plan, apart),
+    )
     with Progress() as progress:
-        progress.update(0, plan.problems, "measuring bandwidth and peaks")
+        progress.update(0, total, "measuring bandwidth and peaks")
         before = load.snapshot()
         ceilings = roofline.measure(plan.device, plan.dtype, with_int8=with_int8, small=small)
         found.roofline = {
@@ -241,20 +281,43 @@ def _measure(options: argparse.Namespace, plan: Plan, argv: Sequence[str]) -> in
             "others_percent": load.others_percent(before, load.snapshot()),
             "peaks_tflop_s": {name: peak / 1e12 for name, peak in ceilings.peaks.items()},
         }
-        driver = Driver(plan, ceilings, started=started, progress=progress.update)
+        driver = Driver(
+            together,
+            ceilings,
+            started=started,
+            progress=lambda done, _, text: progress.update(done, total, text),
+        )
         driver.run()
-    found.cells, found.stopped = driver.cells, driver.stopped
-    found.settings["seconds"] = round(time.perf_counter() - started, 1)
-    path = results.new_path(folder, f"{machine.card_name(plan.device)}-{found.date[:10]}")
-    path.write_text(found.to_json())
-    # Files first: a reader of standard output may close it early, as `head` does.
-    picture = _draw(found, path.with_suffix(".png"), _words(options.plot_layers))
-    report.print_results(found)
-    print(f"written: {path}", *picture, sep="\n")
-    if driver.stopped == "interrupted":
-        print("bench: interrupted; what was measured until then is written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+        found.cells = driver.cells
+        if driver.stopped == INTERRUPTED:
+            return driver.stopped
+        others = Children(
+            plan,
+            apart,
+            ceilings,
+            argv,
+            started=started,
+            progress=lambda done, text: progress.update(plan.problems + done, total, text),
+        )
+        others.run()
+    found.cells += others.cells
+    # The driver's limit was a part of what the user set.
+    return others.stopped or (time_is_up(plan.time_limit) if driver.stopped else None)
+
+
+def _run_as_child(found: Results, plan: Plan, ceilings: str, started: float) -> str | None:
+    """What `bench.children` starts: the plan in this process, beside the dense baseline alone."""
+    try:
+        known = children.ceilings_from(ceilings)
+    except ValueError as error:
+        raise UsageError(f"{children.OPTION}: {error}") from None
+    children.end_with_parent()
+    baseline = baseline_name(plan.dtype)
+    subjects = [s for s in plan.subjects if not s.dense or s.name == baseline]
+    driver = Driver(replace(plan, subjects=subjects), known, started=started)
+    driver.run()
+    found.cells = driver.cells
+    return driver.stopped
 
 
 def _new_results(options: argparse.Namespace, plan: Plan, argv: Sequence[str]) -> Results:

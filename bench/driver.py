@@ -22,6 +22,8 @@ from bench.subjects.base import Prepared, Problem, Subject
 from bench.subjects.dense import baseline_name, dtype_name
 from bench.timing import (
     MIN_SAMPLES,
+    POOL_TURNS,
+    SINGLE_CALLS,
     Contestant,
     CpuRunner,
     CudaRunner,
@@ -38,6 +40,14 @@ MEMORY_SHARE = 0.5
 
 SLOW_CALL_SECONDS = 2.0
 """A subject whose call takes this long, and over 5 budgets, is not run at larger M."""
+
+INTERRUPTED = "interrupted"
+"""Why a run stopped that SIGINT ended."""
+
+
+def time_is_up(limit: float) -> str:
+    """Why a run stopped that reached its limit of so many seconds."""
+    return f"time limit of {limit:g} s reached"
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,9 @@ class Plan:
     def problems(self) -> int:
         return len(self.layers) * len(self.m_values)
 
+    def problem(self, layer: Layer, m: int, scheme: QuantScheme) -> Problem:
+        return Problem(m, layer.n, layer.k, self.dtype, self.device, scheme)
+
 
 @dataclass
 class _Entry:
@@ -82,7 +95,8 @@ class _Entry:
 
     @property
     def limit(self) -> float:
-        return error_limit(None if self.subject.dense else self.scheme)
+        subject = self.subject
+        return error_limit(None if subject.dense else self.scheme, quantizes_x=subject.quantizes_x)
 
 
 class Driver:
@@ -118,12 +132,12 @@ class Driver:
                     if self.stopped is not None:
                         return
         except KeyboardInterrupt:
-            self.stopped = "interrupted"
+            self.stopped = INTERRUPTED
 
     def _out_of_time(self) -> bool:
         if time.perf_counter() - self._started < self.plan.time_limit:
             return False
-        self.stopped = f"time limit of {self.plan.time_limit:g} s reached"
+        self.stopped = time_is_up(self.plan.time_limit)
         return True
 
     def _layer(self, layer: Layer) -> None:
@@ -150,7 +164,7 @@ class Driver:
                 if subject.dense and index > 0:
                     continue
                 entry = _Entry(subject, scheme, scheme_bytes(weight), reference)
-                problems = [self._problem(layer, m, scheme) for m in plan.m_values]
+                problems = [plan.problem(layer, m, scheme) for m in plan.m_values]
                 able = [p for p in problems if subject.why_not(p) is None]
                 if able:
                     try:
@@ -173,9 +187,6 @@ class Driver:
                 entry.states = [entry.prepared.state, *more]
             except Exception as error:  # As above.
                 entry.failure, entry.prepared = _describe(error), None
-
-    def _problem(self, layer: Layer, m: int, scheme: QuantScheme) -> Problem:
-        return Problem(m, layer.n, layer.k, self.plan.dtype, self.plan.device, scheme)
 
     def _race(self, layer: Layer, m: int, entries: list[_Entry]) -> None:
         source = generator(self.plan.seed + 1000, self.plan.device)
@@ -211,7 +222,11 @@ class Driver:
             share = 0.5 * left / max(plan.problems - self._done, 1) / len(contestants)
             budget = min(budget, share)
         runners = [contestant for contestant, _, _ in contestants]
-        race(runners, budget, deadline=deadline, device=plan.device)
+        pools = plan.device == "cpu" and any(
+            entry.subject.own_process for _, entry, _ in contestants
+        )
+        turns = POOL_TURNS if pools else SINGLE_CALLS
+        race(runners, budget, deadline=deadline, device=plan.device, turns=turns)
 
     def _admit(
         self, entry: _Entry, cell: Cell, x: Tensor, expected: dict[int, Any]
@@ -244,13 +259,14 @@ class Driver:
                 return None
             if seconds > max(SLOW_CALL_SECONDS, 5 * self.plan.cell_seconds):
                 entry.slow = f"not run: at M = {cell.m} a call took {seconds:.1f} s"
-            runner = self._make_runner(prepared, entry.states, x_in)
+            states = self._warm(entry, x_in) if cell.own_process else entry.states
+            runner = self._make_runner(prepared, states, x_in)
             if prepared.kernel is not None:
                 cell.kernel = prepared.kernel(cell.m)
         except Exception as error:  # As in `_entries`.
             cell.status, cell.reason = record.FAILED, _describe(error)
             return None
-        cell.mode, cell.copies = runner.mode, len(entry.states)
+        cell.mode, cell.copies = runner.mode, len(states)
         return Contestant(subject.name, runner)
 
     def _checked_call(self, prepared: Prepared, x_in: Any, expected: Any) -> tuple[float, float]:
@@ -263,6 +279,28 @@ class Driver:
         seconds = time.perf_counter() - started
         return expected.error(prepared.to_output(output, x_in)), seconds
 
+    def _warm(self, entry: _Entry, x_in: Any) -> list[Any]:
+        """The copies that the race will get to, each called once.
+
+        Runtimes choose and compile kernels at the first call of each copy with a new M: for
+        OpenVINO 2026.4 that is 2 ms (Xeon with AMX), many times the product itself.
+        """
+        assert entry.prepared is not None
+        run, budget = entry.prepared.run, self.plan.cell_seconds
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            run(entry.states[0], x_in)
+            times.append(time.perf_counter() - started)
+        seconds = max(min(times), 1e-9)
+        calls = MIN_SAMPLES + math.ceil(
+            budget * (1 + POOL_TURNS.settle / POOL_TURNS.length) / seconds
+        )
+        states = entry.states[:calls]
+        for state in states[1:]:
+            run(state, x_in)
+        return states
+
     def _default_runner(self, prepared: Prepared, states: list[Any], x_in: Any) -> Runner:
         if self.plan.device == "cuda":
             return CudaRunner(prepared.run, states, x_in)
@@ -273,19 +311,10 @@ class Driver:
 
     def _cell(self, layer: Layer, m: int, entry: _Entry) -> Cell:
         width = torch.empty((), dtype=self.plan.dtype).element_size()
-        return Cell(
-            subject=entry.subject.name,
-            scheme=None if entry.subject.dense else str(entry.scheme),
-            model=layer.model,
-            layer=layer.name,
-            n=layer.n,
-            k=layer.k,
-            m=m,
-            dtype=dtype_name(self.plan.dtype),
-            status="",
-            bytes=entry.weight_bytes + (m * layer.k + m * layer.n) * width,
-            operations=2 * m * layer.n * layer.k,
-        )
+        cell = blank_cell(self.plan, entry.subject, entry.scheme, layer, m)
+        cell.bytes = entry.weight_bytes + (m * layer.k + m * layer.n) * width
+        cell.operations = 2 * m * layer.n * layer.k
+        return cell
 
     def _record(self, contestants: list[tuple[Contestant, _Entry, Cell]]) -> None:
         baseline = baseline_name(self.plan.dtype)
@@ -306,6 +335,22 @@ class Driver:
             self.cells.append(cell)
 
 
+def blank_cell(plan: Plan, subject: Subject, scheme: QuantScheme, layer: Layer, m: int) -> Cell:
+    """The cell of `subject` on a problem, with nothing measured."""
+    return Cell(
+        subject=subject.name,
+        scheme=None if subject.dense else str(scheme),
+        model=layer.model,
+        layer=layer.name,
+        n=layer.n,
+        k=layer.k,
+        m=m,
+        dtype=dtype_name(plan.dtype),
+        status="",
+        own_process=subject.own_process and plan.device == "cpu",
+    )
+
+
 def fill(
     cell: Cell, samples: Samples, roofline: Roofline, math_name: str, dense: float | None
 ) -> None:
@@ -320,6 +365,7 @@ def fill(
     cell.gb_s = cell.bytes / seconds / 1e9
     cell.floor_us = roofline.floor(cell.bytes, cell.operations, math_name) * 1e6
     cell.roofline_percent = roofline.percent(cell.bytes, cell.operations, math_name, seconds)
+    cell.dense_us = None if dense is None else dense * 1e6
     cell.vs_dense = None if dense is None else dense / seconds
     cell.status = record.MEASURED
     if cell.samples < MIN_SAMPLES:

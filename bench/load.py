@@ -61,7 +61,11 @@ def of_run(results: Results) -> str | None:
     if results.machine.get("gpu") is not None:
         return None
     # All cells of a race share one load: count it once.
-    races = {(c.n, c.k, c.m): c.others_percent for c in results.cells if c.timed}
+    races = {
+        (c.n, c.k, c.m, c.subject if c.own_process else None): c.others_percent
+        for c in results.cells
+        if c.timed
+    }
     return warning([results.roofline.get("others_percent"), *races.values()])
 
 

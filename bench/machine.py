@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "qkernels", "gemlite", "bitsandbytes", "matplotlib")
+PACKAGES = (
+    *("torch", "triton", "numpy", "qkernels", "matplotlib"),
+    *("gemlite", "bitsandbytes", "onnxruntime", "onnx", "openvino"),
+)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

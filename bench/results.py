@@ -23,7 +23,8 @@ class Cell:
 
     `scheme` is None for the dense baselines. `error` is the relative error of the output; None
     stands for an infinite one where the status is "wrong". `others_percent` is the share of the
-    machine's CPU time that other processes took while it was timed.
+    machine's CPU time that other processes took while it was timed. `dense_us` is the time of the
+    dense product that `vs_dense` is a ratio to: with `own_process`, of the one in that process.
     """
 
     subject: str
@@ -50,8 +51,10 @@ class Cell:
     floor_us: float | None = None
     roofline_percent: float | None = None
     vs_dense: float | None = None
+    dense_us: float | None = None
     error: float | None = None
     others_percent: float | None = None
+    own_process: bool = False
 
     @property
     def timed(self) -> bool:

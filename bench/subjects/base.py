@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -44,7 +45,8 @@ class Prepared:
         to_input: x [M, K] -> what `run` takes; outside of the timing.
         to_output: (what `run` returned, its input) -> y [M, N], for the accuracy check.
         kernel: m -> the name of the kernel that runs, where the row can tell.
-        copy: how to copy `state`.
+        copy: how to copy `state`. A copy shares no memory of the weight with what it is of.
+        weight_bytes: bytes of the packed weight where `state` hides its tensors.
     """
 
     state: Any
@@ -53,10 +55,13 @@ class Prepared:
     to_output: Callable[[Any, Any], Tensor] = lambda output, _: output
     kernel: Callable[[int], str] | None = None
     copy: Callable[[Any], Any] = deepcopy
+    weight_bytes: int | None = None
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all tensors in `state`."""
+        """Bytes of the packed weight: of all tensors in `state` unless `weight_bytes` says."""
+        if self.weight_bytes is not None:
+            return self.weight_bytes
         return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self.state))
 
 
@@ -85,6 +90,8 @@ class Subject:
         math: which measured peak bounds it: "fp32", "half" or "int8"; None where the scheme's
             activations say.
         dense: reads `weight.dequantize()` in 16 or 32 bits instead of packed codes.
+        quantizes_x: rounds x to 8 bits though the scheme does not; its error may be larger.
+        own_process: brings threads of its own, so that on the CPU it runs in a process of its own.
     """
 
     name: str
@@ -92,11 +99,32 @@ class Subject:
     prepare: Callable[[Problem, QuantizedWeight], Prepared]
     math: str | None = None
     dense: bool = False
+    quantizes_x: bool = False
+    own_process: bool = False
 
     def math_for(self, scheme: QuantScheme) -> str:
         if self.math is not None:
             return self.math
         return "int8" if scheme.integer_activation else "half"
+
+
+@dataclass(frozen=True, eq=False)
+class Buffers:
+    """x [M, K] and memory for y [M, N], both fp32: what a runtime with tensors of its own reads
+    and writes without copies."""
+
+    x: Tensor
+    y: Tensor
+
+    @staticmethod
+    def of(x: Tensor, n: int) -> Buffers:
+        # NaN, so that what is not written shows.
+        return Buffers(x.float().contiguous(), torch.full((x.shape[0], n), math.nan))
+
+
+def nibbles(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte along the last dimension, the first in the low half."""
+    return (codes[..., 1::2] << 4 | codes[..., ::2]).contiguous()
 
 
 def first_reason(*checks: tuple[bool, str]) -> str | None:

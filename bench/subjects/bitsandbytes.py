@@ -14,6 +14,8 @@ from bench.subjects.base import Prepared, Problem, Subject, first_reason
 from qkernels.weight import QuantizedWeight, codebook
 
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_CPU_ROWS = 32
+"""N is a multiple of this where its CPU kernel for 4-bit weights runs."""
 
 
 def _why_not(problem: Problem) -> str | None:
@@ -36,12 +38,12 @@ def _why_not(problem: Problem) -> str | None:
 
 
 def _prepare(problem: Problem, weight: QuantizedWeight) -> Prepared:
-    import bitsandbytes as bnb  # type: ignore[import-not-found]
-    from bitsandbytes.functional import QuantState  # type: ignore[import-not-found]
+    import bitsandbytes as bnb
+    from bitsandbytes import functional
 
     # Two codes a byte along K, the first in the high half; blocks follow each other row by row.
     packed = (weight.codes[:, ::2] << 4 | weight.codes[:, 1::2]).reshape(-1, 1).contiguous()
-    state = QuantState(
+    state = functional.QuantState(
         absmax=weight.parameters.group_scales().flatten().contiguous(),
         shape=torch.Size(weight.shape),
         code=codebook(weight.scheme.weight, weight.codes.device),
@@ -49,12 +51,18 @@ def _prepare(problem: Problem, weight: QuantizedWeight) -> Prepared:
         quant_type="nf4",
         dtype=problem.dtype,
     )
+    for_cpu = problem.device == "cpu" and functional.has_avx512bf16() and problem.n % _CPU_ROWS == 0
+    if for_cpu:
+        # What its Linear4bit does before its first product on such a CPU: without, every product
+        # would first write the weight out in 16 bits.
+        packed, state = functional._convert_weight_packed_for_cpu(packed, state)
 
     def run(tensors: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
         state.absmax = tensors[1]
-        return bnb.matmul_4bit(x, tensors[0].t(), quant_state=state)
+        codes = tensors[0] if for_cpu else tensors[0].t()
+        return bnb.matmul_4bit(x, codes, quant_state=state)
 
     return Prepared(state=(packed, state.absmax), run=run)
 
 
-ROWS = (Subject("bitsandbytes", _why_not, _prepare),)
+ROWS = (Subject("bitsandbytes", _why_not, _prepare, own_process=True),)

@@ -33,7 +33,7 @@ def _why_not(problem: Problem) -> str | None:
 
 
 def _prepare(problem: Problem, weight: QuantizedWeight) -> Prepared:
-    from gemlite.helper import A16Wn  # type: ignore[import-not-found]
+    from gemlite.helper import A16Wn
 
     scales = weight.parameters.group_scales()
     zeros = weight.parameters.group_zeros()

@@ -2,18 +2,28 @@
 
 import json
 import math
+import types
 
 import pytest
 import torch
 
-from bench import load, plot, report
+from bench import load, plot, report, roofline
 from bench.accuracy import Reference, error_limit
 from bench.driver import fill
 from bench.results import Cell, Results, ResultsError, field_names, new_path
 from bench.roofline import Roofline
 from bench.shapes import MODELS, model_layers, parse_shape, without_repeats
 from bench.subjects import SUBJECTS, Problem
-from bench.timing import MIN_SAMPLES, Contestant, CpuRunner, Samples, copies_for, race, rounds
+from bench.timing import (
+    MIN_SAMPLES,
+    Contestant,
+    CpuRunner,
+    Samples,
+    Turns,
+    copies_for,
+    race,
+    rounds,
+)
 from bench.weights import random_weight, scheme_bytes
 from qkernels.scheme import QuantScheme
 
@@ -109,10 +119,10 @@ def test_cell_arithmetic():
     assert cell.gb_s == pytest.approx(4000 / 3e-6 / 1e9)
     assert cell.tflop_s == pytest.approx(1e6 / 3e-6 / 1e12)
     assert cell.roofline_percent == pytest.approx(100 / 3)
-    assert cell.vs_dense == pytest.approx(2.0)
+    assert (cell.vs_dense, cell.dense_us) == pytest.approx((2.0, 6.0))
     assert (cell.samples, cell.status) == (5, "measured")
     fill(cell, Samples([1.0]), Roofline(1.0), "half", None)
-    assert (cell.status, cell.vs_dense) == ("cut", None)
+    assert (cell.status, cell.vs_dense, cell.dense_us) == ("cut", None, None)
 
 
 def test_rotation_covers_the_caches_within_the_memory():
@@ -160,6 +170,35 @@ def test_a_slow_contestant_is_cut_and_a_deadline_kept():
     calls, _ = fake_race({"a": 1.0}, budget=100.0, deadline=3.5)
     assert len(calls) == 4
     assert fake_race({"a": 1.0}, budget=100.0, deadline=-1.0)[0] == []
+
+
+def test_long_turns_begin_with_calls_that_are_no_samples():
+    turns = Turns(settle=1.5, length=3.0)
+    calls, seconds = fake_race({"a": 1.0, "b": 2.0}, budget=6.0, turns=turns)
+    assert calls[:8] == ["a"] * 5 + ["b"] * 3
+    assert len(seconds["a"]) == 6
+    assert len(seconds["b"]) == 5
+    # A turn of "a" has two such calls, one of "b" has one.
+    assert (calls.count("a"), calls.count("b")) == (6 + 2 * 2, 5 + 3)
+
+
+def test_what_rounds_x_may_err_more():
+    weight_only, both = QuantScheme.parse("w4a16-g128"), QuantScheme.parse("w8a8")
+    assert error_limit(weight_only) == error_limit(None)
+    assert error_limit(weight_only, quantizes_x=True) == error_limit(both) > error_limit(None)
+
+
+def test_peaks_of_the_extension_count_where_they_are_higher(monkeypatch):
+    compiled = types.SimpleNamespace(
+        cpu_peaks=lambda threads, seconds: {"read": 1e30, "bf16": 1e30, "fp32": 1.0, "int8": 1e30}
+    )
+    monkeypatch.setattr(roofline.importlib, "import_module", lambda name: compiled)
+    found = roofline.measure("cpu", torch.bfloat16, with_int8=False, small=True)
+    assert (found.bandwidth, found.peaks["bf16"]) == (1e30, 1e30)
+    assert found.peaks["fp32"] > 1e3
+    assert "int8" not in found.peaks
+    del compiled.cpu_peaks
+    assert roofline.measure("cpu", torch.bfloat16, with_int8=True, small=True).bandwidth < 1e15
 
 
 def test_rounds_end_at_the_largest_number_of_samples():
@@ -241,6 +280,9 @@ def test_a_busy_machine_is_told_beside_cpu_figures_alone():
     assert any("UNRELIABLE" in line for line in report.heading(make_results(cells)))
     on_gpu = make_results(cells, machine={"gpu": {"name": "G"}})
     assert not any("UNRELIABLE" in line for line in report.heading(on_gpu))
+    # A race of a child is one of its own.
+    apart = [timed_cell(others_percent=1.0), timed_cell(others_percent=75.0, own_process=True)]
+    assert "1 of 2" in load.of_run(make_results(apart))
     busy_ceilings = make_results([timed_cell()], roofline={"others_percent": 40.0})
     assert any("UNRELIABLE" in line for line in report.heading(busy_ceilings))
 

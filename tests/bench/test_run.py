@@ -50,7 +50,9 @@ def dense_subject(name, change):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     threads = torch.get_num_threads()
-    command = [*TINY, *SCHEMES, "--m", "1", "4", "--output", str(folder), "--threads", "1"]
+    # Without peers that have processes of their own: test_children.py is about these.
+    only = ["--subjects", "qkernels *", "torch _*"]
+    command = [*TINY, *SCHEMES, *only, "--m", "1", "4", "--output", str(folder), "--threads", "1"]
     code = cli.run(command)
     torch.set_num_threads(threads)
     return code, folder
@@ -233,7 +235,8 @@ def test_without_matplotlib_the_json_still_comes(tmp_path, monkeypatch, capsys):
 def able_pairs():
     """Subjects with the schemes that they can run here."""
     pairs = []
-    for name in ("w4a16-g32", "w4a16-g128-sym", "w8a16-sym", "w8a8", "nf4-g64"):
+    names = ("w4a16-g32", "w4a16-g256", "w4a16-g128-sym", "w8a16-sym", "w8a8", "nf4-g64")
+    for name in names:
         problem = Problem(5, 96, 256, torch.float32, "cpu", QuantScheme.parse(name))
         for subject in SUBJECTS:
             if subject.why_not(problem) is None:
@@ -250,5 +253,36 @@ def test_every_subject_is_right_where_it_can_run(subject, problem):
     for state in (prepared.state, prepared.copy(prepared.state)):
         y = prepared.to_output(prepared.run(state, x_in), x_in)
         error = Reference(weight.dequantize()).expected(x).error(y)
-        assert error <= error_limit(None if subject.dense else problem.scheme)
+        scheme = None if subject.dense else problem.scheme
+        assert error <= error_limit(scheme, quantizes_x=subject.quantizes_x)
     assert prepared.stored_bytes > 0
+
+
+PEERS = {
+    "bitsandbytes": "nf4-g64",
+    "onnxruntime MatMulNBits level 0": "w4a16-g128",
+    "onnxruntime MatMulNBits level 4": "w4a16-g128-sym",
+    "openvino u4": "w4a16-g128",
+    "openvino u4, x in int8": "w4a16-g128-sym",
+    "openvino u4, in bf16": "w4a16-g128",
+    "torch dynamic int8 linear": "w8a8",
+}
+
+
+@pytest.mark.parametrize(("name", "scheme"), PEERS.items())
+def test_installed_peers_take_part(name, scheme):
+    (subject,) = [subject for subject in SUBJECTS if subject.name == name]
+    assert subject.own_process
+    problem = Problem(1, 4096, 4096, torch.bfloat16, "cpu", QuantScheme.parse(scheme))
+    reason = subject.why_not(problem)
+    if reason is not None and ("not installed" in reason or "this torch" in reason):
+        pytest.skip(reason)
+    assert reason is None
+
+
+def test_peers_that_are_not_installed_say_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for subject in SUBJECTS:
+        problem = Problem(1, 64, 256, torch.bfloat16, "cpu", QuantScheme.parse("w4a16-g128"))
+        if subject.name.startswith(("gemlite", "bitsandbytes", "onnxruntime", "openvino")):
+            assert "not installed" in subject.why_not(problem)
