@@ -20,7 +20,7 @@ from torch import Tensor
 from qkernels import reference
 from qkernels.backends import triton
 from qkernels.errors import WeightError
-from qkernels.layouts import BUFFER_NAMES, LAYOUTS, PackedWeight
+from qkernels.layouts import BUFFER_NAMES, LAYOUTS, PackedWeight, packing
 from qkernels.scheme import QuantScheme
 from qkernels.select import make_problem, select
 
@@ -115,7 +115,10 @@ def _linear(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) ->
         x_dtype=x.dtype,
         batch_invariant=what.batch_invariant,
     )
-    y = select(problem, what.backend).run(rows, packed, bias, problem)
+    kernel = select(problem, what.backend)
+    if kernel.remember is not None:
+        kernel.remember(spec, problem, what.names)
+    y = kernel.run(rows, packed, bias, problem)
     return y.view(*x.shape[:-1], what.n)
 
 
@@ -179,9 +182,19 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize_per_token": (_quantize_per_token, _quantize_per_token_fake),
 }
 
+
+def _is_compiled(name: str) -> bool:
+    """Whether qkernels._C implements an operator on the CPU, and asks the one here at first."""
+    compiled = packing.compiled() if name == "linear" else None
+    if compiled is not None:
+        compiled.answer_linear(_linear)
+    return compiled is not None
+
+
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _implementation, _key)
+    if not _is_compiled(_name):
+        _library.impl(_name, _implementation, "CPU")
+    _library.impl(_name, _implementation, "CUDA")
     torch.library.register_fake(f"qkernels::{_name}", _fake, lib=_library)
 
 

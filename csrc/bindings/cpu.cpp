@@ -4,12 +4,21 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
+#include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
 #include <optional>
+#include <shared_mutex>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/linear.h"
@@ -86,6 +95,20 @@ void check(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, at
 
 using Optional = std::optional<at::Tensor>;
 
+// Lets other Python threads run, where this one holds Python's lock at all.
+class ReleasedLock {
+ public:
+  ReleasedLock() : state_(PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
+  ~ReleasedLock() {
+    if (state_ != nullptr) PyEval_RestoreThread(state_);
+  }
+  ReleasedLock(const ReleasedLock&) = delete;
+  ReleasedLock& operator=(const ReleasedLock&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 // Rows [m][k] that follow each other at any distance, their elements side by side.
 void check_rows(const char* name, const at::Tensor& x, int64_t k) {
   require(x.device().is_cpu(), name, " must be on the CPU, got ", x.device());
@@ -155,7 +178,7 @@ class CpuLinear {
       check("row_scales", *row_scales, {m}, at::kFloat);
       arguments.out.row_scales = row_scales->const_data_ptr<float>();
     }
-    py::gil_scoped_release released;
+    const ReleasedLock released;
     cpu::linear_float(arguments, schedule_, torch_pool());
     return y;
   }
@@ -201,7 +224,7 @@ class CpuLinear {
         arguments.given_scale = activation_scale->const_data_ptr<float>();
       }
     }
-    py::gil_scoped_release released;
+    const ReleasedLock released;
     cpu::linear_int8(arguments, schedule_, torch_pool());
     return y;
   }
@@ -258,6 +281,97 @@ class CpuLinear {
   cpu::ScaleOf scale_of_ = cpu::ScaleOf::kRow;
   Optional table_, nested_table_;  // keep alive what weight_ points to
 };
+
+// --- The operator qkernels::linear
+//
+// Which kernel runs is Python's to choose. Its choice is remembered here, since asking for it again
+// takes longer than a small layer does.
+
+struct Remembered {
+  py::object owner;  // keeps `linear` alive
+  const CpuLinear* linear;
+  bool integers;
+  int64_t n, k;
+  // Where each tensor is in the list of buffers, or -1: words, scales, zeros, channel_scales,
+  // nested_absmax, nested_offset, perm, activation_scale.
+  std::vector<int64_t> places;
+};
+
+struct Question {
+  std::string spec;
+  int64_t m;
+  at::ScalarType type;
+
+  bool operator==(const Question& other) const {
+    return m == other.m && type == other.type && spec == other.spec;
+  }
+};
+
+struct HashQuestion {
+  size_t operator()(const Question& question) const {
+    const auto rest = static_cast<size_t>(question.m) * 64 + static_cast<size_t>(question.type);
+    return std::hash<std::string>()(question.spec) ^ rest * 0x9e3779b97f4a7c15u;
+  }
+};
+
+// Never destroyed: they hold Python objects, and Python may be gone by then.
+struct Memory {
+  std::shared_mutex mutex;
+  std::unordered_map<Question, std::shared_ptr<const Remembered>, HashQuestion> answers;
+  py::object ask;  // the operator in Python
+};
+
+Memory& memory() {
+  static auto* held = new Memory;
+  return *held;
+}
+
+std::shared_ptr<const Remembered> recall(const Question& question) {
+  const std::shared_lock<std::shared_mutex> lock(memory().mutex);
+  const auto found = memory().answers.find(question);
+  return found == memory().answers.end() ? nullptr : found->second;
+}
+
+at::Tensor linear_operator(const at::Tensor& x, at::TensorList buffers, const Optional& bias,
+                           std::string_view spec) {
+  const int64_t k = x.dim() > 0 ? x.size(-1) : 0;
+  std::shared_ptr<const Remembered> known;
+  if (k > 0) known = recall({std::string(spec), x.numel() / k, x.scalar_type()});
+  if (known == nullptr || known->k != k) {
+    const py::gil_scoped_acquire acquired;
+    std::vector<at::Tensor> list(buffers.begin(), buffers.end());
+    return memory().ask(x, std::move(list), bias, std::string(spec)).cast<at::Tensor>();
+  }
+  const auto buffer = [&](size_t name) -> Optional {
+    const int64_t place = known->places[name];
+    return place < 0 ? Optional() : Optional(buffers[static_cast<size_t>(place)]);
+  };
+  at::Tensor rows = x.reshape({-1, k});
+  if (const Optional perm = buffer(6)) rows = rows.index_select(1, *perm);
+  if (rows.stride(1) != 1) rows = rows.contiguous();
+  const at::Tensor y =
+      known->integers
+          ? known->linear->integers(rows, *buffer(0), *buffer(1), buffer(2), buffer(3), buffer(7),
+                                    std::nullopt, bias, x.scalar_type())
+          : known->linear->floats(rows, *buffer(0), *buffer(1), buffer(2), buffer(3), buffer(4),
+                                  buffer(5), std::nullopt, bias, x.scalar_type());
+  if (x.dim() == 2) return y;
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = known->n;
+  return y.view(shape);
+}
+
+void remember(const std::string& spec, int64_t m, at::ScalarType type, const py::object& owner,
+              bool integers, int64_t n, int64_t k, std::vector<int64_t> places) {
+  require(places.size() == 8, "8 places are wanted, got ", places.size());
+  auto answer = std::make_shared<Remembered>(Remembered{
+      owner, owner.cast<const CpuLinear*>(), integers, n, k, std::move(places)});
+  constexpr size_t kMost = 1 << 16;
+  const std::unique_lock<std::shared_mutex> lock(memory().mutex);
+  // A long run with ever new M must not fill the memory. Some owners may be in use just now, and
+  // go when their last use ends; so may Python, whose lock is held here.
+  if (memory().answers.size() < kMost) memory().answers[{spec, m, type}] = std::move(answer);
+}
 
 // kind: "plain"; "rms_norm" with residual and gain; "silu_mul" with up.
 std::tuple<at::Tensor, at::Tensor, Optional, Optional> quantize(
@@ -374,6 +488,9 @@ void register_cpu(py::module_& m) {
            py::arg("rounds_weights"), py::arg("scale_of"))
       .def("floats", &CpuLinear::floats, "y [M, N] of x in fp16, bf16 or fp32")
       .def("integers", &CpuLinear::integers, "y [M, N] by an int8 product");
+  m.def("answer_linear", [](const py::object& ask) { memory().ask = ask; }, py::arg("ask"),
+        "sets what qkernels::linear calls where it remembers nothing");
+  m.def("remember_linear", &remember, "which CpuLinear runs (spec, m, dtype of x)");
   m.def("quantize_rows_cpu", &quantize, "-> int8 [M, K], scales [M], zero points or None, sum");
   m.def("pack_vnni", &pack_vnni, py::arg("codes"), py::arg("words"), py::arg("first_row"),
         py::arg("nibbles"), "codes uint8 [R, K] into words int32 [N/16, steps, 16]");
@@ -382,5 +499,7 @@ void register_cpu(py::module_& m) {
   m.def("why_no_isa", &why_no_isa, py::arg("name"),
         "why this machine does not run portable, avx2, avx512 or amx, or None");
 }
+
+TORCH_LIBRARY_IMPL(qkernels, CPU, m) { m.impl("linear", TORCH_FN(linear_operator)); }
 
 }  // namespace qkernels::bindings

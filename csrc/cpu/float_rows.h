@@ -135,6 +135,10 @@ void float_rows(const FloatJob& job, int64_t begin, int64_t end, GroupRange rang
     using Decoder = std::decay_t<decltype(decoder)>;
     int64_t panel = begin;
     if constexpr (V::kMostPanels == 2) {
+      // One row and two panels would leave the units waiting for their own last sums.
+      for (; job.m == 1 && panel + 4 <= end; panel += 4) {
+        float_block<V, Decoder, 1, 4>(job, decoder, 0, panel, range);
+      }
       for (; panel + 2 <= end; panel += 2) float_panels<V, Decoder, 2>(job, decoder, panel, range);
     }
     for (; panel < end; ++panel) float_panels<V, Decoder, 1>(job, decoder, panel, range);

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from qkernels import reference
-from qkernels.backends.kernel import Kernel, Problem, Run, WhyNot, kernel_rows
+from qkernels.backends.kernel import Kernel, Problem, Remember, Run, WhyNot, kernel_rows
 from qkernels.errors import NoKernelError
-from qkernels.layouts import VNNI, PackedWeight
-from qkernels.layouts.padding import kernel_columns, kernel_group, padded_columns
+from qkernels.layouts import BUFFER_NAMES, VNNI, PackedWeight
+from qkernels.layouts.padding import column_order, kernel_columns, kernel_group, padded_columns
 from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook, nested_table
 
@@ -229,20 +229,39 @@ def _run_integers(isa: str, tiles: bool) -> Run:
     return run
 
 
+def _remember(isa: str, tiles: bool, rounds: bool = False) -> Remember:
+    def remember(spec: str, problem: Problem, names: tuple[str, ...]) -> None:
+        scheme, n, k = problem.scheme, problem.n, problem.k
+        is_float8 = not scheme.weight_only and not scheme.integer_activation
+        if is_float8 or column_order(scheme, k, torch.device("cpu")) is not None:
+            return  # x is prepared in Python
+        places = [names.index(name) if name in names else -1 for name in BUFFER_NAMES]
+        linear = _linear(scheme, n, k, isa, tiles, rounds)
+        _compiled().remember_linear(
+            spec, problem.m, problem.x_dtype, linear, scheme.integer_activation, n, k, places
+        )
+
+    return remember
+
+
 def _rows(isa: str) -> tuple[Kernel, ...]:
     tiles = isa == "amx"
     no_floats = _no_float_tiles if tiles else _no_floats
     no_integers = _no_int8_tiles if tiles else _no_integers
     if isa == "portable":
         no_floats, no_integers = _few_rows(no_floats), _few_rows(no_integers)
-    kernels: dict[str, tuple[Callable[[Problem], str | None], Run]] = {}
+    kernels: dict[str, tuple[WhyNot, Run]] = {}
+    remembers: list[Remember] = []
     if tiles:
         kernels["amx_scaled"] = (_no_scaled_tiles, _run_floats(isa, tiles, rounds=True))
-    kernels |= {
-        f"{isa}_float": (no_floats, _run_floats(isa, tiles)),
-        f"{isa}_int8": (no_integers, _run_integers(isa, tiles)),
-    }
-    return kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
+        remembers.append(_remember(isa, tiles, rounds=True))
+    kernels[f"{isa}_float"] = (no_floats, _run_floats(isa, tiles))
+    kernels[f"{isa}_int8"] = (no_integers, _run_integers(isa, tiles))
+    remembers += [_remember(isa, tiles)] * 2
+    rows = kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
+    return tuple(
+        replace(row, remember=remember) for row, remember in zip(rows, remembers, strict=True)
+    )
 
 
 KERNELS = tuple(row for isa in ISAS for row in _rows(isa))

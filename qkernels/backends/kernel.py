@@ -39,6 +39,7 @@ class Problem:
 
 Run = Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
 WhyNot = Callable[[Problem], str | None]
+Remember = Callable[[str, Problem, tuple[str, ...]], None]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Kernel:
         why_not: the reason, in a user's words, why it cannot run a problem, or None.
         run: (x [M, K], packed weight, bias or None, problem) -> y [M, N]; x's columns are in the
             order of the codes.
+        remember: (spec of the operator, problem, names of the buffers): tells compiled code that
+            this kernel was chosen, so that it need not ask again; None where there is no such code.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Kernel:
     layout: str | None
     why_not: WhyNot
     run: Run
+    remember: Remember | None = None
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel cannot run `problem`, its layout included; None where it can."""

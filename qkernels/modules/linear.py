@@ -132,7 +132,7 @@ class WQLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))
         buffers = [self._buffers[name] for name in self._names]
-        return torch.ops.qkernels.linear(x, buffers, self.bias, self._spec)
+        return torch.ops.qkernels.linear.default(x, buffers, self.bias, self._spec)
 
     def dequantize(self) -> Tensor:
         """The weight as fp32 [N, K]."""
