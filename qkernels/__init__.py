@@ -1,10 +1,20 @@
 """Quantized linear layers: hand-written kernels behind one module, `WQLinear`."""
 
 from qkernels import errors
+from qkernels.activations import (
+    QuantizedActivation,
+    add_rms_norm_quantize,
+    quantize_activation,
+    quantize_per_tensor,
+    quantize_per_token,
+    quantize_per_token_asymmetric,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
 from qkernels.checkpoints import load_model, save_model
 from qkernels.errors import QuantizationError
 from qkernels.modules import WQLinear, WQLinear_GEMM, WQLinear_GEMV
-from qkernels.ops import linear, quantize_per_token
+from qkernels.ops import linear
 from qkernels.quantizers.model import LayerReport, QuantizationReport, quantize_model
 from qkernels.scheme import QuantScheme, table_type
 from qkernels.select import Explanation, explain
@@ -18,16 +28,23 @@ __all__ = [
     "QuantScheme",
     "QuantizationError",
     "QuantizationReport",
+    "QuantizedActivation",
     "QuantizedWeight",
     "WQLinear",
     "WQLinear_GEMM",
     "WQLinear_GEMV",
+    "add_rms_norm_quantize",
     "errors",
     "explain",
     "linear",
     "load_model",
+    "quantize_activation",
     "quantize_model",
+    "quantize_per_tensor",
     "quantize_per_token",
+    "quantize_per_token_asymmetric",
+    "rms_norm_quantize",
     "save_model",
+    "silu_mul_quantize",
     "table_type",
 ]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qkernels import reference
-from qkernels.backends import triton
+from qkernels.backends.kernel import Kernel, Problem
 from qkernels.errors import WeightError
 from qkernels.layouts import BUFFER_NAMES, LAYOUTS, PackedWeight, packing
 from qkernels.scheme import QuantScheme
@@ -80,11 +80,16 @@ class PackedSpec:
         return PackedWeight(self.scheme, LAYOUTS[self.layout], self.n, self.k, named)
 
 
+Choice = tuple[Kernel, Problem]
+
 _library = torch.library.Library("qkernels", "DEF")
 _library.define("linear(Tensor x, Tensor[] buffers, Tensor? bias, str spec) -> Tensor")
 _library.define("linear_grad_input(Tensor grad, Tensor[] buffers, str spec) -> Tensor")
 _library.define("dequantize(Tensor[] buffers, str spec) -> Tensor")
-_library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
+_library.define(
+    "linear_quantized(Tensor x, Tensor scale, Tensor[] buffers, Tensor? bias, str spec, "
+    "ScalarType dtype) -> Tensor"
+)
 
 
 def _check_input(x: Tensor, width: int, name: str, words: Tensor) -> None:
@@ -98,28 +103,88 @@ def _check_input(x: Tensor, width: int, name: str, words: Tensor) -> None:
         )
 
 
-def _linear(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
-    what = PackedSpec.parse(spec)
-    _check_input(x, what.k, "x", buffers[0])
-    packed = what.packed(buffers)
-    rows = x.reshape(-1, what.k)
-    if "perm" in packed.buffers:
-        rows = rows.index_select(1, packed.buffers["perm"])
+def _choose(what: PackedSpec, m: int, dtype: torch.dtype, device: torch.device) -> Choice:
     problem = make_problem(
         what.scheme,
         n=what.n,
         k=what.k,
-        m=rows.shape[0],
-        device=x.device,
+        m=m,
+        device=device,
         layout=what.layout,
-        x_dtype=x.dtype,
+        x_dtype=dtype,
         batch_invariant=what.batch_invariant,
     )
-    kernel = select(problem, what.backend)
+    return select(problem, what.backend), problem
+
+
+def _rows_of(x: Tensor, packed: PackedWeight) -> Tensor:
+    """x as [M, K], its columns in the order of the codes."""
+    rows = x.reshape(-1, packed.k)
+    perm = packed.buffers.get("perm")
+    return rows if perm is None else rows.index_select(1, perm)
+
+
+def _linear(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+    what = PackedSpec.parse(spec)
+    _check_input(x, what.k, "x", buffers[0])
+    packed = what.packed(buffers)
+    rows = _rows_of(x, packed)
+    kernel, problem = _choose(what, rows.shape[0], x.dtype, x.device)
     if kernel.remember is not None:
         kernel.remember(spec, problem, what.names)
     y = kernel.run(rows, packed, bias, problem)
     return y.view(*x.shape[:-1], what.n)
+
+
+def _linear_quantized(
+    x: Tensor,
+    scale: Tensor,
+    buffers: list[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    what = PackedSpec.parse(spec)
+    _check_quantized(x, scale, what, buffers[0])
+    packed = what.packed(buffers)
+    rows, row_scale = _rows_of(x, packed), scale.reshape(-1).contiguous()
+    kernel, problem = _choose(what, rows.shape[0], dtype, x.device)
+    assert kernel.run_quantized is not None, f"{kernel.name} takes no quantized x"
+    y = kernel.run_quantized(rows, row_scale, packed, bias, problem)
+    return y.view(*x.shape[:-1], what.n)
+
+
+def _check_quantized(x: Tensor, scale: Tensor, what: PackedSpec, words: Tensor) -> None:
+    activation = what.scheme.activation
+    if activation.dtype != "int8" or activation.granularity != "token":
+        raise WeightError(
+            f"x is quantized per token, which layers of {what.scheme} do not take: pass x itself, "
+            "or use a scheme such as w8a8 or w4a8-g128"
+        )
+    if x.dtype != torch.int8 or x.dim() == 0 or x.shape[-1] != what.k:
+        raise WeightError(
+            f"quantized x must be int8 [..., {what.k}], got {x.dtype} {list(x.shape)}"
+        )
+    if scale.dtype != torch.float32 or scale.shape != (*x.shape[:-1], 1):
+        raise WeightError(
+            f"the scale of x must be float32 {[*x.shape[:-1], 1]}, got {scale.dtype} "
+            f"{list(scale.shape)}"
+        )
+    if x.device != words.device:
+        raise WeightError(f"x is on {x.device} and the weight on {words.device}: move one of them")
+
+
+def _linear_quantized_fake(
+    x: Tensor,
+    scale: Tensor,
+    buffers: list[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    what = PackedSpec.parse(spec)
+    _check_quantized(x, scale, what, buffers[0])
+    return x.new_empty((*x.shape[:-1], what.n), dtype=dtype)
 
 
 def _linear_fake(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
@@ -150,36 +215,11 @@ def _dequantize_fake(buffers: list[Tensor], spec: str) -> Tensor:
     return torch.empty(what.n, what.k, dtype=torch.float32, device=buffers[0].device)
 
 
-def _check_token_input(x: Tensor) -> None:
-    if x.dim() == 0 or x.dtype not in X_DTYPES:
-        raise WeightError(
-            f"x must be [..., K] of fp16, bf16 or fp32, got {x.dtype} {list(x.shape)}"
-        )
-
-
-def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_token_input(x)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    quantize: Callable[..., Any] = reference.quantize_rows
-    if x.device.type == "cuda" and triton.import_problem() is None:
-        quantize = triton.kernels().quantize_rows
-    quantized, scale = quantize(rows, torch.int8)
-    return quantized.view(x.shape), scale.view(*x.shape[:-1], 1)
-
-
-def _quantize_per_token_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_token_input(x)
-    return (
-        torch.empty(x.shape, dtype=torch.int8, device=x.device),
-        x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
-    )
-
-
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (_linear, _linear_fake),
     "linear_grad_input": (_linear_grad_input, _linear_grad_input_fake),
     "dequantize": (_dequantize, _dequantize_fake),
-    "quantize_per_token": (_quantize_per_token, _quantize_per_token_fake),
+    "linear_quantized": (_linear_quantized, _linear_quantized_fake),
 }
 
 
@@ -239,16 +279,3 @@ def linear(
     spec = PackedSpec.of(packed, backend, batch_invariant)
     buffers = [packed.buffers[name] for name in spec.names]
     return torch.ops.qkernels.linear(x, buffers, bias, str(spec))
-
-
-def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [..., K] and its scales fp32 [..., 1]: s = max|x| / 127, q = x / s rounded half to even.
-
-    Args:
-        x: [..., K], fp16, bf16 or fp32. An all-zero row has s = 1; a row with NaN or infinity has
-            s = NaN or infinity.
-
-    Raises:
-        WeightError: for another dtype.
-    """
-    return torch.ops.qkernels.quantize_per_token(x)

@@ -109,6 +109,51 @@ def integer_product_in_floats(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
+def quantize_rows_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes the rows of x to int8 with zero points: x is about s * (q - zero).
+
+    s = (max - min) / 255 over a range that includes 0; zero = -128 - round(min / s). Rows that hold
+    NaN or infinity get s = NaN and zero = 0.
+
+    Args:
+        x: [M, K], fp16, bf16 or fp32.
+
+    Returns:
+        q int8 [M, K], s fp32 [M], zero int32 [M].
+    """
+    values = x.float()
+    finite = values.isfinite().all(dim=-1)
+    padded = torch.nn.functional.pad(values, (0, 1))  # the 0 that the range includes
+    low, high = padded.amin(dim=-1), padded.amax(dim=-1)
+    scale = torch.where(high == low, torch.ones_like(low), (high - low) / 255)
+    scale = torch.where(finite, scale, torch.full_like(scale, float("nan")))
+    zero = (-128 - (low / scale).round()).nan_to_num(0.0).clamp(-128, 127)
+    zero = torch.where(finite, zero, torch.zeros_like(zero))
+    rounded = torch.nan_to_num((values / scale[:, None]).round(), nan=0.0)
+    quantized = (rounded + zero[:, None]).clamp(-128, 127).to(torch.int8)
+    return quantized, scale, zero.int()
+
+
+def rms_norm(
+    x: Tensor, gain: Tensor | None, epsilon: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x (+ residual) over its root mean square, times `gain` [K]: fp32 [M, K], and the sum.
+
+    The sum of x and residual is rounded to x's type, in which it goes on; without a residual it is
+    x itself.
+    """
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    values = total.float()
+    factor = 1 / (values.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
+    values = values * factor
+    return (values if gain is None else values * gain.float()), total
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """gate / (1 + exp(-gate)) * up: fp32 [M, K]."""
+    return torch.nn.functional.silu(gate.float()) * up.float()
+
+
 def linear(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, *, batch_invariant: bool = False
 ) -> Tensor:
@@ -121,25 +166,37 @@ def linear(
     row_scale = None
     if not scheme.weight_only:
         quantized, scale = quantize_activations(x, packed)
+        if scheme.integer_activation:
+            return linear_quantized(quantized, scale, packed, bias, x.dtype)
         row_scale = scale[:, None]
     y = torch.empty(x.shape[0], packed.n, dtype=x.dtype, device=x.device)
     parameters = packed.parameters()
     for start, stop in row_slices(packed.n, packed.k):
-        codes = packed.codes(start, stop)
-        if scheme.integer_activation:
-            assert row_scale is not None
-            part = _integer_columns(quantized, row_scale, parameters, codes, start)
+        left = x.float() if row_scale is None else quantized.float()
+        weight = parameters.dequantize_rows(packed.codes(start, stop), start).t()
+        if batch_invariant:
+            part = torch.empty(x.shape[0], stop - start, device=x.device)
+            for i in range(x.shape[0]):
+                part[i] = left[i] @ weight
         else:
-            left = x.float() if row_scale is None else quantized.float()
-            weight = parameters.dequantize_rows(codes, start).t()
-            if batch_invariant:
-                part = torch.empty(x.shape[0], stop - start, device=x.device)
-                for i in range(x.shape[0]):
-                    part[i] = left[i] @ weight
-            else:
-                part = left @ weight
-            if row_scale is not None:
-                part *= row_scale
+            part = left @ weight
+        if row_scale is not None:
+            part *= row_scale
+        if bias is not None:
+            part += bias[start:stop].float()
+        y[:, start:stop] = part
+    return y
+
+
+def linear_quantized(
+    quantized: Tensor, scale: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """y [M, N] in `dtype` of int8 rows [M, K] and their scales fp32 [M]."""
+    y = torch.empty(quantized.shape[0], packed.n, dtype=dtype, device=quantized.device)
+    parameters = packed.parameters()
+    for start, stop in row_slices(packed.n, packed.k):
+        codes = packed.codes(start, stop)
+        part = _integer_columns(quantized, scale[:, None], parameters, codes, start)
         if bias is not None:
             part += bias[start:stop].float()
         y[:, start:stop] = part

@@ -17,6 +17,7 @@ ORDER = (
     ("backends",),
     ("select",),
     ("ops",),
+    ("activations",),
     ("checkpoints", "quantizers", "modules"),
     ("evaluation", "model_files", "integrations"),
     ("cli", "demo", "demo_report"),

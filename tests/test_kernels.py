@@ -9,7 +9,7 @@ import contextlib
 import pytest
 import torch
 
-from qkernels import WQLinear, ops, reference
+from qkernels import WQLinear, activations, ops, reference
 from qkernels.backends.cpu import ISAS
 from qkernels.errors import NoKernelError, WeightError
 from qkernels.layouts import LAYOUTS, pack
@@ -376,7 +376,7 @@ def test_per_token_quantization(dtype):
     x = torch.randn(6, 100, dtype=dtype) * torch.tensor([[1e-3], [1.0], [300], [0], [1], [7]]).to(
         dtype
     )
-    xq, s = ops.quantize_per_token(x)
+    xq, s = activations.quantize_per_token(x)
     assert xq.dtype == torch.int8 and s.dtype == torch.float32 and s.shape == (6, 1)
     rows = x.float()
     scale = rows.abs().amax(1, keepdim=True) / 127

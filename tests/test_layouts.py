@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkernels.errors import WeightError
-from qkernels.layouts import FRAGMENT, LAYOUTS, fragment, pack, packing, plane_height
+from qkernels.layouts import FRAGMENT, LAYOUTS, fragment, pack, packing, plane_height, vnni
 from qkernels.quantizers import rtn
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight, row_slices
@@ -207,3 +207,43 @@ def test_the_fragment_layout_refuses_zero_points_it_cannot_subtract_exactly():
     )
     with pytest.raises(WeightError, match="up to 128, got 129"):
         pack(large, FRAGMENT)
+
+
+@given(n=st.integers(1, 40), k=st.integers(1, 150), nibbles=st.booleans(), s=st.integers(0))
+@settings(deadline=None)
+def test_vnni_follows_its_drawing_in_every_implementation(n, k, nibbles, s):
+    torch.manual_seed(s % 2**63)
+    codes = random_codes(n, k, 4 if nibbles else 8)
+    words = vnni.pack_vnni_torch(codes, nibbles)
+    step = 8 if nibbles else 4
+    for row, column in {(0, 0), (n - 1, k - 1), (n // 2, k // 2)}:
+        word = words[row // 16, column // step, row % 16].item()
+        c = column % step
+        code = word >> (8 * c if c < 4 else 8 * (c - 4) + 4) & (15 if nibbles else 255)
+        assert code == codes[row, column]
+    restored = vnni.unpack_vnni_torch(words, nibbles)
+    assert restored.shape == (-(-n // 16) * 16, -(-k // 64) * 64)
+    assert torch.equal(restored[:n, :k], codes)
+    assert not restored[n:].any() and not restored[:, k:].any()
+    compiled = packing.compiled()
+    if compiled is None:
+        return
+    filled = torch.full_like(words, -1)
+    compiled.pack_vnni(codes, filled, 0, nibbles)
+    assert torch.equal(filled, words)
+    first, rows = n // 3, n - n // 3
+    assert torch.equal(compiled.unpack_vnni(words, first, rows, k, nibbles), codes[first:])
+
+
+def test_wrong_arguments_of_the_compiled_vnni_packing_are_named():
+    compiled = pytest.importorskip("qkernels._C")
+    words = torch.zeros(2, 8, 16, dtype=torch.int32)
+    codes = torch.zeros(16, 64, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="first_row must be a multiple of 16, got 8"):
+        compiled.pack_vnni(codes, words, 8, True)
+    with pytest.raises(ValueError, match="do not fit"):
+        compiled.pack_vnni(codes, words, 32, True)
+    with pytest.raises(ValueError, match="words must have shape"):
+        compiled.pack_vnni(codes, words, 0, False)
+    with pytest.raises(ValueError, match="rows 20 to 40 are not in words"):
+        compiled.unpack_vnni(words, 20, 20, 64, True)

@@ -24,7 +24,24 @@ def test_opcheck(text, requires_grad, device):
     grad = torch.randn(2, 3, 48, device=device)
     opcheck(ops.linear_grad_input, (grad, buffers, layer._spec), test_utils=TESTS)
     opcheck(ops.dequantize, (buffers, layer._spec), test_utils=TESTS)
-    opcheck(ops.quantize_per_token, (x.detach(),), test_utils=TESTS)
+    x = x.detach()
+    if text in ("w8a8", "w4a8-g64"):
+        quantized = (*ops.quantize_per_token(x), buffers, layer.bias, layer._spec, x.dtype)
+        opcheck(ops.linear_quantized, quantized, test_utils=TESTS)
+
+
+def test_opcheck_of_activations(device):
+    x, other = torch.randn(2, 3, 200, device=device), torch.randn(2, 3, 200, device=device)
+    gain, scale = torch.rand(200, device=device), torch.tensor(0.1, device=device)
+    ops = torch.ops.qkernels
+    opcheck(ops.quantize_per_token, (x,), test_utils=TESTS)
+    opcheck(ops.quantize_per_token_asymmetric, (x,), test_utils=TESTS)
+    for given in (None, scale):
+        opcheck(ops.quantize_per_tensor, (x, given), test_utils=TESTS)
+    for factor in (None, gain):
+        opcheck(ops.rms_norm_quantize, (x, factor, 1e-5), test_utils=TESTS)
+        opcheck(ops.add_rms_norm_quantize, (x, other, factor, 1e-5), test_utils=TESTS)
+    opcheck(ops.silu_mul_quantize, (x, other), test_utils=TESTS)
 
 
 def test_spec_spells_itself():

@@ -22,6 +22,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/linear.h"
+#include "cpu/peaks.h"
 #include "cpu/vnni.h"
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -148,9 +149,12 @@ class CpuLinear {
     require(missing == nullptr, isa, ": ", missing == nullptr ? "" : missing);
     require(!tiles || schedule_.isa == cpu::Isa::kAmx, "tiles need amx, got ", isa);
     require(tiles || !rounds_weights, "only tiles round weights");
-    if (scale_of == "tensor") scale_of_ = cpu::ScaleOf::kTensor;
-    else if (scale_of == "static") scale_of_ = cpu::ScaleOf::kGiven;
-    else require(scale_of == "token", "scale_of must be token, tensor or static, got ", scale_of);
+    if (scale_of == "tensor")
+      scale_of_ = cpu::ScaleOf::kTensor;
+    else if (scale_of == "static")
+      scale_of_ = cpu::ScaleOf::kGiven;
+    else
+      require(scale_of == "token", "scale_of must be token, tensor or static, got ", scale_of);
   }
 
   // y [M, N] for x [M, k] of fp16, bf16 or fp32, k <= the weight's.
@@ -170,8 +174,9 @@ class CpuLinear {
     arguments.x = x.const_data_ptr();
     arguments.x_type = float_type("x", x.scalar_type());
     arguments.x_stride = m > 1 ? x.stride(0) : weight_.k;
-    require(!schedule_.rounds_weights || (x.scalar_type() == at::kBFloat16 && y_type == at::kBFloat16),
-            "rounded weights go with x and y of bf16, got ", x.scalar_type(), " and ", y_type);
+    require(
+        !schedule_.rounds_weights || (x.scalar_type() == at::kBFloat16 && y_type == at::kBFloat16),
+        "rounded weights go with x and y of bf16, got ", x.scalar_type(), " and ", y_type);
     at::Tensor y = at::empty({m, weight_.n}, y_type);
     arguments.out = output(y, bias);
     if (row_scales) {
@@ -364,8 +369,8 @@ at::Tensor linear_operator(const at::Tensor& x, at::TensorList buffers, const Op
 void remember(const std::string& spec, int64_t m, at::ScalarType type, const py::object& owner,
               bool integers, int64_t n, int64_t k, std::vector<int64_t> places) {
   require(places.size() == 8, "8 places are wanted, got ", places.size());
-  auto answer = std::make_shared<Remembered>(Remembered{
-      owner, owner.cast<const CpuLinear*>(), integers, n, k, std::move(places)});
+  auto answer = std::make_shared<Remembered>(
+      Remembered{owner, owner.cast<const CpuLinear*>(), integers, n, k, std::move(places)});
   constexpr size_t kMost = 1 << 16;
   const std::unique_lock<std::shared_mutex> lock(memory().mutex);
   // A long run with ever new M must not fill the memory. Some owners may be in use just now, and
@@ -440,8 +445,8 @@ void pack_vnni(const at::Tensor& codes, const at::Tensor& words, int64_t first_r
   const int64_t steps = cpu::padded_columns(k) / (nibbles ? 8 : 4);
   check("words", words, {words.dim() == 3 ? words.size(0) : 0, steps, cpu::kLanes}, at::kInt);
   const int64_t panel = first_row / cpu::kLanes;
-  require(first_row % cpu::kLanes == 0 && first_row >= 0, "first_row must be a multiple of 16, got ",
-          first_row);
+  require(first_row % cpu::kLanes == 0 && first_row >= 0,
+          "first_row must be a multiple of 16, got ", first_row);
   require(panel + cpu::divide_up(rows, cpu::kLanes) <= words.size(0), "rows ", first_row, " to ",
           first_row + rows, " do not fit words of shape ", words.sizes());
   auto* to = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>());
@@ -469,6 +474,21 @@ std::optional<std::string> why_no_isa(const std::string& name) {
   return reason == nullptr ? std::nullopt : std::optional<std::string>(reason);
 }
 
+py::dict cpu_peaks(int threads, double seconds) {
+  require(threads >= 1, "threads must be 1 or more, got ", threads);
+  cpu::Peaks peaks;
+  {
+    const ReleasedLock released;
+    peaks = cpu::measure_peaks(cpu::detected_isa(), seconds, {threads, run_on_torch_threads});
+  }
+  py::dict out;
+  out["read"] = peaks.read;
+  out["fp32"] = peaks.fp32;
+  out["int8"] = peaks.int8;
+  if (peaks.bf16 > 0) out["bf16"] = peaks.bf16;
+  return out;
+}
+
 }  // namespace
 
 cpu::Pool torch_pool() {
@@ -488,14 +508,17 @@ void register_cpu(py::module_& m) {
            py::arg("rounds_weights"), py::arg("scale_of"))
       .def("floats", &CpuLinear::floats, "y [M, N] of x in fp16, bf16 or fp32")
       .def("integers", &CpuLinear::integers, "y [M, N] by an int8 product");
-  m.def("answer_linear", [](const py::object& ask) { memory().ask = ask; }, py::arg("ask"),
-        "sets what qkernels::linear calls where it remembers nothing");
+  m.def(
+      "answer_linear", [](const py::object& ask) { memory().ask = ask; }, py::arg("ask"),
+      "sets what qkernels::linear calls where it remembers nothing");
   m.def("remember_linear", &remember, "which CpuLinear runs (spec, m, dtype of x)");
   m.def("quantize_rows_cpu", &quantize, "-> int8 [M, K], scales [M], zero points or None, sum");
   m.def("pack_vnni", &pack_vnni, py::arg("codes"), py::arg("words"), py::arg("first_row"),
         py::arg("nibbles"), "codes uint8 [R, K] into words int32 [N/16, steps, 16]");
   m.def("unpack_vnni", &unpack_vnni, py::arg("words"), py::arg("first_row"), py::arg("rows"),
         py::arg("k"), py::arg("nibbles"), "words -> codes uint8 [rows, k]");
+  m.def("cpu_peaks", &cpu_peaks, py::arg("threads"), py::arg("seconds"),
+        "the most this machine does: bytes read, fp32, int8 and bf16 operations a second");
   m.def("why_no_isa", &why_no_isa, py::arg("name"),
         "why this machine does not run portable, avx2, avx512 or amx, or None");
 }

@@ -12,8 +12,10 @@ constexpr int nibble_shift(int column) { return column < 4 ? 8 * column : 8 * (c
 
 template <class V, int kColumn>
 QK_INLINE typename V::I nibble_first(typename V::I words) {
-  if constexpr (nibble_shift(kColumn) == 0) return words;
-  else return V::template right<nibble_shift(kColumn)>(words);
+  if constexpr (nibble_shift(kColumn) == 0)
+    return words;
+  else
+    return V::template right<nibble_shift(kColumn)>(words);
 }
 
 // Integers of up to 4 bits less 8: smaller sums are more exact.

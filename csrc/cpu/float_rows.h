@@ -121,7 +121,8 @@ void float_block(const FloatJob& job, const Decoder& decoder, int64_t row, int64
 template <class V, class Decoder, int kPanels>
 void float_panels(const FloatJob& job, const Decoder& decoder, int64_t panel, GroupRange range) {
   int64_t row = 0;
-  for (; row + 4 <= job.m; row += 4) float_block<V, Decoder, 4, kPanels>(job, decoder, row, panel, range);
+  for (; row + 4 <= job.m; row += 4)
+    float_block<V, Decoder, 4, kPanels>(job, decoder, row, panel, range);
   if (row + 2 <= job.m) {
     float_block<V, Decoder, 2, kPanels>(job, decoder, row, panel, range);
     row += 2;

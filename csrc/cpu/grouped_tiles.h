@@ -1,5 +1,5 @@
-// Products on AMX tiles whose sums are scaled group by group, outside of the tiles: of floats, where
-// codes stay exact and x is the sum of several bf16 numbers; of int8, where each group has a
+// Products on AMX tiles whose sums are scaled group by group, outside of the tiles: of floats,
+// where codes stay exact and x is the sum of several bf16 numbers; of int8, where each group has a
 // floating scale. Rows are few enough for x to stay in the L2 cache.
 
 #pragma once
@@ -61,7 +61,8 @@ void decode_exactly(const Weight& weight, const Decoder& decoder, const Bf16Tabl
   const uint32_t* from = weight.words + panel * weight.panel_words() + first / 4 * kLanes;
   for (int64_t k = first; k < last; k += 4, from += kLanes, out += 128) {
     const I words = V::load(from);
-    _mm512_store_si512(out, pair(decoder.template value<0>(words), decoder.template value<1>(words)));
+    _mm512_store_si512(out,
+                       pair(decoder.template value<0>(words), decoder.template value<1>(words)));
     _mm512_store_si512(out + 64,
                        pair(decoder.template value<2>(words), decoder.template value<3>(words)));
   }
@@ -245,8 +246,10 @@ void run_exact(const FloatTileJob& job, const Decoder& decoder, int64_t begin, i
       }
       Prefetch prefetch = next_chunk(weight, panel, end, last, kGroupedChunk);
       const int lines = prefetch.lines(divide_up(row_tiles, 2) * ((last - first) / kFloatStep));
-      if (panels == 2) chunk.run<2>(prefetch, lines, all_sums);
-      else chunk.run<1>(prefetch, lines, all_sums);
+      if (panels == 2)
+        chunk.run<2>(prefetch, lines, all_sums);
+      else
+        chunk.run<1>(prefetch, lines, all_sums);
       first = last;
     }
     const OutputColumns columns(job.out, weight, panel, panels);
@@ -269,7 +272,7 @@ void pack_float_tile(const void* x, FloatType type, int64_t x_stride, int64_t ro
   const I order = _mm512_broadcast_i32x4(
       !in_order && is_nibble(weight.code)
           ? _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
-                             : _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+          : _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   // Fewer rows than a tile has are not padded: see TileRegisters.
   const int64_t rows = m < kTileRows ? m : kTileRows;
   for (int64_t r = 0; r < rows; ++r) {

@@ -64,8 +64,10 @@ QK_INLINE typename V::F load_first(const void* p, FloatType type, int64_t index,
 template <class V>
 QK_INLINE void store_first(void* p, FloatType type, int64_t index, int64_t count,
                            typename V::F value) {
-  if (count >= kLanes) store_as<V>(p, type, index, value);
-  else store_some<V>(p, type, index, count, value);
+  if (count >= kLanes)
+    store_as<V>(p, type, index, value);
+  else
+    store_some<V>(p, type, index, count, value);
 }
 
 // The scales of group g of a panel, as floats.

@@ -27,8 +27,8 @@ struct Int8Block {
     const uint32_t* from[kPanels];
     const int8_t* x[kRows];
     for (int p = 0; p < kPanels; ++p) {
-      from[p] = job.weight.words + (panel + p) * job.weight.panel_words() +
-                first / kColumns * kLanes;
+      from[p] =
+          job.weight.words + (panel + p) * job.weight.panel_words() + first / kColumns * kLanes;
     }
     for (int r = 0; r < kRows; ++r) x[r] = job.x + (row + r) * columns + first;
     for (int64_t k = first; k < last; k += kColumns) {
@@ -65,8 +65,7 @@ struct Int8Block {
   // What a group adds for one row and panel, before its scale.
   QK_INLINE I group_sum(int r, int p, int64_t g) const {
     const I x_sum = V::broadcast(job.x_sums[(row + r) * job.weight.groups() + g]);
-    return V::sub(parts[r][p],
-                  V::mul(group_integer_zeros<V>(job.weight, panel + p, g), x_sum));
+    return V::sub(parts[r][p], V::mul(group_integer_zeros<V>(job.weight, panel + p, g), x_sum));
   }
 
   void run_integers(GroupRange range) {
@@ -127,8 +126,10 @@ struct Int8Block {
 template <class V, bool kNibbles, int kRows, int kPanels>
 void int8_block(const Int8Job& job, int64_t row, int64_t panel, GroupRange range) {
   Int8Block<V, kNibbles, kRows, kPanels> block{job, row, panel, {}};
-  if (job.weight.sums_are_integers()) block.run_integers(range);
-  else block.run_floats(range);
+  if (job.weight.sums_are_integers())
+    block.run_integers(range);
+  else
+    block.run_floats(range);
 }
 
 template <class V, bool kNibbles, int kPanels>
@@ -156,8 +157,10 @@ void int8_range(const Int8Job& job, int64_t begin, int64_t end, GroupRange range
 
 template <class V>
 void int8_rows(const Int8Job& job, int64_t begin, int64_t end, GroupRange range) {
-  if (is_nibble(job.weight.code)) int8_range<V, true>(job, begin, end, range);
-  else int8_range<V, false>(job, begin, end, range);
+  if (is_nibble(job.weight.code))
+    int8_range<V, true>(job, begin, end, range);
+  else
+    int8_range<V, false>(job, begin, end, range);
 }
 
 template <class V>

@@ -2,6 +2,7 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+
 #include <cstdint>
 #if defined(__linux__)
 #include <sys/syscall.h>

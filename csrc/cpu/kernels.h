@@ -92,7 +92,8 @@ struct Kernels {
   // Sums of all panels [begin, end) and all rows.
   void (*float_rows)(const FloatJob&, int64_t begin, int64_t end, GroupRange groups);
   void (*int8_rows)(const Int8Job&, int64_t begin, int64_t end, GroupRange groups);
-  // Adds the `parts` sums of parts of K, [parts][m][panels * 16], in order, for panels [begin, end).
+  // Adds the `parts` sums of parts of K, [parts][m][panels * 16], in order, for panels [begin,
+  // end).
   void (*finish_float)(const FloatJob&, int64_t begin, int64_t end, const float* sums, int parts);
   void (*finish_int8)(const Int8Job&, int64_t begin, int64_t end, const int32_t* sums, int parts);
 
@@ -119,10 +120,15 @@ struct Kernels {
   int64_t (*tile_scratch)(int64_t m, int64_t panels);
   // 16 rows of x from `row` on into the order of tiles.
   void (*pack_float_tile)(const void* x, FloatType type, int64_t x_stride, int64_t row, int64_t m,
-                          int64_t k, const Weight& weight, int terms, bool in_order,
-                          uint16_t* out);
+                          int64_t k, const Weight& weight, int terms, bool in_order, uint16_t* out);
   // A row of int8 x [columns] into its row of the tiles, `out` being where that begins.
   void (*pack_int8_row)(const int8_t* x, int64_t columns, int8_t* out);
+
+  // See bursts.h; bf16_burst is null without tiles.
+  int64_t (*fp32_burst)(int64_t repeats);
+  int64_t (*int8_burst)(int64_t repeats);
+  int64_t (*bf16_burst)(int64_t repeats);
+  int64_t (*read_burst)(const void* memory, int64_t bytes);
 };
 
 // The table of a level that this machine runs.

@@ -22,20 +22,44 @@ namespace {
 
 void float_tiles(const FloatTileJob& job, int64_t begin, int64_t end, void* scratch) {
   visit_decoder<V>(job.weight, [&](const auto& decoder) {
-    if (job.rounds_weights) run_scaled(job, decoder, begin, end, scratch);
-    else run_exact(job, decoder, begin, end, scratch);
+    if (job.rounds_weights)
+      run_scaled(job, decoder, begin, end, scratch);
+    else
+      run_exact(job, decoder, begin, end, scratch);
   });
 }
 
 void int8_tiles(const Int8TileJob& job, int64_t begin, int64_t end, void* scratch) {
-  if (job.weight.sums_are_integers()) run_integers(job, begin, end, scratch);
-  else run_int8_groups(job, begin, end, scratch);
+  if (job.weight.sums_are_integers())
+    run_integers(job, begin, end, scratch);
+  else
+    run_int8_groups(job, begin, end, scratch);
 }
 
 void pack_int8_row(const int8_t* x, int64_t columns, int8_t* out) {
   for (int64_t c = 0; c < columns; c += kInt8Step, out += kTileBytes) {
     _mm512_storeu_si512(out, _mm512_loadu_si512(x + c));
   }
+}
+
+template <bool kIntegers>
+int64_t tile_burst(int64_t repeats) {
+  const TileRegisters registers(kTileRows);
+  for (int64_t i = 0; i < repeats; ++i) {
+    if constexpr (kIntegers) {
+      _tile_dpbsud(0, 4, 6);
+      _tile_dpbsud(1, 4, 7);
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  const int64_t columns = kIntegers ? kInt8Step : kFloatStep;
+  return repeats * 4 * kTileRows * kLanes * columns * 2;
 }
 
 int64_t tile_scratch(int64_t m, int64_t panels) {
@@ -52,6 +76,8 @@ Kernels amx_kernels() {
   table.tile_scratch = tile_scratch;
   table.pack_float_tile = pack_float_tile;
   table.pack_int8_row = pack_int8_row;
+  table.int8_burst = tile_burst<true>;
+  table.bf16_burst = tile_burst<false>;
   return table;
 }
 

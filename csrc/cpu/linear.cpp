@@ -70,9 +70,8 @@ int64_t panels_of_task(int64_t panels, const Pool& pool, int64_t most) {
 template <class Body>
 void for_panels(const Pool& pool, int64_t panels, int64_t most, const Body& body) {
   const int64_t step = panels_of_task(panels, pool, most);
-  parallel_for(pool, divide_up(panels, step), [&](int64_t task) {
-    body(task * step, std::min(panels, (task + 1) * step));
-  });
+  parallel_for(pool, divide_up(panels, step),
+               [&](int64_t task) { body(task * step, std::min(panels, (task + 1) * step)); });
 }
 
 // Parts that K falls into, each of whole groups: a function of the shape alone, since it decides
@@ -80,8 +79,8 @@ void for_panels(const Pool& pool, int64_t panels, int64_t most, const Body& body
 int64_t parts_of_k(const Weight& weight) {
   if (weight.panels() >= kPanelsWithoutSplit) return 1;
   const int64_t wanted = divide_up(kPanelsWithoutSplit, std::max<int64_t>(weight.panels(), 1));
-  return std::max<int64_t>(
-      1, std::min({wanted, weight.groups(), weight.columns() / kColumnsOfPart}));
+  return std::max<int64_t>(1,
+                           std::min({wanted, weight.groups(), weight.columns() / kColumnsOfPart}));
 }
 
 Output rows_from(const Output& out, int64_t n, int64_t row) {
@@ -104,9 +103,8 @@ void run_rows(const Job& job, void (*rows)(const Job&, int64_t, int64_t, GroupRa
   const int64_t panels = weight.panels(), groups = weight.groups();
   constexpr int64_t kMostPanels = 64;
   if (parts == 1) {
-    for_panels(pool, panels, kMostPanels, [&](int64_t begin, int64_t end) {
-      rows(job, begin, end, {0, groups, nullptr});
-    });
+    for_panels(pool, panels, kMostPanels,
+               [&](int64_t begin, int64_t end) { rows(job, begin, end, {0, groups, nullptr}); });
     return;
   }
   const int64_t step = panels_of_task(panels * parts, pool, kMostPanels);
@@ -176,8 +174,14 @@ void float_on_tiles(const FloatArguments& arguments, bool rounds_weights, const 
                         weight, arguments.k, wide, x_sums + r * groups);
       }
     });
-    const FloatTileJob job{weight, m, x, terms, terms_of(arguments.out.y_type), rounds_weights,
-                           x_sums, rows_from(arguments.out, weight.n, row)};
+    const FloatTileJob job{weight,
+                           m,
+                           x,
+                           terms,
+                           terms_of(arguments.out.y_type),
+                           rounds_weights,
+                           x_sums,
+                           rows_from(arguments.out, weight.n, row)};
     for_panels(pool_for(pool, m * weight.n * columns, kProductsWorthThreads), weight.panels(),
                kTilePanels, [&](int64_t begin, int64_t end) {
                  const auto bytes = static_cast<size_t>(table.tile_scratch(m, end - begin));
@@ -279,8 +283,8 @@ void linear_int8(const Int8Arguments& arguments, const Schedule& schedule, const
       table.int8_sums(to, weight, x_sums + r * groups);
       if (tiles) {
         constexpr int64_t kStep = 64;
-        table.pack_int8_row(to, columns, x + r / kTileRows * kTileRows * columns +
-                                             r % kTileRows * kStep);
+        table.pack_int8_row(to, columns,
+                            x + r / kTileRows * kTileRows * columns + r % kTileRows * kStep);
       }
     });
     const Pool workers = pool_for(pool, m * weight.n * columns, kProductsWorthThreads);

@@ -24,8 +24,7 @@ void parallel_for(const Pool& pool, int64_t tasks, const Body& body) {
   };
   const int threads = static_cast<int>(std::min<int64_t>(pool.threads, tasks));
   if (threads <= 1) return work();
-  pool.run(
-      threads, [](void* context) { (*static_cast<decltype(work)*>(context))(); }, &work);
+  pool.run(threads, [](void* context) { (*static_cast<decltype(work)*>(context))(); }, &work);
 }
 
 }  // namespace qkernels::cpu

@@ -173,8 +173,8 @@ float quantize_row_asymmetric(const float* values, int64_t k, int8_t* out, int32
   for (int64_t at = 0; at < k; at += kLanes) {
     const auto value = V::div(load_first<V>(values, FloatType::kFp32, at, k - at), divisor);
     // Rounded before the zero point is added: half to even of the value itself.
-    const auto limited = V::max(V::min(V::zero_nan(value), V::broadcast(512.0f)),
-                                V::broadcast(-512.0f));
+    const auto limited =
+        V::max(V::min(V::zero_nan(value), V::broadcast(512.0f)), V::broadcast(-512.0f));
     const auto moved = V::add(V::to_float(V::round(limited)), offset);
     store_first_bytes<V>(out, at, k - at, V::round(V::max(V::min(moved, top), bottom)));
   }

@@ -28,7 +28,7 @@ class TileRegisters {
       config[48 + tile] = static_cast<char>(tile < 6 ? rows : kTileRows);
     }
     // gcc 12's _tile_loadconfig reads 8 of these bytes, and the stores of the others vanish.
-    asm volatile("ldtilecfg %0" ::"m"(*reinterpret_cast<const char(*)[64]>(config)) : "memory");
+    asm volatile("ldtilecfg %0" ::"m"(*reinterpret_cast<const char (*)[64]>(config)) : "memory");
   }
   ~TileRegisters() { _tile_release(); }
   TileRegisters(const TileRegisters&) = delete;
@@ -84,8 +84,8 @@ class Prefetch {
     length_ = weight.words_before(last - first) * 4;
     panels_ = end - begin;
     for (int64_t p = 0; p < panels_; ++p) {
-      at_[p] = reinterpret_cast<const char*>(
-          weight.words + (begin + p) * weight.panel_words() + weight.words_before(first));
+      at_[p] = reinterpret_cast<const char*>(weight.words + (begin + p) * weight.panel_words() +
+                                             weight.words_before(first));
       end_[p] = at_[p] + length_;
     }
   }
@@ -115,8 +115,7 @@ inline Prefetch next_chunk(const Weight& weight, int64_t panel, int64_t end, int
   const bool same = last < weight.columns();
   const int64_t next = same ? panel : panel + 2, first = same ? last : 0;
   const int64_t next_end = end - next < 2 ? end : next + 2;
-  return {weight, next, next_end, first,
-          next < end ? chunk_end(weight, first, length) : first};
+  return {weight, next, next_end, first, next < end ? chunk_end(weight, first, length) : first};
 }
 
 // Codes of up to 4 bits as bytes, in tiles. With two-level scales, a byte is
@@ -140,8 +139,8 @@ void decode_bytes(const Weight& weight, int64_t panel, int64_t first, int64_t la
     // All four bytes of a lane at once: what one borrows of the next, the sum of all gives back,
     // since each byte of the result is within 0 and 255.
     const I zero = V::mul(group_integer_zeros<V>(weight, panel, g), multiplier);
-    const I offset = V::sub(V::broadcast(int32_t(0x80808080)),
-                            V::mul(zero, V::broadcast(int32_t{0x01010101})));
+    const I offset =
+        V::sub(V::broadcast(int32_t(0x80808080)), V::mul(zero, V::broadcast(int32_t{0x01010101})));
     for (; first < end; first += 8, from += kLanes, out += 128) {
       const I words = V::load(from);
       _mm512_store_si512(out, V::add(V::mul(V::and_(words, low), multiplier), offset));
@@ -170,8 +169,7 @@ struct OutputColumns {
     if (out.bias != nullptr) value = V::add(value, bias[p]);
     if (out.y_type == FloatType::kBf16 && count[p] == kLanes) {
       const auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
-      _mm256_storeu_si256(
-          reinterpret_cast<__m256i*>(static_cast<uint16_t*>(out.y) + at), rounded);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(out.y) + at), rounded);
       return;
     }
     store_first<V>(out.y, out.y_type, at, count[p], value);

@@ -93,14 +93,10 @@ struct Avx2 {
     return _mm256_and_ps(x, _mm256_cmp_ps(x, x, _CMP_ORD_Q));
   }
   static QK_INLINE F zero_nan(F x) { return {zero_nan(x.a), zero_nan(x.b)}; }
-  static QK_INLINE F to_float(I x) {
-    return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
-  }
+  static QK_INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
   static QK_INLINE I round(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
   static QK_INLINE I bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
-  static QK_INLINE F from_bits(I x) {
-    return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)};
-  }
+  static QK_INLINE F from_bits(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 
   static QK_INLINE I add(I x, I y) {
     return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
@@ -187,15 +183,13 @@ struct Avx2 {
   }
   static QK_INLINE int32_t sum_lanes(I x) {
     const __m256i eight = _mm256_add_epi32(x.a, x.b);
-    __m128i four =
-        _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
   }
   static QK_INLINE int32_t max_lanes(I x) {
     const __m256i eight = _mm256_max_epi32(x.a, x.b);
-    __m128i four =
-        _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
   }

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "cpu/bursts.h"
 #include "cpu/float_rows.h"
 #include "cpu/int8_rows.h"
 #include "cpu/quantize_rows.h"
@@ -21,6 +22,9 @@ Kernels vector_kernels() {
   table.quantize_row = quantize_row<V>;
   table.quantize_row_asymmetric = quantize_row_asymmetric<V>;
   table.largest_bits = largest_bits<V>;
+  table.fp32_burst = fp32_burst<V>;
+  table.int8_burst = int8_burst<V>;
+  table.read_burst = read_burst<V>;
   return table;
 }
 

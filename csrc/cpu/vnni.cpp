@@ -39,9 +39,12 @@ void pack_vnni(const uint8_t* codes, uint32_t* words, int64_t rows, int64_t k, b
           const int64_t left = std::clamp<int64_t>(k - s * step, 0, step);
           uint64_t some = 0;
           // A copy of a fixed size is one load.
-          if (left == 8) std::memcpy(&some, from + s * step, 8);
-          else if (left == 4) std::memcpy(&some, from + s * step, 4);
-          else std::memcpy(&some, from + s * step, static_cast<size_t>(left));
+          if (left == 8)
+            std::memcpy(&some, from + s * step, 8);
+          else if (left == 4)
+            std::memcpy(&some, from + s * step, 4);
+          else
+            std::memcpy(&some, from + s * step, static_cast<size_t>(left));
           to[s * kLanes + r] = join(some, nibbles);
         }
       }
@@ -60,9 +63,12 @@ void unpack_vnni(const uint32_t* words, uint8_t* codes, int64_t first, int64_t r
       uint8_t* to = codes + r * k;
       for (int64_t at = 0; at < k; at += step, from += kLanes) {
         const uint64_t some = part(*from, nibbles);
-        if (k - at >= 8 && nibbles) std::memcpy(to + at, &some, 8);
-        else if (k - at >= 4 && !nibbles) std::memcpy(to + at, &some, 4);
-        else std::memcpy(to + at, &some, static_cast<size_t>(k - at));
+        if (k - at >= 8 && nibbles)
+          std::memcpy(to + at, &some, 8);
+        else if (k - at >= 4 && !nibbles)
+          std::memcpy(to + at, &some, 4);
+        else
+          std::memcpy(to + at, &some, static_cast<size_t>(k - at));
       }
     }
   });

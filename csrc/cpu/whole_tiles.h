@@ -1,9 +1,9 @@
 // Products on AMX tiles whose sums run over all of K: of int8, where scales are multiplied into the
 // weights or wait for the end, and of bf16, with scaled weights rounded to bf16.
 //
-// A chunk of two panels (four, for one tile of rows) is decoded into the L1 cache and multiplied with
-// the same chunk of all rows, which comes from the L2 cache. Tiles of sums go to memory and back for
-// each chunk: longer ones, whose weights would come from the L2 cache too, were slower.
+// A chunk of two panels (four, for one tile of rows) is decoded into the L1 cache and multiplied
+// with the same chunk of all rows, which comes from the L2 cache. Tiles of sums go to memory and
+// back for each chunk: longer ones, whose weights would come from the L2 cache too, were slower.
 
 #pragma once
 
@@ -26,14 +26,18 @@ constexpr int64_t kChunkSteps = 8;  // of two panels; half as many of four
 
 // Registers of tiles are named by literals.
 #define QK_MULTIPLY_TILES(sum, x, weights) \
-  do { \
-    if constexpr (Kind::kIntegers) _tile_dpbsud(sum, x, weights); \
-    else _tile_dpbf16ps(sum, x, weights); \
+  do {                                     \
+    if constexpr (Kind::kIntegers)         \
+      _tile_dpbsud(sum, x, weights);       \
+    else                                   \
+      _tile_dpbf16ps(sum, x, weights);     \
   } while (false)
 
 template <class Kind, int kRowTiles, int kPanels>
-__attribute__((noinline)) void multiply_chunk(const char* const* weights, const char* x, int64_t x_stride, int64_t steps,
-                    bool first, int32_t* sums, int64_t panel_sums, Prefetch& prefetch, int lines) {
+__attribute__((noinline)) void multiply_chunk(const char* const* weights, const char* x,
+                                              int64_t x_stride, int64_t steps, bool first,
+                                              int32_t* sums, int64_t panel_sums, Prefetch& prefetch,
+                                              int lines) {
   static_assert(kRowTiles * kPanels <= 4);
   constexpr int64_t kRowTile = kTileRows * kLanes;
   constexpr bool kPair = kRowTiles == 2;
@@ -130,8 +134,8 @@ struct WholeTiles {
       kind.decode(panel + p, first, last, out);
       weights[p] = out;
     }
-    const int64_t times = divide_up(panels, row_tiles() == 1 ? 4 : 2) *
-                          divide_up(row_tiles(), 2) * ((last - first) / Kind::kStep);
+    const int64_t times = divide_up(panels, row_tiles() == 1 ? 4 : 2) * divide_up(row_tiles(), 2) *
+                          ((last - first) / Kind::kStep);
     add_rows(weights, panel - begin, panels, first, last, prefetch, prefetch.lines(times));
   }
 
@@ -147,8 +151,10 @@ struct WholeTiles {
       const int64_t last = columns - first < chunk ? columns : first + chunk;
       const int64_t panels = end - panel < at_once ? end - panel : at_once;
       int64_t next = panel, next_first = first;
-      if (along_k ? last < columns : panel + panels >= end) next_first = last;
-      else next += panels;
+      if (along_k ? last < columns : panel + panels >= end)
+        next_first = last;
+      else
+        next += panels;
       if (along_k && last == columns) next_first = 0;
       if (!along_k && panel + panels >= end) next = begin;
       const bool more = next < end && next_first < columns;
@@ -183,7 +189,8 @@ class ScaledTiles {
   }
   const char* tiles(int64_t, int64_t) const { return nullptr; }
 
-  __attribute__((noinline)) void decode(int64_t panel, int64_t first, int64_t last, char* out) const {
+  __attribute__((noinline)) void decode(int64_t panel, int64_t first, int64_t last,
+                                        char* out) const {
     const Weight& weight = job_.weight;
     const uint32_t* from =
         weight.words + panel * weight.panel_words() + first / Decoder::kColumns * kLanes;
@@ -195,16 +202,20 @@ class ScaledTiles {
       const F scale = group_scales<V>(weight, panel, g);
       const F zero = group_zeros<V>(weight, panel, g, decoder_.offset);
       // One operation where it loses nothing: integers times scales of 16 bits are exact.
-      if (!zeros) decode_group<Zeros::kNone>(from, first, end, scale, zero, out);
-      else if (fuses) decode_group<Zeros::kFused>(from, first, end, scale, V::mul(zero, scale), out);
-      else decode_group<Zeros::kReal>(from, first, end, scale, zero, out);
+      if (!zeros)
+        decode_group<Zeros::kNone>(from, first, end, scale, zero, out);
+      else if (fuses)
+        decode_group<Zeros::kFused>(from, first, end, scale, V::mul(zero, scale), out);
+      else
+        decode_group<Zeros::kReal>(from, first, end, scale, zero, out);
       from += (end - first) / Decoder::kColumns * kLanes;
       out += (end - first) * 2 * kLanes;
       first = end;
     }
   }
 
-  __attribute__((noinline)) void finish(int64_t panel, int64_t panels, const int32_t* sums, int64_t stride) const {
+  __attribute__((noinline)) void finish(int64_t panel, int64_t panels, const int32_t* sums,
+                                        int64_t stride) const {
     const OutputColumns columns(job_.out, job_.weight, panel, panels);
     for (int64_t row = 0; row < job_.m; ++row, sums += kLanes) {
       for (int64_t p = 0; p < panels; ++p) {
@@ -243,9 +254,9 @@ class ScaledTiles {
   QK_INLINE void decode_group(const uint32_t* from, int64_t first, int64_t last, F scale, F zero,
                               char* out) const {
     // Word 2i of a row of a tile is row i's even column, word 2i + 1 its odd one.
-    alignas(64) static constexpr uint16_t kOrder[32] = {
-        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const I order = _mm512_load_si512(kOrder);
     for (int64_t k = first; k < last; k += Decoder::kColumns, from += kLanes) {
       const I words = V::load(from);
@@ -283,11 +294,13 @@ class IntegerTiles {
     return reinterpret_cast<const char*>(job_.weight.words + panel * job_.weight.panel_words() +
                                          first / 4 * kLanes);
   }
-  __attribute__((noinline)) void decode(int64_t panel, int64_t first, int64_t last, char* out) const {
+  __attribute__((noinline)) void decode(int64_t panel, int64_t first, int64_t last,
+                                        char* out) const {
     decode_bytes(job_.weight, panel, first, last, out);
   }
 
-  __attribute__((noinline)) void finish(int64_t panel, int64_t panels, const int32_t* sums, int64_t stride) const {
+  __attribute__((noinline)) void finish(int64_t panel, int64_t panels, const int32_t* sums,
+                                        int64_t stride) const {
     const Weight& weight = job_.weight;
     const OutputColumns columns(job_.out, weight, panel, panels);
     F scales[2] = {};

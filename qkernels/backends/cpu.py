@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -212,7 +213,22 @@ def _run_floats(isa: str, tiles: bool, rounds: bool = False) -> Run:
 
 
 def _run_integers(isa: str, tiles: bool) -> Run:
-    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    run = _run_quantized(isa, tiles)
+    return lambda x, packed, bias, problem: run(x, None, packed, bias, problem)
+
+
+def _run_quantized(
+    isa: str, tiles: bool
+) -> Callable[[Tensor, Tensor | None, PackedWeight, Tensor | None, Problem], Tensor]:
+    """A function of x, to be quantized, and None; or of int8 x and its row scales."""
+
+    def run(
+        x: Tensor,
+        scale: Tensor | None,
+        packed: PackedWeight,
+        bias: Tensor | None,
+        problem: Problem,
+    ) -> Tensor:
         scheme, buffers = packed.scheme, packed.buffers
         return _linear(scheme, packed.n, packed.k, isa, tiles).integers(
             _rows_of(padded_columns(x, scheme)),
@@ -221,9 +237,9 @@ def _run_integers(isa: str, tiles: bool) -> Run:
             buffers.get("zeros"),
             buffers.get("channel_scales"),
             buffers.get("activation_scale"),
-            None,
+            scale,
             bias,
-            x.dtype,
+            problem.x_dtype,
         )
 
     return run
@@ -250,18 +266,45 @@ def _rows(isa: str) -> tuple[Kernel, ...]:
     no_integers = _no_int8_tiles if tiles else _no_integers
     if isa == "portable":
         no_floats, no_integers = _few_rows(no_floats), _few_rows(no_integers)
-    kernels: dict[str, tuple[WhyNot, Run]] = {}
-    remembers: list[Remember] = []
-    if tiles:
-        kernels["amx_scaled"] = (_no_scaled_tiles, _run_floats(isa, tiles, rounds=True))
-        remembers.append(_remember(isa, tiles, rounds=True))
-    kernels[f"{isa}_float"] = (no_floats, _run_floats(isa, tiles))
-    kernels[f"{isa}_int8"] = (no_integers, _run_integers(isa, tiles))
-    remembers += [_remember(isa, tiles)] * 2
-    rows = kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
-    return tuple(
-        replace(row, remember=remember) for row, remember in zip(rows, remembers, strict=True)
+    kernels: dict[str, tuple[WhyNot, Run]] = {
+        f"{isa}_float": (no_floats, _run_floats(isa, tiles)),
+        f"{isa}_int8": (no_integers, _run_integers(isa, tiles)),
+    }
+    floats, integers = kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
+    remember = _remember(isa, tiles)
+    rows = (
+        replace(floats, remember=remember),
+        replace(integers, remember=remember, run_quantized=_run_quantized(isa, tiles)),
     )
+    if not tiles:
+        return rows
+    kernels = {"amx_scaled": (_no_scaled_tiles, _run_floats(isa, tiles, rounds=True))}
+    (scaled,) = kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
+    return (replace(scaled, remember=_remember(isa, tiles, rounds=True)), *rows)
 
 
 KERNELS = tuple(row for isa in ISAS for row in _rows(isa))
+
+
+def quantize_rows(
+    x: Tensor,
+    kind: str = "plain",
+    other: Tensor | None = None,
+    gain: Tensor | None = None,
+    epsilon: float = 0.0,
+    scale_of: str = "token",
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Rows of x [M, K] on the CPU, or of what `kind` makes of them, as int8.
+
+    Args:
+        kind: "plain"; "rms_norm" of x (+ other), times gain [K]; "silu_mul" of x and other.
+        scale_of: "token", "tensor", "static" (`scale` fp32 []), or "asymmetric" per token.
+
+    Returns:
+        int8 [M, K], scales fp32 [M], zero points int32 [M] or None, x + other or None.
+    """
+    rows = [None if t is None else _rows_of(t) for t in (x, other)]
+    return _compiled().quantize_rows_cpu(
+        *(rows[0], kind, rows[1], gain, epsilon, scale_of, scale, best_isa())
+    )

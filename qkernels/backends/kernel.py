@@ -39,6 +39,7 @@ class Problem:
 
 Run = Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
 WhyNot = Callable[[Problem], str | None]
+RunQuantized = Callable[[Tensor, Tensor, PackedWeight, Tensor | None, Problem], Tensor]
 Remember = Callable[[str, Problem, tuple[str, ...]], None]
 
 
@@ -52,6 +53,8 @@ class Kernel:
         why_not: the reason, in a user's words, why it cannot run a problem, or None.
         run: (x [M, K], packed weight, bias or None, problem) -> y [M, N]; x's columns are in the
             order of the codes.
+        run_quantized: (int8 x [M, K], its row scales fp32 [M], packed weight, bias or None, problem,
+            whose x_dtype is that of y) -> y [M, N]; None where it quantizes x itself or not at all.
         remember: (spec of the operator, problem, names of the buffers): tells compiled code that
             this kernel was chosen, so that it need not ask again; None where there is no such code.
     """
@@ -61,6 +64,7 @@ class Kernel:
     layout: str | None
     why_not: WhyNot
     run: Run
+    run_quantized: RunQuantized | None = None
     remember: Remember | None = None
 
     def refusal(self, problem: Problem) -> str | None:

@@ -13,4 +13,19 @@ def _run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem)
     return reference.linear(x, packed, bias, batch_invariant=problem.batch_invariant)
 
 
-KERNELS = (Kernel("reference", "reference", layout=None, why_not=lambda problem: None, run=_run),)
+def _run_quantized(
+    x: Tensor, scale: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem
+) -> Tensor:
+    return reference.linear_quantized(x, scale, packed, bias, problem.x_dtype)
+
+
+KERNELS = (
+    Kernel(
+        "reference",
+        "reference",
+        layout=None,
+        why_not=lambda problem: None,
+        run=_run,
+        run_quantized=_run_quantized,
+    ),
+)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -136,12 +137,17 @@ def _run_float(launcher: str) -> Run:
 
 
 def _run_int8(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    launchers = kernels()
-    quantized, scale = reference.quantize_activations(x, packed, launchers.quantize_rows)
+    quantized, scale = reference.quantize_activations(x, packed, kernels().quantize_rows)
+    return _run_quantized(quantized, scale, packed, bias, problem)
+
+
+def _run_quantized(
+    x: Tensor, scale: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem
+) -> Tensor:
     weight = planar_weight(packed)
     config = _invariant_config("int8_gemm", weight, problem)
-    y: Tensor = launchers.int8_gemm(
-        quantized, scale, weight, bias, out_dtype=x.dtype, config=config
+    y: Tensor = kernels().int8_gemm(
+        x, scale, weight, bias, out_dtype=problem.x_dtype, config=config
     )
     return y
 
@@ -161,7 +167,8 @@ def _rows(backend: str, no_device: WhyNot) -> tuple[Kernel, ...]:
         "weight_only_gemm": (_no_float_product, _run_float("weight_only_gemm")),
         "int8_gemm": (_no_int8_gemm, _run_int8),
     }
-    return kernel_rows(backend, PLANAR.name, no_device, kernels)
+    gemv, gemm, int8 = kernel_rows(backend, PLANAR.name, no_device, kernels)
+    return gemv, gemm, replace(int8, run_quantized=_run_quantized)
 
 
 KERNELS = _rows("triton", _not_compiled)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import ops
+from qkernels.activations import QuantizedActivation
 from qkernels.errors import LayerError, WeightError
 from qkernels.layouts import BUFFER_NAMES, LAYOUTS, PLAIN, PackedWeight, allocate, pack, write_rows
 from qkernels.quantizers import rtn
@@ -123,12 +124,20 @@ class WQLinear(nn.Module):
             self.scheme, LAYOUTS[self._layout], self.out_features, self.in_features, buffers
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
         """y [..., N] for x [..., K] of fp16, bf16 or fp32, in x's dtype (autocast's under it).
+
+        With a scheme of int8 activations per token, x may also come quantized, so that several
+        layers share that work; y is the same.
 
         Raises:
             WeightError: for a wrong shape, dtype or device of x.
         """
+        if isinstance(x, QuantizedActivation):
+            buffers = [self._buffers[name] for name in self._names]
+            return torch.ops.qkernels.linear_quantized(
+                x.values, x.scale, buffers, self.bias, self._spec, x.dtype
+            )
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))
         buffers = [self._buffers[name] for name in self._names]

@@ -1,0 +1,283 @@
+"""int8 activations: quantization on its own, behind a normalization or a gate, and shared by layers.
+
+The operators of `torch.ops.qkernels` that quantize rows, each with its reference in
+`qkernels.reference`, and `QuantizedActivation`, which several `WQLinear`s take in place of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import reference
+from qkernels.backends import cpu, triton
+from qkernels.errors import WeightError
+from qkernels.ops import X_DTYPES
+
+_library = torch.library.Library("qkernels", "FRAGMENT")
+_library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
+_library.define("quantize_per_token_asymmetric(Tensor x) -> (Tensor, Tensor, Tensor)")
+_library.define("quantize_per_tensor(Tensor x, Tensor? scale) -> (Tensor, Tensor)")
+_library.define("rms_norm_quantize(Tensor x, Tensor? gain, float epsilon) -> (Tensor, Tensor)")
+_library.define(
+    "add_rms_norm_quantize(Tensor x, Tensor residual, Tensor? gain, float epsilon) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_library.define("silu_mul_quantize(Tensor gate, Tensor up) -> (Tensor, Tensor)")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedActivation:
+    """x as int8 with a scale for each token, made once for all layers that read it.
+
+    Attributes:
+        values: int8 [..., K].
+        scale: fp32 [..., 1]; x is about values * scale.
+        dtype: of the outputs of layers that take it.
+    """
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+def _check(x: Tensor, name: str = "x") -> None:
+    if x.dim() == 0 or x.dtype not in X_DTYPES:
+        raise WeightError(
+            f"{name} must be [..., K] of fp16, bf16 or fp32, got {x.dtype} {list(x.shape)}"
+        )
+
+
+def _check_same(x: Tensor, other: Tensor, name: str) -> None:
+    _check(x)
+    if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
+        raise WeightError(
+            f"{name} must be like x, {x.dtype} {list(x.shape)} on {x.device}, got {other.dtype} "
+            f"{list(other.shape)} on {other.device}"
+        )
+
+
+def _check_gain(x: Tensor, gain: Tensor | None) -> None:
+    if gain is not None and (gain.shape != x.shape[-1:] or gain.dtype not in X_DTYPES):
+        raise WeightError(
+            f"gain must be {[x.shape[-1]]} of fp16, bf16 or fp32, got {gain.dtype} "
+            f"{list(gain.shape)}"
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _compiled(x: Tensor) -> bool:
+    """Whether the C++ kernels quantize x; else torch and, on a GPU, Triton do."""
+    return x.device.type == "cpu" and cpu.build_problem() is None
+
+
+def _int8(values: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """int8 of rows without the C++ kernels."""
+    if values.device.type == "cuda" and triton.import_problem() is None:
+        quantized, scales = triton.kernels().quantize_rows(values, torch.int8, scale)
+        return quantized, scales
+    return reference.quantize_rows(values, torch.int8, scale)
+
+
+def _shaped(x: Tensor, quantized: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return quantized.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check(x)
+    rows = _rows(x)
+    quantized, scale = cpu.quantize_rows(rows)[:2] if _compiled(x) else _int8(rows)
+    return _shaped(x, quantized, scale)
+
+
+def _quantize_per_token_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x)
+    if _compiled(x):
+        quantized, scale, zero, _ = cpu.quantize_rows(_rows(x), scale_of="asymmetric")
+        assert zero is not None
+    else:
+        quantized, scale, zero = reference.quantize_rows_asymmetric(_rows(x))
+    return *_shaped(x, quantized, scale), zero.view(*x.shape[:-1], 1)
+
+
+def _quantize_per_tensor(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check(x)
+    if scale is not None and (scale.dim() or scale.dtype != torch.float32):
+        raise WeightError(f"scale must be float32 [], got {scale.dtype} {list(scale.shape)}")
+    if scale is None:
+        scale = reference.tensor_scale(x, torch.int8)
+    rows = _rows(x)
+    if _compiled(x):
+        quantized = cpu.quantize_rows(rows, scale_of="static", scale=scale)[0]
+    else:
+        quantized = _int8(rows, scale)[0]
+    return quantized.view(x.shape), scale.clone()
+
+
+def _rms_norm_quantize(x: Tensor, gain: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+    _check(x)
+    _check_gain(x, gain)
+    if _compiled(x):
+        quantized, scale = cpu.quantize_rows(_rows(x), "rms_norm", None, gain, epsilon)[:2]
+    else:
+        quantized, scale = _int8(reference.rms_norm(_rows(x), gain, epsilon)[0])
+    return _shaped(x, quantized, scale)
+
+
+def _add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, gain: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_same(x, residual, "residual")
+    _check_gain(x, gain)
+    if _compiled(x):
+        other = _rows(residual).contiguous()
+        quantized, scale, _, total = cpu.quantize_rows(_rows(x), "rms_norm", other, gain, epsilon)
+        assert total is not None
+    else:
+        values, total = reference.rms_norm(_rows(x), gain, epsilon, _rows(residual))
+        quantized, scale = _int8(values)
+    return *_shaped(x, quantized, scale), total.view(x.shape)
+
+
+def _silu_mul_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    _check_same(gate, up, "up")
+    if _compiled(gate):
+        quantized, scale = cpu.quantize_rows(_rows(gate), "silu_mul", _rows(up))[:2]
+    else:
+        quantized, scale = _int8(reference.silu_mul(_rows(gate), _rows(up)))
+    return _shaped(gate, quantized, scale)
+
+
+def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device),
+        x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
+    )
+
+
+def _token_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check(x)
+    return _empty(x)
+
+
+def _asymmetric_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x)
+    return *_empty(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.int32)
+
+
+def _tensor_fake(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check(x)
+    return _empty(x)[0], x.new_empty((), dtype=torch.float32)
+
+
+def _rms_norm_fake(x: Tensor, gain: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+    _check(x)
+    _check_gain(x, gain)
+    return _empty(x)
+
+
+def _add_rms_norm_fake(
+    x: Tensor, residual: Tensor, gain: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_same(x, residual, "residual")
+    _check_gain(x, gain)
+    return *_empty(x), x.new_empty(x.shape)
+
+
+def _silu_mul_fake(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    _check_same(gate, up, "up")
+    return _empty(gate)
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "quantize_per_token": (_quantize_per_token, _token_fake),
+    "quantize_per_token_asymmetric": (_quantize_per_token_asymmetric, _asymmetric_fake),
+    "quantize_per_tensor": (_quantize_per_tensor, _tensor_fake),
+    "rms_norm_quantize": (_rms_norm_quantize, _rms_norm_fake),
+    "add_rms_norm_quantize": (_add_rms_norm_quantize, _add_rms_norm_fake),
+    "silu_mul_quantize": (_silu_mul_quantize, _silu_mul_fake),
+}
+
+for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"qkernels::{_name}", _fake, lib=_library)
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [..., K] and its scales fp32 [..., 1]: s = max|x| / 127, q = x / s rounded half to even.
+
+    Args:
+        x: [..., K], fp16, bf16 or fp32. An all-zero row has s = 1; a row with NaN or infinity has
+            s = NaN or infinity.
+
+    Raises:
+        WeightError: for another dtype.
+    """
+    return torch.ops.qkernels.quantize_per_token(x)
+
+
+def quantize_per_token_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 [..., K], scales fp32 [..., 1] and zero points int32 [..., 1]: x is about s * (q - zero).
+
+    The range of a row, which includes 0, is spread over all 256 codes.
+
+    Args:
+        x: [..., K], fp16, bf16 or fp32. A row with NaN or infinity has s = NaN.
+
+    Raises:
+        WeightError: for another dtype.
+    """
+    return torch.ops.qkernels.quantize_per_token_asymmetric(x)
+
+
+def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """int8 [..., K] and one scale fp32 []: `scale`, or max|x| / 127 where it is None.
+
+    Numbers beyond a given scale's range saturate.
+
+    Raises:
+        WeightError: for another dtype of x, or a scale that is not fp32 [].
+    """
+    return torch.ops.qkernels.quantize_per_tensor(x, scale)
+
+
+def quantize_activation(x: Tensor) -> QuantizedActivation:
+    """`quantize_per_token` for layers that share x, such as the projections to q, k and v."""
+    return QuantizedActivation(*quantize_per_token(x), x.dtype)
+
+
+def rms_norm_quantize(
+    x: Tensor, gain: Tensor | None, epsilon: float = 1e-6
+) -> QuantizedActivation:
+    """x / sqrt(mean(x^2) + epsilon) * gain, computed in fp32 and quantized per token in one pass.
+
+    Args:
+        x: [..., K], fp16, bf16 or fp32.
+        gain: [K] of such a type, or None.
+    """
+    return QuantizedActivation(*torch.ops.qkernels.rms_norm_quantize(x, gain, epsilon), x.dtype)
+
+
+def add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, gain: Tensor | None, epsilon: float = 1e-6
+) -> tuple[QuantizedActivation, Tensor]:
+    """`rms_norm_quantize` of x + residual, and that sum, rounded to their type."""
+    *quantized, total = torch.ops.qkernels.add_rms_norm_quantize(x, residual, gain, epsilon)
+    return QuantizedActivation(*quantized, x.dtype), total
+
+
+def silu_mul_quantize(gate: Tensor, up: Tensor) -> QuantizedActivation:
+    """silu(gate) * up, computed in fp32 and quantized per token in one pass.
+
+    Args:
+        gate, up: [..., K] of one type, fp16, bf16 or fp32.
+    """
+    return QuantizedActivation(*torch.ops.qkernels.silu_mul_quantize(gate, up), gate.dtype)

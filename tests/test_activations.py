@@ -1,0 +1,172 @@
+"""Quantization of activations against its references, and `QuantizedActivation` shared by layers."""
+
+import pytest
+import torch
+
+import qkernels as qk
+from qkernels import reference
+from qkernels.backends import cpu
+from qkernels.errors import WeightError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SHAPES = ((1, 1), (3, 16), (5, 100), (2, 4099))
+NAN, INF = float("nan"), float("inf")
+
+
+def difficult_rows(dtype):
+    """Rows of every size, of zeros, with NaN and infinity, and with ties of the rounding."""
+    x = torch.randn(9, 200).to(dtype)
+    x[0] = 0
+    x[1] *= 1e-4
+    x[2] *= 300
+    x[3, 7], x[4, 9] = NAN, -INF
+    x[5] = torch.arange(200).to(dtype) / 2  # scale 99.5 / 127
+    x[6] = 127
+    x[6, ::2] = 0.5  # ties
+    x[7] = torch.finfo(dtype).tiny
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_per_token_is_the_reference_bit_for_bit(dtype):
+    for x in (difficult_rows(dtype), *(torch.randn(shape).to(dtype) for shape in SHAPES)):
+        q, s = qk.quantize_per_token(x)
+        want_q, want_s = reference.quantize_rows(x, torch.int8)
+        assert torch.equal(q, want_q)
+        assert torch.equal(s[:, 0].nan_to_num(-1.0), want_s.nan_to_num(-1.0))
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS)
+def test_divisions_are_rounded_as_the_reference_rounds_them(isa):
+    if cpu.why_no_isa(isa) is not None:
+        pytest.skip(cpu.why_no_isa(isa))
+    compiled = cpu._compiled()
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()].float()
+    # Every bf16 number within some scale, most of them near ties of some row.
+    rows = torch.stack([x.clamp(-top, top) for top in (1.0, 127.0, 3.3, 1e-20, 1e30, 0.7)])
+    q, s, *_ = compiled.quantize_rows_cpu(rows, "plain", None, None, 0.0, "token", None, isa)
+    want_q, want_s = reference.quantize_rows(rows, torch.int8)
+    assert torch.equal(q, want_q) and torch.equal(s, want_s)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_asymmetric_is_the_reference_bit_for_bit(dtype):
+    x = difficult_rows(dtype)
+    x[8] = x[8].abs()  # a range that begins at 0
+    q, s, zero = qk.quantize_per_token_asymmetric(x)
+    want_q, want_s, want_zero = reference.quantize_rows_asymmetric(x)
+    assert torch.equal(s[:, 0].nan_to_num(-1.0), want_s.nan_to_num(-1.0))
+    assert torch.equal(zero[:, 0], want_zero) and torch.equal(q, want_q)
+    finite = [0, 1, 2, 5, 6, 7, 8]
+    restored = s[finite] * (q[finite].float() - zero[finite])
+    assert (restored - x[finite].float()).abs().amax() <= s[finite].amax()
+    assert zero[8] == -128 and s[3].isnan() and s[4].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_per_tensor_dynamic_and_static(dtype):
+    x = torch.randn(7, 100).to(dtype)
+    q, s = qk.quantize_per_tensor(x)
+    assert s == x.float().abs().max() / 127 and q.abs().max() == 127
+    scale = torch.tensor(0.01)
+    x[0, 0], x[1, 1], x[2, 2] = INF, -INF, NAN
+    q, s = qk.quantize_per_tensor(x, scale)
+    assert torch.equal(q, reference.quantize_rows(x, torch.int8, scale)[0])
+    assert s == scale and q[0, 0] == 127 and q[1, 1] == -127 and q[2, 2] == 0
+
+
+def close(got, values):
+    """Whether int8 rows are `values` rounded: sums of squares may round otherwise in torch."""
+    q, s = reference.quantize_rows(values, torch.int8)
+    assert torch.allclose(got.scale[..., 0].flatten(), s.flatten(), rtol=1e-5)
+    assert (got.values.flatten(0, -2).int() - q.int()).abs().max() <= 1
+    assert (got.values.flatten(0, -2) == q).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_forms_are_their_references(dtype):
+    x, other = torch.randn(2, 3, 300).to(dtype), torch.randn(2, 3, 300).to(dtype) * 3
+    gain = torch.rand(300).to(dtype)
+    rows, others = x.flatten(0, 1), other.flatten(0, 1)
+    for factor in (None, gain, gain.float()):
+        close(qk.rms_norm_quantize(x, factor), reference.rms_norm(rows, factor, 1e-6)[0])
+        got, total = qk.add_rms_norm_quantize(x, other, factor)
+        values, want = reference.rms_norm(rows, factor, 1e-6, others)
+        assert total.shape == x.shape and torch.equal(total.flatten(0, 1), want)
+        close(got, values)
+    got = qk.silu_mul_quantize(x, other)
+    close(got, reference.silu_mul(rows, others))
+    assert got.dtype == dtype and got.values.shape == x.shape and got.scale.shape == (2, 3, 1)
+    strided = torch.stack([x, other], dim=-1)
+    assert torch.equal(qk.silu_mul_quantize(strided[..., 0], strided[..., 1]).values, got.values)
+
+
+def test_the_exponential_holds_over_its_whole_range():
+    gate = torch.linspace(-200, 200, 4001)[None]
+    got = qk.silu_mul_quantize(gate, torch.ones_like(gate))
+    close(got, reference.silu_mul(gate, torch.ones_like(gate)))
+    small = torch.linspace(-80, -1, 2000)[None]
+    got = qk.silu_mul_quantize(small, 1 / torch.nn.functional.silu(small))
+    assert (got.values == 127).all() and torch.allclose(got.scale, torch.tensor(1 / 127), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_nan_and_infinity_stay_visible_in_fused_forms(bad):
+    x, one = torch.randn(3, 64), torch.ones(3, 64)
+    x[1, 5] = bad
+    for got in (
+        qk.rms_norm_quantize(x, None),
+        qk.add_rms_norm_quantize(x, one, None)[0],
+        qk.silu_mul_quantize(x, one),
+    ):
+        assert not got.scale[1].isfinite().any() and got.scale[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-g64", "w4a8-g64", "w4a8-g64-flat", "w4a8"])
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_layers_share_one_quantization(scheme, backend, rows):
+    x = torch.randn(2, rows, 192).bfloat16()
+    shared = qk.quantize_activation(x)
+    for out_features in (48, 33):
+        linear = torch.nn.Linear(192, out_features).bfloat16()
+        layer = qk.WQLinear.from_linear(linear, scheme, backend=backend)
+        assert torch.equal(layer(shared), layer(x))
+        assert layer(shared).dtype == torch.bfloat16
+
+
+def test_activation_order_applies_to_quantized_x():
+    weight = qk.quantizers.rtn.quantize(torch.randn(24, 64), "w8a8", perm=torch.randperm(64))
+    layer = qk.WQLinear.from_weight(weight)
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(qk.quantize_activation(x)), layer(x))
+
+
+def test_wrong_input_is_named():
+    x = torch.randn(2, 64)
+    shared = qk.quantize_activation(x)
+    layer = qk.WQLinear.from_linear(torch.nn.Linear(64, 8), "w4a16-g32")
+    with pytest.raises(WeightError, match="layers of w4a16-g32 do not take"):
+        layer(shared)
+    layer = qk.WQLinear.from_linear(torch.nn.Linear(32, 8), "w8a8")
+    with pytest.raises(WeightError, match=r"int8 \[..., 32\], got torch.int8 \[2, 64\]"):
+        layer(shared)
+    broken = qk.QuantizedActivation(shared.values[:, :32], shared.scale[:, 0], torch.float32)
+    with pytest.raises(WeightError, match=r"float32 \[2, 1\], got torch.float32 \[2\]"):
+        layer(broken)
+    for call, message in (
+        (lambda: qk.quantize_per_token(x.double()), "float64"),
+        (lambda: qk.quantize_per_tensor(x, torch.ones(1)), r"scale must be float32 \[\]"),
+        (lambda: qk.rms_norm_quantize(x, torch.ones(3)), r"gain must be \[64\]"),
+        (lambda: qk.add_rms_norm_quantize(x, x[:1], None), "residual must be like x"),
+        (lambda: qk.silu_mul_quantize(x, x.half()), "up must be like x"),
+    ):
+        with pytest.raises(WeightError, match=message):
+            call()
+
+
+def test_no_rows():
+    shared = qk.quantize_activation(torch.randn(0, 64))
+    layer = qk.WQLinear.from_linear(torch.nn.Linear(64, 8), "w8a8")
+    assert layer(shared).shape == (0, 8)
