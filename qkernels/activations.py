@@ -1,4 +1,4 @@
-"""int8 activations: quantization on its own, behind a normalization or a gate, and shared by layers.
+"""int8 activations: quantized on their own, behind a normalization or a gate; shared by layers.
 
 The operators of `torch.ops.qkernels` that quantize rows, each with its reference in
 `qkernels.reference`, and `QuantizedActivation`, which several `WQLinear`s take in place of x.
@@ -225,9 +225,9 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_per_token_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 [..., K], scales fp32 [..., 1] and zero points int32 [..., 1]: x is about s * (q - zero).
+    """int8 [..., K], scales fp32 [..., 1] and zero points int32 [..., 1].
 
-    The range of a row, which includes 0, is spread over all 256 codes.
+    x is about s * (q - zero). The range of a row, which includes 0, is spread over all 256 codes.
 
     Args:
         x: [..., K], fp16, bf16 or fp32. A row with NaN or infinity has s = NaN.
@@ -251,27 +251,28 @@ def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor,
 
 def quantize_activation(x: Tensor) -> QuantizedActivation:
     """`quantize_per_token` for layers that share x, such as the projections to q, k and v."""
-    return QuantizedActivation(*quantize_per_token(x), x.dtype)
+    quantized, scale = quantize_per_token(x)
+    return QuantizedActivation(quantized, scale, x.dtype)
 
 
-def rms_norm_quantize(
-    x: Tensor, gain: Tensor | None, epsilon: float = 1e-6
-) -> QuantizedActivation:
+def rms_norm_quantize(x: Tensor, gain: Tensor | None, epsilon: float = 1e-6) -> QuantizedActivation:
     """x / sqrt(mean(x^2) + epsilon) * gain, computed in fp32 and quantized per token in one pass.
 
     Args:
         x: [..., K], fp16, bf16 or fp32.
         gain: [K] of such a type, or None.
     """
-    return QuantizedActivation(*torch.ops.qkernels.rms_norm_quantize(x, gain, epsilon), x.dtype)
+    quantized, scale = torch.ops.qkernels.rms_norm_quantize(x, gain, epsilon)
+    return QuantizedActivation(quantized, scale, x.dtype)
 
 
 def add_rms_norm_quantize(
     x: Tensor, residual: Tensor, gain: Tensor | None, epsilon: float = 1e-6
 ) -> tuple[QuantizedActivation, Tensor]:
     """`rms_norm_quantize` of x + residual, and that sum, rounded to their type."""
-    *quantized, total = torch.ops.qkernels.add_rms_norm_quantize(x, residual, gain, epsilon)
-    return QuantizedActivation(*quantized, x.dtype), total
+    operator = torch.ops.qkernels.add_rms_norm_quantize
+    quantized, scale, total = operator(x, residual, gain, epsilon)
+    return QuantizedActivation(quantized, scale, x.dtype), total
 
 
 def silu_mul_quantize(gate: Tensor, up: Tensor) -> QuantizedActivation:
@@ -280,4 +281,5 @@ def silu_mul_quantize(gate: Tensor, up: Tensor) -> QuantizedActivation:
     Args:
         gate, up: [..., K] of one type, fp16, bf16 or fp32.
     """
-    return QuantizedActivation(*torch.ops.qkernels.silu_mul_quantize(gate, up), gate.dtype)
+    quantized, scale = torch.ops.qkernels.silu_mul_quantize(gate, up)
+    return QuantizedActivation(quantized, scale, gate.dtype)

@@ -1,4 +1,4 @@
-"""Quantization of activations against its references, and `QuantizedActivation` shared by layers."""
+"""Quantization of activations against its references, and shared by layers."""
 
 import pytest
 import torch

@@ -190,9 +190,17 @@ def test_wrong_arguments_of_the_compiled_kernels_are_named():
 
     def linear(**changes):
         arguments = {
-            **{"n": 32, "k": 64, "group": 32, "code": "int4", "middle": 8.0, "table": None},
-            **{"nested_table": None, "isa": "portable", "tiles": False},
-            **{"rounds_weights": False, "scale_of": "token"},
+            "n": 32,
+            "k": 64,
+            "group": 32,
+            "code": "int4",
+            "middle": 8.0,
+            "table": None,
+            "nested_table": None,
+            "isa": "portable",
+            "tiles": False,
+            "rounds_weights": False,
+            "scale_of": "token",
         }
         return compiled.CpuLinear(**{**arguments, **changes})
 

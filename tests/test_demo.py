@@ -10,6 +10,7 @@ import torch
 import qkernels as qk
 from qkernels import demo, demo_report, evaluation
 from qkernels.errors import CheckpointError
+from qkernels.model_files import output_head
 from tests.tiny_model import BLOCKS, LINEAR_LAYERS, tiny_model, tiny_tokenizer
 
 SCHEMES = ("w4a16-g32", "nf4-g32", "w8a8")
@@ -45,7 +46,7 @@ def test_it_writes_a_table_as_json_markdown_and_picture(run, tmp_path, capsys):
     assert run("--windows", "3") == 0
     record = read(tmp_path)
     assert record["complete"]
-    assert [row["scheme"] for row in record["rows"]] == ["bf16", *SCHEMES]
+    assert [row["scheme"] for row in record["rows"]] == ["bf16", "fp32", *SCHEMES]
     assert record["text_tokens"] == 1080
     assert record["machine"]["cores"]
     assert record["versions"]["torch"] == torch.__version__
@@ -55,9 +56,9 @@ def test_it_writes_a_table_as_json_markdown_and_picture(run, tmp_path, capsys):
         assert row["perplexity"] > 1
         assert row["tokens_per_second"] > 0
         assert row["answer"]
-        assert len(row["layers"]) == (0 if row["scheme"] == "bf16" else LINEAR_LAYERS)
+        assert len(row["layers"]) == (0 if row["scheme"] in demo.DENSE else LINEAR_LAYERS)
     markdown = (tmp_path / "out" / "demo.md").read_text()
-    assert markdown.count("\n| ") == 1 + 1 + len(SCHEMES)
+    assert markdown.count("\n| ") == 1 + 2 + len(SCHEMES)
     assert "perplexity over 192 of 1,080 tokens" in markdown
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
@@ -71,7 +72,7 @@ def test_it_writes_a_table_as_json_markdown_and_picture(run, tmp_path, capsys):
 
 
 def test_the_figures_are_those_of_a_model_quantized_by_hand(run, tmp_path, text_file):
-    assert run("--windows", "2") == 0
+    assert run("--windows", "2", "--head", "none") == 0
     row = next(row for row in read(tmp_path)["rows"] if row["scheme"] == "nf4-g32")
     model, tokenizer = load()
     report = qk.quantize_model(model, "rtn", "nf4-g32")
@@ -86,7 +87,7 @@ def test_the_figures_are_those_of_a_model_quantized_by_hand(run, tmp_path, text_
 
 def test_full_measures_every_token(run, tmp_path):
     assert run("--full", schemes=("w8a8",)) == 0
-    assert [row["tokens"] for row in read(tmp_path)["rows"]] == [1080, 1080]
+    assert [row["tokens"] for row in read(tmp_path)["rows"]] == [1080, 1080, 1080]
 
 
 def test_a_failing_scheme_loses_no_other_result(run, tmp_path, capsys):
@@ -96,7 +97,7 @@ def test_a_failing_scheme_loses_no_other_result(run, tmp_path, capsys):
     assert not record["complete"]
     failed = [row["scheme"] for row in record["rows"] if row["error"]]
     assert failed == ["w8a8-static"]
-    assert record["rows"][3]["perplexity"] > 1
+    assert record["rows"][4]["perplexity"] > 1
     out, err = capsys.readouterr()
     assert "failed: LayerError" in out
     assert "qkernels: w8a8-static failed: LayerError" in err
@@ -115,6 +116,7 @@ def test_an_interrupt_keeps_what_was_measured(run, tmp_path, capsys, monkeypatch
     rows = read(tmp_path)["rows"]
     assert [(row["scheme"], row["error"]) for row in rows] == [
         ("bf16", None),
+        ("fp32", None),
         ("w4a16-g32", None),
         ("nf4-g32", "interrupted"),
     ]
@@ -122,7 +124,7 @@ def test_an_interrupt_keeps_what_was_measured(run, tmp_path, capsys, monkeypatch
     assert out == ""
     complaints = [line for line in err.splitlines() if line.startswith("qkernels:")]
     where = tmp_path / "out"
-    assert complaints == [f"qkernels: interrupted; 2 configurations measured, see {where}"]
+    assert complaints == [f"qkernels: interrupted; 3 configurations measured, see {where}"]
 
 
 def test_an_interrupt_while_loading_writes_nothing(run, tmp_path):
@@ -191,3 +193,19 @@ def test_by_default_every_configuration_reads_the_same_windows(run, tmp_path):
     assert run() == 0
     tokens = {row["tokens"] for row in read(tmp_path)["rows"]}
     assert len(tokens) == 1 and 4 * 64 <= tokens.pop() <= 10 * 64
+
+
+def test_the_head_is_quantized_unless_told_otherwise(run, tmp_path, monkeypatch):
+    seen = []
+    real = evaluation.perplexity
+
+    def perplexity(model, *arguments, **options):
+        seen.append(type(output_head(model)).__name__)
+        return real(model, *arguments, **options)
+
+    monkeypatch.setattr(evaluation, "perplexity", perplexity)
+    assert run("--windows", "1", schemes=("w8a8",)) == 0
+    assert seen == ["Linear", "Linear", "WQLinear"]
+    assert run("--windows", "1", "--head", "none", schemes=("w8a8",)) == 0
+    assert seen[3:] == ["Linear"] * 3
+    assert run("--head", "w9a9") == 1

@@ -42,7 +42,7 @@ def runnable(kernel, scheme, m, dtype=torch.float16, **kwargs):
 
 
 # So few that each kernel takes one of them.
-ROWS = (3, 17, 72)
+ROWS = (2, 3, 17, 72)
 
 
 def runnable_in_some_type(kernel, scheme, m):
@@ -104,10 +104,11 @@ def seen_by(kernel, quantized, dtype):
 def may_refuse(kernel, dtype, m):
     """Whether a kernel that takes a scheme may still refuse this M or this type of x."""
     is_16_bit = kernel.backend in CUDA_BACKENDS and dtype == torch.float32
-    many, few = kernel.name.startswith("cpu_amx"), kernel.name.startswith("cpu_portable")
-    if kernel.name == "cpu_amx_scaled" and (dtype != torch.bfloat16 or m < 40):
+    if kernel.name == "cpu_amx_scaled" and dtype != torch.bfloat16:
         return True
-    return "gemv" in kernel.name or is_16_bit or (many and m < 9) or (few and m > 16)
+    least = {"cpu_amx_scaled": 40, "cpu_amx_float": 3, "cpu_amx_int8": 9}.get(kernel.name, 0)
+    most = {"cpu_portable_float": 16, "cpu_portable_int8": 2, "cpu_avx2_float": 128}
+    return "gemv" in kernel.name or is_16_bit or not least <= m <= most.get(kernel.name, m)
 
 
 def few_rows(kernel, scheme):
@@ -351,7 +352,7 @@ def test_integer_products_are_exact(text):
     want = x.double() @ quantized.dequantize().double().t()
     seen = 0
     for kernel in KERNELS:
-        for m in (5, 17):
+        for m in (2, 17):
             if runnable(kernel, quantized.scheme, m, torch.float32):
                 assert torch.equal(run(kernel, quantized, x[:m]).double(), want[:m]), kernel.name
                 seen += 1

@@ -1,5 +1,6 @@
 // qkernels._C: checks what Python passes in and calls the kernels, which take raw pointers.
-// The CPU kernels are called in cpu.cpp, the CUDA kernels in cuda/. A user's mistake is a ValueError with the values.
+// The CPU kernels are called in cpu.cpp, the CUDA kernels in cuda/. A user's mistake is a
+// ValueError with the values.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

@@ -5,6 +5,11 @@
 #include "cpu/target.h"
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// gcc 12 takes the undefined vectors of its own headers for mistakes (its bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 QK_TARGET(

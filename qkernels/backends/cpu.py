@@ -33,8 +33,9 @@ _SCALED_TILE_ROWS = 40
 _INT8_TILE_ROWS = 9
 """Rows of x from which on tiles are faster than vectors, measured: see docs/cpu.md."""
 
-_MOST_PORTABLE_ROWS = 16
-"""Rows up to which plain C++ is faster than dequantizing for torch's product."""
+_MOST_ROWS = {"avx2_float": 128, "portable_float": 16, "portable_int8": 2}
+"""Rows up to which a kernel is faster than the reference, which dequantizes for torch's product.
+Measured on one machine, where torch had AVX-512 and VNNI: see docs/cpu.md."""
 
 _FLOAT_TILE_GROUP, _INT8_TILE_GROUP = 32, 64
 """Columns of a tile, of which groups must be multiples."""
@@ -148,10 +149,15 @@ def _no_int8_tiles(problem: Problem) -> str | None:
     return reason
 
 
-def _few_rows(why_not: WhyNot) -> WhyNot:
+def _few_rows(name: str, why_not: WhyNot) -> WhyNot:
+    """`why_not`, and too many rows for the kernel called `name`."""
+    most = _MOST_ROWS.get(name)
+    if most is None:
+        return why_not
+
     def refuses(problem: Problem) -> str | None:
-        if problem.m > _MOST_PORTABLE_ROWS and not problem.batch_invariant:
-            return f"is for {_MOST_PORTABLE_ROWS} rows of x at most, got {problem.m}"
+        if problem.m > most and not problem.batch_invariant:
+            return f"is for {most} rows of x at most, got {problem.m}"
         return why_not(problem)
 
     return refuses
@@ -262,10 +268,8 @@ def _remember(isa: str, tiles: bool, rounds: bool = False) -> Remember:
 
 def _rows(isa: str) -> tuple[Kernel, ...]:
     tiles = isa == "amx"
-    no_floats = _no_float_tiles if tiles else _no_floats
-    no_integers = _no_int8_tiles if tiles else _no_integers
-    if isa == "portable":
-        no_floats, no_integers = _few_rows(no_floats), _few_rows(no_integers)
+    no_floats = _few_rows(f"{isa}_float", _no_float_tiles if tiles else _no_floats)
+    no_integers = _few_rows(f"{isa}_int8", _no_int8_tiles if tiles else _no_integers)
     kernels: dict[str, tuple[WhyNot, Run]] = {
         f"{isa}_float": (no_floats, _run_floats(isa, tiles)),
         f"{isa}_int8": (no_integers, _run_integers(isa, tiles)),

@@ -53,8 +53,8 @@ class Kernel:
         why_not: the reason, in a user's words, why it cannot run a problem, or None.
         run: (x [M, K], packed weight, bias or None, problem) -> y [M, N]; x's columns are in the
             order of the codes.
-        run_quantized: (int8 x [M, K], its row scales fp32 [M], packed weight, bias or None, problem,
-            whose x_dtype is that of y) -> y [M, N]; None where it quantizes x itself or not at all.
+        run_quantized: (int8 x [M, K], its row scales fp32 [M], packed weight, bias or None,
+            problem, whose x_dtype is that of y) -> y [M, N]; None where x is not quantized.
         remember: (spec of the operator, problem, names of the buffers): tells compiled code that
             this kernel was chosen, so that it need not ask again; None where there is no such code.
     """

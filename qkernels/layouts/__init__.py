@@ -13,9 +13,7 @@ from qkernels.layouts.plain import PLAIN
 from qkernels.layouts.planar import PLANAR, plane_height
 from qkernels.layouts.vnni import VNNI
 
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (PLAIN, PLANAR, FRAGMENT, VNNI)
-}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PLAIN, PLANAR, FRAGMENT, VNNI)}
 
 __all__ = [
     "BUFFER_NAMES",
