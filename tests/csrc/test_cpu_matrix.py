@@ -1,0 +1,112 @@
+"""csrc/cpu under sanitizers: each format, shape, set of instructions and number of threads.
+
+AddressSanitizer and UBSan see what compiled code reads and writes. The instructions that load and
+store tiles are inline assembly in gcc's headers, which no sanitizer sees: what tiles compute of
+integers must equal, byte by byte, what vectors do.
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = [
+    # More than line numbers (-g) takes gcc twice as long, at sanitized code of this kind.
+    *("-std=c++17", "-O1", "-g1", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", "-pthread"),
+    # gcc 12's own intrinsics begin with values that they do not set.
+    *("-Wall", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    # pack.cpp is for OpenMP, whose threads ThreadSanitizer takes for races.
+    "-Wno-unknown-pragmas",
+]
+ISAS = ("portable", "avx2", "avx512", "amx")
+# Those that take longest to compile come first, so that two compilers are through at once.
+SLOWEST = ("kernels_portable", "kernels_amx", "kernels_avx512", "kernels_avx2", "cpu_matrix")
+MEMORY = "address,undefined"
+THREADS = "thread"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    program: Path
+    launcher: tuple[str, ...] = ()
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        # A leak checker cannot run under a debugger or in some sandboxes, and is not the point.
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+        command = [*self.launcher, self.program, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def launcher_of(compiler: str, sanitizer: str, folder: Path) -> tuple[str, ...]:
+    """What to start sanitized programs with; skips where they are not built or do not run."""
+    source, program = folder / "probe.cpp", folder / "probe"
+    source.write_text("int main() { return 0; }\n")
+    command = [compiler, *FLAGS, f"-fsanitize={sanitizer}", source, "-o", program]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"g++ does not link -fsanitize={sanitizer}: {done.stderr.strip()[-200:]}")
+    # ThreadSanitizer of gcc 12 finds addresses that newer kernels draw at random unexpected.
+    setarch = shutil.which("setarch")
+    fixed_addresses = [(setarch, "-R")] if setarch else []
+    for launcher in [(), *fixed_addresses]:
+        done = subprocess.run([*launcher, program], capture_output=True, text=True)
+        if done.returncode == 0:
+            return launcher
+    pytest.skip(f"programs of -fsanitize={sanitizer} do not run: {done.stderr.strip()[-200:]}")
+
+
+def built(sanitizer: str, folder: Path) -> Matrix:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++")
+    launcher = launcher_of(compiler, sanitizer, folder)
+    flags = [*FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    sources = [*(ROOT / "csrc/cpu").glob("*.cpp"), ROOT / "tests/csrc/cpu_matrix.cpp"]
+    order = {stem: place for place, stem in enumerate(SLOWEST)}
+    sources.sort(key=lambda source: (order.get(source.stem, len(order)), source.stem))
+
+    def compiled(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        # Plain C++ with both sanitizers takes 26 s to optimize, a third of all, and 3 s not to.
+        level = ["-O0"] if sanitizer == MEMORY and source.stem == "kernels_portable" else []
+        command = [compiler, *flags, *level, "-c", source, "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("JOBS", "2"))) as pool:
+        objects = list(pool.map(compiled, sources))
+    program = folder / "cpu_matrix"
+    subprocess.run([compiler, *flags, *objects, "-o", program], check=True)
+    return Matrix(program, launcher)
+
+
+def succeeds(done: subprocess.CompletedProcess[str]):
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    assert " 0 failures" in done.stdout
+
+
+# One test for each program, so that no two processes of pytest build the same one.
+
+
+def test_memory(tmp_path: Path):
+    matrix = built(MEMORY, tmp_path)
+    succeeds(matrix.run())
+    # That can fail: without the last element of y.
+    for isa in ISAS:
+        done = matrix.run("--break", isa)
+        if done.returncode == 2:
+            continue  # this machine has no such instructions
+        assert done.returncode != 0
+        assert "heap-buffer-overflow" in done.stderr
+        assert "write_output" in done.stderr
+
+
+def test_threads(tmp_path: Path):
+    # What is shared among threads does not depend on the format: each fifth case will do.
+    succeeds(built(THREADS, tmp_path).run("--every=5"))
