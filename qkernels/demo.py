@@ -154,6 +154,7 @@ def run(
             "fit" for what this machine reads in about READING_SECONDS, "all" for all.
         progress: called with the name of each configuration, gives what shows its progress.
     """
+    demo.head = None if head is None else str(head)
     token_ids = evaluation.encode(tokenizer, text)
     demo.total_tokens = len(token_ids)
     names = (*DENSE, *schemes)

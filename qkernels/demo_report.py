@@ -69,6 +69,7 @@ class Demo:
     total_tokens: int = 0
     rows: list[Row] = field(default_factory=list)
     load_seconds: float = 0.0
+    head: str | None = None  # scheme of the output head in quantized rows
 
     @property
     def complete(self) -> bool:
@@ -83,6 +84,7 @@ class Demo:
             "text_tokens": self.total_tokens,
             "prompt": self.prompt,
             "load_seconds": self.load_seconds,
+            "head": self.head,
             "rows": [asdict(row) for row in self.rows],
         }
 
@@ -135,8 +137,9 @@ def markdown(demo: Demo) -> str:
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     seconds = demo.load_seconds + sum(row.seconds for row in demo.rows)
     notes = (
-        f"{title(demo)} of {demo.text}. Weights: the linear layers but the output head, scales "
-        "included, and their share of the dense ones. Weight error: the mean over the layers of "
+        f"{title(demo)} of {demo.text}. Weights: the linear layers but the output head (which is "
+        f"{demo.head or '16-bit'} beside quantized layers), scales included, and their share of "
+        "the dense ones. Weight error: the mean over the layers of "
         "the relative Frobenius error. Read: tokens a second in the perplexity run; write: "
         "generated one by one. "
         f'Answer: the continuation of "{demo.prompt}".\n\n'

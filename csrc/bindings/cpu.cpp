@@ -163,6 +163,7 @@ class CpuLinear {
                     const Optional& offset, const Optional& row_scales, const Optional& bias,
                     at::ScalarType y_type) const {
     const int64_t m = x.dim() == 2 ? x.size(0) : 0;
+    require(!channel_scales, "two-level scales are for int8 products");
     cpu::FloatArguments arguments{};
     arguments.weight = weight(words, scales, zeros, channel_scales, absmax, offset);
     check_rows("x", x, weight_.k);
@@ -201,6 +202,8 @@ class CpuLinear {
             zeros ? zeros->scalar_type() : at::kByte);
     require(weight_.code == cpu::Code::kInt4 || weight_.code == cpu::Code::kInt8,
             "int8 products take int4 and int8 codes alone");
+    require(!channel_scales || weight_.code == cpu::Code::kInt4,
+            "two-level scales are for codes of up to 4 bits");
     check_rows("x", x, weight_.k);
     const bool whole = arguments.weight.sums_are_integers();
     require(!schedule_.tiles || whole || cpu::fits_int8_tiles(weight_.group),
