@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kMostTerms = 3;
 // Columns decoded at a time: whole groups where they are small.
-constexpr int64_t kGroupedChunk = 512, kMostSpans = kGroupedChunk / 16;
+constexpr int64_t kGroupedChunk = 256, kMostSpans = kGroupedChunk / 16;
 
 // --- Floats
 
@@ -57,10 +57,11 @@ QK_INLINE I pair(F even, F odd) {
 // Columns [first, last) of a panel into tiles, the terms `term_bytes` apart.
 template <class Decoder>
 void decode_exactly(const Weight& weight, const Decoder& decoder, const Bf16Table&, int64_t panel,
-                    int64_t first, int64_t last, char* out, int64_t) {
+                    int64_t first, int64_t last, char* out, int64_t, Prefetch& prefetch) {
   const uint32_t* from = weight.words + panel * weight.panel_words() + first / 4 * kLanes;
   for (int64_t k = first; k < last; k += 4, from += kLanes, out += 128) {
     const I words = V::load(from);
+    if (k % 16 == 0) prefetch.ask(1);
     _mm512_store_si512(out,
                        pair(decoder.template value<0>(words), decoder.template value<1>(words)));
     _mm512_store_si512(out + 64,
@@ -70,10 +71,12 @@ void decode_exactly(const Weight& weight, const Decoder& decoder, const Bf16Tabl
 
 template <>
 void decode_exactly(const Weight& weight, const Table4<V>&, const Bf16Table& table, int64_t panel,
-                    int64_t first, int64_t last, char* out, int64_t term_bytes) {
+                    int64_t first, int64_t last, char* out, int64_t term_bytes, Prefetch& prefetch) {
   const uint32_t* from = weight.words + panel * weight.panel_words() + first / 8 * kLanes;
   for (int64_t k = first; k < last; k += 8, from += kLanes, out += 256) {
     const I words = V::load(from);
+    // Half of what comes next; the rest is asked for while tiles multiply.
+    if (k % 32 == 0) prefetch.ask(1);
     for (int term = 0; term < table.terms; ++term) {
       char* to = out + term * term_bytes;
       const I values = table.words[term];
@@ -235,16 +238,16 @@ void run_exact(const FloatTileJob& job, const Decoder& decoder, int64_t begin, i
       const int64_t last = chunk_end(weight, first, kGroupedChunk);
       chunk.first = first;
       chunk.span_count = spans_of(weight, first, last, chunk.spans);
+      Prefetch prefetch = next_chunk(weight, panel, end, last, kGroupedChunk);
       for (int64_t p = 0; p < panels; ++p) {
         decode_exactly(weight, decoder, table, panel + p, first, last, scratch.tiles[0][p][0],
-                       sizeof scratch.tiles[0]);
+                       sizeof scratch.tiles[0], prefetch);
         for (int64_t s = 0; s < chunk.span_count; ++s) {
           const int64_t g = chunk.spans[s].group;
           V::store(scratch.scales[s][p], group_scales<V>(weight, panel + p, g));
           V::store(scratch.zeros[s][p], group_zeros<V>(weight, panel + p, g, decoder.offset));
         }
       }
-      Prefetch prefetch = next_chunk(weight, panel, end, last, kGroupedChunk);
       const int lines = prefetch.lines(divide_up(row_tiles, 2) * ((last - first) / kFloatStep));
       if (panels == 2)
         chunk.run<2>(prefetch, lines, all_sums);
