@@ -1,9 +1,9 @@
 // Products on AMX tiles whose sums run over all of K: of int8, where scales are multiplied into the
 // weights or wait for the end, and of bf16, with scaled weights rounded to bf16.
 //
-// A chunk of two panels (four, for one tile of rows) is decoded into the L1 cache and multiplied
-// with the same chunk of all rows, which comes from the L2 cache. Tiles of sums go to memory and
-// back for each chunk: longer ones, whose weights would come from the L2 cache too, were slower.
+// A chunk of two panels is decoded into the L1 cache and multiplied with the same chunk of all
+// rows, which comes from the L2 cache. Tiles of sums go to memory and back for each chunk: longer
+// ones, whose weights would come from the L2 cache too, were slower.
 
 #pragma once
 
@@ -13,8 +13,7 @@
 namespace qkernels::cpu {
 namespace {
 
-constexpr int64_t kMostPanels = 4;
-constexpr int64_t kChunkSteps = 8;  // of two panels; half as many of four
+constexpr int64_t kChunkSteps = 8;
 
 // x and weights of a kind of product:
 //   kStep                            columns of a tile
@@ -38,7 +37,6 @@ __attribute__((noinline)) void multiply_chunk(const char* const* weights, const 
                                               int64_t x_stride, int64_t steps, bool first,
                                               int32_t* sums, int64_t panel_sums, Prefetch& prefetch,
                                               int lines) {
-  static_assert(kRowTiles * kPanels <= 4);
   constexpr int64_t kRowTile = kTileRows * kLanes;
   constexpr bool kPair = kRowTiles == 2;
   int32_t* second = sums + kRowTile;
@@ -46,37 +44,27 @@ __attribute__((noinline)) void multiply_chunk(const char* const* weights, const 
     zero_tiles<kRowTiles, kPanels>();
   } else {
     _tile_loadd(0, sums, 64);
-    if constexpr (kPanels >= 2) _tile_loadd(1, sums + panel_sums, 64);
+    if constexpr (kPanels == 2) _tile_loadd(1, sums + panel_sums, 64);
     if constexpr (kPair) _tile_loadd(2, second, 64);
     if constexpr (kPair && kPanels == 2) _tile_loadd(3, second + panel_sums, 64);
-    if constexpr (kPanels == 4) _tile_loadd(2, sums + 2 * panel_sums, 64);
-    if constexpr (kPanels == 4) _tile_loadd(3, sums + 3 * panel_sums, 64);
   }
   for (int64_t at = 0; at < steps * kTileBytes; at += kTileBytes) {
     prefetch.ask(lines);
     _tile_loadd(6, weights[0] + at, 64);
-    if constexpr (kPanels >= 2) _tile_loadd(7, weights[1] + at, 64);
+    if constexpr (kPanels == 2) _tile_loadd(7, weights[1] + at, 64);
     _tile_loadd(4, x + at, 64);
     QK_MULTIPLY_TILES(0, 4, 6);
-    if constexpr (kPanels >= 2) QK_MULTIPLY_TILES(1, 4, 7);
+    if constexpr (kPanels == 2) QK_MULTIPLY_TILES(1, 4, 7);
     if constexpr (kPair) {
       _tile_loadd(5, x + x_stride + at, 64);
       QK_MULTIPLY_TILES(2, 5, 6);
       if constexpr (kPanels == 2) QK_MULTIPLY_TILES(3, 5, 7);
     }
-    if constexpr (kPanels == 4) {
-      _tile_loadd(6, weights[2] + at, 64);
-      QK_MULTIPLY_TILES(2, 4, 6);
-      _tile_loadd(7, weights[3] + at, 64);
-      QK_MULTIPLY_TILES(3, 4, 7);
-    }
   }
   _tile_stored(0, sums, 64);
-  if constexpr (kPanels >= 2) _tile_stored(1, sums + panel_sums, 64);
+  if constexpr (kPanels == 2) _tile_stored(1, sums + panel_sums, 64);
   if constexpr (kPair) _tile_stored(2, second, 64);
   if constexpr (kPair && kPanels == 2) _tile_stored(3, second + panel_sums, 64);
-  if constexpr (kPanels == 4) _tile_stored(2, sums + 2 * panel_sums, 64);
-  if constexpr (kPanels == 4) _tile_stored(3, sums + 3 * panel_sums, 64);
 }
 
 template <class Kind>
@@ -100,33 +88,28 @@ struct WholeTiles {
         sums + panel * panel_sums() + tile * kTileRows * kLanes, panel_sums(), prefetch, lines);
   }
 
-  // All rows of x and `panels` panels, from `panel` of the task on.
+  // All rows of x and one or two panels, from `panel` of the task on.
   void add_rows(const char* const* weights, int64_t panel, int64_t panels, int64_t first,
                 int64_t last, Prefetch& prefetch, int lines) const {
-    int64_t p = 0;
-    for (; p + 2 <= panels; p += 2) {
-      for (int64_t tile = 0; tile + 2 <= row_tiles(); tile += 2) {
-        add<2, 2>(weights + p, panel + p, tile, first, last, prefetch, lines);
-      }
+    const auto pair = panels == 2;
+    int64_t tile = 0;
+    for (; tile + 2 <= row_tiles(); tile += 2) {
+      if (pair)
+        add<2, 2>(weights, panel, tile, first, last, prefetch, lines);
+      else
+        add<2, 1>(weights, panel, tile, first, last, prefetch, lines);
     }
-    for (int64_t tile = 0; p < panels && tile + 2 <= row_tiles(); tile += 2) {
-      add<2, 1>(weights + p, panel + p, tile, first, last, prefetch, lines);
-    }
-    if (row_tiles() % 2 == 0) return;
-    const int64_t tile = row_tiles() - 1;
-    for (p = 0; p + 4 <= panels; p += 4) {
-      add<1, 4>(weights + p, panel + p, tile, first, last, prefetch, lines);
-    }
-    for (; p + 2 <= panels; p += 2) {
-      add<1, 2>(weights + p, panel + p, tile, first, last, prefetch, lines);
-    }
-    if (p < panels) add<1, 1>(weights + p, panel + p, tile, first, last, prefetch, lines);
+    if (tile == row_tiles()) return;
+    if (pair)
+      add<1, 2>(weights, panel, tile, first, last, prefetch, lines);
+    else
+      add<1, 1>(weights, panel, tile, first, last, prefetch, lines);
   }
 
   // A chunk [first, last) of `panels` panels from `panel` on; and asks for another one.
   void add_chunk(int64_t begin, int64_t panel, int64_t panels, int64_t first, int64_t last,
                  Prefetch prefetch) const {
-    const char* weights[kMostPanels];
+    const char* weights[2];
     for (int64_t p = 0; p < panels; ++p) {
       weights[p] = kind.tiles(panel + p, first);
       if (weights[p] != nullptr) continue;
@@ -134,41 +117,38 @@ struct WholeTiles {
       kind.decode(panel + p, first, last, out);
       weights[p] = out;
     }
-    const int64_t times = divide_up(panels, row_tiles() == 1 ? 4 : 2) * divide_up(row_tiles(), 2) *
-                          ((last - first) / Kind::kStep);
+    const int64_t times = divide_up(row_tiles(), 2) * ((last - first) / Kind::kStep);
     add_rows(weights, panel - begin, panels, first, last, prefetch, prefetch.lines(times));
   }
 
   void run(int64_t begin, int64_t end) const {
-    const int64_t at_once = 2;
-    const int64_t chunk = 2 * kChunkSteps / at_once * Kind::kStep, columns = weight.columns();
+    const int64_t chunk = kChunkSteps * Kind::kStep, columns = weight.columns();
     const TileRegisters registers(m < kTileRows ? m : kTileRows);
     // Where all of x stays in the L2 cache, panels are finished one after the other, so that
     // weights stream; else a chunk of x is used by all panels of the task.
     const bool along_k = stays_cached(row_tiles() * kTileRows * columns * 64 / Kind::kStep);
     int64_t panel = begin, first = 0;
-    for (;;) {
+    for (bool more = true; more;) {
       const int64_t last = columns - first < chunk ? columns : first + chunk;
-      const int64_t panels = end - panel < at_once ? end - panel : at_once;
-      int64_t next = panel, next_first = first;
-      if (along_k ? last < columns : panel + panels >= end)
-        next_first = last;
-      else
-        next += panels;
-      if (along_k && last == columns) next_first = 0;
-      if (!along_k && panel + panels >= end) next = begin;
-      const bool more = next < end && next_first < columns;
+      const bool last_panels = panel + 2 >= end;
+      int64_t next = panel, next_first = last;
+      if (along_k && last == columns) {
+        next = panel + 2;
+        next_first = 0;
+      } else if (!along_k) {
+        next = last_panels ? begin : panel + 2;
+        next_first = last_panels ? last : first;
+      }
+      more = next < end && next_first < columns;
+      const int64_t next_end = end - next < 2 ? end : next + 2;
       const int64_t next_last = columns - next_first < chunk ? columns : next_first + chunk;
-      add_chunk(begin, panel, panels, first, last,
-                Prefetch(weight, next, end - next < at_once ? end : next + at_once, next_first,
-                         more ? next_last : next_first));
-      if (!more) break;
+      add_chunk(begin, panel, last_panels ? end - panel : 2, first, last,
+                Prefetch(weight, next, next_end, next_first, more ? next_last : next_first));
       panel = next;
       first = next_first;
     }
-    for (panel = begin; panel < end; panel += 2) {
-      kind.finish(panel, end - panel < 2 ? 1 : 2, sums + (panel - begin) * panel_sums(),
-                  panel_sums());
+    for (int64_t p = begin; p < end; p += 2) {
+      kind.finish(p, end - p < 2 ? 1 : 2, sums + (p - begin) * panel_sums(), panel_sums());
     }
   }
 };

@@ -29,9 +29,10 @@ ISAS = ("amx", "avx512", "avx2", "portable")
 ISA_VARIABLE = "QKERNELS_CPU_ISA"
 
 _FLOAT_TILE_ROWS = 3
-_SCALED_TILE_ROWS = 40
+_SCALED_TILE_ROWS = {64: 40, 128: 96}
 _INT8_TILE_ROWS = 9
-"""Rows of x from which on tiles are faster than vectors, measured: see docs/cpu.md."""
+"""Rows of x from which on tiles are faster than vectors, and tiles of scaled weights than exact
+ones, for groups of so many columns and more, measured: see docs/cpu.md."""
 
 _MOST_ROWS = {"avx2_float": 128, "portable_float": 16, "portable_int8": 2}
 """Rows up to which a kernel is faster than the reference, which dequantizes for torch's product.
@@ -135,8 +136,10 @@ def _no_scaled_tiles(problem: Problem) -> str | None:
         return f"rounds weights to bf16, and x is {problem.x_dtype}"
     if problem.batch_invariant:
         return "rounds unlike the kernels for few rows, and batch_invariant wants one for every M"
-    if problem.m < _SCALED_TILE_ROWS:
-        return f"is for {_SCALED_TILE_ROWS} rows of x and more, got {problem.m}"
+    group = kernel_group(problem.scheme, problem.k)
+    least = _SCALED_TILE_ROWS[128 if group >= 128 else 64]
+    if problem.m < least:
+        return f"is for {least} rows of x and more, got {problem.m}"
     return _no_floats(problem)
 
 
