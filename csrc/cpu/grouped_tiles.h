@@ -71,7 +71,8 @@ void decode_exactly(const Weight& weight, const Decoder& decoder, const Bf16Tabl
 
 template <>
 void decode_exactly(const Weight& weight, const Table4<V>&, const Bf16Table& table, int64_t panel,
-                    int64_t first, int64_t last, char* out, int64_t term_bytes, Prefetch& prefetch) {
+                    int64_t first, int64_t last, char* out, int64_t term_bytes,
+                    Prefetch& prefetch) {
   const uint32_t* from = weight.words + panel * weight.panel_words() + first / 8 * kLanes;
   for (int64_t k = first; k < last; k += 8, from += kLanes, out += 256) {
     const I words = V::load(from);
