@@ -376,9 +376,11 @@ void remember(const std::string& spec, int64_t m, at::ScalarType type, const py:
       Remembered{owner, owner.cast<const CpuLinear*>(), integers, n, k, std::move(places)});
   constexpr size_t kMost = 1 << 16;
   const std::unique_lock<std::shared_mutex> lock(memory().mutex);
-  // A long run with ever new M must not fill the memory. Some owners may be in use just now, and
-  // go when their last use ends; so may Python, whose lock is held here.
-  if (memory().answers.size() < kMost) memory().answers[{spec, m, type}] = std::move(answer);
+  // A long run with ever new M must not fill the memory. What is there is never replaced: another
+  // thread, which may not hold Python's lock, could be the last to let go of it.
+  if (memory().answers.size() < kMost) {
+    memory().answers.try_emplace(Question{spec, m, type}, std::move(answer));
+  }
 }
 
 // kind: "plain"; "rms_norm" with residual and gain; "silu_mul" with up.

@@ -2,7 +2,6 @@
 // The CPU kernels are called in cpu.cpp, the CUDA kernels in cuda/. A user's mistake is a
 // ValueError with the values.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
@@ -37,14 +36,6 @@ void require_one_of(const char* name, int64_t value, std::initializer_list<int64
   for (int64_t each : accepted) message << ' ' << each;
   message << ", got " << value;
   throw py::value_error(message.str());
-}
-
-// Threads for packing this many codes. The compiler's OpenMP and the one that comes with torch are
-// two pools: after each parallel region the idle threads of one spin on the cores that the other
-// needs, which made layers of a few MB ten times slower. So only large calls are worth it.
-int threads_for(const at::Tensor& codes) {
-  constexpr int64_t kWorthThreads = int64_t{1} << 24;
-  return codes.numel() < kWorthThreads ? 1 : at::get_num_threads();
 }
 
 // The type as Python names it: torch.uint8.
@@ -84,7 +75,7 @@ at::Tensor pack_dense(const at::Tensor& codes, int64_t bits) {
   {
     py::gil_scoped_release released;
     seen = qkernels::cpu::pack_dense(codes.const_data_ptr<uint8_t>(), words_of(words), rows, k,
-                                     bits, threads_for(codes));
+                                     bits, qkernels::bindings::torch_pool().threads);
   }
   require_codes_fit(codes, seen, bits);
   return words;
@@ -100,7 +91,7 @@ at::Tensor unpack_dense(const at::Tensor& words, int64_t k, int64_t bits) {
   at::Tensor codes = at::empty({rows, k}, at::kByte);
   py::gil_scoped_release released;
   qkernels::cpu::unpack_dense(const_words_of(words), codes.mutable_data_ptr<uint8_t>(), rows, k,
-                              bits, threads_for(codes));
+                              bits, qkernels::bindings::torch_pool().threads);
   return codes;
 }
 
@@ -114,7 +105,7 @@ at::Tensor pack_planar(const at::Tensor& codes, int64_t bits, int64_t plane) {
   {
     py::gil_scoped_release released;
     seen = qkernels::cpu::pack_planar(codes.const_data_ptr<uint8_t>(), words_of(words), n, k, bits,
-                                      plane, threads_for(codes));
+                                      plane, qkernels::bindings::torch_pool().threads);
   }
   require_codes_fit(codes, seen, bits);
   return words;
@@ -131,7 +122,7 @@ at::Tensor unpack_planar(const at::Tensor& words, int64_t k, int64_t bits, int64
   at::Tensor codes = at::empty({n, k}, at::kByte);
   py::gil_scoped_release released;
   qkernels::cpu::unpack_planar(const_words_of(words), codes.mutable_data_ptr<uint8_t>(), n, k, bits,
-                               plane, threads_for(codes));
+                               plane, qkernels::bindings::torch_pool().threads);
   return codes;
 }
 

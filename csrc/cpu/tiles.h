@@ -16,6 +16,7 @@ using I = V::I;
 
 constexpr int64_t kTileRows = 16, kTileBytes = 1024;
 constexpr int64_t kFloatStep = 32, kInt8Step = 64;  // columns of a tile
+
 // The registers of tiles on this thread, which other libraries set up as they like: 0 to 3 for sums
 // and 4 and 5 for x, of `rows` rows; 6 and 7 for weights.
 class TileRegisters {
@@ -40,6 +41,8 @@ struct Span {
   int64_t first, last, group;
 };
 
+// The end of the chunk that begins at column `first`: `length` columns, less so that it ends with a
+// group where it holds whole ones, and where the group does.
 int64_t chunk_end(const Weight& weight, int64_t first, int64_t length) {
   const int64_t columns = weight.columns();
   if (weight.groups() == 1) return first + length < columns ? first + length : columns;
@@ -52,6 +55,7 @@ int64_t chunk_end(const Weight& weight, int64_t first, int64_t length) {
   return last / weight.group >= weight.groups() ? columns : last;
 }
 
+// The spans that columns [first, last) fall into, and how many.
 int64_t spans_of(const Weight& weight, int64_t first, int64_t last, Span* spans) {
   int64_t count = 0;
   while (first < last) {
