@@ -125,13 +125,17 @@ def _odd_group(problem: Problem, multiple: int) -> str | None:
 
 
 def _no_float_tiles(problem: Problem) -> str | None:
+    reason = _no_floats(problem) or _odd_group(problem, _FLOAT_TILE_GROUP)
     # Tiles round otherwise than vectors do, so that one of them must do for every M.
-    if problem.m < _FLOAT_TILE_ROWS and not problem.batch_invariant:
-        return f"is for {_FLOAT_TILE_ROWS} rows of x and more, got {problem.m}"
-    return _no_floats(problem) or _odd_group(problem, _FLOAT_TILE_GROUP)
+    if reason is None and problem.m < _FLOAT_TILE_ROWS and not problem.batch_invariant:
+        reason = f"is for {_FLOAT_TILE_ROWS} rows of x and more, got {problem.m}"
+    return reason
 
 
 def _no_scaled_tiles(problem: Problem) -> str | None:
+    reason = _no_floats(problem)
+    if reason is not None:
+        return reason
     if problem.x_dtype != torch.bfloat16:
         return f"rounds weights to bf16, and x is {problem.x_dtype}"
     if problem.batch_invariant:
@@ -140,15 +144,15 @@ def _no_scaled_tiles(problem: Problem) -> str | None:
     least = _SCALED_TILE_ROWS[128 if group >= 128 else 64]
     if problem.m < least:
         return f"is for {least} rows of x and more, got {problem.m}"
-    return _no_floats(problem)
+    return None
 
 
 def _no_int8_tiles(problem: Problem) -> str | None:
-    if problem.m < _INT8_TILE_ROWS:
-        return f"is for {_INT8_TILE_ROWS} rows of x and more, got {problem.m}"
     reason = _no_integers(problem)
     if reason is None and problem.scheme.scale_levels == "one":
         reason = _odd_group(problem, _INT8_TILE_GROUP)
+    if reason is None and problem.m < _INT8_TILE_ROWS:
+        reason = f"is for {_INT8_TILE_ROWS} rows of x and more, got {problem.m}"
     return reason
 
 
@@ -159,9 +163,10 @@ def _few_rows(name: str, why_not: WhyNot) -> WhyNot:
         return why_not
 
     def refuses(problem: Problem) -> str | None:
-        if problem.m > most and not problem.batch_invariant:
-            return f"is for {most} rows of x at most, got {problem.m}"
-        return why_not(problem)
+        reason = why_not(problem)
+        if reason is None and problem.m > most and not problem.batch_invariant:
+            reason = f"is for {most} rows of x at most, got {problem.m}"
+        return reason
 
     return refuses
 

@@ -31,7 +31,8 @@ def doctor() -> None:
 
     console = output()
     backends = table("backend", "here", "what or why not")
-    for finding in (_reference(), _extension(), _kernels(), *_triton(), _cuda()):
+    findings = (_reference(), _extension(), _cpu_kernels(), _kernels(), *_triton(), _cuda())
+    for finding in findings:
         mark = Text("yes", "green") if finding.there else Text("no", "yellow")
         backends.add_row(finding.name, mark, finding.detail)
     console.print("Backends", style="bold")
@@ -53,11 +54,11 @@ def _reference() -> Finding:
 
 
 def _extension() -> Finding:
-    name = "_C (packing in C++)"
+    name = "_C (C++)"
     try:
         extension = importlib.import_module("qkernels._C")
     except ImportError as error:
-        return Finding(name, False, f"{error}; packing goes through PyTorch instead")
+        return Finding(name, False, f"{error}; the CPU runs the reference instead")
     info = extension.build_info()
     cuda = "no CUDA kernels"
     if info.get("cuda"):
@@ -65,6 +66,18 @@ def _extension() -> Finding:
     openmp = "OpenMP" if info.get("openmp") else "no OpenMP"
     parts = (info.get("compiler"), f"torch {info.get('torch_version')}", openmp, cuda)
     return Finding(name, True, ", ".join(str(part) for part in parts if part))
+
+
+def _cpu_kernels() -> Finding:
+    from qkernels.backends import cpu as backend
+
+    problem = backend.build_problem()
+    if problem is not None:
+        return Finding("cpu kernels", False, problem)
+    reasons = {isa: backend.why_no_isa(isa) for isa in backend.ISAS}
+    able = [isa for isa, reason in reasons.items() if reason is None]
+    missing = [reason for reason in reasons.values() if reason is not None]
+    return Finding("cpu kernels", True, "; ".join((", ".join(able), *dict.fromkeys(missing))))
 
 
 def _kernels() -> Finding:
