@@ -116,9 +116,21 @@ def test_doctor_names_every_backend_with_a_reason(run):
 def test_doctor_says_why_the_extension_is_missing(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "qkernels._C", None)
     _, out, _ = run("doctor")
-    line = next(line for line in out.splitlines() if "_C (packing" in line)
+    line = next(line for line in out.splitlines() if "_C (C++)" in line)
     assert "│ no" in line
-    assert "packing goes through PyTorch" in line
+    assert "the CPU runs the reference" in line
+
+
+@pytest.mark.parametrize("missing", [None, "this CPU has no AMX with bf16 and int8"])
+def test_doctor_lists_the_instructions_of_the_cpu(run, monkeypatch, missing):
+    monkeypatch.setattr(
+        "qkernels.backends.cpu.why_no_isa", lambda isa: missing if isa == "amx" else None
+    )
+    _, out, _ = run("doctor")
+    line = next(line for line in out.splitlines() if "cpu kernels" in line)
+    assert "avx512, avx2, portable" in line and "│ yes" in line
+    assert ("amx, avx512" in line) == (missing is None)
+    assert missing is None or missing in line
 
 
 def test_doctor_says_why_triton_is_missing(run, monkeypatch):
