@@ -55,6 +55,7 @@ def test_an_unknown_cap_is_named():
 
 def test_missing_instructions_are_named(monkeypatch):
     monkeypatch.delenv(cpu.ISA_VARIABLE, raising=False)
+
     class Old:
         @staticmethod
         def why_no_isa(name):
