@@ -79,7 +79,7 @@ struct FloatBlock {
 
   QK_INLINE void run(GroupRange range) {
     const Weight& weight = job.weight;
-    const bool zeros = has_zeros(weight, decoder.offset);
+    const bool zeros = weight.has_zeros();
     for (int r = 0; r < kRows; ++r) {
       for (int p = 0; p < kPanels; ++p) sums[r][p] = V::broadcast(0.0f);
     }

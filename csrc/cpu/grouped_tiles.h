@@ -139,11 +139,7 @@ QK_INLINE void multiply_floats(const FloatTileJob& job, const FloatScratch& scra
       }
     }
   }
-  constexpr int64_t kTile = kTileRows * kLanes;
-  _tile_stored(0, product, 64);
-  if constexpr (kPanels == 2) _tile_stored(1, product + kTile, 64);
-  if constexpr (kSlots == 2) _tile_stored(2, product + 2 * kTile, 64);
-  if constexpr (kSlots == 2 && kPanels == 2) _tile_stored(3, product + 3 * kTile, 64);
+  store_tiles<kSlots, kPanels>(product, 2 * kTileBytes, kTileBytes);
 }
 
 // sums += scale * (product - zero * x_sum) for `rows` rows of one tile.
@@ -229,7 +225,7 @@ void run_exact(const FloatTileJob& job, const Decoder& decoder, int64_t begin, i
   Bf16Table table{};
   table.terms = 1;
   if constexpr (std::is_same_v<Decoder, Table4<V>>) table = bf16_table(decoder, job.table_terms);
-  FloatChunk chunk{job, scratch, table, has_zeros(weight, decoder.offset), 0, {}, 0};
+  FloatChunk chunk{job, scratch, table, weight.has_zeros(), 0, {}, 0};
   const TileRegisters registers(job.m < kTileRows ? job.m : kTileRows);
   for (int64_t panel = begin; panel < end; panel += 2) {
     const int64_t panels = end - panel < 2 ? 1 : 2;
@@ -340,11 +336,7 @@ void multiply_group(const Int8TileJob& job, const Int8Scratch& scratch, int64_t 
       if constexpr (kPanels == 2) _tile_dpbsud(3, 5, 7);
     }
   }
-  constexpr int64_t kTile = kTileRows * kLanes;
-  _tile_stored(0, product, 64);
-  if constexpr (kPanels == 2) _tile_stored(1, product + kTile, 64);
-  if constexpr (kRowTiles == 2) _tile_stored(2, product + 2 * kTile, 64);
-  if constexpr (kRowTiles == 2 && kPanels == 2) _tile_stored(3, product + 3 * kTile, 64);
+  store_tiles<kRowTiles, kPanels>(product, 2 * kTileBytes, kTileBytes);
 }
 
 // fp32 sums in the order of groups, products rounded before they are added, as the reference does.

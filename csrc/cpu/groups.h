@@ -89,11 +89,6 @@ QK_INLINE typename V::F group_scales(const Weight& weight, int64_t panel, int64_
   return V::load(lanes);
 }
 
-// Whether the numbers of a decoder with that offset still want their zero points.
-inline bool has_zeros(const Weight& weight, float offset) {
-  return weight.zero_type != GroupType::kNone || weight.middle != offset;
-}
-
 // What group g's numbers are less, beyond the decoder's offset.
 template <class V>
 QK_INLINE typename V::F group_zeros(const Weight& weight, int64_t panel, int64_t g, float offset) {

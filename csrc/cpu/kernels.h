@@ -26,7 +26,7 @@ struct FloatJob {
   Weight weight;
   int64_t m;
   const float* x;
-  const float* x_sums;  // [m][groups]
+  const float* x_sums;  // [m][groups], where the weight has zero points
   Output out;
 };
 

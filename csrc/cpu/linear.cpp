@@ -126,12 +126,13 @@ void float_on_rows(const FloatArguments& arguments, const Kernels& table, const 
     float *x, *x_sums, *sums;
     carve(shared_scratch, [&](Carver& carver) {
       x = carver.take<float>(m * columns);
-      x_sums = carver.take<float>(m * groups);
+      x_sums = carver.take<float>(weight.has_zeros() ? m * groups : 0);
       sums = carver.take<float>(parts == 1 ? 0 : parts * m * weight.panels() * kLanes);
     });
     parallel_for(pool_for(pool, m * columns, kElementsWorthThreads), m, [&](int64_t r) {
       table.widen_row(row_at(arguments.x, arguments.x_type, arguments.x_stride, row + r),
-                      arguments.x_type, weight, arguments.k, x + r * columns, x_sums + r * groups);
+                      arguments.x_type, weight, arguments.k, x + r * columns,
+                      weight.has_zeros() ? x_sums + r * groups : nullptr);
     });
     const FloatJob job{weight, m, x, x_sums, rows_from(arguments.out, weight.n, row)};
     run_rows<float, FloatJob>(job, table.float_rows, table.finish_float, parts, sums,
@@ -149,6 +150,7 @@ void float_on_tiles(const FloatArguments& arguments, bool rounds_weights, const 
   const Weight& weight = arguments.weight;
   const int64_t columns = weight.columns(), groups = weight.groups();
   const int terms = terms_of(arguments.x_type);
+  const bool wants_sums = !rounds_weights && weight.has_zeros();
   int64_t at_once = kTileRowsAtOnce;
   if (!rounds_weights) {
     const int64_t cached = kCachedBytes / (columns * terms * 2) / kTileRows * kTileRows;
@@ -161,13 +163,13 @@ void float_on_tiles(const FloatArguments& arguments, bool rounds_weights, const 
     float* x_sums;
     carve(shared_scratch, [&](Carver& carver) {
       x = carver.take<uint16_t>(tiles * tile);
-      x_sums = carver.take<float>(rounds_weights ? 0 : m * groups);
+      x_sums = carver.take<float>(wants_sums ? m * groups : 0);
     });
     const void* first = row_at(arguments.x, arguments.x_type, arguments.x_stride, row);
     parallel_for(pool_for(pool, m * columns, kElementsWorthThreads), tiles, [&](int64_t t) {
       table.pack_float_tile(first, arguments.x_type, arguments.x_stride, t * kTileRows, m,
                             arguments.k, weight, terms, rounds_weights, x + t * tile);
-      if (rounds_weights) return;
+      if (!wants_sums) return;
       auto* wide = static_cast<float*>(own_scratch.reserve(static_cast<size_t>(columns) * 4));
       for (int64_t r = t * kTileRows; r < std::min(m, (t + 1) * kTileRows); ++r) {
         table.widen_row(row_at(first, arguments.x_type, arguments.x_stride, r), arguments.x_type,

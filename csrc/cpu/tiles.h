@@ -75,6 +75,16 @@ QK_INLINE void zero_tiles() {
   if constexpr (kSlots == 2 && kPanels == 2) _tile_zero(3);
 }
 
+// The tiles of sums, 1 KB each: of slot i and panel p at i * slot_bytes + p * panel_bytes.
+template <int kSlots, int kPanels>
+QK_INLINE void store_tiles(void* out, int64_t slot_bytes, int64_t panel_bytes) {
+  char* const first = static_cast<char*>(out);
+  _tile_stored(0, first, 64);
+  if constexpr (kPanels == 2) _tile_stored(1, first + panel_bytes, 64);
+  if constexpr (kSlots == 2) _tile_stored(2, first + slot_bytes, 64);
+  if constexpr (kSlots == 2 && kPanels == 2) _tile_stored(3, first + slot_bytes + panel_bytes, 64);
+}
+
 // Whether x is small enough to stay in the L2 cache next to all else.
 constexpr bool stays_cached(int64_t bytes_of_x) { return bytes_of_x <= 1 << 20; }
 

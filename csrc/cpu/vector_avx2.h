@@ -16,7 +16,7 @@ struct Avx2 {
     __m256i a, b;
   };
 
-  static constexpr int kMostRows = 4, kMostPanels = 1;
+  static constexpr int kMostPanels = 1;
   static constexpr int kSplit = 1;
   // Whether fma rounds once.
   static constexpr bool kFused = true;

@@ -12,7 +12,7 @@ struct Avx512 {
   using F = __m512;
   using I = __m512i;
 
-  static constexpr int kMostRows = 4, kMostPanels = 2;
+  static constexpr int kMostPanels = 2;
   static constexpr int kSplit = 2;
   // Whether fma rounds once.
   static constexpr bool kFused = true;

@@ -64,8 +64,8 @@ struct Portable {
     int32_t lane[16];
   };
 
-  // How many rows of x and panels of W a block of sums in registers has, at most.
-  static constexpr int kMostRows = 4, kMostPanels = 1;
+  // How many panels of W a block of several rows' sums in registers has, at most.
+  static constexpr int kMostPanels = 1;
   // Sums that take turns over the columns, for more additions in flight.
   static constexpr int kSplit = 1;
   // Whether fma rounds once.

@@ -87,6 +87,8 @@ struct Weight {
     return g + 1 == group_count ? column_count : (g + 1) * group;
   }
   int64_t step_columns() const { return is_nibble(code) ? 8 : 4; }
+  // Whether zero points are to be taken off: without, decoders take off the middle themselves.
+  bool has_zeros() const { return zero_type != GroupType::kNone; }
   int64_t panel_words() const { return panel_stride; }
   // Words before column `column` of a panel.
   int64_t words_before(int64_t column) const {

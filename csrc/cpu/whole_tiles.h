@@ -61,10 +61,7 @@ __attribute__((noinline)) void multiply_chunk(const char* const* weights, const 
       if constexpr (kPanels == 2) QK_MULTIPLY_TILES(3, 5, 7);
     }
   }
-  _tile_stored(0, sums, 64);
-  if constexpr (kPanels == 2) _tile_stored(1, sums + panel_sums, 64);
-  if constexpr (kPair) _tile_stored(2, second, 64);
-  if constexpr (kPair && kPanels == 2) _tile_stored(3, second + panel_sums, 64);
+  store_tiles<kRowTiles, kPanels>(sums, kTileBytes, panel_sums * 4);
 }
 
 template <class Kind>
@@ -174,7 +171,7 @@ class ScaledTiles {
     const Weight& weight = job_.weight;
     const uint32_t* from =
         weight.words + panel * weight.panel_words() + first / Decoder::kColumns * kLanes;
-    const bool zeros = has_zeros(weight, decoder_.offset);
+    const bool zeros = weight.has_zeros();
     const bool fuses = size_of_scales(weight) == 2 && weight.zero_type == GroupType::kUint8;
     while (first < last) {
       const int64_t g = weight.groups() == 1 ? 0 : first / weight.group;
