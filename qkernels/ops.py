@@ -97,6 +97,10 @@ def _check_input(x: Tensor, width: int, name: str, words: Tensor) -> None:
         raise WeightError(f"{name} must have shape [..., {width}], got {list(x.shape)}")
     if x.dtype not in X_DTYPES:
         raise WeightError(f"{name} must be fp16, bf16 or fp32, got {x.dtype}")
+    _check_device(x, name, words)
+
+
+def _check_device(x: Tensor, name: str, words: Tensor) -> None:
     if x.device != words.device:
         raise WeightError(
             f"{name} is on {x.device} and the weight on {words.device}: move one of them"
@@ -170,8 +174,7 @@ def _check_quantized(x: Tensor, scale: Tensor, what: PackedSpec, words: Tensor) 
             f"the scale of x must be float32 {[*x.shape[:-1], 1]}, got {scale.dtype} "
             f"{list(scale.shape)}"
         )
-    if x.device != words.device:
-        raise WeightError(f"x is on {x.device} and the weight on {words.device}: move one of them")
+    _check_device(x, "x", words)
 
 
 def _linear_quantized_fake(
