@@ -130,3 +130,15 @@ def nibbles(codes: Tensor) -> Tensor:
 def first_reason(*checks: tuple[bool, str]) -> str | None:
     """The reason of the first check that does not hold, or None."""
     return next((reason for holds, reason in checks if not holds), None)
+
+
+def no_group_of(problem: Problem, sizes: tuple[int, ...]) -> str | None:
+    """Why the groups of the scheme are not of one of these sizes, all of them whole, or None."""
+    size = problem.scheme.group_size
+    return first_reason(
+        (size in sizes, f"group size {size} is not one of {sizes}"),
+        (
+            problem.k % (size or 1) == 0,
+            f"K={problem.k} is not a multiple of the group size {size}",
+        ),
+    )

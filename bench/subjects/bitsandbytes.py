@@ -10,7 +10,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from bench.subjects.base import Prepared, Problem, Subject, first_reason
+from bench.subjects.base import Prepared, Problem, Subject, first_reason, no_group_of
 from qkernels.weight import QuantizedWeight, codebook
 
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -29,12 +29,7 @@ def _why_not(problem: Problem) -> str | None:
             scheme.weight.name == "nf4" and scheme.weight_only and scheme.scale_levels == "one",
             f"runs nf4-g<N> here, not {scheme}",
         ),
-        (scheme.group_size in _BLOCKS, f"group size {scheme.group_size} is not one of {_BLOCKS}"),
-        (
-            problem.k % (scheme.group_size or 1) == 0,
-            f"K={problem.k} is not a multiple of the group size {scheme.group_size}",
-        ),
-    )
+    ) or no_group_of(problem, _BLOCKS)
 
 
 def _prepare(problem: Problem, weight: QuantizedWeight) -> Prepared:

@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from bench.subjects.base import Buffers, Prepared, Problem, Subject, first_reason, nibbles
+from bench.subjects.base import (
+    Buffers,
+    Prepared,
+    Problem,
+    Subject,
+    first_reason,
+    nibbles,
+    no_group_of,
+)
 from qkernels.weight import QuantizedWeight
 
 _GROUPS = (32, 64, 128, 256)
@@ -27,12 +35,7 @@ def _why_not(problem: Problem) -> str | None:
             scheme.weight.name == "int4" and scheme.scale_levels == "one" and scheme.weight_only,
             f"runs w4a16-g<N>, not {scheme}",
         ),
-        (scheme.group_size in _GROUPS, f"group size {scheme.group_size} is not one of {_GROUPS}"),
-        (
-            problem.k % (scheme.group_size or 1) == 0,
-            f"K={problem.k} is not a multiple of the group size {scheme.group_size}",
-        ),
-    )
+    ) or no_group_of(problem, _GROUPS)
 
 
 class _Layer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.subjects.base import Prepared, Problem, Subject, first_reason
+from bench.subjects.base import Prepared, Problem, Subject, first_reason, no_group_of
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
 
@@ -34,12 +34,7 @@ def _int4_why_not(problem: Problem, op: str) -> str | None:
     return first_reason(
         (_has(op), f"this torch has no {op}"),
         (_is_linear(scheme, 4) and scheme.weight_only, f"runs w4a16-g<N>, not {scheme}"),
-        (scheme.group_size in _GROUPS, f"group size {scheme.group_size} is not one of {_GROUPS}"),
-        (
-            problem.k % (scheme.group_size or 1) == 0,
-            f"K={problem.k} is not a multiple of the group size {scheme.group_size}",
-        ),
-    )
+    ) or no_group_of(problem, _GROUPS)
 
 
 def _int4_cuda_why_not(problem: Problem) -> str | None:
