@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels import reference
+from qkernels import compiled, preparation, reference
 from qkernels.backends.kernel import Kernel, Problem
 from qkernels.errors import WeightError
-from qkernels.layouts import BUFFER_NAMES, LAYOUTS, PackedWeight, packing
+from qkernels.layouts import LAYOUTS, PackedWeight
 from qkernels.scheme import QuantScheme
 from qkernels.select import make_problem, select
 
@@ -43,7 +43,7 @@ class PackedSpec:
     def of(
         packed: PackedWeight, backend: str | None = None, batch_invariant: bool = False
     ) -> PackedSpec:
-        names = tuple(name for name in BUFFER_NAMES if name in packed.buffers)
+        names = tuple(packed.buffers)
         return PackedSpec(
             packed.scheme, packed.layout.name, packed.n, packed.k, names, backend, batch_invariant
         )
@@ -117,22 +117,16 @@ def _choose(what: PackedSpec, m: int, dtype: torch.dtype, device: torch.device) 
         layout=what.layout,
         x_dtype=dtype,
         batch_invariant=what.batch_invariant,
+        fields=what.names,
     )
     return select(problem, what.backend), problem
-
-
-def _rows_of(x: Tensor, packed: PackedWeight) -> Tensor:
-    """x as [M, K], its columns in the order of the codes."""
-    rows = x.reshape(-1, packed.k)
-    perm = packed.buffers.get("perm")
-    return rows if perm is None else rows.index_select(1, perm)
 
 
 def _linear(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
     _check_input(x, what.k, "x", buffers[0])
     packed = what.packed(buffers)
-    rows = _rows_of(x, packed)
+    rows = preparation.rows_of(x, packed)
     kernel, problem = _choose(what, rows.shape[0], x.dtype, x.device)
     if kernel.remember is not None:
         kernel.remember(spec, problem, what.names)
@@ -151,7 +145,7 @@ def _linear_quantized(
     what = PackedSpec.parse(spec)
     _check_quantized(x, scale, what, buffers[0])
     packed = what.packed(buffers)
-    rows, row_scale = _rows_of(x, packed), scale.reshape(-1).contiguous()
+    rows, row_scale = preparation.rows_of(x, packed), scale.reshape(-1).contiguous()
     kernel, problem = _choose(what, rows.shape[0], dtype, x.device)
     assert kernel.run_quantized is not None, f"{kernel.name} takes no quantized x"
     y = kernel.run_quantized(rows, row_scale, packed, bias, problem)
@@ -228,10 +222,10 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 def _is_compiled(name: str) -> bool:
     """Whether qkernels._C implements an operator on the CPU, and asks the one here at first."""
-    compiled = packing.compiled() if name == "linear" else None
-    if compiled is not None:
-        compiled.answer_linear(_linear)
-    return compiled is not None
+    extension = compiled.extension() if name == "linear" else None
+    if extension is not None:
+        extension.answer_linear(_linear)
+    return extension is not None
 
 
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():

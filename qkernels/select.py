@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ from qkernels.backends import reference as reference_backend
 from qkernels.backends import triton as triton_backend
 from qkernels.backends.kernel import Kernel, Problem
 from qkernels.errors import NoKernelError
+from qkernels.fields import optional_fields
 from qkernels.layouts import LAYOUTS, PLAIN, Layout
 from qkernels.scheme import QuantScheme
 
@@ -74,14 +76,21 @@ def select(problem: Problem, backend: str | None = None) -> Kernel:
 
 
 def layout_for(
-    scheme: QuantScheme, n: int, k: int, device: torch.device | str, backend: str | None = None
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    device: torch.device | str,
+    backend: str | None = None,
+    fields: Iterable[str] = (),
 ) -> Layout:
     """The layout to load a weight in: that of the kernel which would run a single token.
+
+    `fields` are the names of what the weight has beside its codes.
 
     Raises:
         NoKernelError: where `backend` cannot run the scheme on the device.
     """
-    problem = make_problem(scheme, n=n, k=k, m=1, device=device, layout=None)
+    problem = make_problem(scheme, n=n, k=k, m=1, device=device, layout=None, fields=fields)
     kernel = select(problem, backend)
     return PLAIN if kernel.layout is None else LAYOUTS[kernel.layout]
 
@@ -101,8 +110,12 @@ def make_problem(
     layout: str | None,
     x_dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
+    fields: Iterable[str] = (),
 ) -> Problem:
-    """A `Problem` on `device`, whose compute capability is looked up once."""
+    """A `Problem` on `device`, whose compute capability is looked up once.
+
+    Of `fields`, the names of a weight's fields, the optional ones are asked about.
+    """
     device = torch.device(device)
     return Problem(
         m=m,
@@ -114,6 +127,7 @@ def make_problem(
         device=device.type,
         capability=_capability(device),
         batch_invariant=batch_invariant,
+        fields=optional_fields(scheme, fields),
     )
 
 
@@ -127,8 +141,11 @@ def explain(
     x_dtype: torch.dtype = torch.bfloat16,
     backend: str | None = None,
     batch_invariant: bool = False,
+    fields: Iterable[str] = (),
 ) -> list[Explanation]:
     """Every kernel, in order, with whether it would run x [m, k] times a weight [n, k] and why not.
+
+    `fields` are names of optional fields that the weight has, such as perm.
 
     Raises:
         SchemeError: where `scheme` does not parse.
@@ -152,6 +169,7 @@ def explain(
         layout=None,
         x_dtype=x_dtype,
         batch_invariant=batch_invariant,
+        fields=fields,
     )
     # The weight would be packed for the kernel that runs one token; the others must read the same.
     first = select(replace(problem, m=1, x_dtype=torch.bfloat16, batch_invariant=False), backend)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels import reference
+from qkernels import compiled, reference
 from qkernels.backends.kernel import Kernel, Problem, Remember, Run, WhyNot, kernel_rows
 from qkernels.errors import NoKernelError
-from qkernels.layouts import BUFFER_NAMES, VNNI, PackedWeight
-from qkernels.layouts.padding import column_order, kernel_columns, kernel_group, padded_columns
+from qkernels.layouts import VNNI, PackedWeight
+from qkernels.layouts.padding import column_order, kernel_columns, kernel_group
+from qkernels.preparation import pad_groups
 from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook, nested_table
 
@@ -27,6 +28,11 @@ ISAS = ("amx", "avx512", "avx2", "portable")
 """Sets of instructions, the fastest first. Each machine runs those after its best too."""
 
 ISA_VARIABLE = "QKERNELS_CPU_ISA"
+
+_BUFFERS = (
+    *("words", "scales", "zeros", "channel_scales", "nested_absmax", "nested_offset"),
+    *("perm", "activation_scale"),
+)
 
 _FLOAT_TILE_ROWS = 3
 _SCALED_TILE_ROWS = {64: 40, 128: 96}
@@ -45,11 +51,7 @@ _FLOAT_TILE_GROUP, _INT8_TILE_GROUP = 32, 64
 @lru_cache(maxsize=1)
 def build_problem() -> str | None:
     """Why there are no CPU kernels in this installation, or None."""
-    try:
-        importlib.import_module("qkernels._C")
-    except ImportError as error:
-        return str(error)
-    return None
+    return compiled.problem()
 
 
 @lru_cache(maxsize=1)
@@ -188,7 +190,7 @@ def _linear(
         kernel_group(scheme, k),
         _code_name(scheme),
         float(1 << (scheme.bits - 1)) if scheme.weight.kind == "linear" else 0.0,
-        codebook(scheme.weight) if scheme.weight.kind == "codebook" else None,
+        codebook(scheme.weight, entries=16) if scheme.weight.kind == "codebook" else None,
         nested_table(torch.device("cpu")) if scheme.scale_levels == "double" else None,
         isa,
         tiles,
@@ -211,7 +213,7 @@ def _run_floats(isa: str, tiles: bool, rounds: bool = False) -> Run:
             quantized, row_scales = reference.quantize_activations(x, packed)
             x = quantized.to(torch.bfloat16)
         return _linear(scheme, packed.n, packed.k, isa, tiles, rounds).floats(
-            _rows_of(padded_columns(x, scheme)),
+            _rows_of(pad_groups(x, scheme)),
             buffers["words"],
             buffers["scales"],
             buffers.get("zeros"),
@@ -245,7 +247,7 @@ def _run_quantized(
     ) -> Tensor:
         scheme, buffers = packed.scheme, packed.buffers
         return _linear(scheme, packed.n, packed.k, isa, tiles).integers(
-            _rows_of(padded_columns(x, scheme)),
+            _rows_of(pad_groups(x, scheme)),
             buffers["words"],
             buffers["scales"],
             buffers.get("zeros"),
@@ -263,9 +265,10 @@ def _remember(isa: str, tiles: bool, rounds: bool = False) -> Remember:
     def remember(spec: str, problem: Problem, names: tuple[str, ...]) -> None:
         scheme, n, k = problem.scheme, problem.n, problem.k
         is_float8 = not scheme.weight_only and not scheme.integer_activation
-        if is_float8 or column_order(scheme, k, torch.device("cpu")) is not None:
+        is_padded = column_order(scheme, k, torch.device("cpu")) is not None
+        if is_float8 or is_padded or "input_factor" in names:
             return  # x is prepared in Python
-        places = [names.index(name) if name in names else -1 for name in BUFFER_NAMES]
+        places = [names.index(name) if name in names else -1 for name in _BUFFERS]
         linear = _linear(scheme, n, k, isa, tiles, rounds)
         _compiled().remember_linear(
             spec, problem.m, problem.x_dtype, linear, scheme.integer_activation, n, k, places

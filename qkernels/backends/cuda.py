@@ -13,7 +13,8 @@ from torch import Tensor
 from qkernels.backends.kernel import Kernel, Problem, Run, WhyNot, kernel_rows, no_gpu
 from qkernels.layouts import FRAGMENT, PackedWeight
 from qkernels.layouts.fragment import code_name
-from qkernels.layouts.padding import kernel_columns, kernel_group, padded_columns
+from qkernels.layouts.padding import kernel_columns, kernel_group
+from qkernels.preparation import pad_groups
 from qkernels.weight import codebook
 
 MOST_ROWS = 256
@@ -134,7 +135,7 @@ def _run_fused(namespace: str) -> Run:
         tensors, facts = weight_arguments(packed)
         schedule_m = _INVARIANT_ROWS if problem.batch_invariant else 0
         operators = getattr(torch.ops, namespace)
-        rows = aligned_rows(padded_columns(x, packed.scheme))
+        rows = aligned_rows(pad_groups(x, packed.scheme))
         return operators.weight_only_mma(rows, *tensors, bias, *facts, schedule_m)
 
     return run
@@ -145,7 +146,7 @@ def _run_dense(namespace: str) -> Run:
         tensors, facts = weight_arguments(packed)
         weight = getattr(torch.ops, namespace).dequantize(*tensors, *facts, x.dtype)
         return F.linear(
-            padded_columns(x, packed.scheme), weight, None if bias is None else bias.to(x.dtype)
+            pad_groups(x, packed.scheme), weight, None if bias is None else bias.to(x.dtype)
         )
 
     return run

@@ -24,6 +24,7 @@ class Problem:
         device: "cpu" or "cuda".
         capability: compute capability such as (9, 0), or None without a GPU.
         batch_invariant: a row's result must not depend on the other rows nor on m.
+        fields: the optional fields that the weight has; see `fields.optional_fields`.
     """
 
     m: int
@@ -35,7 +36,11 @@ class Problem:
     device: str
     capability: tuple[int, int] | None
     batch_invariant: bool = False
+    fields: frozenset[str] = frozenset()
 
+
+PREPARED = frozenset({"input_factor", "perm"})
+"""Optional fields of a weight that are applied to x before a kernel sees it."""
 
 Run = Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
 WhyNot = Callable[[Problem], str | None]
@@ -57,6 +62,7 @@ class Kernel:
             problem, whose x_dtype is that of y) -> y [M, N]; None where x is not quantized.
         remember: (spec of the operator, problem, names of the buffers): tells compiled code that
             this kernel was chosen, so that it need not ask again; None where there is no such code.
+        fields: the optional fields of a weight that it is right for; None for all.
     """
 
     name: str
@@ -66,9 +72,12 @@ class Kernel:
     run: Run
     run_quantized: RunQuantized | None = None
     remember: Remember | None = None
+    fields: frozenset[str] | None = PREPARED
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel cannot run `problem`, its layout included; None where it can."""
+        if self.fields is not None and not problem.fields <= self.fields:
+            return f"does not know {', '.join(sorted(problem.fields - self.fields))}"
         reason = self.why_not(problem)
         if reason is None and self.layout is not None and problem.layout not in (None, self.layout):
             return f"reads the {self.layout} layout, and the weight is in {problem.layout}"

@@ -24,6 +24,7 @@ KERNELS = (
         "reference",
         "reference",
         layout=None,
+        fields=None,
         why_not=lambda problem: None,
         run=_run,
         run_quantized=_run_quantized,

@@ -27,7 +27,7 @@ def doctor() -> None:
     """Which backends this machine has, and the reason for each one it has not."""
     import torch
 
-    from qkernels.cli import machine
+    from qkernels import machine
 
     console = output()
     backends = table("backend", "here", "what or why not")
@@ -39,7 +39,7 @@ def doctor() -> None:
     console.print(backends)
     facts = table("what", "value")
     about = machine.describe()
-    facts.add_row("system", about["system"])
+    facts.add_row("system", f"{about['system']} {about['architecture']}")
     facts.add_row("CPU", f"{about['cpu']}, {about['cores']} cores")
     facts.add_row("CPU instruction sets", " ".join(about["cpu_isa"]) or "none of AVX2 and later")
     facts.add_row("torch threads", str(torch.get_num_threads()))

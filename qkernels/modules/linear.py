@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from qkernels import ops
+from qkernels import ops, rounding
 from qkernels.activations import QuantizedActivation
 from qkernels.errors import LayerError, WeightError
-from qkernels.layouts import BUFFER_NAMES, LAYOUTS, PLAIN, PackedWeight, allocate, pack, write_rows
-from qkernels.quantizers import rtn
+from qkernels.layouts import (
+    LAYOUTS,
+    PLAIN,
+    Layout,
+    PackedWeight,
+    allocate,
+    empty_like,
+    pack,
+    write_rows,
+)
 from qkernels.scheme import QuantScheme
 from qkernels.select import check_backend, layout_for
 from qkernels.weight import QuantizedWeight, row_slices
@@ -84,14 +92,14 @@ class WQLinear(nn.Module):
         scheme = QuantScheme.parse(scheme)
         weight = linear.weight.detach()
         try:
-            parameters = rtn.fit(weight, scheme, activation_scale=activation_scale)
+            parameters = rounding.fit(weight, scheme, activation_scale=activation_scale)
             n, k = weight.shape
-            layout = layout_for(scheme, n, k, weight.device, backend)
+            layout = layout_for(scheme, n, k, weight.device, backend, parameters.fields)
             packed = allocate(layout, parameters, weight.device)
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from None
         for start, stop in row_slices(*weight.shape):
-            write_rows(packed, start, rtn.encode_rows(weight[start:stop], parameters, start))
+            write_rows(packed, start, rounding.encode_rows(weight[start:stop], parameters, start))
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(packed, bias, backend=backend, batch_invariant=batch_invariant)
 
@@ -110,7 +118,7 @@ class WQLinear(nn.Module):
             NoKernelError: where `backend` cannot run it.
         """
         target = weight.codes.device if device is None else torch.device(device)
-        layout = layout_for(weight.scheme, weight.n, weight.k, target, backend)
+        layout = layout_for(weight.scheme, weight.n, weight.k, target, backend, weight.fields)
         bias = None if weight.bias is None else weight.bias.to(target, copy=True)
         packed = pack(weight, layout, target)
         return cls(packed, bias, backend=backend, batch_invariant=batch_invariant)
@@ -118,8 +126,7 @@ class WQLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weight as it is held now."""
-        held = self._buffers
-        buffers = {name: buffer for name in BUFFER_NAMES if (buffer := held.get(name)) is not None}
+        buffers = {name: cast(Tensor, self._buffers[name]) for name in self._names}
         return PackedWeight(
             self.scheme, LAYOUTS[self._layout], self.out_features, self.in_features, buffers
         )
@@ -162,9 +169,8 @@ class WQLinear(nn.Module):
 
     def _install(self, packed: PackedWeight) -> None:
         """Takes the buffers of `packed` for its own and remembers what they are."""
-        for name in BUFFER_NAMES:
-            if name in packed.buffers:
-                self.register_buffer(name, packed.buffers[name])
+        for name, buffer in packed.buffers.items():
+            self.register_buffer(name, buffer)
         self._layout = packed.layout.name
         spec = ops.PackedSpec.of(packed, self.backend, self.batch_invariant)
         self._names, self._spec = spec.names, str(spec)
@@ -180,23 +186,21 @@ class WQLinear(nn.Module):
             return self
         if "meta" in (device.type, words.device.type):
             # Without values there is nothing to repack.
-            layout = self._layout_on(device)
-            self._install(_empty(self.packed, layout, device))
+            self._install(empty_like(self.packed, self._layout_on(device), device))
         elif device.type == words.device.type:
             for name in self._names:
                 buffer = self._buffers[name]
                 assert buffer is not None
                 self._buffers[name] = buffer.to(device)
         else:
-            self._install(_moved(self.packed, LAYOUTS[self._layout_on(device)], device))
+            self._install(_moved(self.packed, self._layout_on(device), device))
         return self
 
-    def _layout_on(self, device: torch.device) -> str:
+    def _layout_on(self, device: torch.device) -> Layout:
         if device.type == "meta":
-            return self._layout
-        return layout_for(
-            self.scheme, self.out_features, self.in_features, device, self.backend
-        ).name
+            return LAYOUTS[self._layout]
+        n, k, fields = self.out_features, self.in_features, self._names
+        return layout_for(self.scheme, n, k, device, self.backend, fields)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         packed = self.packed
@@ -218,7 +222,7 @@ class WQLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         current = self.packed
-        expected = _empty(current, PLAIN.name, torch.device("meta")).buffers
+        expected = empty_like(current, PLAIN, torch.device("meta")).buffers
         wanted = dict(expected)
         if self.bias is not None:
             wanted["bias"] = self.bias
@@ -256,7 +260,7 @@ class WQLinear(nn.Module):
             self.bias = found["bias"].to(device=device, dtype=self.bias.dtype, copy=True)
 
 
-def _moved(packed: PackedWeight, layout: Any, device: torch.device) -> PackedWeight:
+def _moved(packed: PackedWeight, layout: Layout, device: torch.device) -> PackedWeight:
     """`packed` in another layout or on another device, with one slice unpacked at a time."""
     if packed.layout is layout and packed.device == device:
         allocate(layout, packed.parameters(), torch.device("meta"))
@@ -265,17 +269,3 @@ def _moved(packed: PackedWeight, layout: Any, device: torch.device) -> PackedWei
     for start, stop in row_slices(packed.n, packed.k):
         write_rows(out, start, packed.codes(start, stop).to(device))
     return out
-
-
-def _empty(packed: PackedWeight, layout_name: str, device: torch.device) -> PackedWeight:
-    """Buffers of the right shapes and dtypes for the weight of `packed`, without values."""
-    layout, scheme, n, k = LAYOUTS[layout_name], packed.scheme, packed.n, packed.k
-    words = layout.allocate(scheme, n, k, device)
-    buffers = {"words": words}
-    groups = (1 if scheme.per_tensor else n, scheme.groups(k))
-    stored = layout.store_groups(scheme, n, torch.empty(groups, device="meta")).shape
-    for name, buffer in packed.buffers.items():
-        if name != "words":
-            shape = stored if name in ("scales", "zeros") else buffer.shape
-            buffers[name] = torch.empty(shape, dtype=buffer.dtype, device=device)
-    return PackedWeight(scheme, layout, n, k, buffers)
