@@ -8,11 +8,13 @@ from functools import lru_cache
 
 import torch
 
+from qkernels import compiled
 from qkernels.backends import cpu as cpu_backend
 from qkernels.backends import cuda as cuda_backend
 from qkernels.backends import reference as reference_backend
 from qkernels.backends import triton as triton_backend
 from qkernels.backends.kernel import Kernel, Problem
+from qkernels.backends.rows import RowKernel, RowProblem
 from qkernels.errors import NoKernelError
 from qkernels.fields import optional_fields
 from qkernels.layouts import LAYOUTS, PLAIN, Layout
@@ -29,6 +31,13 @@ KERNELS: tuple[Kernel, ...] = (
     *cuda_backend.EMULATED_KERNELS,
 )
 """In order of priority."""
+
+ROW_KERNELS: tuple[RowKernel, ...] = (
+    *triton_backend.ROW_KERNELS,
+    *cpu_backend.ROW_KERNELS,
+    *reference_backend.ROW_KERNELS,
+)
+"""The kernels that quantize rows of x, in order of priority; the last one refuses nothing."""
 
 BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(kernel.backend for kernel in KERNELS))
 
@@ -53,6 +62,54 @@ def check_backend(backend: str | None) -> None:
         raise NoKernelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, and the numbers of rows of x for which it stays the choice.
+
+    Attributes:
+        least_rows, most_rows: the range around the m that was asked for; most_rows None has no end.
+    """
+
+    kernel: Kernel
+    least_rows: int
+    most_rows: int | None
+
+
+def choose(problem: Problem, backend: str | None = None) -> Choice:
+    """`select`, with the range of m for which it gives the same kernel.
+
+    Kernels refuse by m through their rows' limits alone, so the answer changes nowhere else.
+
+    Raises:
+        NoKernelError: as `select` does.
+    """
+    chosen, m = select(problem, backend), problem.m
+    least, most = 0, None
+    for kernel in KERNELS:
+        asked = backend is None or kernel.backend == backend
+        if not asked or kernel.refusal_of_any_rows(problem) is not None:
+            continue
+        first, last = kernel.rows(problem)
+        # Where the limits of this kernel begin and end, each the first m of a range.
+        for edge in (first, None if last is None else last + 1):
+            if edge is not None and edge <= m:
+                least = max(least, edge)
+            elif edge is not None:
+                most = edge - 1 if most is None else min(most, edge - 1)
+        if kernel is chosen:
+            break
+    return Choice(chosen, least, most)
+
+
+def forget_choices() -> None:
+    """Has every kernel chosen anew, after one was found to be wrong."""
+    select.cache_clear()
+    select_rows.cache_clear()
+    extension = compiled.extension()
+    if extension is not None:
+        extension.forget_routes()
+
+
 @lru_cache(maxsize=4096)
 def select(problem: Problem, backend: str | None = None) -> Kernel:
     """The first kernel, in order, that can run `problem`; of `backend` alone where it is named.
@@ -73,6 +130,12 @@ def select(problem: Problem, backend: str | None = None) -> Kernel:
         f"no kernel runs {problem.scheme} with m={problem.m}, n={problem.n}, k={problem.k}, "
         f"x {problem.x_dtype} on {problem.device}:\n" + "\n".join(reasons)
     )
+
+
+@lru_cache(maxsize=256)
+def select_rows(problem: RowProblem) -> RowKernel:
+    """The first row kernel, in order, that can run `problem`."""
+    return next(kernel for kernel in ROW_KERNELS if kernel.refusal(problem) is None)
 
 
 def layout_for(

@@ -19,6 +19,7 @@ ORDER = (
     ("reference", "preparation"),
     ("backends",),
     ("select",),
+    ("proving",),
     ("ops",),
     ("activations",),
     ("modules",),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 from qkernels import compiled, reference
-from qkernels.backends.kernel import Kernel, Problem, Remember, Run, WhyNot, kernel_rows
+from qkernels.backends.kernel import Kernel, Problem, Remember, Run, WhyNot
+from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.errors import NoKernelError
-from qkernels.layouts import VNNI, PackedWeight
+from qkernels.layouts import PackedWeight
 from qkernels.layouts.padding import column_order, kernel_columns, kernel_group
 from qkernels.preparation import pad_groups
 from qkernels.scheme import QuantScheme
@@ -33,19 +33,6 @@ _BUFFERS = (
     *("words", "scales", "zeros", "channel_scales", "nested_absmax", "nested_offset"),
     *("perm", "activation_scale"),
 )
-
-_FLOAT_TILE_ROWS = 3
-_SCALED_TILE_ROWS = {64: 40, 128: 96}
-_INT8_TILE_ROWS = 9
-"""Rows of x from which on tiles are faster than vectors, and tiles of scaled weights than exact
-ones, for groups of so many columns and more, measured: see docs/cpu.md."""
-
-_MOST_ROWS = {"avx2_float": 128, "portable_float": 16, "portable_int8": 2}
-"""Rows up to which a kernel is faster than the reference, which dequantizes for torch's product.
-Measured on one machine, where torch had AVX-512 and VNNI: see docs/cpu.md."""
-
-_FLOAT_TILE_GROUP, _INT8_TILE_GROUP = 32, 64
-"""Columns of a tile, of which groups must be multiples."""
 
 
 @lru_cache(maxsize=1)
@@ -96,81 +83,31 @@ def best_isa() -> str:
     return _best_isa(isa_cap())
 
 
-def _not_here(isa: str) -> WhyNot:
-    def why_not(problem: Problem) -> str | None:
+def _with(isa: str) -> WhyNot:
+    """Why kernels with these instructions do not run on a problem's device."""
+
+    def where(problem: Problem) -> str | None:
         if problem.device != "cpu":
             return f"runs on the CPU, and the weight is on {problem.device}"
         return why_no_isa(isa)
 
-    return why_not
+    return where
 
 
-def _no_floats(problem: Problem) -> str | None:
-    if problem.scheme.integer_activation:
-        return "multiplies 16-bit activations, and the scheme has int8 ones"
-    return None
+def _groups_of(multiple: int) -> WhyNot:
+    """Why groups do not fall into whole tiles of so many columns.
 
+    Integer sums over all of K, of one scale a row or of two-level scales, need no whole groups.
+    """
 
-def _no_integers(problem: Problem) -> str | None:
-    if not problem.scheme.integer_activation:
-        return "multiplies int8 activations, and the scheme has none"
-    return None
-
-
-def _odd_group(problem: Problem, multiple: int) -> str | None:
-    """Why groups do not fall into whole tiles, or None."""
-    scheme, k = problem.scheme, problem.k
-    group = kernel_group(scheme, k)
-    if scheme.groups(k) > 1 and group % multiple:
+    def why_not(problem: Problem) -> str | None:
+        scheme, k = problem.scheme, problem.k
+        group = kernel_group(scheme, k)
+        if scheme.groups(k) == 1 or scheme.scale_levels == "two" or group % multiple == 0:
+            return None
         return f"needs groups of a multiple of {multiple} columns, not of {group}"
-    return None
 
-
-def _no_float_tiles(problem: Problem) -> str | None:
-    reason = _no_floats(problem) or _odd_group(problem, _FLOAT_TILE_GROUP)
-    # Tiles round otherwise than vectors do, so that one of them must do for every M.
-    if reason is None and problem.m < _FLOAT_TILE_ROWS and not problem.batch_invariant:
-        reason = f"is for {_FLOAT_TILE_ROWS} rows of x and more, got {problem.m}"
-    return reason
-
-
-def _no_scaled_tiles(problem: Problem) -> str | None:
-    reason = _no_floats(problem)
-    if reason is not None:
-        return reason
-    if problem.x_dtype != torch.bfloat16:
-        return f"rounds weights to bf16, and x is {problem.x_dtype}"
-    if problem.batch_invariant:
-        return "rounds unlike the kernels for few rows, and batch_invariant wants one for every M"
-    group = kernel_group(problem.scheme, problem.k)
-    least = _SCALED_TILE_ROWS[128 if group >= 128 else 64]
-    if problem.m < least:
-        return f"is for {least} rows of x and more, got {problem.m}"
-    return None
-
-
-def _no_int8_tiles(problem: Problem) -> str | None:
-    reason = _no_integers(problem)
-    if reason is None and problem.scheme.scale_levels == "one":
-        reason = _odd_group(problem, _INT8_TILE_GROUP)
-    if reason is None and problem.m < _INT8_TILE_ROWS:
-        reason = f"is for {_INT8_TILE_ROWS} rows of x and more, got {problem.m}"
-    return reason
-
-
-def _few_rows(name: str, why_not: WhyNot) -> WhyNot:
-    """`why_not`, and too many rows for the kernel called `name`."""
-    most = _MOST_ROWS.get(name)
-    if most is None:
-        return why_not
-
-    def refuses(problem: Problem) -> str | None:
-        reason = why_not(problem)
-        if reason is None and problem.m > most and not problem.batch_invariant:
-            reason = f"is for {most} rows of x at most, got {problem.m}"
-        return reason
-
-    return refuses
+    return why_not
 
 
 def _code_name(scheme: QuantScheme) -> str:
@@ -204,7 +141,7 @@ def _rows_of(x: Tensor) -> Tensor:
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
-def _run_floats(isa: str, tiles: bool, rounds: bool = False) -> Run:
+def _run_floats(isa: str, tiles: bool = False, rounds: bool = False) -> Run:
     def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
         scheme, buffers = packed.scheme, packed.buffers
         y_dtype, row_scales = x.dtype, None
@@ -228,13 +165,13 @@ def _run_floats(isa: str, tiles: bool, rounds: bool = False) -> Run:
     return run
 
 
-def _run_integers(isa: str, tiles: bool) -> Run:
+def _run_integers(isa: str, tiles: bool = False) -> Run:
     run = _run_quantized(isa, tiles)
     return lambda x, packed, bias, problem: run(x, None, packed, bias, problem)
 
 
 def _run_quantized(
-    isa: str, tiles: bool
+    isa: str, tiles: bool = False
 ) -> Callable[[Tensor, Tensor | None, PackedWeight, Tensor | None, Problem], Tensor]:
     """A function of x, to be quantized, and None; or of int8 x and its row scales."""
 
@@ -261,7 +198,7 @@ def _run_quantized(
     return run
 
 
-def _remember(isa: str, tiles: bool, rounds: bool = False) -> Remember:
+def _remember(isa: str, tiles: bool = False, rounds: bool = False) -> Remember:
     def remember(spec: str, problem: Problem, names: tuple[str, ...]) -> None:
         scheme, n, k = problem.scheme, problem.n, problem.k
         is_float8 = not scheme.weight_only and not scheme.integer_activation
@@ -277,49 +214,143 @@ def _remember(isa: str, tiles: bool, rounds: bool = False) -> Remember:
     return remember
 
 
-def _rows(isa: str) -> tuple[Kernel, ...]:
-    tiles = isa == "amx"
-    no_floats = _few_rows(f"{isa}_float", _no_float_tiles if tiles else _no_floats)
-    no_integers = _few_rows(f"{isa}_int8", _no_int8_tiles if tiles else _no_integers)
-    kernels: dict[str, tuple[WhyNot, Run]] = {
-        f"{isa}_float": (no_floats, _run_floats(isa, tiles)),
-        f"{isa}_int8": (no_integers, _run_integers(isa, tiles)),
-    }
-    floats, integers = kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
-    remember = _remember(isa, tiles)
-    rows = (
-        replace(floats, remember=remember),
-        replace(integers, remember=remember, run_quantized=_run_quantized(isa, tiles)),
+_VARIES = "rounds unlike the kernels for few rows, and batch_invariant wants one for every M"
+
+# The numbers of rows were measured, each against the rows below it and the reference, which
+# dequantizes for torch's product: see docs/cpu.md. Those of portable and avx2 were measured where
+# torch had AVX-512 and VNNI. Tiles have 32 columns of floats or 64 of int8.
+KERNELS = (
+    Kernel(
+        name="cpu_amx_scaled",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        x_dtypes=(torch.bfloat16,),
+        least_rows={0: 40, 128: 96},
+        varies=_VARIES,
+        where=_with("amx"),
+        run=_run_floats("amx", tiles=True, rounds=True),
+        remember=_remember("amx", tiles=True, rounds=True),
+    ),
+    Kernel(
+        name="cpu_amx_float",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        least_rows=3,
+        weight_rounding="bf16_terms",
+        where=_with("amx"),
+        why_not=_groups_of(32),
+        run=_run_floats("amx", tiles=True),
+        remember=_remember("amx", tiles=True),
+    ),
+    Kernel(
+        name="cpu_amx_int8",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        least_rows=9,
+        exact=True,
+        weight_rounding="integers",
+        where=_with("amx"),
+        why_not=_groups_of(64),
+        run=_run_integers("amx", tiles=True),
+        run_quantized=_run_quantized("amx", tiles=True),
+        remember=_remember("amx", tiles=True),
+    ),
+    Kernel(
+        name="cpu_avx512_float",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        where=_with("avx512"),
+        run=_run_floats("avx512"),
+        remember=_remember("avx512"),
+    ),
+    Kernel(
+        name="cpu_avx512_int8",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        exact=True,
+        weight_rounding="integers",
+        where=_with("avx512"),
+        run=_run_integers("avx512"),
+        run_quantized=_run_quantized("avx512"),
+        remember=_remember("avx512"),
+    ),
+    Kernel(
+        name="cpu_avx2_float",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        most_rows=128,
+        where=_with("avx2"),
+        run=_run_floats("avx2"),
+        remember=_remember("avx2"),
+    ),
+    Kernel(
+        name="cpu_avx2_int8",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        exact=True,
+        weight_rounding="integers",
+        where=_with("avx2"),
+        run=_run_integers("avx2"),
+        run_quantized=_run_quantized("avx2"),
+        remember=_remember("avx2"),
+    ),
+    Kernel(
+        name="cpu_portable_float",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        most_rows=16,
+        where=_with("portable"),
+        run=_run_floats("portable"),
+        remember=_remember("portable"),
+    ),
+    Kernel(
+        name="cpu_portable_int8",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        most_rows=2,
+        exact=True,
+        weight_rounding="integers",
+        where=_with("portable"),
+        run=_run_integers("portable"),
+        run_quantized=_run_quantized("portable"),
+        remember=_remember("portable"),
+    ),
+)
+
+
+def _where_rows(problem: RowProblem) -> str | None:
+    if problem.device != "cpu":
+        return f"runs on the CPU, and x is on {problem.device}"
+    return build_problem()
+
+
+def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
+    x, other = (None if t is None else _rows_of(t) for t in (inputs.x, inputs.other))
+    if problem.kind == "rms_norm" and other is not None:
+        other = other.contiguous()
+    values, scale, zero, total = _compiled().quantize_rows_cpu(
+        *(x, problem.kind, other, inputs.gain, inputs.epsilon, problem.scale_of, inputs.scale),
+        best_isa(),
     )
-    if not tiles:
-        return rows
-    kernels = {"amx_scaled": (_no_scaled_tiles, _run_floats(isa, tiles, rounds=True))}
-    (scaled,) = kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
-    return (replace(scaled, remember=_remember(isa, tiles, rounds=True)), *rows)
+    if inputs.scale is not None:
+        scale = inputs.scale
+    return QuantizedRows(values=values, scale=scale, zero=zero, total=total)
 
 
-KERNELS = tuple(row for isa in ISAS for row in _rows(isa))
-
-
-def quantize_rows(
-    x: Tensor,
-    kind: str = "plain",
-    other: Tensor | None = None,
-    gain: Tensor | None = None,
-    epsilon: float = 0.0,
-    scale_of: str = "token",
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Rows of x [M, K] on the CPU, or of what `kind` makes of them, as int8.
-
-    Args:
-        kind: "plain"; "rms_norm" of x (+ other), times gain [K]; "silu_mul" of x and other.
-        scale_of: "token", "tensor", "static" (`scale` fp32 []), or "asymmetric" per token.
-
-    Returns:
-        int8 [M, K], scales fp32 [M], zero points int32 [M] or None, x + other or None.
-    """
-    rows = [None if t is None else _rows_of(t) for t in (x, other)]
-    return _compiled().quantize_rows_cpu(
-        *(rows[0], kind, rows[1], gain, epsilon, scale_of, scale, best_isa())
-    )
+ROW_KERNELS = (
+    RowKernel(
+        name="cpu_quantize_rows",
+        backend="cpu",
+        where=_where_rows,
+        run=_run_rows,
+    ),
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -10,31 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkernels.backends.kernel import Kernel, Problem, Run, WhyNot, kernel_rows, no_gpu
+from qkernels import compiled
+from qkernels.backends.kernel import Kernel, Problem, Run, no_gpu
 from qkernels.layouts import FRAGMENT, PackedWeight
 from qkernels.layouts.fragment import code_name
 from qkernels.layouts.padding import kernel_columns, kernel_group
 from qkernels.preparation import pad_groups
 from qkernels.weight import codebook
 
-MOST_ROWS = 256
-"""Rows up to which the fused kernel runs; more are dequantized and left to cuBLAS, whose
-tensor-core instructions are faster on large tiles. Not measured on a GPU."""
-
 _INVARIANT_ROWS = 64
 """The number of rows whose schedule serves every M where results must not depend on M."""
 
-_X_DTYPES = (torch.float16, torch.bfloat16)
+
+def _build_info() -> dict[str, Any]:
+    extension = compiled.extension()
+    return {} if extension is None else extension.build_info()
 
 
 @lru_cache(maxsize=1)
 def build_problem() -> str | None:
     """Why there are no CUDA kernels in this installation, or None."""
-    try:
-        compiled = importlib.import_module("qkernels._C")
-    except ImportError as error:
-        return str(error)
-    if not compiled.build_info()["cuda"]:
+    if compiled.extension() is None:
+        return compiled.problem()
+    if not _build_info()["cuda"]:
         return (
             "qkernels._C was built without CUDA: install a torch with CUDA and nvcc, then build "
             "again with pip install --no-build-isolation ."
@@ -45,7 +43,7 @@ def build_problem() -> str | None:
 @lru_cache(maxsize=1)
 def built_architectures() -> tuple[str, ...]:
     """The architectures in qkernels._C, such as "8.0" and "9.0a"."""
-    return tuple(importlib.import_module("qkernels._C").build_info()["cuda_architectures"])
+    return tuple(_build_info()["cuda_architectures"])
 
 
 def missing_architecture(capability: tuple[int, int], built: tuple[str, ...]) -> str | None:
@@ -91,24 +89,6 @@ def _no_emulator(problem: Problem) -> str | None:
     return None
 
 
-def _no_product(problem: Problem) -> str | None:
-    if problem.x_dtype not in _X_DTYPES:
-        return f"takes x of fp16 or bf16, not {problem.x_dtype}"
-    return FRAGMENT.why_not(problem.scheme)
-
-
-def _no_fused_product(problem: Problem) -> str | None:
-    if problem.m > MOST_ROWS and not problem.batch_invariant:
-        return f"is for {MOST_ROWS} rows of x at most, got {problem.m}"
-    return _no_product(problem)
-
-
-def _no_dense_product(problem: Problem) -> str | None:
-    if problem.batch_invariant:
-        return "multiplies with cuBLAS, which may round a row differently for another M"
-    return _no_product(problem)
-
-
 def aligned_rows(x: Tensor) -> Tensor:
     """x [M, K] as the kernel reads it: K padded to 8 with zeros, rows at multiples of 16 bytes."""
     k = x.shape[1]
@@ -152,13 +132,53 @@ def _run_dense(namespace: str) -> Run:
     return run
 
 
-def _rows(backend: str, namespace: str, no_device: WhyNot) -> tuple[Kernel, ...]:
-    kernels = {
-        "weight_only_mma": (_no_fused_product, _run_fused(namespace)),
-        "dequantize_matmul": (_no_dense_product, _run_dense(namespace)),
-    }
-    return kernel_rows(backend, FRAGMENT.name, no_device, kernels)
+_HALVES = (torch.float16, torch.bfloat16)
+_VARIES = "multiplies with cuBLAS, which may round a row differently for another M"
 
-
-KERNELS = _rows("cuda", "qkernels_cuda", _not_built_for)
-EMULATED_KERNELS = _rows("emulated", "qkernels_emulated", _no_emulator)
+# From 257 rows on the weight is dequantized and left to cuBLAS, whose tensor-core instructions are
+# faster on large tiles. Not measured on a GPU.
+KERNELS = (
+    Kernel(
+        name="cuda_weight_only_mma",
+        backend="cuda",
+        layout="fragment",
+        activations=("none",),
+        x_dtypes=_HALVES,
+        most_rows=256,
+        weight_rounding="x_dtype",
+        where=_not_built_for,
+        run=_run_fused("qkernels_cuda"),
+    ),
+    Kernel(
+        name="cuda_dequantize_matmul",
+        backend="cuda",
+        layout="fragment",
+        activations=("none",),
+        x_dtypes=_HALVES,
+        varies=_VARIES,
+        weight_rounding="x_dtype",
+        where=_not_built_for,
+        run=_run_dense("qkernels_cuda"),
+    ),
+)
+_FUSED, _DENSE = KERNELS
+EMULATED_KERNELS = (
+    replace(
+        _FUSED,
+        name="emulated_weight_only_mma",
+        backend="emulated",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_emulator,
+        run=_run_fused("qkernels_emulated"),
+    ),
+    replace(
+        _DENSE,
+        name="emulated_dequantize_matmul",
+        backend="emulated",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_emulator,
+        run=_run_dense("qkernels_emulated"),
+    ),
+)

@@ -20,9 +20,10 @@ from qkernels.layouts import (
     pack,
     write_rows,
 )
+from qkernels.proving import prove, proven_layout
 from qkernels.scheme import QuantScheme
 from qkernels.select import check_backend, layout_for
-from qkernels.weight import QuantizedWeight, row_slices
+from qkernels.weight import QuantizedWeight, WeightParameters, row_slices
 
 
 class WQLinear(nn.Module):
@@ -38,6 +39,7 @@ class WQLinear(nn.Module):
         scheme: the `QuantScheme`.
         backend: the backend to use, or None for the first kernel that can run.
         batch_invariant: a row's result depends neither on the other rows nor on their number.
+        check_kernels: a kernel is checked on a device before it runs there first: see `proving`.
         bias: [N] or None, a buffer.
     """
 
@@ -50,14 +52,27 @@ class WQLinear(nn.Module):
         *,
         backend: str | None = None,
         batch_invariant: bool = False,
+        check_kernels: bool = True,
     ) -> None:
         super().__init__()
         check_backend(backend)
         self.in_features, self.out_features = packed.k, packed.n
         self.scheme = packed.scheme
         self.backend, self.batch_invariant = backend, batch_invariant
+        self.check_kernels = check_kernels
         self.register_buffer("bias", bias)
         self._install(packed)
+        if check_kernels:
+            prove(
+                packed.scheme,
+                packed.n,
+                packed.k,
+                packed.device,
+                packed.layout.name,
+                backend=backend,
+                batch_invariant=batch_invariant,
+                fields=self._names,
+            )
 
     @classmethod
     def from_linear(
@@ -67,6 +82,7 @@ class WQLinear(nn.Module):
         *,
         backend: str | None = None,
         batch_invariant: bool = False,
+        check_kernels: bool = True,
         activation_scale: float | Tensor | None = None,
         name: str = "layer",
     ) -> WQLinear:
@@ -75,6 +91,7 @@ class WQLinear(nn.Module):
         Args:
             linear: an `nn.Linear` of fp16, bf16 or fp32; it is not changed.
             scheme: a `QuantScheme` or its spelling.
+            check_kernels: check a kernel on this device before it runs there first.
             activation_scale: the scale of x, for schemes with static activations.
             name: what errors call the layer.
 
@@ -93,15 +110,20 @@ class WQLinear(nn.Module):
         weight = linear.weight.detach()
         try:
             parameters = rounding.fit(weight, scheme, activation_scale=activation_scale)
-            n, k = weight.shape
-            layout = layout_for(scheme, n, k, weight.device, backend, parameters.fields)
+            layout = _layout_for(parameters, weight.device, backend, batch_invariant, check_kernels)
             packed = allocate(layout, parameters, weight.device)
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from None
         for start, stop in row_slices(*weight.shape):
             write_rows(packed, start, rounding.encode_rows(weight[start:stop], parameters, start))
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(packed, bias, backend=backend, batch_invariant=batch_invariant)
+        return cls(
+            packed,
+            bias,
+            backend=backend,
+            batch_invariant=batch_invariant,
+            check_kernels=check_kernels,
+        )
 
     @classmethod
     def from_weight(
@@ -111,6 +133,7 @@ class WQLinear(nn.Module):
         backend: str | None = None,
         device: torch.device | str | None = None,
         batch_invariant: bool = False,
+        check_kernels: bool = True,
     ) -> WQLinear:
         """A layer of a weight that someone else quantized, on `device` or where the weight is.
 
@@ -118,10 +141,15 @@ class WQLinear(nn.Module):
             NoKernelError: where `backend` cannot run it.
         """
         target = weight.codes.device if device is None else torch.device(device)
-        layout = layout_for(weight.scheme, weight.n, weight.k, target, backend, weight.fields)
+        layout = _layout_for(weight, target, backend, batch_invariant, check_kernels)
         bias = None if weight.bias is None else weight.bias.to(target, copy=True)
-        packed = pack(weight, layout, target)
-        return cls(packed, bias, backend=backend, batch_invariant=batch_invariant)
+        return cls(
+            pack(weight, layout, target),
+            bias,
+            backend=backend,
+            batch_invariant=batch_invariant,
+            check_kernels=check_kernels,
+        )
 
     @property
     def packed(self) -> PackedWeight:
@@ -199,8 +227,9 @@ class WQLinear(nn.Module):
     def _layout_on(self, device: torch.device) -> Layout:
         if device.type == "meta":
             return LAYOUTS[self._layout]
-        n, k, fields = self.out_features, self.in_features, self._names
-        return layout_for(self.scheme, n, k, device, self.backend, fields)
+        return _layout_for(
+            self.packed.parameters(), device, self.backend, self.batch_invariant, self.check_kernels
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         packed = self.packed
@@ -258,6 +287,27 @@ class WQLinear(nn.Module):
             return
         if self.bias is not None:
             self.bias = found["bias"].to(device=device, dtype=self.bias.dtype, copy=True)
+
+
+def _layout_for(
+    weight: WeightParameters,
+    device: torch.device,
+    backend: str | None,
+    batch_invariant: bool,
+    check_kernels: bool,
+) -> Layout:
+    """The layout to hold a weight in on a device, its kernels checked where that is wanted."""
+    if not check_kernels:
+        return layout_for(weight.scheme, weight.n, weight.k, device, backend, weight.fields)
+    return proven_layout(
+        weight.scheme,
+        weight.n,
+        weight.k,
+        device,
+        backend=backend,
+        batch_invariant=batch_invariant,
+        fields=weight.fields,
+    )
 
 
 def _moved(packed: PackedWeight, layout: Layout, device: torch.device) -> PackedWeight:
