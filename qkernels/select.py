@@ -20,7 +20,7 @@ from qkernels.fields import optional_fields
 from qkernels.layouts import LAYOUTS, PLAIN, Layout
 from qkernels.scheme import QuantScheme
 
-KERNELS: tuple[Kernel, ...] = (
+KERNELS: list[Kernel] = [
     *cuda_backend.KERNELS,
     *triton_backend.KERNELS,
     *cpu_backend.KERNELS,
@@ -29,17 +29,20 @@ KERNELS: tuple[Kernel, ...] = (
     # for by name.
     *triton_backend.INTERPRETED_KERNELS,
     *cuda_backend.EMULATED_KERNELS,
-)
-"""In order of priority."""
+]
+"""In order of priority. Whoever changes it calls `forget_choices`."""
 
-ROW_KERNELS: tuple[RowKernel, ...] = (
+ROW_KERNELS: list[RowKernel] = [
     *triton_backend.ROW_KERNELS,
     *cpu_backend.ROW_KERNELS,
     *reference_backend.ROW_KERNELS,
-)
+]
 """The kernels that quantize rows of x, in order of priority; the last one refuses nothing."""
 
-BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(kernel.backend for kernel in KERNELS))
+
+def backends() -> tuple[str, ...]:
+    """The names of the backends, in the order of their first kernels."""
+    return tuple(dict.fromkeys(kernel.backend for kernel in KERNELS))
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Explanation:
 
 def check_backend(backend: str | None) -> None:
     """Raises NoKernelError for a backend name that no kernel has."""
-    if backend is not None and backend not in BACKENDS:
-        raise NoKernelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend is not None and backend not in backends():
+        raise NoKernelError(f"backend {backend!r} is not one of {', '.join(backends())}")
 
 
 @dataclass(frozen=True)
