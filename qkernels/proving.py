@@ -162,9 +162,11 @@ def _prove_range(problem: Problem, device: torch.device, backend: str | None) ->
 
 
 def small_scheme(scheme: QuantScheme, k: int) -> QuantScheme:
-    """`scheme` with groups that the small problem has several of, and of the same multiple of 2."""
-    if scheme.group_size is None or scheme.groups(k) == 1:
-        return scheme if scheme.group_size is None else replace(scheme, group_size=None)
+    """`scheme` with groups that the small problem has several of, or one where k has one."""
+    if scheme.group_size is None:
+        return scheme
+    if scheme.groups(k) == 1:
+        return replace(scheme, group_size=K)
     group = scheme.group_size
     while group > K // 2 and group % 2 == 0 and group // 2 >= 16:
         group //= 2

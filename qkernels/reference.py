@@ -174,7 +174,7 @@ def linear(
         left = x.float() if row_scale is None else quantized.float()
         weight = parameters.dequantize_rows(packed.codes(start, stop), start).t()
         if batch_invariant:
-            part = torch.empty(x.shape[0], stop - start, device=x.device)
+            part = torch.empty(x.shape[0], stop - start, dtype=torch.float32, device=x.device)
             for i in range(x.shape[0]):
                 part[i] = left[i] @ weight
         else:
@@ -224,7 +224,9 @@ def _integer_columns(
         return (row_scale * column_scale) * integer_product(quantized, integers).float()
     length = scheme.group_length(k)
     scales = parameters.group_scales(start, stop)
-    total = torch.zeros(quantized.shape[0], stop - start, device=quantized.device)
+    total = torch.zeros(
+        quantized.shape[0], stop - start, dtype=torch.float32, device=quantized.device
+    )
     for g in range(scheme.groups(k)):
         columns = slice(g * length, min(k, (g + 1) * length))
         product = integer_product(

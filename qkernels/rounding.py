@@ -153,7 +153,7 @@ def _ranges(weight: Tensor, scheme: QuantScheme, perm: Tensor | None) -> tuple[T
     # Both are made first and written slice by slice: small results that are allocated between a
     # slice's large temporaries and outlive them keep the allocator from giving those to the next
     # slice, up to the whole weight in fp32, twice.
-    low = torch.empty(n, scheme.groups(k), device=weight.device)
+    low = torch.empty(n, scheme.groups(k), dtype=torch.float32, device=weight.device)
     high = torch.empty_like(low)
     if perm is not None:
         perm = perm.to(weight.device)
@@ -202,7 +202,7 @@ def _mean_magnitudes(weight: Tensor, scheme: QuantScheme, perm: Tensor | None) -
     n, k = weight.shape
     length, groups = scheme.group_length(k), scheme.groups(k)
     sums = torch.zeros(n, groups, dtype=torch.float32, device=weight.device)
-    counts = torch.full((groups,), float(length), device=weight.device)
+    counts = torch.full((groups,), float(length), dtype=torch.float32, device=weight.device)
     counts[-1] = k - (groups - 1) * length
     for start, stop in row_slices(n, k):
         rows = weight[start:stop] if perm is None else weight[start:stop].index_select(1, perm)

@@ -162,7 +162,7 @@ class WeightParameters:
         """What rows [start, stop) have beyond their codes, fp32 in the codes' order, or None."""
         if all(FIELDS[name].add_to_rows is None for name in self.fields):
             return None
-        rows = torch.zeros(stop - start, self.k, device=self.scales.device)
+        rows = torch.zeros(stop - start, self.k, dtype=torch.float32, device=self.scales.device)
         self._add_to_rows(rows, start)
         return rows
 

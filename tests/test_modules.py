@@ -215,3 +215,19 @@ def test_repr_and_explain():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA"):
             qk.explain("w4a16", n=8, k=8, device="cuda")
+
+
+@pytest.mark.parametrize("text", schemes.ALL)
+def test_the_default_type_of_torch_changes_nothing(text):
+    source, x = linear(), torch.randn(3, 200)
+    want = quantized(text, source)(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = quantized(text, source)
+        assert torch.equal(layer(x), want)
+        again = WQLinear.from_weight(layer.to_weight(), backend="reference")
+        assert again.dequantize().dtype == torch.float32
+        assert torch.equal(again.dequantize(), layer.dequantize())
+        assert again(x).dtype == x.dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
