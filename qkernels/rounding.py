@@ -115,7 +115,7 @@ def encode_rows(rows: Tensor, parameters: WeightParameters, start: int) -> Tenso
         return scaled.clamp_(-largest, largest).to(scheme.weight.float_dtype).view(torch.uint8)
     zeros = parameters.group_zeros(start, stop)
     if zeros is None:
-        scaled += scheme.symmetric_zero
+        scaled += scheme.implied_zero
     else:
         apply_by_group(scaled, zeros, length, Tensor.add_)
     scaled.round_()
@@ -242,7 +242,7 @@ def _clamp_to_int8(codes: Tensor, parameters: WeightParameters, start: int, leng
     multipliers = parameters.scales[start:stop].float()
     zeros = parameters.group_zeros(start, stop)
     if zeros is None:
-        zeros = torch.full_like(multipliers, parameters.scheme.symmetric_zero)
+        zeros = torch.full_like(multipliers, parameters.scheme.implied_zero)
     bounds: tuple[tuple[Tensor, Callable[[Tensor, Tensor], Tensor]], ...] = (
         (zeros + (127 / multipliers).floor(), torch.Tensor.clamp_max_),
         (zeros - (128 / multipliers).floor(), torch.Tensor.clamp_min_),

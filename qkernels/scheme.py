@@ -213,8 +213,8 @@ class QuantScheme:
         return self.activation.dtype == "none"
 
     @property
-    def symmetric_zero(self) -> int:
-        """The zero point of symmetric linear codes, half their range; else 0."""
+    def implied_zero(self) -> int:
+        """The zero point of linear codes that store none, half their range; else 0."""
         is_shifted = self.weight.kind == "linear" and self.symmetric
         return 1 << (self.bits - 1) if is_shifted else 0
 

@@ -283,7 +283,7 @@ def code_values(scheme: QuantScheme, codes: Tensor) -> Tensor:
         assert weight.float_dtype is not None
         return codes.contiguous().view(weight.float_dtype).float()
     values = codes.float()
-    return values.sub_(scheme.symmetric_zero) if scheme.symmetric_zero else values
+    return values.sub_(scheme.implied_zero) if scheme.implied_zero else values
 
 
 def apply_by_group(
@@ -344,7 +344,7 @@ def integer_rows(weight: WeightParameters, codes: Tensor, start: int) -> Tensor:
     stop, length = start + codes.shape[0], weight.scheme.group_length(weight.k)
     values = codes.short()
     if weight.zeros is None:
-        values -= weight.scheme.symmetric_zero
+        values -= weight.scheme.implied_zero
     else:
         zeros = weight.zeros if weight.scheme.per_tensor else weight.zeros[start:stop]
         apply_by_group(values, zeros.short().expand(codes.shape[0], -1), length, Tensor.sub_)
