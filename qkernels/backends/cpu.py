@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -15,11 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels import reference
-from qkernels.backends.kernel import Kernel, Problem, Remember, Run, WhyNot, kernel_rows
+from qkernels.backends.kernel import (
+    Kernel,
+    Problem,
+    RouteOf,
+    Run,
+    WhyNot,
+    kernel_rows,
+    run_by,
+    run_quantized_by,
+)
 from qkernels.errors import NoKernelError
-from qkernels.layouts import BUFFER_NAMES, VNNI, PackedWeight
-from qkernels.layouts.padding import column_order, kernel_columns, kernel_group, padded_columns
+from qkernels.layouts import VNNI
+from qkernels.layouts.padding import kernel_group
 from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook, nested_table
 
@@ -178,124 +185,56 @@ def _code_name(scheme: QuantScheme) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _linear(
-    scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bool = False
-) -> Any:
-    """The compiled description of a weight; what differs between calls is passed to them."""
-    return _compiled().CpuLinear(
-        n,
-        kernel_columns(scheme, k),
-        kernel_group(scheme, k),
-        _code_name(scheme),
-        float(1 << (scheme.bits - 1)) if scheme.weight.kind == "linear" else 0.0,
-        codebook(scheme.weight) if scheme.weight.kind == "codebook" else None,
-        nested_table(torch.device("cpu")) if scheme.scale_levels == "double" else None,
-        isa,
-        tiles,
-        rounds,
-        scheme.activation.granularity,
+def _route(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bool) -> Any:
+    return _compiled().CpuRoute(
+        n=n,
+        k=k,
+        group=scheme.group_length(k),
+        padded_group=kernel_group(scheme, k),
+        code=_code_name(scheme),
+        middle=float(1 << (scheme.bits - 1)) if scheme.weight.kind == "linear" else 0.0,
+        table=codebook(scheme.weight) if scheme.weight.kind == "codebook" else None,
+        nested_table=nested_table(torch.device("cpu")) if scheme.scale_levels == "double" else None,
+        isa=isa,
+        tiles=tiles,
+        rounds_weights=rounds,
+        activation=scheme.activation.dtype,
+        granularity=scheme.activation.granularity,
     )
 
 
-def _rows_of(x: Tensor) -> Tensor:
-    """x [M, K] with adjacent columns, as the kernels take it."""
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
-
-
-def _run_floats(isa: str, tiles: bool, rounds: bool = False) -> Run:
-    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        scheme, buffers = packed.scheme, packed.buffers
-        y_dtype, row_scales = x.dtype, None
-        if not scheme.weight_only:
-            # Numbers of float8 are numbers of bf16.
-            quantized, row_scales = reference.quantize_activations(x, packed)
-            x = quantized.to(torch.bfloat16)
-        return _linear(scheme, packed.n, packed.k, isa, tiles, rounds).floats(
-            _rows_of(padded_columns(x, scheme)),
-            buffers["words"],
-            buffers["scales"],
-            buffers.get("zeros"),
-            buffers.get("channel_scales"),
-            buffers.get("nested_absmax"),
-            buffers.get("nested_offset"),
-            row_scales,
-            bias,
-            y_dtype,
-        )
-
-    return run
-
-
-def _run_integers(isa: str, tiles: bool) -> Run:
-    run = _run_quantized(isa, tiles)
-    return lambda x, packed, bias, problem: run(x, None, packed, bias, problem)
-
-
-def _run_quantized(
-    isa: str, tiles: bool
-) -> Callable[[Tensor, Tensor | None, PackedWeight, Tensor | None, Problem], Tensor]:
-    """A function of x, to be quantized, and None; or of int8 x and its row scales."""
-
-    def run(
-        x: Tensor,
-        scale: Tensor | None,
-        packed: PackedWeight,
-        bias: Tensor | None,
-        problem: Problem,
-    ) -> Tensor:
-        scheme, buffers = packed.scheme, packed.buffers
-        return _linear(scheme, packed.n, packed.k, isa, tiles).integers(
-            _rows_of(padded_columns(x, scheme)),
-            buffers["words"],
-            buffers["scales"],
-            buffers.get("zeros"),
-            buffers.get("channel_scales"),
-            buffers.get("activation_scale"),
-            scale,
-            bias,
-            problem.x_dtype,
-        )
-
-    return run
-
-
-def _remember(isa: str, tiles: bool, rounds: bool = False) -> Remember:
-    def remember(spec: str, problem: Problem, names: tuple[str, ...]) -> None:
-        scheme, n, k = problem.scheme, problem.n, problem.k
-        is_float8 = not scheme.weight_only and not scheme.integer_activation
-        if is_float8 or column_order(scheme, k, torch.device("cpu")) is not None:
-            return  # x is prepared in Python
-        places = [names.index(name) if name in names else -1 for name in BUFFER_NAMES]
-        linear = _linear(scheme, n, k, isa, tiles, rounds)
-        _compiled().remember_linear(
-            spec, problem.m, problem.x_dtype, linear, scheme.integer_activation, n, k, places
-        )
-
-    return remember
+def _route_of(isa: str, tiles: bool, rounds: bool = False) -> RouteOf:
+    return lambda problem, device: _route(problem.scheme, problem.n, problem.k, isa, tiles, rounds)
 
 
 def _rows(isa: str) -> tuple[Kernel, ...]:
     tiles = isa == "amx"
     no_floats = _few_rows(f"{isa}_float", _no_float_tiles if tiles else _no_floats)
     no_integers = _few_rows(f"{isa}_int8", _no_int8_tiles if tiles else _no_integers)
+    route = _route_of(isa, tiles)
     kernels: dict[str, tuple[WhyNot, Run]] = {
-        f"{isa}_float": (no_floats, _run_floats(isa, tiles)),
-        f"{isa}_int8": (no_integers, _run_integers(isa, tiles)),
+        f"{isa}_float": (no_floats, run_by(route)),
+        f"{isa}_int8": (no_integers, run_by(route)),
     }
     floats, integers = kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
-    remember = _remember(isa, tiles)
     rows = (
-        replace(floats, remember=remember),
-        replace(integers, remember=remember, run_quantized=_run_quantized(isa, tiles)),
+        replace(floats, route=route),
+        replace(integers, route=route, run_quantized=run_quantized_by(route)),
     )
     if not tiles:
         return rows
-    kernels = {"amx_scaled": (_no_scaled_tiles, _run_floats(isa, tiles, rounds=True))}
+    route = _route_of(isa, tiles, rounds=True)
+    kernels = {"amx_scaled": (_no_scaled_tiles, run_by(route))}
     (scaled,) = kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
-    return (replace(scaled, remember=_remember(isa, tiles, rounds=True)), *rows)
+    return (replace(scaled, route=route), *rows)
 
 
 KERNELS = tuple(row for isa in ISAS for row in _rows(isa))
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """x [M, K] with adjacent columns, as the kernels take it."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def quantize_rows(
@@ -316,7 +255,7 @@ def quantize_rows(
     Returns:
         int8 [M, K], scales fp32 [M], zero points int32 [M] or None, x + other or None.
     """
-    rows = [None if t is None else _rows_of(t) for t in (x, other)]
+    rows = [None if t is None else _adjacent(t) for t in (x, other)]
     return _compiled().quantize_rows_cpu(
         *(rows[0], kind, rows[1], gain, epsilon, scale_of, scale, best_isa())
     )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from qkernels.backends.kernel import Kernel, Problem, Run, WhyNot, kernel_rows, no_gpu
+from qkernels.backends.kernel import Kernel, Problem, RouteOf, WhyNot, kernel_rows, no_gpu, run_by
 from qkernels.layouts import FRAGMENT, PackedWeight
 from qkernels.layouts.fragment import code_name
-from qkernels.layouts.padding import kernel_columns, kernel_group, padded_columns
+from qkernels.layouts.padding import kernel_columns, kernel_group
+from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook
 
 MOST_ROWS = 256
@@ -108,16 +108,6 @@ def _no_dense_product(problem: Problem) -> str | None:
     return _no_product(problem)
 
 
-def aligned_rows(x: Tensor) -> Tensor:
-    """x [M, K] as the kernel reads it: K padded to 8 with zeros, rows at multiples of 16 bytes."""
-    k = x.shape[1]
-    if k % 8:
-        return F.pad(x, (0, -k % 8))
-    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What the operators take of a weight: tensors, and what they are."""
     assert packed.layout is FRAGMENT, f"the weight is in {packed.layout.name}"
@@ -129,34 +119,40 @@ def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, 
     return tensors, (packed.n, columns, group, code)
 
 
-def _run_fused(namespace: str) -> Run:
-    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        tensors, facts = weight_arguments(packed)
+@lru_cache(maxsize=1024)
+def _route(
+    namespace: str,
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    device: torch.device,
+    dense: bool,
+    schedule_m: int,
+) -> Any:
+    code = code_name(scheme)
+    table = codebook(scheme.weight, device) if code == "table4" else None
+    sizes = (n, k, scheme.group_length(k), kernel_group(scheme, k))
+    operator = getattr(torch.ops, namespace).weight_only_route
+    handle = operator(*sizes, code, table, dense, schedule_m)
+    return importlib.import_module("qkernels._C").adopt_route(handle)
+
+
+def _route_of(namespace: str, dense: bool) -> RouteOf:
+    def route(problem: Problem, device: torch.device) -> Any:
         schedule_m = _INVARIANT_ROWS if problem.batch_invariant else 0
-        operators = getattr(torch.ops, namespace)
-        rows = aligned_rows(padded_columns(x, packed.scheme))
-        return operators.weight_only_mma(rows, *tensors, bias, *facts, schedule_m)
+        return _route(namespace, problem.scheme, problem.n, problem.k, device, dense, schedule_m)
 
-    return run
-
-
-def _run_dense(namespace: str) -> Run:
-    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        tensors, facts = weight_arguments(packed)
-        weight = getattr(torch.ops, namespace).dequantize(*tensors, *facts, x.dtype)
-        return F.linear(
-            padded_columns(x, packed.scheme), weight, None if bias is None else bias.to(x.dtype)
-        )
-
-    return run
+    return route
 
 
 def _rows(backend: str, namespace: str, no_device: WhyNot) -> tuple[Kernel, ...]:
+    routes = [_route_of(namespace, dense) for dense in (False, True)]
     kernels = {
-        "weight_only_mma": (_no_fused_product, _run_fused(namespace)),
-        "dequantize_matmul": (_no_dense_product, _run_dense(namespace)),
+        "weight_only_mma": (_no_fused_product, run_by(routes[0])),
+        "dequantize_matmul": (_no_dense_product, run_by(routes[1])),
     }
-    return kernel_rows(backend, FRAGMENT.name, no_device, kernels)
+    rows = kernel_rows(backend, FRAGMENT.name, no_device, kernels)
+    return tuple(replace(row, route=route) for row, route in zip(rows, routes, strict=True))
 
 
 KERNELS = _rows("cuda", "qkernels_cuda", _not_built_for)

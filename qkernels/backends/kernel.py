@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class Problem:
 Run = Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
 WhyNot = Callable[[Problem], str | None]
 RunQuantized = Callable[[Tensor, Tensor, PackedWeight, Tensor | None, Problem], Tensor]
-Remember = Callable[[str, Problem, tuple[str, ...]], None]
+RouteOf = Callable[[Problem, torch.device], Any]
+"""(problem, device of the weight) -> qkernels._C.Route: what is the same at every call."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,7 @@ class Kernel:
             order of the codes.
         run_quantized: (int8 x [M, K], its row scales fp32 [M], packed weight, bias or None,
             problem, whose x_dtype is that of y) -> y [M, N]; None where x is not quantized.
-        remember: (spec of the operator, problem, names of the buffers): tells compiled code that
-            this kernel was chosen, so that it need not ask again; None where there is no such code.
+        route: how compiled code runs it without asking Python at every call; None where it cannot.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Kernel:
     why_not: WhyNot
     run: Run
     run_quantized: RunQuantized | None = None
-    remember: Remember | None = None
+    route: RouteOf | None = None
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel cannot run `problem`, its layout included; None where it can."""
@@ -96,3 +97,31 @@ def kernel_rows(
         return Kernel(f"{backend}_{name}", backend, layout, refuses, run)
 
     return tuple(row(name, why_not, run) for name, (why_not, run) in kernels.items())
+
+
+def run_by(route: RouteOf) -> Run:
+    """The `run` of a kernel that has a route."""
+
+    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+        y: Tensor = route(problem, packed.device).run(x, _kernel_buffers(packed), bias)
+        return y
+
+    return run
+
+
+def run_quantized_by(route: RouteOf) -> RunQuantized:
+    """The `run_quantized` of a kernel that has a route."""
+
+    def run(
+        x: Tensor, scale: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem
+    ) -> Tensor:
+        buffers = _kernel_buffers(packed)
+        y: Tensor = route(problem, packed.device).run(x, buffers, bias, scale, problem.x_dtype)
+        return y
+
+    return run
+
+
+def _kernel_buffers(packed: PackedWeight) -> dict[str, Tensor]:
+    """The buffers but for the order of columns, in which x comes already."""
+    return {name: buffer for name, buffer in packed.buffers.items() if name != "perm"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.scheme import QuantScheme
@@ -44,9 +43,3 @@ def column_order(scheme: QuantScheme, k: int, device: torch.device) -> tuple[Ten
     source = torch.full((kernel_columns(scheme, k),), k, device=device)
     source[target] = columns
     return source, target
-
-
-def padded_columns(x: Tensor, scheme: QuantScheme) -> Tensor:
-    """x [M, K] with its columns where the kernels see them: zeros stand where groups are padded."""
-    order = column_order(scheme, x.shape[1], x.device)
-    return x if order is None else F.pad(x, (0, 1)).index_select(1, order[0])
