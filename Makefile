@@ -149,7 +149,7 @@ $(EMULATOR): $(SOURCES) csrc/emulator/build.py $(INSTALLED) $(BUILT_FOR)
 
 demo: $(INSTALLED) $(BUILT) $(MODEL)
 	@$(call require,torch safetensors triton transformers accelerate gguf matplotlib typer rich)
-	@$(PY) -m qkernels.demo --output $(OUT)/demo
+	@$(PY) -m qkernels.cli.demo --output $(OUT)/demo
 
 test: $(INSTALLED) $(BUILT) $(EMULATOR) $(TEST_MODEL)
 	@$(call require,pytest hypothesis safetensors triton)

@@ -24,10 +24,10 @@ from pathlib import Path
 
 from bench import results as record
 from bench.driver import INTERRUPTED, Plan, blank_cell, time_is_up
-from bench.machine import REPOSITORY
 from bench.results import Cell, ResultsError
 from bench.roofline import Roofline
 from bench.subjects.base import Problem, Subject
+from qkernels.machine import REPOSITORY
 
 PROGRAM = (sys.executable, "-m", "bench")
 

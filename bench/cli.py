@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from bench import children, load, machine, plot, report, results, roofline
+from bench import children, load, plot, report, results, roofline
 from bench.children import Children
 from bench.driver import INTERRUPTED, Driver, Plan, time_is_up
 from bench.progress import Progress
@@ -23,6 +23,7 @@ from bench.results import Results, ResultsError
 from bench.shapes import M_VALUES, MODELS, Layer, model_layers, parse_shape, without_repeats
 from bench.subjects import SUBJECTS, Problem, Subject
 from bench.subjects.dense import DTYPE_NAMES, baseline_name
+from qkernels import machine
 from qkernels.errors import SchemeError
 from qkernels.scheme import QuantScheme
 

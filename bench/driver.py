@@ -14,7 +14,6 @@ from torch import Tensor
 from bench import load
 from bench import results as record
 from bench.accuracy import Reference, error_limit
-from bench.machine import available_bytes
 from bench.results import Cell
 from bench.roofline import Roofline
 from bench.shapes import Layer
@@ -33,6 +32,7 @@ from bench.timing import (
     race,
 )
 from bench.weights import generator, random_weight, scheme_bytes
+from qkernels.machine import available_bytes
 from qkernels.scheme import QuantScheme
 
 MEMORY_SHARE = 0.5

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from qkernels import reference
-from qkernels.backends import cpu, triton
+from qkernels.backends.rows import QuantizedRows, RowInputs, RowProblem
 from qkernels.errors import WeightError
 from qkernels.ops import X_DTYPES
+from qkernels.select import select_rows
 
 _library = torch.library.Library("qkernels", "FRAGMENT")
 _library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
@@ -73,38 +74,28 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _compiled(x: Tensor) -> bool:
-    """Whether the C++ kernels quantize x; else torch and, on a GPU, Triton do."""
-    return x.device.type == "cpu" and cpu.build_problem() is None
+def _quantize(
+    x: Tensor, kind: str = "plain", scale_of: str = "token", **more: Any
+) -> QuantizedRows:
+    """Rows of x [..., K] by the row kernel that is chosen for them; `more` as in `RowInputs`."""
+    problem = RowProblem(kind, scale_of, x.dtype, x.device.type)
+    return select_rows(problem).run(problem, RowInputs(x=_rows(x), **more))
 
 
-def _int8(values: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """int8 of rows without the C++ kernels."""
-    if values.device.type == "cuda" and triton.import_problem() is None:
-        quantized, scales = triton.kernels().quantize_rows(values, torch.int8, scale)
-        return quantized, scales
-    return reference.quantize_rows(values, torch.int8, scale)
-
-
-def _shaped(x: Tensor, quantized: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return quantized.view(x.shape), scale.view(*x.shape[:-1], 1)
+def _shaped(x: Tensor, rows: QuantizedRows) -> tuple[Tensor, Tensor]:
+    return rows.values.view(x.shape), rows.scale.view(*x.shape[:-1], 1)
 
 
 def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     _check(x)
-    rows = _rows(x)
-    quantized, scale = cpu.quantize_rows(rows)[:2] if _compiled(x) else _int8(rows)
-    return _shaped(x, quantized, scale)
+    return _shaped(x, _quantize(x))
 
 
 def _quantize_per_token_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check(x)
-    if _compiled(x):
-        quantized, scale, zero, _ = cpu.quantize_rows(_rows(x), scale_of="asymmetric")
-        assert zero is not None
-    else:
-        quantized, scale, zero = reference.quantize_rows_asymmetric(_rows(x))
-    return *_shaped(x, quantized, scale), zero.view(*x.shape[:-1], 1)
+    rows = _quantize(x, scale_of="asymmetric")
+    assert rows.zero is not None
+    return *_shaped(x, rows), rows.zero.view(*x.shape[:-1], 1)
 
 
 def _quantize_per_tensor(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,22 +104,14 @@ def _quantize_per_tensor(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tenso
         raise WeightError(f"scale must be float32 [], got {scale.dtype} {list(scale.shape)}")
     if scale is None:
         scale = reference.tensor_scale(x, torch.int8)
-    rows = _rows(x)
-    if _compiled(x):
-        quantized = cpu.quantize_rows(rows, scale_of="static", scale=scale)[0]
-    else:
-        quantized = _int8(rows, scale)[0]
-    return quantized.view(x.shape), scale.clone()
+    rows = _quantize(x, scale_of="static", scale=scale)
+    return rows.values.view(x.shape), scale.clone()
 
 
 def _rms_norm_quantize(x: Tensor, gain: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
     _check(x)
     _check_gain(x, gain)
-    if _compiled(x):
-        quantized, scale = cpu.quantize_rows(_rows(x), "rms_norm", None, gain, epsilon)[:2]
-    else:
-        quantized, scale = _int8(reference.rms_norm(_rows(x), gain, epsilon)[0])
-    return _shaped(x, quantized, scale)
+    return _shaped(x, _quantize(x, "rms_norm", gain=gain, epsilon=epsilon))
 
 
 def _add_rms_norm_quantize(
@@ -136,23 +119,14 @@ def _add_rms_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_same(x, residual, "residual")
     _check_gain(x, gain)
-    if _compiled(x):
-        other = _rows(residual).contiguous()
-        quantized, scale, _, total = cpu.quantize_rows(_rows(x), "rms_norm", other, gain, epsilon)
-        assert total is not None
-    else:
-        values, total = reference.rms_norm(_rows(x), gain, epsilon, _rows(residual))
-        quantized, scale = _int8(values)
-    return *_shaped(x, quantized, scale), total.view(x.shape)
+    rows = _quantize(x, "rms_norm", other=_rows(residual), gain=gain, epsilon=epsilon)
+    assert rows.total is not None
+    return *_shaped(x, rows), rows.total.view(x.shape)
 
 
 def _silu_mul_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     _check_same(gate, up, "up")
-    if _compiled(gate):
-        quantized, scale = cpu.quantize_rows(_rows(gate), "silu_mul", _rows(up))[:2]
-    else:
-        quantized, scale = _int8(reference.silu_mul(_rows(gate), _rows(up)))
-    return _shaped(gate, quantized, scale)
+    return _shaped(gate, _quantize(gate, "silu_mul", other=_rows(up)))
 
 
 def _empty(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels import reference
+from qkernels import compiled, preparation, reference
 from qkernels.backends.kernel import Kernel, Problem
 from qkernels.errors import WeightError
-from qkernels.layouts import BUFFER_NAMES, LAYOUTS, PackedWeight, packing
+from qkernels.fields import FIELDS
+from qkernels.layouts import LAYOUTS, PackedWeight
 from qkernels.scheme import QuantScheme
-from qkernels.select import make_problem, select
+from qkernels.select import choose, make_problem, select
 
 X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -44,7 +45,7 @@ class PackedSpec:
     def of(
         packed: PackedWeight, backend: str | None = None, batch_invariant: bool = False
     ) -> PackedSpec:
-        names = tuple(name for name in BUFFER_NAMES if name in packed.buffers)
+        names = tuple(packed.buffers)
         return PackedSpec(
             packed.scheme, packed.layout.name, packed.n, packed.k, names, backend, batch_invariant
         )
@@ -116,21 +117,15 @@ def _problem(what: PackedSpec, m: int, dtype: torch.dtype, device: torch.device)
         layout=what.layout,
         x_dtype=dtype,
         batch_invariant=what.batch_invariant,
+        fields=what.names,
     )
-
-
-def _rows_of(x: Tensor, packed: PackedWeight) -> Tensor:
-    """x as [M, K], its columns in the order of the codes."""
-    rows = x.reshape(-1, packed.k)
-    perm = packed.buffers.get("perm")
-    return rows if perm is None else rows.index_select(1, perm)
 
 
 def _run(
     kernel: Kernel, what: PackedSpec, x: Tensor, buffers: list[Tensor], bias: Tensor | None
 ) -> Tensor:
     packed = what.packed(buffers)
-    rows = _rows_of(x, packed)
+    rows = preparation.rows_of(x, packed)
     y = kernel.run(rows, packed, bias, _problem(what, rows.shape[0], x.dtype, x.device))
     return y.view(*x.shape[:-1], what.n)
 
@@ -146,7 +141,7 @@ def _run_quantized(
 ) -> Tensor:
     assert kernel.run_quantized is not None, f"{kernel.name} takes no quantized x"
     packed = what.packed(buffers)
-    rows, row_scale = _rows_of(x, packed), scale.reshape(-1).contiguous()
+    rows, row_scale = preparation.rows_of(x, packed), scale.reshape(-1).contiguous()
     problem = _problem(what, rows.shape[0], dtype, x.device)
     y = kernel.run_quantized(rows, row_scale, packed, bias, problem)
     return y.view(*x.shape[:-1], what.n)
@@ -173,13 +168,23 @@ def _linear_quantized(
     return _run_quantized(kernel, what, x, scale, buffers, bias, dtype)
 
 
-def _check_quantized(x: Tensor, scale: Tensor, what: PackedSpec, words: Tensor) -> None:
+def _why_not_quantized(what: PackedSpec) -> str | None:
     activation = what.scheme.activation
     if activation.dtype != "int8" or activation.granularity != "token":
-        raise WeightError(
+        return (
             f"x is quantized per token, which layers of {what.scheme} do not take: pass x itself, "
             "or use a scheme such as w8a8 or w4a8-g128"
         )
+    for field in (FIELDS[name] for name in what.names if name in FIELDS):
+        if field.transform_x is not None and not field.permutes_x:
+            return f"x is quantized, and this layer's {field.name} comes before that: pass x itself"
+    return None
+
+
+def _check_quantized(x: Tensor, scale: Tensor, what: PackedSpec, words: Tensor) -> None:
+    reason = _why_not_quantized(what)
+    if reason is not None:
+        raise WeightError(reason)
     if x.dtype != torch.int8 or x.dim() == 0 or x.shape[-1] != what.k:
         raise WeightError(
             f"quantized x must be int8 [..., {what.k}], got {x.dtype} {list(x.shape)}"
@@ -244,12 +249,16 @@ def _answer(
         _check_quantized(x, scale, what, buffers[0])
     what.packed(buffers)  # raises where there are too few or too many
     problem = _problem(what, x.numel() // what.k, dtype, x.device)
-    kernel = select(problem, what.backend)
-    route = None if kernel.route is None else kernel.route(problem, x.device)
-    if route is None:
-        quantized = None if kernel.run_quantized is None else partial(_run_quantized, kernel, what)
+    choice = choose(problem, what.backend)
+    kernel = choice.kernel
+    if kernel.route is not None:
+        route = kernel.route(problem, x.device)
+    else:
+        assert _compiled is not None
+        takes_quantized = kernel.run_quantized is not None and _why_not_quantized(what) is None
+        quantized = partial(_run_quantized, kernel, what) if takes_quantized else None
         route = _compiled.PythonRoute(partial(_run, kernel, what), quantized)
-    return route, problem.m, problem.m
+    return route, choice.least_rows, choice.most_rows
 
 
 def _linear_autocast(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
@@ -279,7 +288,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear_quantized": (_linear_quantized, _linear_quantized_fake),
 }
 
-_compiled: Any = packing.compiled()
+_compiled = compiled.extension()
 _IN_CPP = () if _compiled is None else ("linear", "linear_quantized")
 """Operators of qkernels._C, with their gradients and autocast: csrc/bindings/operator.h."""
 
@@ -297,13 +306,6 @@ else:
     torch.library.register_autograd(
         "qkernels::linear", _linear_backward, setup_context=_save_for_linear, lib=_library
     )
-
-
-def forget_routes() -> None:
-    """Makes every operator choose its kernel anew: what `select` would answer has changed."""
-    select.cache_clear()
-    if _compiled is not None:
-        _compiled.forget_routes()
 
 
 linear_operator = torch.ops.qkernels.linear.default

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from qkernels.layouts import PackedWeight
+from qkernels.scheme import largest_number
 from qkernels.weight import WeightParameters, integer_rows, row_slices
-
-INT8_MAX = 127.0
 
 
 def quantize_rows(
@@ -39,7 +38,7 @@ def quantize_rows(
     Returns:
         q [M, K] of `dtype`, s fp32 [M] or the given scale.
     """
-    largest = INT8_MAX if dtype == torch.int8 else torch.finfo(dtype).max
+    largest = largest_number(dtype)
     values = x.float()
     if scale is None:
         top = values.abs().amax(dim=-1) if x.shape[-1] else values.new_zeros(x.shape[0])
@@ -49,14 +48,14 @@ def quantize_rows(
         scaled = values / scale
     if dtype == torch.int8:
         # An int8 cannot hold NaN or infinity; the scale tells of them where it is dynamic.
-        rounded = torch.nan_to_num(scaled.round(), nan=0.0).clamp_(-INT8_MAX, INT8_MAX)
+        rounded = torch.nan_to_num(scaled.round(), nan=0.0).clamp_(-largest, largest)
         return rounded.to(torch.int8), scale
     return scaled.clamp(-largest, largest).to(dtype), scale
 
 
 def tensor_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The one scale of a whole activation tensor: fp32 []."""
-    largest = INT8_MAX if dtype == torch.int8 else torch.finfo(dtype).max
+    largest = largest_number(dtype)
     top = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
     return torch.where(top == 0, torch.ones_like(top), top / largest)
 
@@ -175,7 +174,7 @@ def linear(
         left = x.float() if row_scale is None else quantized.float()
         weight = parameters.dequantize_rows(packed.codes(start, stop), start).t()
         if batch_invariant:
-            part = torch.empty(x.shape[0], stop - start, device=x.device)
+            part = torch.empty(x.shape[0], stop - start, dtype=torch.float32, device=x.device)
             for i in range(x.shape[0]):
                 part[i] = left[i] @ weight
         else:
@@ -197,6 +196,9 @@ def linear_quantized(
     for start, stop in row_slices(packed.n, packed.k):
         codes = packed.codes(start, stop)
         part = _integer_columns(quantized, scale[:, None], parameters, codes, start)
+        beyond = parameters.beyond_codes(start, stop)
+        if beyond is not None:
+            part += scale[:, None] * (quantized.float() @ beyond.t())
         if bias is not None:
             part += bias[start:stop].float()
         y[:, start:stop] = part
@@ -222,7 +224,9 @@ def _integer_columns(
         return (row_scale * column_scale) * integer_product(quantized, integers).float()
     length = scheme.group_length(k)
     scales = parameters.group_scales(start, stop)
-    total = torch.zeros(quantized.shape[0], stop - start, device=quantized.device)
+    total = torch.zeros(
+        quantized.shape[0], stop - start, dtype=torch.float32, device=quantized.device
+    )
     for g in range(scheme.groups(k)):
         columns = slice(g * length, min(k, (g + 1) * length))
         product = integer_product(

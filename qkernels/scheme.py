@@ -6,6 +6,8 @@ A `QuantScheme` is printable and parsed back from its one canonical spelling:
     w4a16-g128-sym      the same without zero points
     w4a16               per output channel; `-gtensor` is one scale for the whole weight
     nf4-g64, fp4-g32    4-bit codebooks; `nf4-g64-dq` stores the scales double-quantized (QLoRA)
+    log4-g32, log3-g64  signed powers of two and zero
+    binary-g64          one bit: -1 or 1, times the mean |w| of the group
     table(-1,...,1)-g64 the user's own 16 values
     fp8e4m3-a16         float8 weights, per output channel
     w8a8                int8 weights per channel, symmetric; int8 activations per token, dynamic
@@ -54,6 +56,20 @@ FP4_E2M1_VALUES = (
 )
 """The 16 values of FP4 E2M1, in the order of their bit patterns (OCP Microscaling Formats 1.0)."""
 
+
+def _powers_of_two(bits: int) -> tuple[float, ...]:
+    """0, then 2^-e for e = 2^(bits-1) - 2 down to 0; then the same numbers negated."""
+    half = 1 << (bits - 1)
+    positive = (0.0, *(2.0 ** (code - (half - 1)) for code in range(1, half)))
+    return (*positive, *(-value for value in positive))
+
+
+LOG3_VALUES, LOG4_VALUES = _powers_of_two(3), _powers_of_two(4)
+"""Zero and signed powers of two up to 1 (logarithmic quantization, Miyashita et al. 2016)."""
+
+BINARY_VALUES = (-1.0, 1.0)
+"""Signs (XNOR-Net, Rastegari et al. 2016)."""
+
 SMALLEST_GROUP = 16
 
 _SCALE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -64,9 +80,12 @@ _SCALE_DTYPES = {name: dtype for dtype, name in _SCALE_NAMES.items()}
 class WeightType:
     """A row of the weight-type table.
 
-    `kind` is how a code becomes a value: "linear" (the code itself), "codebook" (`values[code]`)
-    or "float8" (the code is the bit pattern of `float_dtype`). `max_value` is the largest
-    magnitude a non-linear type can hold, which scales are fitted to.
+    Attributes:
+        name: how a scheme names it; linear types are spelled by their bits, as in `w4a16`.
+        kind: how a code becomes a value: "linear" (the code itself), "codebook" (`values[code]`) or
+            "float8" (the code is the bit pattern of `float_dtype`).
+        values: the 2^bits values of a codebook.
+        scale_from: what of a group its scale is fitted to: "largest" |w| or "mean" |w|.
     """
 
     name: str
@@ -74,9 +93,17 @@ class WeightType:
     kind: str
     values: tuple[float, ...] | None = None
     float_dtype: torch.dtype | None = None
+    scale_from: str = "largest"
+
+    def __post_init__(self) -> None:
+        assert self.kind in ("linear", "codebook", "float8"), self.kind
+        assert self.scale_from in ("largest", "mean"), self.scale_from
+        assert (self.kind == "codebook") == (self.values is not None)
+        assert self.values is None or len(self.values) == 1 << self.bits, self.name
 
     @property
     def max_value(self) -> float:
+        """The largest magnitude that a non-linear type can hold."""
         if self.values is not None:
             return max(abs(value) for value in self.values)
         assert self.float_dtype is not None, f"{self.name} has no largest value"
@@ -92,6 +119,9 @@ WEIGHT_TYPES: dict[str, WeightType] = {
         WeightType("int8", 8, "linear"),
         WeightType("nf4", 4, "codebook", values=NF4_VALUES),
         WeightType("fp4", 4, "codebook", values=FP4_E2M1_VALUES),
+        WeightType("log3", 3, "codebook", values=LOG3_VALUES),
+        WeightType("log4", 4, "codebook", values=LOG4_VALUES),
+        WeightType("binary", 1, "codebook", values=BINARY_VALUES, scale_from="mean"),
         WeightType("fp8e4m3", 8, "float8", float_dtype=torch.float8_e4m3fn),
         WeightType("fp8e5m2", 8, "float8", float_dtype=torch.float8_e5m2),
     )
@@ -106,6 +136,11 @@ def table_type(values: tuple[float, ...]) -> WeightType:
     if not all(math.isfinite(value) for value in values) or not any(values):
         raise SchemeError(f"a table needs finite values that are not all zero, got {values}")
     return WeightType("table", 4, "codebook", values=values)
+
+
+def largest_number(dtype: torch.dtype) -> float:
+    """What max|x| is scaled to in int8 (127, so that both signs reach it) or a float8 type."""
+    return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
 
 
 ACTIVATION_DTYPES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -126,6 +161,11 @@ class Activation:
     @property
     def torch_dtype(self) -> torch.dtype:
         return ACTIVATION_DTYPES[self.dtype]
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that a quantized activation takes: 127 or 448."""
+        return largest_number(self.torch_dtype)
 
 
 @dataclass(frozen=True)
@@ -173,8 +213,8 @@ class QuantScheme:
         return self.activation.dtype == "none"
 
     @property
-    def zero_offset(self) -> int:
-        """What a linear code is shifted by to give its value: half the range when symmetric."""
+    def symmetric_zero(self) -> int:
+        """The zero point of symmetric linear codes, half their range; else 0."""
         is_shifted = self.weight.kind == "linear" and self.symmetric
         return 1 << (self.bits - 1) if is_shifted else 0
 
@@ -246,51 +286,66 @@ def _default_scale_dtype(activation: Activation, levels: str) -> torch.dtype:
     return torch.float16
 
 
-_HEAD = re.compile(
-    r"(?:w(?P<bits>\d+)a(?P<act>16|8|fp8)"
-    r"|(?P<name>nf4|fp4|fp8e4m3|fp8e5m2|fp8|table\((?P<values>[^()]*)\)))$"
-)
+_LINEAR_HEAD = re.compile(r"w(\d+)a(16|8|fp8)")
+_ALIASES = {"fp8": "fp8e4m3"}
 
-_FORMS = (
-    "accepted are w{2,3,4,8}a{16,8,fp8}, nf4, fp4, fp8e4m3, fp8e5m2 or table(v0,...,v15), then any "
-    "of -a16 -a8 -afp8 -g<N> -gtensor -sym -asym -tensor -static -flat -dq -sfp16 -sbf16 -sfp32, "
-    "for example w4a16-g128"
-)
+
+def accepted_forms() -> str:
+    """What a scheme may look like, for messages and help; made from `WEIGHT_TYPES`."""
+    linear = [str(row.bits) for row in WEIGHT_TYPES.values() if row.kind == "linear"]
+    named = [name for name, row in WEIGHT_TYPES.items() if row.kind != "linear"]
+    return (
+        f"accepted are w{{{','.join(linear)}}}a{{16,8,fp8}}, {', '.join(named)} or "
+        "table(v0,...,v15), then any of -a16 -a8 -afp8 -g<N> -gtensor -sym -asym -tensor -static "
+        "-flat -dq -sfp16 -sbf16 -sfp32, for example w4a16-g128"
+    )
+
+
+def _parse_head(head: str) -> tuple[WeightType, str | None]:
+    """The weight type that a scheme begins with and, where that names it, the activation.
+
+    Raises:
+        SchemeError: saying what is wrong with it.
+    """
+    linear = _LINEAR_HEAD.fullmatch(head)
+    if linear is not None:
+        bits, activation = linear.groups()
+        if f"int{bits}" not in WEIGHT_TYPES:
+            raise SchemeError(f"{bits}-bit weights are not supported")
+        return WEIGHT_TYPES[f"int{bits}"], activation
+    if head.startswith("table(") and head.endswith(")"):
+        try:
+            values = tuple(float(value) for value in head[len("table(") : -1].split(","))
+        except ValueError as error:
+            raise SchemeError(str(error)) from None
+        return table_type(values), None
+    weight = WEIGHT_TYPES.get(_ALIASES.get(head, head))
+    if weight is None or weight.kind == "linear":
+        raise SchemeError(f"{head!r} is not a weight type")
+    return weight, None
 
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> QuantScheme:
     def fail(why: str) -> SchemeError:
-        return SchemeError(f"scheme {text!r} does not parse: {why}; {_FORMS}")
+        return SchemeError(f"scheme {text!r} does not parse: {why}; {accepted_forms()}")
 
     if not isinstance(text, str):
         raise fail("it is not a string")
     table, _, rest = text.strip().partition(")")
     # The values of a table may hold the separator of the suffixes.
     parts = [table + ")", *rest.split("-")[1:]] if ")" in text else text.strip().split("-")
-    head = _HEAD.match(parts[0])
-    if head is None:
-        raise fail(f"{parts[0]!r} is not a weight type")
-    if head["bits"] is not None:
-        weight_name, act_name = f"int{head['bits']}", head["act"]
-        if weight_name not in WEIGHT_TYPES:
-            raise fail(f"{head['bits']}-bit weights are not supported")
-        weight = WEIGHT_TYPES[weight_name]
-    else:
-        act_name = "16"
-        if head["values"] is not None:
-            try:
-                weight = table_type(tuple(float(value) for value in head["values"].split(",")))
-            except ValueError as error:
-                raise fail(str(error)) from None
-        else:
-            weight = WEIGHT_TYPES["fp8e4m3" if head["name"] == "fp8" else head["name"]]
+    try:
+        weight, named_activation = _parse_head(parts[0])
+    except SchemeError as error:
+        raise fail(str(error)) from None
+    act_name = named_activation or "16"
 
     group_size: int | None = None
     granularity, flags, scale_name = "token", set(), None
     seen: set[str] = set()
     for part in parts[1:]:
-        if part in ("a16", "a8", "afp8") and head["bits"] is None:
+        if part in ("a16", "a8", "afp8") and named_activation is None:
             kind, act_name = "activation", part[1:]
         elif part == "gtensor":
             kind = "granularity"

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
+from qkernels import compiled
 from qkernels.backends import cpu as cpu_backend
 from qkernels.backends import cuda as cuda_backend
 from qkernels.backends import reference as reference_backend
 from qkernels.backends import triton as triton_backend
 from qkernels.backends.kernel import Kernel, Problem
+from qkernels.backends.rows import RowKernel, RowProblem
 from qkernels.errors import NoKernelError
+from qkernels.fields import optional_fields
 from qkernels.layouts import LAYOUTS, PLAIN, Layout
 from qkernels.scheme import QuantScheme
 
-KERNELS: tuple[Kernel, ...] = (
+KERNELS: list[Kernel] = [
     *cuda_backend.KERNELS,
     *triton_backend.KERNELS,
     *cpu_backend.KERNELS,
@@ -25,10 +29,20 @@ KERNELS: tuple[Kernel, ...] = (
     # for by name.
     *triton_backend.INTERPRETED_KERNELS,
     *cuda_backend.EMULATED_KERNELS,
-)
-"""In order of priority."""
+]
+"""In order of priority. Whoever changes it calls `forget_choices`."""
 
-BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(kernel.backend for kernel in KERNELS))
+ROW_KERNELS: list[RowKernel] = [
+    *triton_backend.ROW_KERNELS,
+    *cpu_backend.ROW_KERNELS,
+    *reference_backend.ROW_KERNELS,
+]
+"""The kernels that quantize rows of x, in order of priority; the last one refuses nothing."""
+
+
+def backends() -> tuple[str, ...]:
+    """The names of the backends, in the order of their first kernels."""
+    return tuple(dict.fromkeys(kernel.backend for kernel in KERNELS))
 
 
 @dataclass(frozen=True)
@@ -47,8 +61,56 @@ class Explanation:
 
 def check_backend(backend: str | None) -> None:
     """Raises NoKernelError for a backend name that no kernel has."""
-    if backend is not None and backend not in BACKENDS:
-        raise NoKernelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend is not None and backend not in backends():
+        raise NoKernelError(f"backend {backend!r} is not one of {', '.join(backends())}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, and the numbers of rows of x for which it stays the choice.
+
+    Attributes:
+        least_rows, most_rows: the range around the m that was asked for; most_rows None has no end.
+    """
+
+    kernel: Kernel
+    least_rows: int
+    most_rows: int | None
+
+
+def choose(problem: Problem, backend: str | None = None) -> Choice:
+    """`select`, with the range of m for which it gives the same kernel.
+
+    Kernels refuse by m through their rows' limits alone, so the answer changes nowhere else.
+
+    Raises:
+        NoKernelError: as `select` does.
+    """
+    chosen, m = select(problem, backend), problem.m
+    least, most = 0, None
+    for kernel in KERNELS:
+        asked = backend is None or kernel.backend == backend
+        if not asked or kernel.refusal_of_any_rows(problem) is not None:
+            continue
+        first, last = kernel.rows(problem)
+        # Where the limits of this kernel begin and end, each the first m of a range.
+        for edge in (first, None if last is None else last + 1):
+            if edge is not None and edge <= m:
+                least = max(least, edge)
+            elif edge is not None:
+                most = edge - 1 if most is None else min(most, edge - 1)
+        if kernel is chosen:
+            break
+    return Choice(chosen, least, most)
+
+
+def forget_choices() -> None:
+    """Has every kernel chosen anew, after one was found to be wrong."""
+    select.cache_clear()
+    select_rows.cache_clear()
+    extension = compiled.extension()
+    if extension is not None:
+        extension.forget_routes()
 
 
 @lru_cache(maxsize=4096)
@@ -73,15 +135,28 @@ def select(problem: Problem, backend: str | None = None) -> Kernel:
     )
 
 
+@lru_cache(maxsize=256)
+def select_rows(problem: RowProblem) -> RowKernel:
+    """The first row kernel, in order, that can run `problem`."""
+    return next(kernel for kernel in ROW_KERNELS if kernel.refusal(problem) is None)
+
+
 def layout_for(
-    scheme: QuantScheme, n: int, k: int, device: torch.device | str, backend: str | None = None
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    device: torch.device | str,
+    backend: str | None = None,
+    fields: Iterable[str] = (),
 ) -> Layout:
     """The layout to load a weight in: that of the kernel which would run a single token.
+
+    `fields` are the names of what the weight has beside its codes.
 
     Raises:
         NoKernelError: where `backend` cannot run the scheme on the device.
     """
-    problem = make_problem(scheme, n=n, k=k, m=1, device=device, layout=None)
+    problem = make_problem(scheme, n=n, k=k, m=1, device=device, layout=None, fields=fields)
     kernel = select(problem, backend)
     return PLAIN if kernel.layout is None else LAYOUTS[kernel.layout]
 
@@ -101,8 +176,12 @@ def make_problem(
     layout: str | None,
     x_dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
+    fields: Iterable[str] = (),
 ) -> Problem:
-    """A `Problem` on `device`, whose compute capability is looked up once."""
+    """A `Problem` on `device`, whose compute capability is looked up once.
+
+    Of `fields`, the names of a weight's fields, the optional ones are asked about.
+    """
     device = torch.device(device)
     return Problem(
         m=m,
@@ -114,6 +193,7 @@ def make_problem(
         device=device.type,
         capability=_capability(device),
         batch_invariant=batch_invariant,
+        fields=optional_fields(scheme, fields),
     )
 
 
@@ -127,8 +207,11 @@ def explain(
     x_dtype: torch.dtype = torch.bfloat16,
     backend: str | None = None,
     batch_invariant: bool = False,
+    fields: Iterable[str] = (),
 ) -> list[Explanation]:
     """Every kernel, in order, with whether it would run x [m, k] times a weight [n, k] and why not.
+
+    `fields` are names of optional fields that the weight has, such as perm.
 
     Raises:
         SchemeError: where `scheme` does not parse.
@@ -152,6 +235,7 @@ def explain(
         layout=None,
         x_dtype=x_dtype,
         batch_invariant=batch_invariant,
+        fields=fields,
     )
     # The weight would be packed for the kernel that runs one token; the others must read the same.
     first = select(replace(problem, m=1, x_dtype=torch.bfloat16, batch_invariant=False), backend)

@@ -8,18 +8,17 @@ entry or a float8 number. Every checkpoint format and every kernel layout conver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qkernels.errors import WeightError
+from qkernels.fields import FIELDS, NESTED_BLOCK, check_fields, cut_columns, cut_rows
 from qkernels.scheme import QuantScheme, WeightType
-
-NESTED_BLOCK = 256
-"""Scales that share one second-level scale in double quantization (QLoRA, section 3)."""
 
 SLICE_ELEMENTS = 1 << 22
 """Weight elements worked on at a time, which bounds the memory of conversions: 16 MiB of fp32."""
@@ -40,10 +39,16 @@ def _codebook(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def codebook(weight_type: WeightType, device: torch.device | str = "cpu") -> Tensor:
-    """The values of a codebook type, fp32 [16]. Cached: do not write to it."""
+def codebook(
+    weight_type: WeightType, device: torch.device | str = "cpu", entries: int = 0
+) -> Tensor:
+    """The values of a codebook type, fp32 [2^bits], with zeros up to `entries` of them.
+
+    Cached: do not write to it.
+    """
     assert weight_type.values is not None, f"{weight_type.name} has no codebook"
-    return _codebook(weight_type.values, torch.device(device))
+    padding = (0.0,) * (entries - len(weight_type.values))
+    return _codebook((*weight_type.values, *padding), torch.device(device))
 
 
 @lru_cache(maxsize=8)
@@ -61,43 +66,55 @@ def nested_table(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-@dataclass(frozen=True, eq=False)
-class NestedScales:
-    """The second level of double-quantized scales: scale = table[code] * absmax[block] + offset.
-
-    Attributes:
-        absmax: fp32 [ceil(N*G / 256)], one for each 256 consecutive scales in row-major order.
-        offset: fp32 [], the mean that was taken off before quantizing.
-    """
-
-    absmax: Tensor
-    offset: Tensor
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, init=False)
 class WeightParameters:
-    """All of a quantized weight but its codes: small next to them, so held whole.
+    """All of a quantized weight [n, k] but its codes: small next to them, so held whole.
 
-    Shapes, with G = scheme.groups(K):
+    The fields, rows of `fields.FIELDS`, are attributes too; one that is not there is None. Shapes,
+    with G = scheme.groups(K):
         scales: [N, G] floating; [1, 1] per tensor; uint8 multipliers (two-level scales) or uint8
             codes (double-quantized scales).
         zeros: [N, G], uint8 (integer zero points) or floating (real ones), in code units; [1, 1]
             per tensor; None where the scheme is symmetric.
         channel_scales: fp32 [N], with two-level scales only.
-        nested: with double-quantized scales only.
+        nested_absmax, nested_offset: fp32 [ceil(N*G / 256)] and [], with double-quantized scales.
+        input_factor: fp32 [K] or None; multiplies the columns of x.
         perm: int64 [K] or None; column j of the codes is column perm[j] of the weight.
+        outlier_columns, outlier_values: int64 [C] and 16-bit [N, C], or None; added to columns of
+            the codes.
         activation_scale: fp32 [], with static activations only.
     """
 
     scheme: QuantScheme
     n: int
     k: int
-    scales: Tensor
-    zeros: Tensor | None = None
-    channel_scales: Tensor | None = None
-    nested: NestedScales | None = None
-    perm: Tensor | None = None
-    activation_scale: Tensor | None = None
+    fields: Mapping[str, Tensor]
+
+    if TYPE_CHECKING:
+        scales: Tensor
+        zeros: Tensor | None
+        channel_scales: Tensor | None
+        nested_absmax: Tensor | None
+        nested_offset: Tensor | None
+        input_factor: Tensor | None
+        perm: Tensor | None
+        outlier_columns: Tensor | None
+        outlier_values: Tensor | None
+        activation_scale: Tensor | None
+
+    def __init__(self, *, scheme: QuantScheme, n: int, k: int, **fields: Tensor | None) -> None:
+        unknown = [name for name in fields if name not in FIELDS]
+        if unknown:
+            raise TypeError(f"a weight has no field {unknown[0]!r}: they are {', '.join(FIELDS)}")
+        present = {name: value for name in FIELDS if (value := fields.get(name)) is not None}
+        own = {"scheme": scheme, "n": n, "k": k, "fields": present}
+        for name, part in own.items():
+            object.__setattr__(self, name, part)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in FIELDS:
+            return self.__dict__["fields"].get(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def group_scales(self, start: int = 0, stop: int | None = None) -> Tensor:
         """What a code's value is multiplied by, for rows [start, stop): fp32 [rows, G]."""
@@ -106,12 +123,12 @@ class WeightParameters:
             return self.scales.float().expand(stop - start, 1)
         scales = self.scales[start:stop]
         if self.scheme.scale_levels == "double":
-            assert self.nested is not None
+            assert self.nested_absmax is not None and self.nested_offset is not None
             groups = self.scales.shape[1]
             index = torch.arange(start * groups, stop * groups, device=scales.device)
-            block_max = self.nested.absmax[index // NESTED_BLOCK].view(stop - start, groups)
+            block_max = self.nested_absmax[index // NESTED_BLOCK].view(stop - start, groups)
             table = nested_table(scales.device)
-            return table[scales.int()] * block_max + self.nested.offset
+            return table[scales.int()] * block_max + self.nested_offset
         if self.scheme.scale_levels == "two":
             assert self.channel_scales is not None
             return scales.float() * self.channel_scales[start:stop, None]
@@ -138,18 +155,36 @@ class WeightParameters:
             apply_by_group(values, zeros, self.scheme.group_length(self.k), torch.Tensor.sub_)
         scales = self.group_scales(start, stop)
         apply_by_group(values, scales, self.scheme.group_length(self.k), torch.Tensor.mul_)
+        self._add_to_rows(values, start)
         return values
 
+    def beyond_codes(self, start: int, stop: int) -> Tensor | None:
+        """What rows [start, stop) have beyond their codes, fp32 in the codes' order, or None."""
+        if all(FIELDS[name].add_to_rows is None for name in self.fields):
+            return None
+        rows = torch.zeros(stop - start, self.k, dtype=torch.float32, device=self.scales.device)
+        self._add_to_rows(rows, start)
+        return rows
+
+    def _add_to_rows(self, rows: Tensor, start: int) -> None:
+        for name in self.fields:
+            add = FIELDS[name].add_to_rows
+            if add is not None:
+                add(rows, start, self.fields)
+
     def to_column_order(self, rows: Tensor) -> Tensor:
-        """`rows` [.., K] in the codes' column order, put into the weight's own column order."""
-        if self.perm is None:
-            return rows
-        out = torch.empty_like(rows)
-        out[:, self.perm] = rows
-        return out
+        """Weight rows [.., K] as the codes have them, as they multiply x itself.
+
+        Columns go from the codes' order into the weight's own, and take the input factor.
+        """
+        for name in reversed(list(self.fields)):
+            restore = FIELDS[name].restore_rows
+            if restore is not None:
+                rows = restore(rows, self.fields[name])
+        return rows
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, init=False)
 class QuantizedWeight(WeightParameters):
     """A quantized weight [N, K]: uint8 `codes` [N, K] and their parameters, plus a bias.
 
@@ -160,16 +195,22 @@ class QuantizedWeight(WeightParameters):
         WeightError: naming the tensor, its value and what is accepted.
     """
 
-    n: int = field(init=False)
-    k: int = field(init=False)
     codes: Tensor
-    bias: Tensor | None = None
+    bias: Tensor | None
 
-    def __post_init__(self) -> None:
-        if self.codes.dim() != 2:
-            raise WeightError(f"codes must be [N, K], got shape {tuple(self.codes.shape)}")
-        object.__setattr__(self, "n", self.codes.shape[0])
-        object.__setattr__(self, "k", self.codes.shape[1])
+    def __init__(
+        self,
+        *,
+        scheme: QuantScheme,
+        codes: Tensor,
+        bias: Tensor | None = None,
+        **fields: Tensor | None,
+    ) -> None:
+        if codes.dim() != 2:
+            raise WeightError(f"codes must be [N, K], got shape {tuple(codes.shape)}")
+        super().__init__(scheme=scheme, n=codes.shape[0], k=codes.shape[1], **fields)
+        object.__setattr__(self, "codes", codes)
+        object.__setattr__(self, "bias", bias)
         check_parameters(self)
         _check_codes(self)
 
@@ -180,37 +221,57 @@ class QuantizedWeight(WeightParameters):
     @property
     def parameters(self) -> WeightParameters:
         """The same weight without codes and bias."""
-        named = {f.name: getattr(self, f.name) for f in fields(WeightParameters)}
-        return WeightParameters(**named)
+        return WeightParameters(scheme=self.scheme, n=self.n, k=self.k, **self.fields)
 
     def dequantize(self) -> Tensor:
-        """The weight as fp32 [N, K], in its own column order."""
+        """The weight as fp32 [N, K], in its own column order: what x itself is multiplied by."""
         out = torch.empty(self.n, self.k, dtype=torch.float32, device=self.codes.device)
         for start, stop in row_slices(self.n, self.k):
             rows = self.dequantize_rows(self.codes[start:stop], start)
             out[start:stop] = self.to_column_order(rows)
         return out
 
+    def replace(self, **changes: Any) -> QuantizedWeight:
+        """The same weight with other codes, bias, scheme or fields; None takes a field away."""
+        parts = {"scheme": self.scheme, "codes": self.codes, "bias": self.bias, **self.fields}
+        return QuantizedWeight(**{**parts, **changes})
+
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight with every tensor on `device`."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        nested = self.nested
-        if nested is not None:
-            nested = NestedScales(nested.absmax.to(device), nested.offset.to(device))
-        return QuantizedWeight(
-            scheme=self.scheme,
+        return self.replace(
             codes=self.codes.to(device),
-            scales=self.scales.to(device),
-            zeros=move(self.zeros),
-            channel_scales=move(self.channel_scales),
-            nested=nested,
-            perm=move(self.perm),
-            activation_scale=move(self.activation_scale),
-            bias=move(self.bias),
+            bias=None if self.bias is None else self.bias.to(device),
+            **{name: value.to(device) for name, value in self.fields.items()},
         )
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Rows [start, stop), such as a shard of the outputs; shares memory with this weight.
+
+        Raises:
+            WeightError: for rows out of range, or where a field cannot be cut there.
+        """
+        _check_range("rows", start, stop, self.n)
+        fields = cut_rows(self.scheme, self.n, self.k, self.fields, start, stop)
+        bias = None if self.bias is None else self.bias[start:stop]
+        return QuantizedWeight(
+            scheme=self.scheme, codes=self.codes[start:stop], bias=bias, **fields
+        )
+
+    def columns(self, start: int, stop: int) -> QuantizedWeight:
+        """Columns [start, stop), such as a shard of the inputs; without the bias, which is added
+        once for all shards.
+
+        Raises:
+            WeightError: for columns out of range, or that do not begin and end with groups.
+        """
+        _check_range("columns", start, stop, self.k)
+        fields = cut_columns(self.scheme, self.n, self.k, self.fields, start, stop)
+        return QuantizedWeight(scheme=self.scheme, codes=self.codes[:, start:stop], **fields)
+
+
+def _check_range(what: str, start: int, stop: int, size: int) -> None:
+    if not 0 <= start < stop <= size:
+        raise WeightError(f"{what} {start} to {stop} are not in 0 to {size}")
 
 
 def code_values(scheme: QuantScheme, codes: Tensor) -> Tensor:
@@ -222,7 +283,7 @@ def code_values(scheme: QuantScheme, codes: Tensor) -> Tensor:
         assert weight.float_dtype is not None
         return codes.contiguous().view(weight.float_dtype).float()
     values = codes.float()
-    return values.sub_(scheme.zero_offset) if scheme.zero_offset else values
+    return values.sub_(scheme.symmetric_zero) if scheme.symmetric_zero else values
 
 
 def apply_by_group(
@@ -248,56 +309,14 @@ def apply_by_group(
 
 
 def check_parameters(weight: WeightParameters) -> None:
-    """Raises WeightError where a parameter's shape, dtype, device or value is off."""
-    scheme, n, k = weight.scheme, weight.n, weight.k
-    shape = (1, 1) if scheme.per_tensor else (n, scheme.groups(k))
-    scale_dtype = scheme.scale_dtype if scheme.scale_levels == "one" else torch.uint8
-    _expect(weight, "scales", weight.scales, shape, (scale_dtype,))
-    if scheme.symmetric != (weight.zeros is None):
-        wanted = "no zeros" if scheme.symmetric else "zeros"
-        raise WeightError(f"scheme {scheme} takes {wanted}, got zeros={_brief(weight.zeros)}")
-    if weight.zeros is not None:
-        kinds = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
-        _expect(weight, "zeros", weight.zeros, shape, kinds)
-        if scheme.integer_activation and weight.zeros.dtype != torch.uint8:
-            raise WeightError(f"scheme {scheme} needs integer zeros, got {_brief(weight.zeros)}")
-    if (scheme.scale_levels == "two") != (weight.channel_scales is not None):
-        raise WeightError(
-            f"channel_scales go with two-level scales alone; scheme {scheme} has "
-            f"{scheme.scale_levels}-level scales, got {_brief(weight.channel_scales)}"
-        )
-    if weight.channel_scales is not None:
-        _expect(weight, "channel_scales", weight.channel_scales, (n,), (torch.float32,))
-    if (scheme.scale_levels == "double") != (weight.nested is not None):
-        raise WeightError(f"nested scales go with -dq schemes alone, not with {scheme}")
-    if weight.nested is not None:
-        blocks = -(-weight.scales.numel() // NESTED_BLOCK)
-        _expect(weight, "nested.absmax", weight.nested.absmax, (blocks,), (torch.float32,))
-        _expect(weight, "nested.offset", weight.nested.offset, (), (torch.float32,))
-    if weight.perm is not None:
-        _expect(weight, "perm", weight.perm, (k,), (torch.int64,))
-        if not torch.equal(weight.perm.sort().values, torch.arange(k, device=weight.perm.device)):
-            raise WeightError(f"perm must hold each of 0..{k - 1} once")
-    is_static = scheme.activation.granularity == "static"
-    if is_static != (weight.activation_scale is not None):
-        remedy = (
-            "pass calibration data or activation_scale"
-            if is_static
-            else "leave it out, or use a scheme that ends in -static"
-        )
-        raise WeightError(
-            f"scheme {scheme}: activation_scale is {_brief(weight.activation_scale)}: {remedy}"
-        )
-    if weight.activation_scale is not None:
-        _expect(weight, "activation_scale", weight.activation_scale, (), (torch.float32,))
-        if not float(weight.activation_scale) > 0:
-            raise WeightError(f"activation_scale must be > 0, got {float(weight.activation_scale)}")
+    """Raises WeightError where a field is missing, or its shape, dtype, device or value is off."""
+    check_fields(weight.scheme, weight.n, weight.k, weight.fields)
 
 
 def _check_codes(weight: QuantizedWeight) -> None:
+    floats = (torch.float16, torch.bfloat16, torch.float32)
     _expect(weight, "codes", weight.codes, weight.shape, (torch.uint8,))
     if weight.bias is not None:
-        floats = (torch.float16, torch.bfloat16, torch.float32)
         _expect(weight, "bias", weight.bias, (weight.n,), floats)
     scheme = weight.scheme
     for start, stop in row_slices(weight.n, weight.k):
@@ -325,7 +344,7 @@ def integer_rows(weight: WeightParameters, codes: Tensor, start: int) -> Tensor:
     stop, length = start + codes.shape[0], weight.scheme.group_length(weight.k)
     values = codes.short()
     if weight.zeros is None:
-        values -= weight.scheme.zero_offset
+        values -= weight.scheme.symmetric_zero
     else:
         zeros = weight.zeros if weight.scheme.per_tensor else weight.zeros[start:stop]
         apply_by_group(values, zeros.short().expand(codes.shape[0], -1), length, Tensor.sub_)
@@ -351,7 +370,3 @@ def _expect(
         raise WeightError(f"{where} is on {tensor.device}, the scales on {weight.scales.device}")
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise WeightError(f"{where} holds NaN or infinity")
-
-
-def _brief(tensor: Tensor | None) -> str:
-    return "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"

@@ -10,6 +10,7 @@ WEIGHT_ONLY = (
     *("w4a16-g128", "w4a16-g64-sym", "w4a16", "w4a16-gtensor", "w4a16-g24", "w4a16-g64-sbf16"),
     *("w3a16-g64", "w3a16-sym", "w2a16-g32", "w8a16", "w8a16-g64-sym", "w4a16-g64-sfp32"),
     *("nf4-g64", "nf4-g64-dq", "fp4-g32", TABLE, "fp8e4m3-a16", "fp8e5m2-a16-g64"),
+    *("log4-g32", "log3-g64", "binary-g64"),
 )
 INT8_ACTIVATION = (
     *("w8a8", "w8a8-tensor", "w8a8-static", "w8a8-g64", "w8a8-gtensor"),
@@ -26,5 +27,4 @@ def activation_scale(scheme: QuantScheme | str, x: torch.Tensor) -> float | None
     activation = QuantScheme.parse(scheme).activation
     if activation.granularity != "static":
         return None
-    largest = 127.0 if activation.dtype == "int8" else 448.0
-    return float(x.abs().max()) / largest
+    return float(x.abs().max()) / {"int8": 127.0, "fp8": 448.0}[activation.dtype]

@@ -137,7 +137,7 @@ def test_layers_share_one_quantization(scheme, backend, rows):
 
 
 def test_activation_order_applies_to_quantized_x():
-    weight = qk.quantizers.rtn.quantize(torch.randn(24, 64), "w8a8", perm=torch.randperm(64))
+    weight = qk.rounding.quantize(torch.randn(24, 64), "w8a8", perm=torch.randperm(64))
     layer = qk.WQLinear.from_weight(weight)
     x = torch.randn(3, 64)
     assert torch.equal(layer(qk.quantize_activation(x)), layer(x))

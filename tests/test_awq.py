@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from qkernels import WQLinear_GEMM, WQLinear_GEMV
+from qkernels import WQLinear_GEMM, WQLinear_GEMV, rounding
 from qkernels.errors import LayerError
-from qkernels.quantizers import rtn
 
 
 def nibble(words, row, column_word, i):
@@ -15,7 +14,9 @@ def nibble(words, row, column_word, i):
 
 def case(cls, group_size=64, bias=True, k=256, n=48):
     linear = nn.Linear(k, n, bias=bias).half()
-    fitted = rtn.fit(linear.weight.detach(), rtn.QuantScheme.parse(f"w4a16-g{group_size}"))
+    fitted = rounding.fit(
+        linear.weight.detach(), rounding.QuantScheme.parse(f"w4a16-g{group_size}")
+    )
     scales, zeros = fitted.scales, fitted.zeros
     if cls is WQLinear_GEMM:
         scales, zeros = scales.t().contiguous(), zeros.t().contiguous()

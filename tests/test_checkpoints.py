@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import qkernels as qk
+from qkernels import rounding
 from qkernels.checkpoints import compressed_tensors, folders
 from qkernels.errors import CheckpointError
-from qkernels.quantizers import rtn
 from qkernels.weight import QuantizedWeight
 
 transformers = pytest.importorskip("transformers", reason="models come from transformers")
@@ -37,7 +37,9 @@ TOKENS = torch.arange(24).view(1, 24)
 @pytest.mark.parametrize("text", SAVED)
 def test_a_layer_comes_back_exactly(text):
     scale = 0.05 if "static" in text else None
-    before = rtn.quantize(torch.randn(40, 72), text, activation_scale=scale, bias=torch.randn(40))
+    before = rounding.quantize(
+        torch.randn(40, 72), text, activation_scale=scale, bias=torch.randn(40)
+    )
     tensors = compressed_tensors.write_layer(before)
     config = compressed_tensors.write_config({"up": before.scheme}, [])
     scheme = compressed_tensors.read_scheme(config["config_groups"]["group_0"])
@@ -74,7 +76,7 @@ def test_the_package_that_defines_the_format_reads_it(tmp_path):
         "compressed_tensors.compressors.pack_quantized.helpers",
         reason="compressed-tensors is not installed",
     )
-    weight = rtn.quantize(torch.randn(40, 64), "w4a16-g32-sym")
+    weight = rounding.quantize(torch.randn(40, 64), "w4a16-g32-sym")
     tensors = compressed_tensors.write_layer(weight)
     codes = helpers.unpack_from_int32(tensors["weight_packed"], 4, torch.Size(weight.shape))
     assert torch.equal(codes.int() + 8, weight.codes.int())

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import qkernels as qk
+from qkernels import rounding
 from qkernels.backends import cpu
 from qkernels.errors import NoKernelError
 from qkernels.layouts import VNNI, pack
-from qkernels.quantizers import rtn
 from qkernels.select import KERNELS, make_problem
 
 SCHEMES = ("w4a16-g64", "nf4-g64", "w8a8", "w4a8-g64", "w4a8-g64-flat")
@@ -21,7 +21,9 @@ LARGE = (600, 1024)  # enough work for threads, and a split of K for the first
 
 
 def layer_of(scheme, n=LARGE[0], k=LARGE[1]):
-    return qk.WQLinear.from_weight(rtn.quantize(torch.randn(n, k), scheme, bias=torch.randn(n)))
+    return qk.WQLinear.from_weight(
+        rounding.quantize(torch.randn(n, k), scheme, bias=torch.randn(n))
+    )
 
 
 def chosen(scheme, m, environment):
@@ -218,7 +220,7 @@ def test_wrong_arguments_of_the_compiled_kernels_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             linear(**changes)
-    packed = pack(rtn.quantize(torch.randn(32, 64), "w4a16-g32"), VNNI)
+    packed = pack(rounding.quantize(torch.randn(32, 64), "w4a16-g32"), VNNI)
     words, scales, zeros = (packed.buffers[name] for name in ("words", "scales", "zeros"))
     x = torch.randn(3, 64)
     none = (None, None, None, None, None)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels import demo, demo_report, evaluation
+from qkernels.cli import demo, demo_report
 from qkernels.errors import CheckpointError
-from qkernels.model_files import output_head
+from qkernels.models import evaluation
+from qkernels.models.loading import output_head
 from tests.tiny_model import BLOCKS, LINEAR_LAYERS, tiny_model, tiny_tokenizer
 
 SCHEMES = ("w4a16-g32", "nf4-g32", "w8a8")

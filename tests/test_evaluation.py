@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import qkernels as qk
-from qkernels import evaluation
 from qkernels.errors import QuantizationError
+from qkernels.models import evaluation
 from tests.bounds import FROBENIUS_BOUND
 from tests.tiny_model import VOCABULARY, tiny_model, tiny_tokenizer
 

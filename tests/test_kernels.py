@@ -9,11 +9,9 @@ import contextlib
 import pytest
 import torch
 
-from qkernels import WQLinear, activations, ops, reference
-from qkernels.backends.cpu import ISAS
+from qkernels import WQLinear, activations, ops, reference, rounding
 from qkernels.errors import NoKernelError, WeightError
 from qkernels.layouts import LAYOUTS, pack
-from qkernels.quantizers import rtn
 from qkernels.scheme import QuantScheme
 from qkernels.select import KERNELS, make_problem
 from qkernels.weight import apply_by_group, code_values
@@ -22,8 +20,6 @@ from tests.bounds import DENSE_FACTOR, FROBENIUS_BOUND
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-CUDA_BACKENDS = ("cuda", "emulated")
-CPU_INT8 = tuple(f"cpu_{isa}_int8" for isa in ISAS)
 N, K = 49, 200
 DTYPES_BY_ROWS = {
     1: (torch.float16,),
@@ -61,7 +57,7 @@ FLOAT_CASES = [case for case in CASES if QuantScheme.parse(case.values[1]).weigh
 def make(text, n=N, k=K, x=None, perm=False, bias=True):
     weight = torch.randn(n, k, device=DEVICE)
     scale = schemes.activation_scale(text, x) if x is not None else None
-    return rtn.quantize(
+    return rounding.quantize(
         weight,
         text,
         perm=torch.randperm(k, device=DEVICE) if perm else None,
@@ -77,15 +73,14 @@ def _static(text):
 def seen_by(kernel, quantized, dtype):
     """The weight as a kernel multiplies it, in `dtype`: dequantized, and rounded once.
 
-    The CUDA kernels dequantize in 16 bits: their codebooks and scales are rounded to `dtype` first.
-    Tiles of AMX hold a codebook in bf16: as one number where x is bf16, as two where it is fp16.
+    Where codebooks are held in bf16 they are one number where x is bf16, two where it is fp16.
     """
-    in_tiles = kernel.name == "cpu_amx_float" and dtype != torch.float32
-    if kernel.backend not in CUDA_BACKENDS and not in_tiles:
+    in_terms = kernel.weight_rounding == "bf16_terms" and dtype != torch.float32
+    if kernel.weight_rounding != "x_dtype" and not in_terms:
         return quantized.dequantize().to(dtype)
     scheme, length = quantized.scheme, quantized.scheme.group_length(quantized.k)
     values = code_values(scheme, quantized.codes)
-    if in_tiles:
+    if in_terms:
         first = values.bfloat16().float()
         rest = (values - first).bfloat16().float()
         values = first + rest if dtype == torch.float16 else first
@@ -95,20 +90,21 @@ def seen_by(kernel, quantized, dtype):
     if zeros is not None:
         apply_by_group(values, zeros, length, torch.Tensor.sub_)
     scales = quantized.group_scales()
-    if not in_tiles:
+    if not in_terms:
         scales = scales.to(dtype).float()
     apply_by_group(values, scales, length, torch.Tensor.mul_)
     return quantized.to_column_order(values).to(dtype)
 
 
-def may_refuse(kernel, dtype, m):
+def may_refuse(kernel, scheme, dtype, m, n=N, k=K):
     """Whether a kernel that takes a scheme may still refuse this M or this type of x."""
-    is_16_bit = kernel.backend in CUDA_BACKENDS and dtype == torch.float32
-    if kernel.name == "cpu_amx_scaled" and dtype != torch.bfloat16:
+    if dtype not in kernel.x_dtypes:
         return True
-    least = {"cpu_amx_scaled": 96, "cpu_amx_float": 3, "cpu_amx_int8": 9}.get(kernel.name, 0)
-    most = {"cpu_portable_float": 16, "cpu_portable_int8": 2, "cpu_avx2_float": 128}
-    return "gemv" in kernel.name or is_16_bit or not least <= m <= most.get(kernel.name, m)
+    problem = make_problem(
+        scheme, n=n, k=k, m=m, device=DEVICE, layout=kernel.layout, x_dtype=dtype
+    )
+    least, most = kernel.rows(problem)
+    return m < least or (most is not None and m > most)
 
 
 def few_rows(kernel, scheme):
@@ -177,7 +173,7 @@ def test_identity_gives_the_dequantized_weight_bit_for_bit(kernel, text):
     quantized = make(text, n=20, k=104, perm=True, bias=False)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         if not any(runnable(kernel, quantized.scheme, m, dtype) for m in ROWS):
-            assert may_refuse(kernel, dtype, 17)
+            assert may_refuse(kernel, quantized.scheme, dtype, 17, 20, 104)
             continue
         exact = seen_by(kernel, quantized, dtype).t()
         x = torch.eye(104, dtype=dtype, device=DEVICE)
@@ -200,7 +196,7 @@ def test_close_to_float64(kernel, text, m):
         quantized = make(text, x=x, perm=m == 3)
         y = run(kernel, quantized, x)
         if y is None:
-            assert may_refuse(kernel, dtype, m)
+            assert may_refuse(kernel, quantized.scheme, dtype, m)
             continue
         assert y.dtype == dtype and y.shape == (m, N)
         exact = expected(quantized, x)
@@ -214,7 +210,7 @@ def test_model_shape_many_rows_and_none(kernel, text):
     nothing = run(kernel, quantized, torch.randn(0, k, dtype=torch.float16, device=DEVICE))
     assert nothing is None or nothing.shape == (0, n)
     for m in (16, 129):
-        dtype = torch.float16 if kernel.name != "cpu_amx_scaled" else torch.bfloat16
+        dtype = kernel.x_dtypes[0]
         x = torch.randn(m, k, dtype=dtype, device=DEVICE)
         y = run(kernel, quantized, x)
         if y is not None:
@@ -261,7 +257,7 @@ def test_every_output_is_written_and_nothing_else(kernel, text, monkeypatch):
     quantized = make(text, x=x)
     want = run(kernel, quantized, x)
     assert want.isfinite().all()
-    if kernel.backend in CUDA_BACKENDS:
+    if kernel.layout == "fragment":
         # C++ allocates: torch can fill that with NaN, and a sanitizer guards the zones around it.
         with filled_with_nan():
             assert torch.empty(3).isnan().all()
@@ -305,12 +301,12 @@ def reference_rows(quantized, x):
     return reference.linear(x, pack(quantized, LAYOUTS["plain"]), quantized.bias)
 
 
-CPU_INT8_CASES = [case for case in CASES if case.values[0].name in CPU_INT8]
+EXACT_CASES = [case for case in CASES if case.values[0].exact]
 
 
-@pytest.mark.parametrize(("kernel", "text"), CPU_INT8_CASES)
+@pytest.mark.parametrize(("kernel", "text"), EXACT_CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_int8_on_the_cpu_is_the_reference_bit_for_bit(kernel, text, dtype):
+def test_exact_kernels_are_the_reference_bit_for_bit(kernel, text, dtype):
     m, _ = few_rows(kernel, QuantScheme.parse(text))
     x = torch.randn(m, K, dtype=dtype)
     x[:, ::50] *= 100
@@ -323,9 +319,8 @@ def test_int8_on_the_cpu_is_the_reference_bit_for_bit(kernel, text, dtype):
 def test_batch_invariance(kernel, text):
     scheme = QuantScheme.parse(text)
     if not runnable(kernel, scheme, 19, batch_invariant=True):
-        assert not runnable(kernel, scheme, 1) or kernel.name.endswith(
-            ("gemv", "_matmul", "amx_scaled")
-        )
+        takes = any(runnable_in_some_type(kernel, scheme, m) for m in ROWS)
+        assert not takes or kernel.varies or (kernel.exact and not runnable(kernel, scheme, 19))
         return
     x = torch.randn(19, K, dtype=torch.float16, device=DEVICE)
     quantized = make(text)
@@ -334,7 +329,7 @@ def test_batch_invariance(kernel, text):
         alone = run(kernel, quantized, x[rows], batch_invariant=True)
         if alone is None:
             # Another kernel of the same bits runs these: sums are integers, or added in order.
-            assert kernel.name == "cpu_amx_int8" and rows != slice(0, 18)
+            assert kernel.exact and may_refuse(kernel, scheme, x.dtype, x[rows].shape[0])
             alone = reference_rows(quantized, x[rows])
         assert torch.equal(alone, together[rows])
 
@@ -343,7 +338,7 @@ def test_batch_invariance(kernel, text):
 def test_integer_products_are_exact(text):
     """With scales of one, y is the integer product itself, in every kernel."""
     quantized = make(text, bias=False)
-    object.__setattr__(quantized, "scales", torch.ones_like(quantized.scales))
+    quantized = quantized.replace(scales=torch.ones_like(quantized.scales))
     if quantized.channel_scales is not None:
         quantized.channel_scales.fill_(1)
     x = torch.randint(-127, 128, (17, K), device=DEVICE).float()

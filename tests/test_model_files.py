@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qkernels.errors import CheckpointError
-from qkernels.model_files import is_quantized_folder, load_dense, load_model_and_tokenizer
+from qkernels.models.loading import is_quantized_folder, load_dense, load_model_and_tokenizer
 from tests.tiny_model import LINEAR_LAYERS, tiny_model, write_folder, write_gguf
 
 

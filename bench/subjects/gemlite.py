@@ -38,7 +38,7 @@ def _prepare(problem: Problem, weight: QuantizedWeight) -> Prepared:
     scales = weight.parameters.group_scales()
     zeros = weight.parameters.group_zeros()
     if zeros is None:
-        zeros = torch.full_like(scales, problem.scheme.zero_offset)
+        zeros = torch.full_like(scales, problem.scheme.symmetric_zero)
     layer = A16Wn(device=str(weight.codes.device)).from_weights(
         weight.codes,
         scales.to(problem.dtype),

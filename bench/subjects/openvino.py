@@ -63,7 +63,7 @@ def _packed(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.
     zeros = weight.zeros
     if zeros is None:
         shape = weight.scales.shape
-        zeros = torch.full(shape, weight.scheme.zero_offset, dtype=torch.uint8)
+        zeros = torch.full(shape, weight.scheme.symmetric_zero, dtype=torch.uint8)
     elif zeros.dtype is not torch.uint8:
         raise TypeError(f"zero points must be integers, got {zeros.dtype}")
     flat = zeros.flatten()

@@ -39,7 +39,7 @@ def _prepare_layer(problem: Problem, weight: QuantizedWeight) -> Prepared:
     )
 
 
-def _kernel_row(kernel: Kernel, simulated: bool) -> Subject:
+def _kernel_row(kernel: Kernel) -> Subject:
     layout = PLAIN if kernel.layout is None else LAYOUTS[kernel.layout]
 
     def question(problem: Problem, m: int) -> KernelProblem:
@@ -54,10 +54,9 @@ def _kernel_row(kernel: Kernel, simulated: bool) -> Subject:
         )
 
     def why_not(problem: Problem) -> str | None:
-        if simulated:
+        if kernel.is_simulator:
             return "a simulator: its time says nothing"
-        reason = kernel.refusal(question(problem, problem.m))
-        return reason or layout.why_not(problem.scheme)
+        return kernel.refusal(question(problem, problem.m))
 
     def prepare(problem: Problem, weight: QuantizedWeight) -> Prepared:
         packed = pack(weight, layout, torch.device(problem.device))
@@ -82,11 +81,7 @@ def copy_packed(packed: PackedWeight) -> PackedWeight:
 
 
 def _rows() -> tuple[Subject, ...]:
-    # What stands behind the reference, which never refuses, runs only where it is asked for by
-    # name: simulators of other devices.
-    names = [kernel.name for kernel in KERNELS]
-    last = names.index("reference")
-    kernels = [_kernel_row(kernel, i > last) for i, kernel in enumerate(KERNELS)]
+    kernels = [_kernel_row(kernel) for kernel in KERNELS]
     return (Subject(LAYER, lambda problem: None, _prepare_layer), *kernels)
 
 

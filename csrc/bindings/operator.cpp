@@ -39,6 +39,11 @@ struct Description {
            x.device() == buffers[0].device();
   }
 
+  // Null stands for those that only Python knows.
+  bool has(Field field) const {
+    return std::find(fields.begin(), fields.end(), field) != fields.end();
+  }
+
   Buffers named(at::TensorList buffers) const {
     Buffers named;
     for (size_t i = 0; i < fields.size(); ++i) {
@@ -147,6 +152,8 @@ Found ask(const Question& question) {
   const Answer answer = asked.load()(question);
   const Description& description = table().add(question, answer, generation);
   TORCH_INTERNAL_ASSERT(description.fits(question.x, question.buffers), question.spec);
+  TORCH_INTERNAL_ASSERT(answer.route->reads_any_field() || !description.has(nullptr),
+                        question.spec);
   return {&description, answer.route};
 }
 
@@ -176,7 +183,7 @@ at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& scale, at::Te
   Found found = table().find(x, spec, dtype);
   const bool fits = found.route && found.route->takes_quantized() &&
                     found.description->fits(x, buffers) && x.scalar_type() == at::kChar &&
-                    are_row_scales(scale, x);
+                    are_row_scales(scale, x) && !found.description->has(&Buffers::input_factor);
   if (!fits) found = ask(question);
   return run(found, question, bias);
 }

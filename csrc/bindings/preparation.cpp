@@ -91,9 +91,12 @@ Rows prepare(const at::Tensor& x, const Buffers& buffers, const Preparation& wan
   const int64_t k = x.size(-1), m = k > 0 ? x.numel() / k : 0;
   const int64_t columns = padded(wanted.columns(), wanted.column_multiple);
   Rows rows{x, m, columns, columns, std::nullopt};
-  const bool as_it_is =
-      buffers.perm == nullptr && wanted.float8 == Float8::kNone && columns == wanted.k;
+  const bool as_it_is = buffers.input_factor == nullptr && buffers.perm == nullptr &&
+                        wanted.float8 == Float8::kNone && columns == wanted.k;
   if (!as_it_is || !stride_of_rows(x, k)) rows.tensor = x.reshape({m, k});
+  if (buffers.input_factor != nullptr) {
+    rows.tensor = (rows.tensor.to(at::kFloat) * *buffers.input_factor).to(x.scalar_type());
+  }
   if (buffers.perm != nullptr) rows.tensor = rows.tensor.index_select(1, *buffers.perm);
   if (wanted.float8 != Float8::kNone) {
     Quantized quantized = quantize(rows.tensor, buffers, wanted.float8);

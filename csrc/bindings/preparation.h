@@ -42,8 +42,9 @@ struct Rows {
   at::Tensor matrix() const;
 };
 
-// x [..., K]: flattened to rows, its columns in the order of the codes, quantized, padded and
-// aligned, each where it is asked for. Where nothing is, the rows are those of x itself.
+// x [..., K]: flattened to rows, multiplied by the input factor, its columns put into the order of
+// the codes, quantized, padded and aligned, each where it is asked for. Where nothing is, the rows
+// are those of x itself.
 Rows prepare(const at::Tensor& x, const Buffers& buffers, const Preparation& wanted);
 
 // [..., n] for x [..., K].

@@ -43,6 +43,8 @@ class PythonRoute final : public Route {
 
   bool takes_quantized() const override { return takes_quantized_; }
 
+  bool reads_any_field() const override { return true; }
+
  private:
   py::object run_, run_quantized_;
   bool takes_quantized_;

@@ -19,6 +19,7 @@ struct Buffers {
   const at::Tensor* channel_scales = nullptr;
   const at::Tensor* nested_absmax = nullptr;
   const at::Tensor* nested_offset = nullptr;
+  const at::Tensor* input_factor = nullptr;
   const at::Tensor* perm = nullptr;
   const at::Tensor* activation_scale = nullptr;
 };
@@ -33,6 +34,7 @@ constexpr Field field_of(std::string_view name) {
   if (name == "channel_scales") return &Buffers::channel_scales;
   if (name == "nested_absmax") return &Buffers::nested_absmax;
   if (name == "nested_offset") return &Buffers::nested_offset;
+  if (name == "input_factor") return &Buffers::input_factor;
   if (name == "perm") return &Buffers::perm;
   if (name == "activation_scale") return &Buffers::activation_scale;
   return nullptr;
@@ -56,6 +58,9 @@ class Route {
 
   // Whether x may be int8 already, with a scale for each row.
   virtual bool takes_quantized() const { return false; }
+
+  // Whether it reads fields of a weight that `Buffers` has no name for.
+  virtual bool reads_any_field() const { return false; }
 };
 
 }  // namespace qkernels::bindings

@@ -1,7 +1,7 @@
 // What a set of instructions has to offer: one table of functions for each `Isa`.
 //
-// They work on a range of panels, on the calling thread. `linear.cpp` and `quantize.cpp` share the
-// work out among threads.
+// They work on a range of panels, on the calling thread. `linear.cpp` shares the work out among
+// threads.
 
 #pragma once
 
@@ -66,11 +66,6 @@ struct Int8TileJob {
   const int8_t* x;
   const int32_t* x_sums;
   Output out;
-};
-
-// How rows are quantized to int8: q = round(value / scale) within +-127.
-struct RowScaling {
-  const float* given;  // the one scale of all rows, or null: max|row| / 127
 };
 
 // The rows that are quantized: x; or norm(x (+ residual)) * gain; or silu(x) * up.

@@ -213,6 +213,7 @@ uint8_t pack_dense(const uint8_t* codes, uint32_t* words, int64_t rows, int64_t 
                    int threads) {
   threads = threads_for(rows * k, threads);
   switch (bits) {
+    case 1: return pack_dense_impl<1>(codes, words, rows, k, threads);
     case 2: return pack_dense_impl<2>(codes, words, rows, k, threads);
     case 3: return pack_dense_impl<3>(codes, words, rows, k, threads);
     case 4: return pack_dense_impl<4>(codes, words, rows, k, threads);
@@ -224,6 +225,7 @@ void unpack_dense(const uint32_t* words, uint8_t* codes, int64_t rows, int64_t k
                   int threads) {
   threads = threads_for(rows * k, threads);
   switch (bits) {
+    case 1: return unpack_dense_impl<1>(words, codes, rows, k, threads);
     case 2: return unpack_dense_impl<2>(words, codes, rows, k, threads);
     case 3: return unpack_dense_impl<3>(words, codes, rows, k, threads);
     case 4: return unpack_dense_impl<4>(words, codes, rows, k, threads);
@@ -236,6 +238,7 @@ uint8_t pack_planar(const uint8_t* codes, uint32_t* words, int64_t n, int64_t k,
   assert(plane <= kMaxPlane);
   threads = threads_for(n * k, threads);
   switch (bits) {
+    case 1: return pack_planar_impl<1>(codes, words, n, k, plane, threads);
     case 2: return pack_planar_impl<2>(codes, words, n, k, plane, threads);
     case 3: return pack_planar_impl<3>(codes, words, n, k, plane, threads);
     default: assert(bits == 4); return pack_planar_impl<4>(codes, words, n, k, plane, threads);
@@ -247,6 +250,7 @@ void unpack_planar(const uint32_t* words, uint8_t* codes, int64_t n, int64_t k, 
   assert(plane <= kMaxPlane);
   threads = threads_for(n * k, threads);
   switch (bits) {
+    case 1: return unpack_planar_impl<1>(words, codes, n, k, plane, threads);
     case 2: return unpack_planar_impl<2>(words, codes, n, k, plane, threads);
     case 3: return unpack_planar_impl<3>(words, codes, n, k, plane, threads);
     default: assert(bits == 4); return unpack_planar_impl<4>(words, codes, n, k, plane, threads);

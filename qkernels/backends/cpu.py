@@ -7,25 +7,16 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkernels.backends.kernel import (
-    Kernel,
-    Problem,
-    RouteOf,
-    Run,
-    WhyNot,
-    kernel_rows,
-    run_by,
-    run_quantized_by,
-)
+from qkernels import compiled
+from qkernels.backends.kernel import Kernel, Problem, RouteOf, WhyNot, by_route
+from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.errors import NoKernelError
-from qkernels.layouts import VNNI
 from qkernels.layouts.padding import kernel_group
 from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook, nested_table
@@ -35,28 +26,11 @@ ISAS = ("amx", "avx512", "avx2", "portable")
 
 ISA_VARIABLE = "QKERNELS_CPU_ISA"
 
-_FLOAT_TILE_ROWS = 3
-_SCALED_TILE_ROWS = {64: 40, 128: 96}
-_INT8_TILE_ROWS = 9
-"""Rows of x from which on tiles are faster than vectors, and tiles of scaled weights than exact
-ones, for groups of so many columns and more, measured: see docs/cpu.md."""
-
-_MOST_ROWS = {"avx2_float": 128, "portable_float": 16, "portable_int8": 2}
-"""Rows up to which a kernel is faster than the reference, which dequantizes for torch's product.
-Measured on one machine, where torch had AVX-512 and VNNI: see docs/cpu.md."""
-
-_FLOAT_TILE_GROUP, _INT8_TILE_GROUP = 32, 64
-"""Columns of a tile, of which groups must be multiples."""
-
 
 @lru_cache(maxsize=1)
 def build_problem() -> str | None:
     """Why there are no CPU kernels in this installation, or None."""
-    try:
-        importlib.import_module("qkernels._C")
-    except ImportError as error:
-        return str(error)
-    return None
+    return compiled.problem()
 
 
 @lru_cache(maxsize=1)
@@ -101,81 +75,31 @@ def best_isa() -> str:
     return _best_isa(isa_cap())
 
 
-def _not_here(isa: str) -> WhyNot:
-    def why_not(problem: Problem) -> str | None:
+def _with(isa: str) -> WhyNot:
+    """Why kernels with these instructions do not run on a problem's device."""
+
+    def where(problem: Problem) -> str | None:
         if problem.device != "cpu":
             return f"runs on the CPU, and the weight is on {problem.device}"
         return why_no_isa(isa)
 
-    return why_not
+    return where
 
 
-def _no_floats(problem: Problem) -> str | None:
-    if problem.scheme.integer_activation:
-        return "multiplies 16-bit activations, and the scheme has int8 ones"
-    return None
+def _groups_of(multiple: int) -> WhyNot:
+    """Why groups do not fall into whole tiles of so many columns.
 
+    Integer sums over all of K, of one scale a row or of two-level scales, need no whole groups.
+    """
 
-def _no_integers(problem: Problem) -> str | None:
-    if not problem.scheme.integer_activation:
-        return "multiplies int8 activations, and the scheme has none"
-    return None
-
-
-def _odd_group(problem: Problem, multiple: int) -> str | None:
-    """Why groups do not fall into whole tiles, or None."""
-    scheme, k = problem.scheme, problem.k
-    group = kernel_group(scheme, k)
-    if scheme.groups(k) > 1 and group % multiple:
+    def why_not(problem: Problem) -> str | None:
+        scheme, k = problem.scheme, problem.k
+        group = kernel_group(scheme, k)
+        if scheme.groups(k) == 1 or scheme.scale_levels == "two" or group % multiple == 0:
+            return None
         return f"needs groups of a multiple of {multiple} columns, not of {group}"
-    return None
 
-
-def _no_float_tiles(problem: Problem) -> str | None:
-    reason = _no_floats(problem) or _odd_group(problem, _FLOAT_TILE_GROUP)
-    # Tiles round otherwise than vectors do, so that one of them must do for every M.
-    if reason is None and problem.m < _FLOAT_TILE_ROWS and not problem.batch_invariant:
-        reason = f"is for {_FLOAT_TILE_ROWS} rows of x and more, got {problem.m}"
-    return reason
-
-
-def _no_scaled_tiles(problem: Problem) -> str | None:
-    reason = _no_floats(problem)
-    if reason is not None:
-        return reason
-    if problem.x_dtype != torch.bfloat16:
-        return f"rounds weights to bf16, and x is {problem.x_dtype}"
-    if problem.batch_invariant:
-        return "rounds unlike the kernels for few rows, and batch_invariant wants one for every M"
-    group = kernel_group(problem.scheme, problem.k)
-    least = _SCALED_TILE_ROWS[128 if group >= 128 else 64]
-    if problem.m < least:
-        return f"is for {least} rows of x and more, got {problem.m}"
-    return None
-
-
-def _no_int8_tiles(problem: Problem) -> str | None:
-    reason = _no_integers(problem)
-    if reason is None and problem.scheme.scale_levels == "one":
-        reason = _odd_group(problem, _INT8_TILE_GROUP)
-    if reason is None and problem.m < _INT8_TILE_ROWS:
-        reason = f"is for {_INT8_TILE_ROWS} rows of x and more, got {problem.m}"
-    return reason
-
-
-def _few_rows(name: str, why_not: WhyNot) -> WhyNot:
-    """`why_not`, and too many rows for the kernel called `name`."""
-    most = _MOST_ROWS.get(name)
-    if most is None:
-        return why_not
-
-    def refuses(problem: Problem) -> str | None:
-        reason = why_not(problem)
-        if reason is None and problem.m > most and not problem.batch_invariant:
-            reason = f"is for {most} rows of x at most, got {problem.m}"
-        return reason
-
-    return refuses
+    return why_not
 
 
 def _code_name(scheme: QuantScheme) -> str:
@@ -185,7 +109,7 @@ def _code_name(scheme: QuantScheme) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _route(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bool) -> Any:
+def _made(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bool) -> Any:
     return _compiled().CpuRoute(
         n=n,
         k=k,
@@ -193,7 +117,7 @@ def _route(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: b
         padded_group=kernel_group(scheme, k),
         code=_code_name(scheme),
         middle=float(1 << (scheme.bits - 1)) if scheme.weight.kind == "linear" else 0.0,
-        table=codebook(scheme.weight) if scheme.weight.kind == "codebook" else None,
+        table=codebook(scheme.weight, entries=16) if scheme.weight.kind == "codebook" else None,
         nested_table=nested_table(torch.device("cpu")) if scheme.scale_levels == "double" else None,
         isa=isa,
         tiles=tiles,
@@ -203,33 +127,108 @@ def _route(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: b
     )
 
 
-def _route_of(isa: str, tiles: bool, rounds: bool = False) -> RouteOf:
-    return lambda problem, device: _route(problem.scheme, problem.n, problem.k, isa, tiles, rounds)
+def _route(isa: str, tiles: bool = False, rounds: bool = False) -> RouteOf:
+    return lambda problem, device: _made(problem.scheme, problem.n, problem.k, isa, tiles, rounds)
 
 
-def _rows(isa: str) -> tuple[Kernel, ...]:
-    tiles = isa == "amx"
-    no_floats = _few_rows(f"{isa}_float", _no_float_tiles if tiles else _no_floats)
-    no_integers = _few_rows(f"{isa}_int8", _no_int8_tiles if tiles else _no_integers)
-    route = _route_of(isa, tiles)
-    kernels: dict[str, tuple[WhyNot, Run]] = {
-        f"{isa}_float": (no_floats, run_by(route)),
-        f"{isa}_int8": (no_integers, run_by(route)),
-    }
-    floats, integers = kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
-    rows = (
-        replace(floats, route=route),
-        replace(integers, route=route, run_quantized=run_quantized_by(route)),
-    )
-    if not tiles:
-        return rows
-    route = _route_of(isa, tiles, rounds=True)
-    kernels = {"amx_scaled": (_no_scaled_tiles, run_by(route))}
-    (scaled,) = kernel_rows("cpu", VNNI.name, _not_here(isa), kernels)
-    return (replace(scaled, route=route), *rows)
+_VARIES = "rounds unlike the kernels for few rows, and batch_invariant wants one for every M"
 
-
-KERNELS = tuple(row for isa in ISAS for row in _rows(isa))
+# The numbers of rows were measured, each against the rows below it and the reference, which
+# dequantizes for torch's product: see docs/cpu.md. Those of portable and avx2 were measured where
+# torch had AVX-512 and VNNI. Tiles have 32 columns of floats or 64 of int8.
+KERNELS = (
+    Kernel(
+        name="cpu_amx_scaled",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        x_dtypes=(torch.bfloat16,),
+        least_rows={0: 40, 128: 96},
+        varies=_VARIES,
+        where=_with("amx"),
+        **by_route(_route("amx", tiles=True, rounds=True)),
+    ),
+    Kernel(
+        name="cpu_amx_float",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        least_rows=3,
+        weight_rounding="bf16_terms",
+        where=_with("amx"),
+        why_not=_groups_of(32),
+        **by_route(_route("amx", tiles=True)),
+    ),
+    Kernel(
+        name="cpu_amx_int8",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        least_rows=9,
+        exact=True,
+        weight_rounding="integers",
+        where=_with("amx"),
+        why_not=_groups_of(64),
+        **by_route(_route("amx", tiles=True), quantized=True),
+    ),
+    Kernel(
+        name="cpu_avx512_float",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        where=_with("avx512"),
+        **by_route(_route("avx512")),
+    ),
+    Kernel(
+        name="cpu_avx512_int8",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        exact=True,
+        weight_rounding="integers",
+        where=_with("avx512"),
+        **by_route(_route("avx512"), quantized=True),
+    ),
+    Kernel(
+        name="cpu_avx2_float",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        most_rows=128,
+        where=_with("avx2"),
+        **by_route(_route("avx2")),
+    ),
+    Kernel(
+        name="cpu_avx2_int8",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        exact=True,
+        weight_rounding="integers",
+        where=_with("avx2"),
+        **by_route(_route("avx2"), quantized=True),
+    ),
+    Kernel(
+        name="cpu_portable_float",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        most_rows=16,
+        where=_with("portable"),
+        **by_route(_route("portable")),
+    ),
+    Kernel(
+        name="cpu_portable_int8",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        most_rows=2,
+        exact=True,
+        weight_rounding="integers",
+        where=_with("portable"),
+        **by_route(_route("portable"), quantized=True),
+    ),
+)
 
 
 def _adjacent(x: Tensor) -> Tensor:
@@ -237,25 +236,30 @@ def _adjacent(x: Tensor) -> Tensor:
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
-def quantize_rows(
-    x: Tensor,
-    kind: str = "plain",
-    other: Tensor | None = None,
-    gain: Tensor | None = None,
-    epsilon: float = 0.0,
-    scale_of: str = "token",
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Rows of x [M, K] on the CPU, or of what `kind` makes of them, as int8.
+def _where_rows(problem: RowProblem) -> str | None:
+    if problem.device != "cpu":
+        return f"runs on the CPU, and x is on {problem.device}"
+    return build_problem()
 
-    Args:
-        kind: "plain"; "rms_norm" of x (+ other), times gain [K]; "silu_mul" of x and other.
-        scale_of: "token", "tensor", "static" (`scale` fp32 []), or "asymmetric" per token.
 
-    Returns:
-        int8 [M, K], scales fp32 [M], zero points int32 [M] or None, x + other or None.
-    """
-    rows = [None if t is None else _adjacent(t) for t in (x, other)]
-    return _compiled().quantize_rows_cpu(
-        *(rows[0], kind, rows[1], gain, epsilon, scale_of, scale, best_isa())
+def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
+    x, other = (None if t is None else _adjacent(t) for t in (inputs.x, inputs.other))
+    if problem.kind == "rms_norm" and other is not None:
+        other = other.contiguous()
+    values, scale, zero, total = _compiled().quantize_rows_cpu(
+        *(x, problem.kind, other, inputs.gain, inputs.epsilon, problem.scale_of, inputs.scale),
+        best_isa(),
     )
+    if inputs.scale is not None:
+        scale = inputs.scale
+    return QuantizedRows(values=values, scale=scale, zero=zero, total=total)
+
+
+ROW_KERNELS = (
+    RowKernel(
+        name="cpu_quantize_rows",
+        backend="cpu",
+        where=_where_rows,
+        run=_run_rows,
+    ),
+)

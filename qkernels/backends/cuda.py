@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from qkernels.backends.kernel import Kernel, Problem, RouteOf, WhyNot, kernel_rows, no_gpu, run_by
+from qkernels import compiled
+from qkernels.backends.kernel import Kernel, Problem, RouteOf, by_route, no_gpu
 from qkernels.layouts import FRAGMENT, PackedWeight
 from qkernels.layouts.fragment import code_name
 from qkernels.layouts.padding import kernel_columns, kernel_group
 from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook
 
-MOST_ROWS = 256
-"""Rows up to which the fused kernel runs; more are dequantized and left to cuBLAS, whose
-tensor-core instructions are faster on large tiles. Not measured on a GPU."""
-
 _INVARIANT_ROWS = 64
 """The number of rows whose schedule serves every M where results must not depend on M."""
 
-_X_DTYPES = (torch.float16, torch.bfloat16)
+
+def _build_info() -> dict[str, Any]:
+    extension = compiled.extension()
+    return {} if extension is None else extension.build_info()
 
 
 @lru_cache(maxsize=1)
 def build_problem() -> str | None:
     """Why there are no CUDA kernels in this installation, or None."""
-    try:
-        compiled = importlib.import_module("qkernels._C")
-    except ImportError as error:
-        return str(error)
-    if not compiled.build_info()["cuda"]:
+    if compiled.extension() is None:
+        return compiled.problem()
+    if not _build_info()["cuda"]:
         return (
             "qkernels._C was built without CUDA: install a torch with CUDA and nvcc, then build "
             "again with pip install --no-build-isolation ."
@@ -44,7 +41,7 @@ def build_problem() -> str | None:
 @lru_cache(maxsize=1)
 def built_architectures() -> tuple[str, ...]:
     """The architectures in qkernels._C, such as "8.0" and "9.0a"."""
-    return tuple(importlib.import_module("qkernels._C").build_info()["cuda_architectures"])
+    return tuple(_build_info()["cuda_architectures"])
 
 
 def missing_architecture(capability: tuple[int, int], built: tuple[str, ...]) -> str | None:
@@ -90,24 +87,6 @@ def _no_emulator(problem: Problem) -> str | None:
     return None
 
 
-def _no_product(problem: Problem) -> str | None:
-    if problem.x_dtype not in _X_DTYPES:
-        return f"takes x of fp16 or bf16, not {problem.x_dtype}"
-    return FRAGMENT.why_not(problem.scheme)
-
-
-def _no_fused_product(problem: Problem) -> str | None:
-    if problem.m > MOST_ROWS and not problem.batch_invariant:
-        return f"is for {MOST_ROWS} rows of x at most, got {problem.m}"
-    return _no_product(problem)
-
-
-def _no_dense_product(problem: Problem) -> str | None:
-    if problem.batch_invariant:
-        return "multiplies with cuBLAS, which may round a row differently for another M"
-    return _no_product(problem)
-
-
 def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What the operators take of a weight: tensors, and what they are."""
     assert packed.layout is FRAGMENT, f"the weight is in {packed.layout.name}"
@@ -120,7 +99,7 @@ def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, 
 
 
 @lru_cache(maxsize=1024)
-def _route(
+def _made(
     namespace: str,
     scheme: QuantScheme,
     n: int,
@@ -132,28 +111,67 @@ def _route(
     code = code_name(scheme)
     table = codebook(scheme.weight, device) if code == "table4" else None
     sizes = (n, k, scheme.group_length(k), kernel_group(scheme, k))
-    operator = getattr(torch.ops, namespace).weight_only_route
-    handle = operator(*sizes, code, table, dense, schedule_m)
-    return importlib.import_module("qkernels._C").adopt_route(handle)
+    make = getattr(torch.ops, namespace).weight_only_route
+    extension = compiled.extension()
+    assert extension is not None, "routes are run by qkernels._C"
+    return extension.adopt_route(make(*sizes, code, table, dense, schedule_m))
 
 
-def _route_of(namespace: str, dense: bool) -> RouteOf:
+def _route(namespace: str, dense: bool) -> RouteOf:
     def route(problem: Problem, device: torch.device) -> Any:
         schedule_m = _INVARIANT_ROWS if problem.batch_invariant else 0
-        return _route(namespace, problem.scheme, problem.n, problem.k, device, dense, schedule_m)
+        return _made(namespace, problem.scheme, problem.n, problem.k, device, dense, schedule_m)
 
     return route
 
 
-def _rows(backend: str, namespace: str, no_device: WhyNot) -> tuple[Kernel, ...]:
-    routes = [_route_of(namespace, dense) for dense in (False, True)]
-    kernels = {
-        "weight_only_mma": (_no_fused_product, run_by(routes[0])),
-        "dequantize_matmul": (_no_dense_product, run_by(routes[1])),
-    }
-    rows = kernel_rows(backend, FRAGMENT.name, no_device, kernels)
-    return tuple(replace(row, route=route) for row, route in zip(rows, routes, strict=True))
+_HALVES = (torch.float16, torch.bfloat16)
+_VARIES = "multiplies with cuBLAS, which may round a row differently for another M"
 
-
-KERNELS = _rows("cuda", "qkernels_cuda", _not_built_for)
-EMULATED_KERNELS = _rows("emulated", "qkernels_emulated", _no_emulator)
+# From 257 rows on the weight is dequantized and left to cuBLAS, whose tensor-core instructions are
+# faster on large tiles. Not measured on a GPU.
+KERNELS = (
+    Kernel(
+        name="cuda_weight_only_mma",
+        backend="cuda",
+        layout="fragment",
+        activations=("none",),
+        x_dtypes=_HALVES,
+        most_rows=256,
+        weight_rounding="x_dtype",
+        where=_not_built_for,
+        **by_route(_route("qkernels_cuda", dense=False)),
+    ),
+    Kernel(
+        name="cuda_dequantize_matmul",
+        backend="cuda",
+        layout="fragment",
+        activations=("none",),
+        x_dtypes=_HALVES,
+        varies=_VARIES,
+        weight_rounding="x_dtype",
+        where=_not_built_for,
+        **by_route(_route("qkernels_cuda", dense=True)),
+    ),
+)
+_FUSED, _DENSE = KERNELS
+EMULATED_KERNELS = (
+    replace(
+        _FUSED,
+        name="emulated_weight_only_mma",
+        backend="emulated",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_emulator,
+        **by_route(_route("qkernels_emulated", dense=False)),
+    ),
+    replace(
+        _DENSE,
+        name="emulated_dequantize_matmul",
+        backend="emulated",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_emulator,
+        **by_route(_route("qkernels_emulated", dense=True)),
+    ),
+)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qkernels import reference
 from qkernels.backends.kernel import Kernel, Problem
+from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.layouts import PackedWeight
 
 
@@ -21,11 +23,36 @@ def _run_quantized(
 
 KERNELS = (
     Kernel(
-        "reference",
-        "reference",
+        name="reference",
+        backend="reference",
         layout=None,
-        why_not=lambda problem: None,
+        activations=("none", "int8", "fp8"),
+        fields=None,
+        proves_itself=False,
         run=_run,
         run_quantized=_run_quantized,
     ),
 )
+
+
+def row_values(problem: RowProblem, inputs: RowInputs) -> tuple[Tensor, Tensor | None]:
+    """The rows that are quantized, and x + residual where there is one."""
+    if problem.kind == "rms_norm":
+        values, total = reference.rms_norm(inputs.x, inputs.gain, inputs.epsilon, inputs.other)
+        return values, None if inputs.other is None else total
+    if problem.kind == "silu_mul":
+        assert inputs.other is not None
+        return reference.silu_mul(inputs.x, inputs.other), None
+    return inputs.x, None
+
+
+def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
+    values, total = row_values(problem, inputs)
+    if problem.scale_of == "asymmetric":
+        quantized, scale, zero = reference.quantize_rows_asymmetric(values)
+        return QuantizedRows(values=quantized, scale=scale, zero=zero, total=total)
+    quantized, scale = reference.quantize_rows(values, torch.int8, inputs.scale)
+    return QuantizedRows(values=quantized, scale=scale, total=total)
+
+
+ROW_KERNELS = (RowKernel(name="reference_quantize_rows", backend="reference", run=_run_rows),)

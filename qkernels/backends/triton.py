@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
@@ -16,18 +17,14 @@ import torch
 from torch import Tensor
 
 from qkernels import reference
-from qkernels.backends.kernel import Kernel, Problem, Run, WhyNot, kernel_rows, no_gpu
+from qkernels.backends.kernel import Kernel, Problem, Run, no_gpu
+from qkernels.backends.reference import row_values
+from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.layouts import PLANAR, PackedWeight, plane_height
 from qkernels.weight import codebook, nested_table
 
-_GEMV_MOST_ROWS = 4
-"""Rows up to which the GEMV runs: it reads the weight once a row, the GEMM once for all of them.
-Not measured on a GPU."""
-
 _INVARIANT_ROWS = 64
 """The number of rows whose GEMM config serves every M where results must not depend on M."""
-
-_X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @lru_cache(maxsize=1)
@@ -44,6 +41,13 @@ def import_problem() -> str | None:
     except ImportError as error:
         return f"Triton does not import ({error}): pip install triton"
     return None
+
+
+def launch_errors() -> tuple[type[Exception], ...]:
+    """What compiling and starting a Triton kernel may raise beyond torch's own errors."""
+    if "triton" not in sys.modules:
+        return ()
+    return (importlib.import_module("triton.errors").TritonError,)
 
 
 def interpreter_is_on() -> bool:
@@ -63,32 +67,6 @@ def _no_interpreter(problem: Problem) -> str | None:
     if not interpreter_is_on():
         return "is Triton's interpreter, for tests: set TRITON_INTERPRET=1 before starting Python"
     return import_problem()
-
-
-def _no_product(problem: Problem) -> str | None:
-    if problem.x_dtype not in _X_DTYPES:
-        return f"takes x of fp16, bf16 or fp32, not {problem.x_dtype}"
-    return None
-
-
-def _no_float_product(problem: Problem) -> str | None:
-    if problem.scheme.integer_activation:
-        return "multiplies 16-bit activations, and the scheme has int8 ones"
-    return _no_product(problem)
-
-
-def _no_gemv(problem: Problem) -> str | None:
-    if problem.m > _GEMV_MOST_ROWS:
-        return f"is for {_GEMV_MOST_ROWS} rows of x at most, got {problem.m}"
-    if problem.batch_invariant:
-        return "rounds unlike the GEMM, and batch_invariant wants one kernel for every M"
-    return _no_float_product(problem)
-
-
-def _no_int8_gemm(problem: Problem) -> str | None:
-    if not problem.scheme.integer_activation:
-        return "multiplies int8 activations, and the scheme has none"
-    return _no_product(problem)
 
 
 def planar_weight(packed: PackedWeight) -> Any:
@@ -161,15 +139,87 @@ def _invariant_config(launcher: str, weight: Any, problem: Problem) -> Any:
     return chooser(launcher, _INVARIANT_ROWS, weight, weight.words.device, x_bytes=x_bytes)
 
 
-def _rows(backend: str, no_device: WhyNot) -> tuple[Kernel, ...]:
-    kernels = {
-        "weight_only_gemv": (_no_gemv, _run_float("weight_only_gemv")),
-        "weight_only_gemm": (_no_float_product, _run_float("weight_only_gemm")),
-        "int8_gemm": (_no_int8_gemm, _run_int8),
-    }
-    gemv, gemm, int8 = kernel_rows(backend, PLANAR.name, no_device, kernels)
-    return gemv, gemm, replace(int8, run_quantized=_run_quantized)
+_VARIES = "rounds unlike the GEMM, and batch_invariant wants one kernel for every M"
+
+# The GEMV reads the weight once a row, the GEMM once for all of them: where the one is faster was
+# not measured on a GPU.
+KERNELS = (
+    Kernel(
+        name="triton_weight_only_gemv",
+        backend="triton",
+        layout="planar",
+        activations=("none", "fp8"),
+        most_rows=4,
+        varies=_VARIES,
+        where=_not_compiled,
+        run=_run_float("weight_only_gemv"),
+    ),
+    Kernel(
+        name="triton_weight_only_gemm",
+        backend="triton",
+        layout="planar",
+        activations=("none", "fp8"),
+        where=_not_compiled,
+        run=_run_float("weight_only_gemm"),
+    ),
+    Kernel(
+        name="triton_int8_gemm",
+        backend="triton",
+        layout="planar",
+        activations=("int8",),
+        weight_rounding="integers",
+        where=_not_compiled,
+        run=_run_int8,
+        run_quantized=_run_quantized,
+    ),
+)
+_GEMV, _GEMM, _INT8 = KERNELS
+INTERPRETED_KERNELS = (
+    replace(
+        _GEMV,
+        name="interpreted_weight_only_gemv",
+        backend="interpreted",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_interpreter,
+    ),
+    replace(
+        _GEMM,
+        name="interpreted_weight_only_gemm",
+        backend="interpreted",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_interpreter,
+    ),
+    replace(
+        _INT8,
+        name="interpreted_int8_gemm",
+        backend="interpreted",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_interpreter,
+    ),
+)
 
 
-KERNELS = _rows("triton", _not_compiled)
-INTERPRETED_KERNELS = _rows("interpreted", _no_interpreter)
+def _where_rows(problem: RowProblem) -> str | None:
+    if problem.device != "cuda":
+        return f"needs a CUDA GPU, and x is on {problem.device}"
+    return import_problem()
+
+
+def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
+    values, total = row_values(problem, inputs)
+    quantized, scale = kernels().quantize_rows(values, torch.int8, inputs.scale)
+    return QuantizedRows(values=quantized, scale=scale, total=total)
+
+
+ROW_KERNELS = (
+    RowKernel(
+        name="triton_quantize_rows",
+        backend="triton",
+        scales=("token", "static"),
+        where=_where_rows,
+        run=_run_rows,
+    ),
+)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkernels.bits import dense_words, pack_dense, unpack_dense
 from qkernels.errors import CheckpointError, QuantizationError
-from qkernels.layouts.packing import dense_words, pack_dense, unpack_dense
 from qkernels.scheme import WEIGHT_TYPES, Activation, QuantScheme
 from qkernels.weight import QuantizedWeight
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.text import Text
 
-from qkernels.cli.console import output, table
+from qkernels.cli import models
+from qkernels.cli.console import output, progress_bar, table
+
+if TYPE_CHECKING:
+    from qkernels.proving import Proof
 
 _INTERPRETER_NEEDS_NUMPY = (2, 4)
 """Triton 3.6's interpreter fails on run-time loop bounds from this numpy on."""
@@ -23,11 +29,52 @@ class Finding:
     detail: str
 
 
-def doctor() -> None:
+def doctor(
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Run every kernel of this machine on small problems, for a report."
+        ),
+    ] = False,
+    device: models.DeviceOption = "auto",
+) -> None:
     """Which backends this machine has, and the reason for each one it has not."""
+    _backends()
+    if check:
+        _check(device)
+
+
+def _check(device: str) -> None:
+    """A row for each kernel, and one for each problem it gets wrong; exits with 1 for those."""
+    from qkernels.proving import prove_all
+
+    console, target = output(), models.find_device(device)
+    proofs: dict[str, list[Proof]] = {}
+    with progress_bar("checking kernels") as update:
+        for proof in prove_all(target):
+            proofs.setdefault(proof.kernel, []).append(proof)
+            update(detail=f"{proof.kernel} {proof.scheme}")
+    rows = table(
+        *("kernel", "problems", "wrong", "largest error", "first one that is wrong"),
+        numbers=("problems", "wrong", "largest error"),
+    )
+    wrong = 0
+    for kernel, its in proofs.items():
+        bad = [proof for proof in its if proof.reason is not None]
+        errors = [proof.error for proof in its if proof.error is not None]
+        first = f"{bad[0].scheme}, x {bad[0].x_dtype}: {bad[0].reason}" if bad else ""
+        rows.add_row(kernel, str(len(its)), str(len(bad)), f"{max(errors, default=0):.1e}", first)
+        wrong += len(bad)
+    console.print(f"Kernels on {target}, against the reference", style="bold")
+    console.print(rows)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _backends() -> None:
     import torch
 
-    from qkernels.cli import machine
+    from qkernels import machine
 
     console = output()
     backends = table("backend", "here", "what or why not")
@@ -39,7 +86,7 @@ def doctor() -> None:
     console.print(backends)
     facts = table("what", "value")
     about = machine.describe()
-    facts.add_row("system", about["system"])
+    facts.add_row("system", f"{about['system']} {about['architecture']}")
     facts.add_row("CPU", f"{about['cpu']}, {about['cores']} cores")
     facts.add_row("CPU instruction sets", " ".join(about["cpu_isa"]) or "none of AVX2 and later")
     facts.add_row("torch threads", str(torch.get_num_threads()))

@@ -30,7 +30,7 @@ def evaluate(
     device: models.DeviceOption = "auto",
 ) -> None:
     """Measure the perplexity of a model on a text."""
-    from qkernels import evaluation
+    from qkernels.models import evaluation
 
     content = evaluation.read_text(text or evaluation.SHIPPED_TEXT)
     network, tokenizer = _load(model, scheme, dtype, device)
@@ -67,8 +67,8 @@ def generate(
     device: models.DeviceOption = "auto",
 ) -> None:
     """Continue a text, or answer a chat message, greedily."""
-    from qkernels import evaluation
     from qkernels.errors import QuantizationError
+    from qkernels.models import evaluation
 
     if not prompt.strip():
         raise QuantizationError("--prompt is empty")

@@ -69,7 +69,7 @@ def find_device(name: str) -> torch.device:
 def load(path: Path, precision: Precision, device: str, *, dense: bool = False) -> tuple[Any, Any]:
     """The model at `path` on a device, and its tokenizer; `dense` refuses quantized models."""
     target = find_device(device)
-    from qkernels.model_files import load_dense, load_model_and_tokenizer
+    from qkernels.models.loading import load_dense, load_model_and_tokenizer
 
     with progress_bar(f"loading {path}"):
         loader = load_dense if dense else load_model_and_tokenizer

@@ -56,7 +56,7 @@ def quantize(
     """Quantize the linear layers of a model and write it to a folder."""
     # Whatever can be wrong without the model is checked before the model is loaded.
     check_output(out, model, force)
-    from qkernels.evaluation import read_text
+    from qkernels.models.evaluation import read_text
     from qkernels.scheme import QuantScheme
 
     parsed = QuantScheme.parse(scheme)
@@ -104,7 +104,7 @@ def parse_overrides(texts: list[str]) -> dict[str, qk.QuantScheme | None]:
 
 def calibration_batches(model: Any, tokenizer: Any, text: str) -> list[torch.Tensor]:
     """Token ids [1, 512] of windows spread evenly over a text."""
-    from qkernels.evaluation import encode, windows_of
+    from qkernels.models.evaluation import encode, windows_of
 
     device = next(model.parameters()).device
     windows = windows_of(encode(tokenizer, text), CALIBRATION_WINDOW, CALIBRATION_WINDOWS)

@@ -2,10 +2,10 @@
 
 from qkernels.layouts.fragment import FRAGMENT, pack_words
 from qkernels.layouts.packed import (
-    BUFFER_NAMES,
     Layout,
     PackedWeight,
     allocate,
+    empty_like,
     pack,
     write_rows,
 )
@@ -16,7 +16,6 @@ from qkernels.layouts.vnni import VNNI
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PLAIN, PLANAR, FRAGMENT, VNNI)}
 
 __all__ = [
-    "BUFFER_NAMES",
     "FRAGMENT",
     "LAYOUTS",
     "PLAIN",
@@ -25,6 +24,7 @@ __all__ = [
     "Layout",
     "PackedWeight",
     "allocate",
+    "empty_like",
     "pack",
     "pack_words",
     "plane_height",

@@ -15,7 +15,6 @@ Lane 4g + t holds, of each step of 16 columns, rows g and g + 8 and columns 2t, 
 
 from __future__ import annotations
 
-import importlib
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qkernels import compiled
 from qkernels.errors import WeightError
 from qkernels.layouts.packed import Layout, PackedWeight
 from qkernels.layouts.padding import GROUP_MULTIPLE, column_order, kernel_columns
@@ -35,20 +35,18 @@ ROW_MULTIPLE = 32
 _LARGEST_ZERO = 128
 """Up to which code - zero is exact in bf16, where a 4-bit code is held as 128 + code."""
 
-_CODES = {"nf4": "table4", "table": "table4"}
-"""Names of weight types that the kernels know under another one."""
-
 
 def code_name(scheme: QuantScheme) -> str:
-    """What the kernels call the weight type of `scheme`."""
-    return _CODES.get(scheme.weight.name, scheme.weight.name)
+    """What the kernels call the weight type of `scheme`; codebooks but FP4 are looked up."""
+    weight = scheme.weight
+    return "table4" if weight.kind == "codebook" and weight.name != "fp4" else weight.name
 
 
 def padded_rows(n: int) -> int:
     return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def padded_columns(k: int) -> int:
+def whole_chunks(k: int) -> int:
     return -(-k // CHUNK_COLUMNS) * CHUNK_COLUMNS
 
 
@@ -63,22 +61,20 @@ def _why_not(scheme: QuantScheme) -> str | None:
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Any:
+def _cuda_operators() -> Any:
     """The operators for CUDA tensors, or None where qkernels._C lacks them."""
-    try:
-        importlib.import_module("qkernels._C")
-    except ImportError:
+    if compiled.extension() is None:
         return None
     operators = torch.ops.qkernels_cuda
     return operators if hasattr(operators, "pack_fragment") else None
 
 
 def _operators(tensor: Tensor) -> Any:
-    return _compiled() if tensor.device.type == "cuda" else None
+    return _cuda_operators() if tensor.device.type == "cuda" else None
 
 
 def _allocate(scheme: QuantScheme, n: int, k: int, device: torch.device) -> Tensor:
-    units = padded_columns(kernel_columns(scheme, k)) * scheme.bits // 256
+    units = whole_chunks(kernel_columns(scheme, k)) * scheme.bits // 256
     shape = (padded_rows(n) // TILE_ROWS, units, 32, 4)
     return torch.empty(shape, dtype=torch.int32, device=device)
 
@@ -144,10 +140,10 @@ def pack_fragment_torch(codes: Tensor, bits: int) -> Tensor:
     bits is 4 or 8; N and K are padded with zero codes.
     """
     n, k = codes.shape
-    codes = F.pad(codes, (0, padded_columns(k) - k, 0, padded_rows(n) - n))
+    codes = F.pad(codes, (0, whole_chunks(k) - k, 0, padded_rows(n) - n))
     steps = 4 if bits == 4 else 2  # of 16 columns, in a unit
     # [tile, row half, g, unit, step, column half, t, odd]
-    parts = codes.view(-1, 2, 8, padded_columns(k) // (steps * GROUP_MULTIPLE), steps, 2, 4, 2)
+    parts = codes.view(-1, 2, 8, whole_chunks(k) // (steps * GROUP_MULTIPLE), steps, 2, 4, 2)
     if bits == 4:
         # A word is a step; nibble = row half + 2 * column half + 4 * odd.
         fields = parts.permute(0, 3, 2, 6, 4, 7, 5, 1).flatten(5)

@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import WeightError
+from qkernels.fields import FIELDS
 from qkernels.scheme import QuantScheme
-from qkernels.weight import (
-    NestedScales,
-    QuantizedWeight,
-    WeightParameters,
-    check_parameters,
-    row_slices,
-)
+from qkernels.weight import QuantizedWeight, WeightParameters, check_parameters, row_slices
 
 
 @dataclass(frozen=True)
@@ -46,8 +41,7 @@ class Layout:
 class PackedWeight:
     """A weight [n, k] as the buffers of one layout. Which buffers there are depends on the scheme.
 
-    Buffers: "words" and "scales" always; "zeros", "channel_scales", "nested_absmax",
-    "nested_offset", "perm" and "activation_scale" where `WeightParameters` has them.
+    Buffers: "words", then the fields that the weight has, in the order of `fields.FIELDS`.
     """
 
     scheme: QuantScheme
@@ -67,25 +61,11 @@ class PackedWeight:
 
     def parameters(self) -> WeightParameters:
         """Everything but the codes, in the hub's shapes."""
-        get = self.buffers.get
-        scales, zeros = self.buffers["scales"], get("zeros")
-        scales = self.layout.load_groups(self.scheme, self.n, scales)
-        if zeros is not None:
-            zeros = self.layout.load_groups(self.scheme, self.n, zeros)
-        nested = None
-        if "nested_absmax" in self.buffers:
-            nested = NestedScales(self.buffers["nested_absmax"], self.buffers["nested_offset"])
-        return WeightParameters(
-            scheme=self.scheme,
-            n=self.n,
-            k=self.k,
-            scales=scales,
-            zeros=zeros,
-            channel_scales=get("channel_scales"),
-            nested=nested,
-            perm=get("perm"),
-            activation_scale=get("activation_scale"),
-        )
+        fields = {name: buffer for name, buffer in self.buffers.items() if name != "words"}
+        for name, buffer in fields.items():
+            if FIELDS[name].by_group:
+                fields[name] = self.layout.load_groups(self.scheme, self.n, buffer)
+        return WeightParameters(scheme=self.scheme, n=self.n, k=self.k, **fields)
 
     def codes(self, start: int = 0, stop: int | None = None) -> Tensor:
         """uint8 codes [stop - start, K] of rows [start, stop)."""
@@ -98,21 +78,11 @@ class PackedWeight:
         codes = torch.empty(self.n, self.k, dtype=torch.uint8, device=self.device)
         for start, stop in row_slices(self.n, self.k):
             codes[start:stop] = self.codes(start, stop)
-        named = {name: getattr(parameters, name) for name in (*_TENSOR_NAMES, "nested")}
-        return QuantizedWeight(scheme=self.scheme, codes=codes, bias=bias, **named)
+        return QuantizedWeight(scheme=self.scheme, codes=codes, bias=bias, **parameters.fields)
 
     def dequantize_rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the weight, fp32, in the codes' column order."""
         return self.parameters().dequantize_rows(self.codes(start, stop), start)
-
-
-_TENSOR_NAMES = ("scales", "zeros", "channel_scales", "perm", "activation_scale")
-
-BUFFER_NAMES = (
-    *("words", "scales", "zeros", "channel_scales", "nested_absmax", "nested_offset"),
-    *("perm", "activation_scale"),
-)
-"""Every buffer a layout may hold, in the order in which ops take them."""
 
 
 def allocate(layout: Layout, parameters: WeightParameters, device: torch.device) -> PackedWeight:
@@ -127,18 +97,24 @@ def allocate(layout: Layout, parameters: WeightParameters, device: torch.device)
     if reason is not None:
         raise WeightError(f"the {layout.name} layout does not take {p.scheme}: it {reason}")
     buffers = {"words": layout.allocate(p.scheme, p.n, p.k, device)}
-    for name in _TENSOR_NAMES:
-        tensor = getattr(p, name)
-        if tensor is None:
-            continue
-        if name in ("scales", "zeros"):
-            tensor = layout.store_groups(p.scheme, p.n, tensor)
-        buffers[name] = tensor.to(device).contiguous()
-    if p.nested is not None:
-        buffers["nested_absmax"] = p.nested.absmax.to(device)
-        buffers["nested_offset"] = p.nested.offset.to(device)
-    ordered = {name: buffers[name] for name in BUFFER_NAMES if name in buffers}
-    return PackedWeight(p.scheme, layout, p.n, p.k, ordered)
+    for name, value in p.fields.items():
+        stored = layout.store_groups(p.scheme, p.n, value) if FIELDS[name].by_group else value
+        buffers[name] = stored.to(device).contiguous()
+    return PackedWeight(p.scheme, layout, p.n, p.k, buffers)
+
+
+def empty_like(packed: PackedWeight, layout: Layout, device: torch.device) -> PackedWeight:
+    """Uninitialized buffers of `layout` for the weight of `packed`, in its shapes and types."""
+    scheme, n, k = packed.scheme, packed.n, packed.k
+    buffers = {"words": layout.allocate(scheme, n, k, device)}
+    for name, buffer in packed.buffers.items():
+        if name != "words":
+            shape = buffer.shape
+            if FIELDS[name].by_group:
+                hub = [size or 0 for size in FIELDS[name].shape(scheme, n, k)]
+                shape = layout.store_groups(scheme, n, torch.empty(hub, device="meta")).shape
+            buffers[name] = torch.empty(shape, dtype=buffer.dtype, device=device)
+    return PackedWeight(scheme, layout, n, k, buffers)
 
 
 def write_rows(packed: PackedWeight, start: int, codes: Tensor) -> None:

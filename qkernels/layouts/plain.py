@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qkernels.bits import dense_words, pack_dense, unpack_dense
 from qkernels.layouts.packed import Layout
-from qkernels.layouts.packing import dense_words, pack_dense, unpack_dense
 from qkernels.scheme import QuantScheme
 
 

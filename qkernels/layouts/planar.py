@@ -1,6 +1,6 @@
 """planar: the layout of the Triton kernels; N contiguous, each word loaded once, no lane shuffles.
 
-bits 2, 3, 4   words  int32 [K_pad/V, N], V = 32 // bits; see `packing` for the bit order
+bits 1 to 4    words  int32 [K_pad/V, N], V = 32 // bits; see `bits` for the bit order
 bits 8         words  uint8 [K, N] codes; int8 [K, N] = code - 128 for int8 products
 scales, zeros  [G, N]
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qkernels.bits import pack_planar, planar_rows, unpack_planar
 from qkernels.layouts.packed import Layout
-from qkernels.layouts.packing import pack_planar, planar_rows, unpack_planar
 from qkernels.scheme import QuantScheme
 
 _MOST_PADDING = 0.07

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qkernels import compiled
 from qkernels.layouts.packed import Layout
-from qkernels.layouts.packing import compiled
 from qkernels.layouts.padding import column_order, kernel_columns
 from qkernels.scheme import QuantScheme
 
@@ -49,7 +49,7 @@ def _pack_rows(scheme: QuantScheme, words: Tensor, start: int, codes: Tensor) ->
     order = column_order(scheme, codes.shape[1], codes.device)
     if order is not None:
         codes = F.pad(codes, (0, 1)).index_select(1, order[0])
-    fast = compiled() if words.device.type == "cpu" else None
+    fast = compiled.extension() if words.device.type == "cpu" else None
     # Slices begin at multiples of 256 rows; only the last one has an odd number of them.
     if fast is not None:
         fast.pack_vnni(codes.contiguous(), words, start, _is_nibble(scheme))
@@ -61,7 +61,7 @@ def _pack_rows(scheme: QuantScheme, words: Tensor, start: int, codes: Tensor) ->
 
 def _unpack_rows(scheme: QuantScheme, words: Tensor, start: int, stop: int, k: int) -> Tensor:
     width = kernel_columns(scheme, k)
-    fast = compiled() if words.device.type == "cpu" else None
+    fast = compiled.extension() if words.device.type == "cpu" else None
     if fast is not None:
         codes = fast.unpack_vnni(words, start, stop - start, width, _is_nibble(scheme))
     else:

@@ -17,22 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qkernels import rounding
+from qkernels.bits import pack_awq, pack_dense, unpack_awq, unpack_dense
 from qkernels.errors import LayerError
 from qkernels.layouts import FRAGMENT, allocate, pack_words
-from qkernels.layouts.packing import pack_dense, unpack_dense
 from qkernels.modules.linear import WQLinear
-from qkernels.quantizers import rtn
 from qkernels.scheme import QuantScheme
 from qkernels.select import layout_for
 from qkernels.weight import QuantizedWeight, WeightParameters
-
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
-
-
-def _reorder(codes: Tensor, order: tuple[int, ...]) -> Tensor:
-    index = torch.tensor(order, device=codes.device)
-    return codes.unflatten(1, (-1, 8)).index_select(2, index).flatten(1)
 
 
 class _AwqLinear(nn.Module):
@@ -106,7 +98,7 @@ class _AwqLinear(nn.Module):
         if (scales is None) != (zeros is None):
             raise LayerError("give both scales and zeros, or neither")
         weight, scheme = linear.weight.detach(), module.scheme
-        fitted = rtn.fit(weight, scheme)
+        fitted = rounding.fit(weight, scheme)
         if scales is not None and zeros is not None:
             if cls.transposed_scales:
                 scales, zeros = scales.t(), zeros.t()
@@ -120,7 +112,7 @@ class _AwqLinear(nn.Module):
                 raise LayerError(
                     f"zeros must be in 0..15, got {float(zeros.min())} to {float(zeros.max())}"
                 )
-            fitted = type(fitted)(
+            fitted = WeightParameters(
                 scheme=scheme,
                 n=fitted.n,
                 k=fitted.k,
@@ -128,7 +120,7 @@ class _AwqLinear(nn.Module):
                 zeros=zeros.to(weight.device).round().to(torch.uint8).contiguous(),
             )
         assert fitted.zeros is not None
-        codes = rtn.encode_rows(weight, fitted, 0)
+        codes = rounding.encode_rows(weight, fitted, 0)
         bias = None if linear.bias is None else linear.bias.detach().to(torch.float16)
         quantized = QuantizedWeight(
             scheme=scheme, codes=codes, scales=fitted.scales, zeros=fitted.zeros, bias=bias
@@ -218,16 +210,15 @@ class WQLinear_GEMM(_AwqLinear):
 
     def _store(self, weight: QuantizedWeight) -> None:
         assert weight.zeros is not None
-        self.qweight = pack_dense(_reorder(weight.codes.t(), _AWQ_ORDER), 4)
-        self.qzeros = pack_dense(_reorder(weight.zeros.t(), _AWQ_ORDER), 4)
+        self.qweight = pack_awq(weight.codes.t())
+        self.qzeros = pack_awq(weight.zeros.t())
         self.scales, self.bias = weight.scales.t().contiguous(), weight.bias
 
     def _load(self) -> tuple[Tensor, Tensor, Tensor]:
-        codes = _reorder(unpack_dense(self.qweight, self.out_features, 4), _AWQ_INVERSE)
-        return codes.t().contiguous(), *self._load_groups()
+        return unpack_awq(self.qweight).t().contiguous(), *self._load_groups()
 
     def _load_groups(self) -> tuple[Tensor, Tensor]:
-        zeros = _reorder(unpack_dense(self.qzeros, self.out_features, 4), _AWQ_INVERSE)
+        zeros = unpack_awq(self.qzeros)
         return zeros.t().contiguous(), self.scales.to(torch.float16).t().contiguous()
 
     def _packed_layer(self) -> WQLinear:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from qkernels import ops
+from qkernels import ops, rounding
 from qkernels.activations import QuantizedActivation
 from qkernels.errors import LayerError, WeightError
-from qkernels.layouts import BUFFER_NAMES, LAYOUTS, PLAIN, PackedWeight, allocate, pack, write_rows
-from qkernels.quantizers import rtn
+from qkernels.layouts import (
+    LAYOUTS,
+    PLAIN,
+    Layout,
+    PackedWeight,
+    allocate,
+    empty_like,
+    pack,
+    write_rows,
+)
+from qkernels.proving import prove, proven_layout
 from qkernels.scheme import QuantScheme
 from qkernels.select import check_backend, layout_for
-from qkernels.weight import QuantizedWeight, row_slices
+from qkernels.weight import QuantizedWeight, WeightParameters, row_slices
 
 
 class WQLinear(nn.Module):
@@ -30,6 +39,7 @@ class WQLinear(nn.Module):
         scheme: the `QuantScheme`.
         backend: the backend to use, or None for the first kernel that can run.
         batch_invariant: a row's result depends neither on the other rows nor on their number.
+        check_kernels: a kernel is checked on a device before it runs there first: see `proving`.
         bias: [N] or None, a buffer.
     """
 
@@ -42,14 +52,27 @@ class WQLinear(nn.Module):
         *,
         backend: str | None = None,
         batch_invariant: bool = False,
+        check_kernels: bool = True,
     ) -> None:
         super().__init__()
         check_backend(backend)
         self.in_features, self.out_features = packed.k, packed.n
         self.scheme = packed.scheme
         self.backend, self.batch_invariant = backend, batch_invariant
+        self.check_kernels = check_kernels
         self.register_buffer("bias", bias)
         self._install(packed)
+        if check_kernels:
+            prove(
+                packed.scheme,
+                packed.n,
+                packed.k,
+                packed.device,
+                packed.layout.name,
+                backend=backend,
+                batch_invariant=batch_invariant,
+                fields=self._names,
+            )
 
     @classmethod
     def from_linear(
@@ -59,6 +82,7 @@ class WQLinear(nn.Module):
         *,
         backend: str | None = None,
         batch_invariant: bool = False,
+        check_kernels: bool = True,
         activation_scale: float | Tensor | None = None,
         name: str = "layer",
     ) -> WQLinear:
@@ -67,6 +91,7 @@ class WQLinear(nn.Module):
         Args:
             linear: an `nn.Linear` of fp16, bf16 or fp32; it is not changed.
             scheme: a `QuantScheme` or its spelling.
+            check_kernels: check a kernel on this device before it runs there first.
             activation_scale: the scale of x, for schemes with static activations.
             name: what errors call the layer.
 
@@ -84,16 +109,21 @@ class WQLinear(nn.Module):
         scheme = QuantScheme.parse(scheme)
         weight = linear.weight.detach()
         try:
-            parameters = rtn.fit(weight, scheme, activation_scale=activation_scale)
-            n, k = weight.shape
-            layout = layout_for(scheme, n, k, weight.device, backend)
+            parameters = rounding.fit(weight, scheme, activation_scale=activation_scale)
+            layout = _layout_for(parameters, weight.device, backend, batch_invariant, check_kernels)
             packed = allocate(layout, parameters, weight.device)
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from None
         for start, stop in row_slices(*weight.shape):
-            write_rows(packed, start, rtn.encode_rows(weight[start:stop], parameters, start))
+            write_rows(packed, start, rounding.encode_rows(weight[start:stop], parameters, start))
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(packed, bias, backend=backend, batch_invariant=batch_invariant)
+        return cls(
+            packed,
+            bias,
+            backend=backend,
+            batch_invariant=batch_invariant,
+            check_kernels=check_kernels,
+        )
 
     @classmethod
     def from_weight(
@@ -103,6 +133,7 @@ class WQLinear(nn.Module):
         backend: str | None = None,
         device: torch.device | str | None = None,
         batch_invariant: bool = False,
+        check_kernels: bool = True,
     ) -> WQLinear:
         """A layer of a weight that someone else quantized, on `device` or where the weight is.
 
@@ -110,16 +141,20 @@ class WQLinear(nn.Module):
             NoKernelError: where `backend` cannot run it.
         """
         target = weight.codes.device if device is None else torch.device(device)
-        layout = layout_for(weight.scheme, weight.n, weight.k, target, backend)
+        layout = _layout_for(weight, target, backend, batch_invariant, check_kernels)
         bias = None if weight.bias is None else weight.bias.to(target, copy=True)
-        packed = pack(weight, layout, target)
-        return cls(packed, bias, backend=backend, batch_invariant=batch_invariant)
+        return cls(
+            pack(weight, layout, target),
+            bias,
+            backend=backend,
+            batch_invariant=batch_invariant,
+            check_kernels=check_kernels,
+        )
 
     @property
     def packed(self) -> PackedWeight:
         """The weight as it is held now."""
-        held = self._buffers
-        buffers = {name: buffer for name in BUFFER_NAMES if (buffer := held.get(name)) is not None}
+        buffers = {name: cast(Tensor, self._buffers[name]) for name in self._names}
         return PackedWeight(
             self.scheme, LAYOUTS[self._layout], self.out_features, self.in_features, buffers
         )
@@ -160,9 +195,8 @@ class WQLinear(nn.Module):
 
     def _install(self, packed: PackedWeight) -> None:
         """Takes the buffers of `packed` for its own and remembers what they are."""
-        for name in BUFFER_NAMES:
-            if name in packed.buffers:
-                self.register_buffer(name, packed.buffers[name])
+        for name, buffer in packed.buffers.items():
+            self.register_buffer(name, buffer)
         self._layout = packed.layout.name
         spec = ops.PackedSpec.of(packed, self.backend, self.batch_invariant)
         self._names, self._spec = spec.names, str(spec)
@@ -178,23 +212,22 @@ class WQLinear(nn.Module):
             return self
         if "meta" in (device.type, words.device.type):
             # Without values there is nothing to repack.
-            layout = self._layout_on(device)
-            self._install(_empty(self.packed, layout, device))
+            self._install(empty_like(self.packed, self._layout_on(device), device))
         elif device.type == words.device.type:
             for name in self._names:
                 buffer = self._buffers[name]
                 assert buffer is not None
                 self._buffers[name] = buffer.to(device)
         else:
-            self._install(_moved(self.packed, LAYOUTS[self._layout_on(device)], device))
+            self._install(_moved(self.packed, self._layout_on(device), device))
         return self
 
-    def _layout_on(self, device: torch.device) -> str:
+    def _layout_on(self, device: torch.device) -> Layout:
         if device.type == "meta":
-            return self._layout
-        return layout_for(
-            self.scheme, self.out_features, self.in_features, device, self.backend
-        ).name
+            return LAYOUTS[self._layout]
+        return _layout_for(
+            self.packed.parameters(), device, self.backend, self.batch_invariant, self.check_kernels
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         packed = self.packed
@@ -216,7 +249,7 @@ class WQLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         current = self.packed
-        expected = _empty(current, PLAIN.name, torch.device("meta")).buffers
+        expected = empty_like(current, PLAIN, torch.device("meta")).buffers
         wanted = dict(expected)
         if self.bias is not None:
             wanted["bias"] = self.bias
@@ -254,7 +287,28 @@ class WQLinear(nn.Module):
             self.bias = found["bias"].to(device=device, dtype=self.bias.dtype, copy=True)
 
 
-def _moved(packed: PackedWeight, layout: Any, device: torch.device) -> PackedWeight:
+def _layout_for(
+    weight: WeightParameters,
+    device: torch.device,
+    backend: str | None,
+    batch_invariant: bool,
+    check_kernels: bool,
+) -> Layout:
+    """The layout to hold a weight in on a device, its kernels checked where that is wanted."""
+    if not check_kernels:
+        return layout_for(weight.scheme, weight.n, weight.k, device, backend, weight.fields)
+    return proven_layout(
+        weight.scheme,
+        weight.n,
+        weight.k,
+        device,
+        backend=backend,
+        batch_invariant=batch_invariant,
+        fields=weight.fields,
+    )
+
+
+def _moved(packed: PackedWeight, layout: Layout, device: torch.device) -> PackedWeight:
     """`packed` in another layout or on another device, with one slice unpacked at a time."""
     if packed.layout is layout and packed.device == device:
         allocate(layout, packed.parameters(), torch.device("meta"))
@@ -263,17 +317,3 @@ def _moved(packed: PackedWeight, layout: Any, device: torch.device) -> PackedWei
     for start, stop in row_slices(packed.n, packed.k):
         write_rows(out, start, packed.codes(start, stop).to(device))
     return out
-
-
-def _empty(packed: PackedWeight, layout_name: str, device: torch.device) -> PackedWeight:
-    """Buffers of the right shapes and dtypes for the weight of `packed`, without values."""
-    layout, scheme, n, k = LAYOUTS[layout_name], packed.scheme, packed.n, packed.k
-    words = layout.allocate(scheme, n, k, device)
-    buffers = {"words": words}
-    groups = (1 if scheme.per_tensor else n, scheme.groups(k))
-    stored = layout.store_groups(scheme, n, torch.empty(groups, device="meta")).shape
-    for name, buffer in packed.buffers.items():
-        if name != "words":
-            shape = stored if name in ("scales", "zeros") else buffer.shape
-            buffers[name] = torch.empty(shape, dtype=buffer.dtype, device=device)
-    return PackedWeight(scheme, layout, n, k, buffers)

@@ -13,11 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qkernels import rounding
 from qkernels.errors import LayerError, QuantizationError
 from qkernels.modules.awq import _AwqLinear
 from qkernels.modules.linear import WQLinear
-from qkernels.quantizers import rtn
-from qkernels.reference import INT8_MAX
 from qkernels.scheme import QuantScheme
 from qkernels.select import check_backend
 from qkernels.weight import row_slices
@@ -153,7 +152,7 @@ def quantize_model(
         )
     layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in plan}
     for name, layer in layers.items():
-        rtn.check_weight(layer.weight.detach(), f"{name}.weight")
+        rounding.check_weight(layer.weight.detach(), f"{name}.weight")
     inputs = _calibrate(model, layers, calibration) if calibration is not None else {}
     built: dict[int, WQLinear] = {}
     try:
@@ -263,9 +262,7 @@ def _quantize_layer(
     activation_scale = None
     if scheme.activation.granularity == "static":
         assert inputs is not None
-        is_int8 = scheme.activation.dtype == "int8"
-        largest = INT8_MAX if is_int8 else torch.finfo(scheme.activation.torch_dtype).max
-        activation_scale = inputs.largest / largest or 1.0
+        activation_scale = inputs.largest / scheme.activation.largest or 1.0
     return WQLinear.from_linear(
         layer, scheme, backend=backend, activation_scale=activation_scale, name=name
     )

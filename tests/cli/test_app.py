@@ -13,7 +13,7 @@ from qkernels import cli
 from qkernels.cli import bench, doctor
 from qkernels.select import Explanation
 
-FACTS = {"system": "Linux", "cpu": "a CPU", "cores": 8, "cpu_isa": []}
+FACTS = {"system": "Linux", "architecture": "x86_64", "cpu": "a CPU", "cores": 8, "cpu_isa": []}
 COMMANDS = ("doctor", "quantize", "eval", "generate", "explain", "inspect", "bench")
 
 
@@ -151,7 +151,7 @@ def test_doctor_on_a_gpu(run, monkeypatch, reason: str | None):
         rows[0] = Explanation("triton_weight_only_gemv", "triton", False, reason)
     monkeypatch.setattr("qkernels.select.explain", lambda *args, **kwargs: rows)
     monkeypatch.setattr("qkernels.backends.triton.import_problem", lambda: None)
-    monkeypatch.setattr("qkernels.cli.machine.describe", lambda: FACTS)
+    monkeypatch.setattr("qkernels.machine.describe", lambda: FACTS)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for name, value in (
         ("is_available", True),

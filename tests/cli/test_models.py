@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels import evaluation
+from qkernels.models import evaluation
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 

@@ -9,7 +9,7 @@ import torch
 import qkernels as qk
 from qkernels.cli.quantize import replaced_folder
 from qkernels.errors import QuantizationError
-from qkernels.model_files import load_model_and_tokenizer
+from qkernels.models.loading import load_model_and_tokenizer
 from tests.tiny_model import tiny_model
 
 

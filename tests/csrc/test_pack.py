@@ -12,8 +12,8 @@ from torch import Tensor
 
 import qkernels
 
-DENSE_BITS = (2, 3, 4, 8)
-PLANAR_BITS = (2, 3, 4)
+DENSE_BITS = (1, 2, 3, 4, 8)
+PLANAR_BITS = (1, 2, 3, 4)
 PLANES = (16, 32, 64)
 # More codes than one thread is given, and tails in both dimensions.
 LARGE = (261, 1031)
@@ -139,8 +139,8 @@ WORDS = torch.zeros(6, 5, dtype=torch.int32)
 @pytest.mark.parametrize(
     ("call", "arguments", "message"),
     [
-        ("pack_dense", (CODES, 5), "bits must be one of 2 3 4 8, got 5"),
-        ("pack_planar", (CODES, 8, 16), "bits must be one of 2 3 4, got 8"),
+        ("pack_dense", (CODES, 5), "bits must be one of 1 2 3 4 8, got 5"),
+        ("pack_planar", (CODES, 8, 16), "bits must be one of 1 2 3 4, got 8"),
         ("pack_planar", (CODES, 4, 48), "plane must be one of 16 32 64, got 48"),
         ("pack_dense", (CODES.int(), 4), r"codes must be torch\.uint8, got torch\.int32"),
         ("pack_dense", (CODES[0], 4), r"codes must have 2 dimensions, got shape \[40\]"),

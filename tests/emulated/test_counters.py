@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from qkernels import rounding
 from qkernels.backends.cuda import weight_arguments
 from qkernels.layouts import FRAGMENT, pack
-from qkernels.quantizers import rtn
 from tests.emulated.emulator import counted, needs_emulator, product
 
 pytestmark = needs_emulator
@@ -15,7 +15,7 @@ BLOCK_ROWS = {8: 64, 16: 64, 32: 128, 64: 256}
 
 
 def measured(text, m, n=N, k=K, **schedule):
-    packed = pack(rtn.quantize(torch.randn(n, k), text), FRAGMENT)
+    packed = pack(rounding.quantize(torch.randn(n, k), text), FRAGMENT)
     x = torch.randn(m, k, dtype=torch.float16)
     product(x, packed, **schedule)  # makes its scratch, which is not counted
     regions = {
@@ -80,7 +80,7 @@ def test_tensor_core_operations(m, tokens):
 
 @pytest.mark.parametrize("text", ["w4a16-g128", "w8a16-g64"])
 def test_dequantizing_reads_and_writes_once(text):
-    packed = pack(rtn.quantize(torch.randn(N, K), text), FRAGMENT)
+    packed = pack(rounding.quantize(torch.randn(N, K), text), FRAGMENT)
     tensors, facts = weight_arguments(packed)
     with counted(words=packed.buffers["words"]) as counters:
         torch.ops.qkernels_emulated.dequantize(*tensors, *facts, torch.float16)

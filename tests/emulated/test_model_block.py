@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qkernels import WQLinear
-from qkernels.demo import find_smollm2
+from qkernels.cli.demo import find_smollm2
 from tests.bounds import DENSE_FACTOR, FROBENIUS_BOUND
 from tests.emulated.emulator import needs_emulator
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from qkernels import rounding
 from qkernels.backends.cuda import weight_arguments
 from qkernels.layouts import FRAGMENT, pack
-from qkernels.quantizers import rtn
 from tests.emulated.emulator import (
     disabled,
     needs_emulator,
@@ -40,7 +40,7 @@ def exercise(check):
         ("w4a16-g64", 3, 36, 2600, {"tokens": 8, "split_k": 1, "stages": 5}),
         ("w4a16-g64", 3, 36, 2600, {"tokens": 8, "split_k": 1, "stages": 6}),
     ):
-        weight = rtn.quantize(torch.randn(n, k), text, bias=torch.randn(n))
+        weight = rounding.quantize(torch.randn(n, k), text, bias=torch.randn(n))
         # Heap memory of exactly the right size, so that a sanitizer sees what lies beyond it.
         x = torch.randn(m, k, dtype=torch.float16)
         packed = pack(weight, FRAGMENT)

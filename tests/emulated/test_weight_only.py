@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkernels import WQLinear
+from qkernels import WQLinear, rounding
 from qkernels.layouts import FRAGMENT, pack
-from qkernels.quantizers import rtn
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
 from tests.bounds import FROBENIUS_BOUND
@@ -24,7 +23,7 @@ SCHEDULES = [  # tokens, split_k, stages
 
 
 def quantized(n, k, text="w4a16-g64", bias=False):
-    return rtn.quantize(torch.randn(n, k), text, bias=torch.randn(n) if bias else None)
+    return rounding.quantize(torch.randn(n, k), text, bias=torch.randn(n) if bias else None)
 
 
 def error(y, x, weight):

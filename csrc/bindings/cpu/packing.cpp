@@ -55,7 +55,7 @@ const uint32_t* const_words_of(const at::Tensor& words) {
 }
 
 at::Tensor pack_dense(const at::Tensor& codes, int64_t bits) {
-  require_one_of("bits", bits, {2, 3, 4, 8});
+  require_one_of("bits", bits, {1, 2, 3, 4, 8});
   require_matrix("codes", codes, at::kByte);
   const int64_t rows = codes.size(0), k = codes.size(1);
   at::Tensor words = at::empty({rows, cpu::dense_words(k, bits)}, at::kInt);
@@ -70,7 +70,7 @@ at::Tensor pack_dense(const at::Tensor& codes, int64_t bits) {
 }
 
 at::Tensor unpack_dense(const at::Tensor& words, int64_t k, int64_t bits) {
-  require_one_of("bits", bits, {2, 3, 4, 8});
+  require_one_of("bits", bits, {1, 2, 3, 4, 8});
   require_matrix("words", words, at::kInt);
   require(k >= 0, "k must not be negative, got ", k);
   const int64_t rows = words.size(0), columns = cpu::dense_words(k, bits);
@@ -84,7 +84,7 @@ at::Tensor unpack_dense(const at::Tensor& words, int64_t k, int64_t bits) {
 }
 
 at::Tensor pack_planar(const at::Tensor& codes, int64_t bits, int64_t plane) {
-  require_one_of("bits", bits, {2, 3, 4});
+  require_one_of("bits", bits, {1, 2, 3, 4});
   require_one_of("plane", plane, {16, 32, 64});
   require_matrix("codes", codes, at::kByte);
   const int64_t n = codes.size(0), k = codes.size(1);
@@ -100,7 +100,7 @@ at::Tensor pack_planar(const at::Tensor& codes, int64_t bits, int64_t plane) {
 }
 
 at::Tensor unpack_planar(const at::Tensor& words, int64_t k, int64_t bits, int64_t plane) {
-  require_one_of("bits", bits, {2, 3, 4});
+  require_one_of("bits", bits, {1, 2, 3, 4});
   require_one_of("plane", plane, {16, 32, 64});
   require_matrix("words", words, at::kInt);
   require(k >= 0, "k must not be negative, got ", k);
@@ -149,15 +149,15 @@ at::Tensor unpack_vnni(const at::Tensor& words, int64_t first_row, int64_t rows,
 
 void register_cpu_packing(py::module_& m) {
   m.def("pack_dense", &pack_dense, py::arg("codes"), py::arg("bits"),
-        "codes uint8 [R, K] -> words int32 [R, ceil(K * bits / 32)]; bits 2, 3, 4 or 8");
+        "codes uint8 [R, K] -> words int32 [R, ceil(K * bits / 32)]; bits 1, 2, 3, 4 or 8");
   m.def("unpack_dense", &unpack_dense, py::arg("words"), py::arg("k"), py::arg("bits"),
-        "words int32 [R, ceil(k * bits / 32)] -> codes uint8 [R, k]; bits 2, 3, 4 or 8");
+        "words int32 [R, ceil(k * bits / 32)] -> codes uint8 [R, k]; bits 1, 2, 3, 4 or 8");
   m.def("pack_planar", &pack_planar, py::arg("codes"), py::arg("bits"), py::arg("plane"),
-        "codes uint8 [N, K] -> words int32 [K_pad / (32 // bits), N]; bits 2, 3 or 4; "
+        "codes uint8 [N, K] -> words int32 [K_pad / (32 // bits), N]; bits 1, 2, 3 or 4; "
         "plane 16, 32 or 64");
   m.def("unpack_planar", &unpack_planar, py::arg("words"), py::arg("k"), py::arg("bits"),
         py::arg("plane"),
-        "words int32 [K_pad / (32 // bits), N] -> codes uint8 [N, k]; bits 2, 3 or 4; "
+        "words int32 [K_pad / (32 // bits), N] -> codes uint8 [N, k]; bits 1, 2, 3 or 4; "
         "plane 16, 32 or 64");
   m.def("pack_vnni", &pack_vnni, py::arg("codes"), py::arg("words"), py::arg("first_row"),
         py::arg("nibbles"), "codes uint8 [R, K] into words int32 [N/16, steps, 16]");

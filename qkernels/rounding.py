@@ -1,11 +1,11 @@
 """Round to nearest: scales from the range of each group, codes from the nearest value.
 
 Two steps, since the codes of a large weight are never held whole: `fit` finds the parameters of all
-rows, `encode_rows` the codes of some of them. Other methods reuse both.
+rows, `encode_rows` the codes of some of them. Methods of quantization reuse both.
 
     symmetric     s = max|w| / ((2^b - 1) / 2), codes clamped to [0, 2^b - 1]
     asymmetric    s = (max(w, 0) - min(w, 0)) / (2^b - 1), z = round(-min(w, 0) / s)
-    codebook, fp8 s = max|w| / the type's largest value
+    codebook, fp8 s = max|w| / the type's largest value; binary: s = mean |w|
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.errors import WeightError
+from qkernels.fields import NESTED_BLOCK
 from qkernels.scheme import QuantScheme, WeightType
 from qkernels.weight import (
-    NESTED_BLOCK,
-    NestedScales,
     QuantizedWeight,
     WeightParameters,
     apply_by_group,
@@ -71,36 +70,26 @@ def fit(
     low, high = _ranges(weight, scheme, perm)
     if scheme.per_tensor:
         low, high = low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True)
-    zeros: Tensor | None = None
-    channel_scales: Tensor | None = None
-    nested: NestedScales | None = None
+    fields: dict[str, Tensor | None] = {"perm": None if perm is None else perm.to(weight.device)}
     if scheme.scale_levels == "two":
-        scales, zeros, channel_scales = _two_level(low, high, scheme)
+        fields |= _two_level(low, high, scheme)
     else:
         full = _step(low, high, scheme)
+        if scheme.weight.scale_from == "mean":
+            full = _mean_magnitudes(weight, scheme, perm)
         if scheme.scale_levels == "double":
-            scales, nested = _double_quantize(full)
+            fields |= _double_quantize(full)
         else:
-            scales = _round_scales(full, scheme)
+            fields["scales"] = scales = _round_scales(full, scheme)
             full = scales.float()
         if not scheme.symmetric:
             largest = (1 << scheme.bits) - 1
-            zeros = (-low / full).round_().clamp_(0, largest).to(torch.uint8)
+            fields["zeros"] = (-low / full).round_().clamp_(0, largest).to(torch.uint8)
     if activation_scale is not None:
-        activation_scale = torch.as_tensor(
+        fields["activation_scale"] = torch.as_tensor(
             activation_scale, dtype=torch.float32, device=weight.device
         ).reshape(())
-    return WeightParameters(
-        scheme=scheme,
-        n=n,
-        k=k,
-        scales=scales,
-        zeros=zeros,
-        channel_scales=channel_scales,
-        nested=nested,
-        perm=None if perm is None else perm.to(weight.device),
-        activation_scale=activation_scale,
-    )
+    return WeightParameters(scheme=scheme, n=n, k=k, **fields)
 
 
 def encode_rows(rows: Tensor, parameters: WeightParameters, start: int) -> Tensor:
@@ -126,7 +115,7 @@ def encode_rows(rows: Tensor, parameters: WeightParameters, start: int) -> Tenso
         return scaled.clamp_(-largest, largest).to(scheme.weight.float_dtype).view(torch.uint8)
     zeros = parameters.group_zeros(start, stop)
     if zeros is None:
-        scaled += scheme.zero_offset
+        scaled += scheme.symmetric_zero
     else:
         apply_by_group(scaled, zeros, length, Tensor.add_)
     scaled.round_()
@@ -154,17 +143,7 @@ def quantize(
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for start, stop in row_slices(*weight.shape):
         codes[start:stop] = encode_rows(weight[start:stop], parameters, start)
-    return QuantizedWeight(
-        scheme=scheme,
-        codes=codes,
-        scales=parameters.scales,
-        zeros=parameters.zeros,
-        channel_scales=parameters.channel_scales,
-        nested=parameters.nested,
-        perm=parameters.perm,
-        activation_scale=parameters.activation_scale,
-        bias=bias,
-    )
+    return QuantizedWeight(scheme=scheme, codes=codes, bias=bias, **parameters.fields)
 
 
 def _ranges(weight: Tensor, scheme: QuantScheme, perm: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -174,7 +153,7 @@ def _ranges(weight: Tensor, scheme: QuantScheme, perm: Tensor | None) -> tuple[T
     # Both are made first and written slice by slice: small results that are allocated between a
     # slice's large temporaries and outlive them keep the allocator from giving those to the next
     # slice, up to the whole weight in fp32, twice.
-    low = torch.empty(n, scheme.groups(k), device=weight.device)
+    low = torch.empty(n, scheme.groups(k), dtype=torch.float32, device=weight.device)
     high = torch.empty_like(low)
     if perm is not None:
         perm = perm.to(weight.device)
@@ -214,9 +193,27 @@ def _round_scales(scales: Tensor, scheme: QuantScheme) -> Tensor:
     return rounded.clamp_(min=smallest)
 
 
-def _two_level(
-    low: Tensor, high: Tensor, scheme: QuantScheme
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def _mean_magnitudes(weight: Tensor, scheme: QuantScheme, perm: Tensor | None) -> Tensor:
+    """Mean |w| of every group, fp32 [N, G], or [1, 1] per tensor; 1 where all are zero.
+
+    It is the scale that leaves the least squared error between w and scale * sign(w) (XNOR-Net,
+    Rastegari et al. 2016, section 3.1).
+    """
+    n, k = weight.shape
+    length, groups = scheme.group_length(k), scheme.groups(k)
+    sums = torch.zeros(n, groups, dtype=torch.float32, device=weight.device)
+    counts = torch.full((groups,), float(length), dtype=torch.float32, device=weight.device)
+    counts[-1] = k - (groups - 1) * length
+    for start, stop in row_slices(n, k):
+        rows = weight[start:stop] if perm is None else weight[start:stop].index_select(1, perm)
+        padded = F.pad(rows.float().abs(), (0, groups * length - k))
+        torch.sum(padded.unflatten(1, (groups, length)), dim=2, out=sums[start:stop])
+    if scheme.per_tensor:
+        sums, counts = sums.sum(dim=0, keepdim=True), counts * n
+    return _nonzero(sums / counts)
+
+
+def _two_level(low: Tensor, high: Tensor, scheme: QuantScheme) -> dict[str, Tensor | None]:
     """uint8 multipliers [N, G], zeros, fp32 channel scales [N] (QServe, Lin et al. 2024, 4.1).
 
     The channel scale is fitted so that the widest group takes the largest multiplier whose
@@ -231,7 +228,8 @@ def _two_level(
     if not scheme.symmetric:
         steps = multipliers * channel[:, None]
         zeros = (-low / steps).round_().clamp_(0, levels).to(torch.uint8)
-    return multipliers.to(torch.uint8), zeros, channel
+    scales = multipliers.to(torch.uint8)
+    return {"scales": scales, "zeros": zeros, "channel_scales": channel}
 
 
 def _nonzero(scales: Tensor) -> Tensor:
@@ -244,7 +242,7 @@ def _clamp_to_int8(codes: Tensor, parameters: WeightParameters, start: int, leng
     multipliers = parameters.scales[start:stop].float()
     zeros = parameters.group_zeros(start, stop)
     if zeros is None:
-        zeros = torch.full_like(multipliers, parameters.scheme.zero_offset)
+        zeros = torch.full_like(multipliers, parameters.scheme.symmetric_zero)
     bounds: tuple[tuple[Tensor, Callable[[Tensor, Tensor], Tensor]], ...] = (
         (zeros + (127 / multipliers).floor(), torch.Tensor.clamp_max_),
         (zeros - (128 / multipliers).floor(), torch.Tensor.clamp_min_),
@@ -253,8 +251,8 @@ def _clamp_to_int8(codes: Tensor, parameters: WeightParameters, start: int, leng
         apply_by_group(codes, bound, length, clamp)
 
 
-def _double_quantize(scales: Tensor) -> tuple[Tensor, NestedScales]:
-    """Scales to 8 bits with a second level (QLoRA, section 3): uint8 codes [N, G]."""
+def _double_quantize(scales: Tensor) -> dict[str, Tensor | None]:
+    """Scales as uint8 codes [N, G], with the fields of their second level (QLoRA, section 3)."""
     offset = scales.mean()
     centred = (scales - offset).flatten()
     blocks = F.pad(centred, (0, -centred.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
@@ -262,7 +260,11 @@ def _double_quantize(scales: Tensor) -> tuple[Tensor, NestedScales]:
     table = nested_table(scales.device)
     scaled = (blocks / _nonzero(absmax)[:, None]).flatten()[: centred.numel()]
     codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
-    return codes.view(scales.shape), NestedScales(absmax, offset)
+    return {
+        "scales": codes.view(scales.shape),
+        "nested_absmax": absmax,
+        "nested_offset": offset,
+    }
 
 
 @lru_cache(maxsize=64)

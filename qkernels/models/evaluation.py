@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.errors import QuantizationError
-from qkernels.model_files import output_head
+from qkernels.models.loading import output_head
 from qkernels.modules import WQLinear
 
 SHIPPED_TEXT = Path(__file__).parent / "data" / "persuasion.txt"

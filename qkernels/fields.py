@@ -1,0 +1,342 @@
+"""The fields of a quantized weight beside its codes: a row for each.
+
+Whatever carries weights (checks, devices, slices, layouts, state dicts, checkpoints, kernels, the
+benchmark) goes through this table, so that a field is added here and where it is computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qkernels.errors import WeightError
+from qkernels.scheme import QuantScheme
+
+NESTED_BLOCK = 256
+"""Scales that share one second-level scale in double quantization (QLoRA, section 3)."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+Values = Mapping[str, Tensor]
+"""The fields that a weight has, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """A row of the table.
+
+    Attributes:
+        axes: what each dimension runs along: "n", "k", "groups", "rows" (n, or 1 where one scale
+            serves the whole weight), "nested_blocks" (of 256 scales); any other name is a length of
+            its own, the same in all fields that name it.
+        dtypes: the accepted types under a scheme.
+        wanted: whether a scheme must have it (True), must not (False) or may (None).
+        remedy: what to do where it is missing, for the message.
+        by_group: layouts store it in an order of their own.
+        check: what is wrong with a value, given all of them, or None.
+        transform_x: (x [M, K], value) -> x as the codes are multiplied with; the fields of a weight
+            apply in the order of the table.
+        restore_rows: (weight rows [R, K] that go with the transformed x, value) -> rows that go
+            with x itself; the transpose of `transform_x`.
+        permutes_x: `transform_x` moves numbers of x and changes none.
+        add_to_rows: (rows fp32 [R, K] of the weight, in the order of the codes, first row, all
+            values): adds, in place, what the weight has beyond its codes.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    dtypes: Callable[[QuantScheme], tuple[torch.dtype, ...]]
+    wanted: Callable[[QuantScheme], bool | None]
+    remedy: str = ""
+    by_group: bool = False
+    check: Callable[[Values, int], str | None] | None = None
+    transform_x: Callable[[Tensor, Tensor], Tensor] | None = None
+    restore_rows: Callable[[Tensor, Tensor], Tensor] | None = None
+    permutes_x: bool = False
+    add_to_rows: Callable[[Tensor, int, Values], None] | None = None
+
+    def shape(self, scheme: QuantScheme, n: int, k: int) -> tuple[int | None, ...]:
+        """The length of each dimension; None where it is the field's own."""
+        rows, groups = (1 if scheme.per_tensor else n), scheme.groups(k)
+        known = {
+            "n": n,
+            "k": k,
+            "rows": rows,
+            "groups": groups,
+            "nested_blocks": -(-rows * groups // NESTED_BLOCK),
+        }
+        return tuple(known.get(axis) for axis in self.axes)
+
+
+def _scale_dtypes(scheme: QuantScheme) -> tuple[torch.dtype, ...]:
+    return (scheme.scale_dtype if scheme.scale_levels == "one" else torch.uint8,)
+
+
+def _zero_dtypes(scheme: QuantScheme) -> tuple[torch.dtype, ...]:
+    return (torch.uint8,) if scheme.integer_activation else (torch.uint8, *_FLOATS)
+
+
+def _only(*dtypes: torch.dtype) -> Callable[[QuantScheme], tuple[torch.dtype, ...]]:
+    return lambda scheme: dtypes
+
+
+def _with_levels(levels: str) -> Callable[[QuantScheme], bool]:
+    return lambda scheme: scheme.scale_levels == levels
+
+
+def _may(scheme: QuantScheme) -> None:
+    return None
+
+
+def _check_perm(values: Values, k: int) -> str | None:
+    perm = values["perm"]
+    if torch.equal(perm.sort().values, torch.arange(k, device=perm.device)):
+        return None
+    return f"must hold each of 0..{k - 1} once"
+
+
+def _check_activation_scale(values: Values, k: int) -> str | None:
+    scale = float(values["activation_scale"])
+    return None if scale > 0 else f"must be > 0, got {scale}"
+
+
+def _check_outliers(values: Values, k: int) -> str | None:
+    if "outlier_columns" not in values or "outlier_values" not in values:
+        return "goes with the other one of outlier_columns and outlier_values"
+    columns = values["outlier_columns"]
+    if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= k):
+        return f"must be in 0..{k - 1}, got {int(columns.min())} to {int(columns.max())}"
+    return None if columns.unique().numel() == columns.numel() else "must name no column twice"
+
+
+def _permute(x: Tensor, perm: Tensor) -> Tensor:
+    return x.index_select(1, perm)
+
+
+def _permute_back(rows: Tensor, perm: Tensor) -> Tensor:
+    out = torch.empty_like(rows)
+    out[:, perm] = rows
+    return out
+
+
+def _scale_columns(x: Tensor, factor: Tensor) -> Tensor:
+    return (x.float() * factor).to(x.dtype)
+
+
+def _add_outliers(rows: Tensor, start: int, values: Values) -> None:
+    outliers = values["outlier_values"][start : start + rows.shape[0]]
+    rows.index_add_(1, values["outlier_columns"], outliers.to(rows.dtype))
+
+
+FIELDS: dict[str, Field] = {
+    row.name: row
+    for row in (
+        # What a code's value is multiplied by; multipliers or codes where scales have two levels.
+        Field(
+            name="scales",
+            axes=("rows", "groups"),
+            dtypes=_scale_dtypes,
+            wanted=lambda scheme: True,
+            by_group=True,
+        ),
+        # In units of codes.
+        Field(
+            name="zeros",
+            axes=("rows", "groups"),
+            dtypes=_zero_dtypes,
+            wanted=lambda scheme: not scheme.symmetric,
+            by_group=True,
+        ),
+        # The second level of two-level scales.
+        Field(
+            name="channel_scales",
+            axes=("n",),
+            dtypes=_only(torch.float32),
+            wanted=_with_levels("two"),
+        ),
+        # scale = table[code] * absmax[block] + offset, of doubly quantized scales. A block is 256
+        # scales that follow each other row by row; the offset was taken off before quantizing.
+        Field(
+            name="nested_absmax",
+            axes=("nested_blocks",),
+            dtypes=_only(torch.float32),
+            wanted=_with_levels("double"),
+        ),
+        Field(
+            name="nested_offset",
+            axes=(),
+            dtypes=_only(torch.float32),
+            wanted=_with_levels("double"),
+        ),
+        # Multiplies the columns of x, where nothing before the layer could take it.
+        Field(
+            name="input_factor",
+            axes=("k",),
+            dtypes=_only(torch.float32),
+            wanted=_may,
+            transform_x=_scale_columns,
+            restore_rows=torch.Tensor.mul,
+        ),
+        # Column j of the codes is column perm[j] of the weight.
+        Field(
+            name="perm",
+            axes=("k",),
+            dtypes=_only(torch.int64),
+            wanted=_may,
+            check=_check_perm,
+            transform_x=_permute,
+            restore_rows=_permute_back,
+            permutes_x=True,
+        ),
+        # Columns of the codes that have 16-bit numbers added to what their codes say.
+        Field(
+            name="outlier_columns",
+            axes=("outliers",),
+            dtypes=_only(torch.int64),
+            wanted=_may,
+            check=_check_outliers,
+        ),
+        Field(
+            name="outlier_values",
+            axes=("n", "outliers"),
+            dtypes=_only(torch.float16, torch.bfloat16),
+            wanted=_may,
+            check=_check_outliers,
+            add_to_rows=_add_outliers,
+        ),
+        # The scale of x, calibrated beforehand.
+        Field(
+            name="activation_scale",
+            axes=(),
+            dtypes=_only(torch.float32),
+            wanted=lambda scheme: scheme.activation.granularity == "static",
+            remedy="pass calibration data or activation_scale, or use a scheme without -static",
+            check=_check_activation_scale,
+        ),
+    )
+}
+"""In the order in which buffers are listed and x is transformed."""
+
+
+def optional_fields(scheme: QuantScheme, names: Iterable[str]) -> frozenset[str]:
+    """Those of the fields `names` that a weight of `scheme` may have or not."""
+    return frozenset(n for n in names if n in FIELDS and FIELDS[n].wanted(scheme) is None)
+
+
+def check_fields(scheme: QuantScheme, n: int, k: int, values: Values) -> None:
+    """Raises WeightError where a field is missing, not wanted, or has a wrong shape or value."""
+    lengths: dict[str, int] = {}
+    for field in FIELDS.values():
+        value, wanted = values.get(field.name), field.wanted(scheme)
+        if wanted is not None and wanted != (value is not None):
+            takes, remedy = ("" if wanted else "no "), field.remedy and f": {field.remedy}"
+            raise WeightError(
+                f"scheme {scheme} takes {takes}{field.name}, got {field.name}={_brief(value)}"
+                f"{remedy}"
+            )
+        if value is None:
+            continue
+        where = f"{field.name} of a {scheme} weight [{n}, {k}]"
+        _check_tensor(where, field, value, scheme, n, k, lengths)
+        if value.device != values["scales"].device:
+            device = values["scales"].device
+            raise WeightError(f"{where} is on {value.device}, the scales on {device}")
+    for field in FIELDS.values():
+        # On the meta device there are no values to check.
+        if field.name in values and field.check is not None and not values[field.name].is_meta:
+            wrong = field.check(values, k)
+            if wrong is not None:
+                raise WeightError(f"{field.name} {wrong}")
+
+
+def _check_tensor(
+    where: str,
+    field: Field,
+    value: Tensor,
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    lengths: dict[str, int],
+) -> None:
+    shape = field.shape(scheme, n, k)
+    if len(shape) == value.dim():
+        shape = tuple(
+            lengths.setdefault(axis, size) if length is None else length
+            for axis, length, size in zip(field.axes, shape, value.shape, strict=True)
+        )
+    if tuple(value.shape) != shape:
+        raise WeightError(f"{where} must have shape {list(shape)}, got {list(value.shape)}")
+    dtypes = field.dtypes(scheme)
+    if value.dtype not in dtypes:
+        accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise WeightError(f"{where} must be {accepted}, got {value.dtype}")
+    if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
+        raise WeightError(f"{where} holds NaN or infinity")
+
+
+def _brief(value: Tensor | None) -> str:
+    return "None" if value is None else f"{value.dtype} {list(value.shape)}"
+
+
+def cut_rows(
+    scheme: QuantScheme, n: int, k: int, values: Values, start: int, stop: int
+) -> dict[str, Tensor]:
+    """The fields of rows [start, stop) of a weight [n, k]; they share memory with `values`.
+
+    Raises:
+        WeightError: where doubly quantized scales are cut inside a block of 256.
+    """
+    out = {}
+    for name, value in values.items():
+        for dim, axis in enumerate(FIELDS[name].axes):
+            if axis == "n" or (axis == "rows" and not scheme.per_tensor):
+                value = value.narrow(dim, start, stop - start)
+            elif axis == "nested_blocks":
+                first = start * scheme.groups(k)
+                if first % NESTED_BLOCK:
+                    raise WeightError(
+                        f"rows cannot be cut before row {start}: doubly quantized scales come in "
+                        f"blocks of {NESTED_BLOCK}, and {first} of them lie before it"
+                    )
+                last = -(-stop * scheme.groups(k) // NESTED_BLOCK)
+                value = value[first // NESTED_BLOCK : last]
+        out[name] = value
+    return out
+
+
+def cut_columns(
+    scheme: QuantScheme, n: int, k: int, values: Values, start: int, stop: int
+) -> dict[str, Tensor]:
+    """The fields of columns [start, stop) of a weight [n, k].
+
+    Raises:
+        WeightError: for columns that do not begin and end with groups, a weight in another column
+            order, or doubly quantized scales.
+    """
+    length, groups = scheme.group_length(k), scheme.groups(k)
+    if groups > 1 and (start % length or (stop % length and stop != k)):
+        raise WeightError(
+            f"columns {start} to {stop} do not begin and end with groups of {length}: cut at "
+            "multiples of that"
+        )
+    first, last = (start // length, -(-stop // length)) if groups > 1 else (0, 1)
+    if "perm" in values or ("nested_absmax" in values and (first, last) != (0, groups)):
+        what = "in activation order" if "perm" in values else "with doubly quantized scales"
+        raise WeightError(f"columns of a weight {what} cannot be cut: dequantize it first")
+    out = {}
+    for name, value in values.items():
+        for dim, axis in enumerate(FIELDS[name].axes):
+            if axis == "groups":
+                value = value.narrow(dim, first, last - first)
+            elif axis == "k":
+                value = value.narrow(dim, start, stop - start)
+        out[name] = value
+    if "outlier_columns" in values:
+        columns = values["outlier_columns"]
+        kept = (columns >= start) & (columns < stop)
+        out["outlier_columns"] = columns[kept] - start
+        out["outlier_values"] = values["outlier_values"][:, kept]
+    return out
