@@ -81,7 +81,11 @@ def extension() -> tuple[Extension, type]:
     def sources(pattern: str) -> list[str]:
         return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
-    cpp = sources("csrc/cpu/*.cpp") + sources("csrc/bindings/*.cpp")
+    cpp = (
+        sources("csrc/cpu/*.cpp")
+        + sources("csrc/bindings/*.cpp")
+        + sources("csrc/bindings/cpu/*.cpp")
+    )
     cuda = (
         sources("csrc/cuda/*.cu") + sources("csrc/cuda/*.cpp") + sources("csrc/bindings/cuda/*.cpp")
     )

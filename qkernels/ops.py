@@ -1,7 +1,8 @@
 """The torch operators, namespace `qkernels`: opaque to torch.compile, with shapes and gradients.
 
-Registered with `Library.define` and `impl`, which costs 4 to 6 us a call where
-`torch.library.custom_op` costs tens: more than a decode GEMV takes.
+`linear` and `linear_quantized` are C++ where qkernels._C is built (csrc/bindings/operator.h): they
+ask here for the kernel once, and what is here runs without it. A call in Python costs more than a
+decode GEMV takes.
 
 A packed weight crosses the operator boundary as its list of buffers and one string that says what
 they are, so that choosing another kernel for another M recompiles nothing.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 from qkernels import compiled, preparation, reference
 from qkernels.backends.kernel import Kernel, Problem
 from qkernels.errors import WeightError
+from qkernels.fields import FIELDS
 from qkernels.layouts import LAYOUTS, PackedWeight
 from qkernels.scheme import QuantScheme
-from qkernels.select import make_problem, select
+from qkernels.select import choose, make_problem, select
 
 X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -80,8 +82,6 @@ class PackedSpec:
         return PackedWeight(self.scheme, LAYOUTS[self.layout], self.n, self.k, named)
 
 
-Choice = tuple[Kernel, Problem]
-
 _library = torch.library.Library("qkernels", "DEF")
 _library.define("linear(Tensor x, Tensor[] buffers, Tensor? bias, str spec) -> Tensor")
 _library.define("linear_grad_input(Tensor grad, Tensor[] buffers, str spec) -> Tensor")
@@ -107,8 +107,8 @@ def _check_device(x: Tensor, name: str, words: Tensor) -> None:
         )
 
 
-def _choose(what: PackedSpec, m: int, dtype: torch.dtype, device: torch.device) -> Choice:
-    problem = make_problem(
+def _problem(what: PackedSpec, m: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    return make_problem(
         what.scheme,
         n=what.n,
         k=what.k,
@@ -119,19 +119,39 @@ def _choose(what: PackedSpec, m: int, dtype: torch.dtype, device: torch.device) 
         batch_invariant=what.batch_invariant,
         fields=what.names,
     )
-    return select(problem, what.backend), problem
+
+
+def _run(
+    kernel: Kernel, what: PackedSpec, x: Tensor, buffers: list[Tensor], bias: Tensor | None
+) -> Tensor:
+    packed = what.packed(buffers)
+    rows = preparation.rows_of(x, packed)
+    y = kernel.run(rows, packed, bias, _problem(what, rows.shape[0], x.dtype, x.device))
+    return y.view(*x.shape[:-1], what.n)
+
+
+def _run_quantized(
+    kernel: Kernel,
+    what: PackedSpec,
+    x: Tensor,
+    scale: Tensor,
+    buffers: list[Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    assert kernel.run_quantized is not None, f"{kernel.name} takes no quantized x"
+    packed = what.packed(buffers)
+    rows, row_scale = preparation.rows_of(x, packed), scale.reshape(-1).contiguous()
+    problem = _problem(what, rows.shape[0], dtype, x.device)
+    y = kernel.run_quantized(rows, row_scale, packed, bias, problem)
+    return y.view(*x.shape[:-1], what.n)
 
 
 def _linear(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
     _check_input(x, what.k, "x", buffers[0])
-    packed = what.packed(buffers)
-    rows = preparation.rows_of(x, packed)
-    kernel, problem = _choose(what, rows.shape[0], x.dtype, x.device)
-    if kernel.remember is not None:
-        kernel.remember(spec, problem, what.names)
-    y = kernel.run(rows, packed, bias, problem)
-    return y.view(*x.shape[:-1], what.n)
+    kernel = select(_problem(what, x.numel() // what.k, x.dtype, x.device), what.backend)
+    return _run(kernel, what, x, buffers, bias)
 
 
 def _linear_quantized(
@@ -144,21 +164,27 @@ def _linear_quantized(
 ) -> Tensor:
     what = PackedSpec.parse(spec)
     _check_quantized(x, scale, what, buffers[0])
-    packed = what.packed(buffers)
-    rows, row_scale = preparation.rows_of(x, packed), scale.reshape(-1).contiguous()
-    kernel, problem = _choose(what, rows.shape[0], dtype, x.device)
-    assert kernel.run_quantized is not None, f"{kernel.name} takes no quantized x"
-    y = kernel.run_quantized(rows, row_scale, packed, bias, problem)
-    return y.view(*x.shape[:-1], what.n)
+    kernel = select(_problem(what, x.numel() // what.k, dtype, x.device), what.backend)
+    return _run_quantized(kernel, what, x, scale, buffers, bias, dtype)
 
 
-def _check_quantized(x: Tensor, scale: Tensor, what: PackedSpec, words: Tensor) -> None:
+def _why_not_quantized(what: PackedSpec) -> str | None:
     activation = what.scheme.activation
     if activation.dtype != "int8" or activation.granularity != "token":
-        raise WeightError(
+        return (
             f"x is quantized per token, which layers of {what.scheme} do not take: pass x itself, "
             "or use a scheme such as w8a8 or w4a8-g128"
         )
+    for field in (FIELDS[name] for name in what.names if name in FIELDS):
+        if field.transform_x is not None and not field.permutes_x:
+            return f"x is quantized, and this layer's {field.name} comes before that: pass x itself"
+    return None
+
+
+def _check_quantized(x: Tensor, scale: Tensor, what: PackedSpec, words: Tensor) -> None:
+    reason = _why_not_quantized(what)
+    if reason is not None:
+        raise WeightError(reason)
     if x.dtype != torch.int8 or x.dim() == 0 or x.shape[-1] != what.k:
         raise WeightError(
             f"quantized x must be int8 [..., {what.k}], got {x.dtype} {list(x.shape)}"
@@ -212,27 +238,35 @@ def _dequantize_fake(buffers: list[Tensor], spec: str) -> Tensor:
     return torch.empty(what.n, what.k, dtype=torch.float32, device=buffers[0].device)
 
 
-_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "linear": (_linear, _linear_fake),
-    "linear_grad_input": (_linear_grad_input, _linear_grad_input_fake),
-    "dequantize": (_dequantize, _dequantize_fake),
-    "linear_quantized": (_linear_quantized, _linear_quantized_fake),
-}
+def _answer(
+    x: Tensor, scale: Tensor | None, buffers: list[Tensor], spec: str, dtype: torch.dtype
+) -> tuple[Any, int, int | None]:
+    """What qkernels._C asks where it knows no route: one, and the least and most rows it is for."""
+    what = PackedSpec.parse(spec)
+    if scale is None:
+        _check_input(x, what.k, "x", buffers[0])
+    else:
+        _check_quantized(x, scale, what, buffers[0])
+    what.packed(buffers)  # raises where there are too few or too many
+    problem = _problem(what, x.numel() // what.k, dtype, x.device)
+    choice = choose(problem, what.backend)
+    kernel = choice.kernel
+    if kernel.route is not None:
+        route = kernel.route(problem, x.device)
+    else:
+        assert _compiled is not None
+        takes_quantized = kernel.run_quantized is not None and _why_not_quantized(what) is None
+        quantized = partial(_run_quantized, kernel, what) if takes_quantized else None
+        route = _compiled.PythonRoute(partial(_run, kernel, what), quantized)
+    return route, choice.least_rows, choice.most_rows
 
 
-def _is_compiled(name: str) -> bool:
-    """Whether qkernels._C implements an operator on the CPU, and asks the one here at first."""
-    extension = compiled.extension() if name == "linear" else None
-    if extension is not None:
-        extension.answer_linear(_linear)
-    return extension is not None
-
-
-for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
-    if not _is_compiled(_name):
-        _library.impl(_name, _implementation, "CPU")
-    _library.impl(_name, _implementation, "CUDA")
-    torch.library.register_fake(f"qkernels::{_name}", _fake, lib=_library)
+def _linear_autocast(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+    device = x.device.type
+    if x.is_floating_point():
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return torch.ops.qkernels.linear.default(x, buffers, bias, spec)
 
 
 def _save_for_linear(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -247,9 +281,36 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None, 
     return grad_x, [None] * len(ctx.buffers), None, None
 
 
-torch.library.register_autograd(
-    "qkernels::linear", _linear_backward, setup_context=_save_for_linear, lib=_library
-)
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "linear": (_linear, _linear_fake),
+    "linear_grad_input": (_linear_grad_input, _linear_grad_input_fake),
+    "dequantize": (_dequantize, _dequantize_fake),
+    "linear_quantized": (_linear_quantized, _linear_quantized_fake),
+}
+
+_compiled = compiled.extension()
+_IN_CPP = () if _compiled is None else ("linear", "linear_quantized")
+"""Operators of qkernels._C, with their gradients and autocast: csrc/bindings/operator.h."""
+
+for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
+    if _name not in _IN_CPP:
+        for _key in ("CPU", "CUDA"):
+            _library.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"qkernels::{_name}", _fake, lib=_library)
+
+if _compiled is not None:
+    _compiled.answer_with(_answer)
+else:
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl("linear", _linear_autocast, _key)
+    torch.library.register_autograd(
+        "qkernels::linear", _linear_backward, setup_context=_save_for_linear, lib=_library
+    )
+
+
+linear_operator = torch.ops.qkernels.linear.default
+linear_quantized_operator = torch.ops.qkernels.linear_quantized.default
+"""Looked up once: a lookup takes as long as a small layer's product."""
 
 
 def linear(
@@ -275,4 +336,4 @@ def linear(
     """
     spec = PackedSpec.of(packed, backend, batch_invariant)
     buffers = [packed.buffers[name] for name in spec.names]
-    return torch.ops.qkernels.linear(x, buffers, bias, str(spec))
+    return linear_operator(x, buffers, bias, str(spec))

@@ -7,13 +7,10 @@ and, for kernels whose layout pads groups, padded alike. Kernels quantize it the
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.fields import FIELDS
 from qkernels.layouts import PackedWeight
-from qkernels.layouts.padding import column_order
-from qkernels.scheme import QuantScheme
 
 
 def rows_of(x: Tensor, packed: PackedWeight) -> Tensor:
@@ -24,9 +21,3 @@ def rows_of(x: Tensor, packed: PackedWeight) -> Tensor:
         if transform is not None:
             rows = transform(rows, value)
     return rows
-
-
-def pad_groups(x: Tensor, scheme: QuantScheme) -> Tensor:
-    """x [M, K] with its columns where the kernels see them: zeros stand where groups are padded."""
-    order = column_order(scheme, x.shape[1], x.device)
-    return x if order is None else F.pad(x, (0, 1)).index_select(1, order[0])

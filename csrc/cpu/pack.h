@@ -1,7 +1,8 @@
 // Codes of 1, 2, 3, 4 or 8 bits, one per byte, packed into 32-bit words and unpacked again.
 //
-// Dense, 1, 2, 3, 4 and 8 bits: each row is one little-endian bit stream along K. Code k lies at bit
-// k*bits of its row; a 3-bit code may straddle two words. A row takes dense_words(k, bits) words.
+// Dense, 1, 2, 3, 4 and 8 bits: each row is one little-endian bit stream along K. Code k lies at
+// bit k*bits of its row; a 3-bit code may straddle two words. A row takes dense_words(k, bits)
+// words.
 //
 //     word 0                              word 1
 //     | c0 | c1 | c2 | ... | c10 (low 2)  | c10 (high 1) | c11 | ...        3 bits

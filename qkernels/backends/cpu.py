@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkernels import compiled, reference
-from qkernels.backends.kernel import Kernel, Problem, Remember, Run, WhyNot
+from qkernels import compiled
+from qkernels.backends.kernel import Kernel, Problem, RouteOf, WhyNot, by_route
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.errors import NoKernelError
-from qkernels.layouts import PackedWeight
-from qkernels.layouts.padding import column_order, kernel_columns, kernel_group
-from qkernels.preparation import pad_groups
+from qkernels.layouts.padding import kernel_group
 from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook, nested_table
 
@@ -28,11 +25,6 @@ ISAS = ("amx", "avx512", "avx2", "portable")
 """Sets of instructions, the fastest first. Each machine runs those after its best too."""
 
 ISA_VARIABLE = "QKERNELS_CPU_ISA"
-
-_BUFFERS = (
-    *("words", "scales", "zeros", "channel_scales", "nested_absmax", "nested_offset"),
-    *("perm", "activation_scale"),
-)
 
 
 @lru_cache(maxsize=1)
@@ -117,101 +109,26 @@ def _code_name(scheme: QuantScheme) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _linear(
-    scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bool = False
-) -> Any:
-    """The compiled description of a weight; what differs between calls is passed to them."""
-    return _compiled().CpuLinear(
-        n,
-        kernel_columns(scheme, k),
-        kernel_group(scheme, k),
-        _code_name(scheme),
-        float(1 << (scheme.bits - 1)) if scheme.weight.kind == "linear" else 0.0,
-        codebook(scheme.weight, entries=16) if scheme.weight.kind == "codebook" else None,
-        nested_table(torch.device("cpu")) if scheme.scale_levels == "double" else None,
-        isa,
-        tiles,
-        rounds,
-        scheme.activation.granularity,
+def _made(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bool) -> Any:
+    return _compiled().CpuRoute(
+        n=n,
+        k=k,
+        group=scheme.group_length(k),
+        padded_group=kernel_group(scheme, k),
+        code=_code_name(scheme),
+        middle=float(1 << (scheme.bits - 1)) if scheme.weight.kind == "linear" else 0.0,
+        table=codebook(scheme.weight, entries=16) if scheme.weight.kind == "codebook" else None,
+        nested_table=nested_table(torch.device("cpu")) if scheme.scale_levels == "double" else None,
+        isa=isa,
+        tiles=tiles,
+        rounds_weights=rounds,
+        activation=scheme.activation.dtype,
+        granularity=scheme.activation.granularity,
     )
 
 
-def _rows_of(x: Tensor) -> Tensor:
-    """x [M, K] with adjacent columns, as the kernels take it."""
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
-
-
-def _run_floats(isa: str, tiles: bool = False, rounds: bool = False) -> Run:
-    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        scheme, buffers = packed.scheme, packed.buffers
-        y_dtype, row_scales = x.dtype, None
-        if not scheme.weight_only:
-            # Numbers of float8 are numbers of bf16.
-            quantized, row_scales = reference.quantize_activations(x, packed)
-            x = quantized.to(torch.bfloat16)
-        return _linear(scheme, packed.n, packed.k, isa, tiles, rounds).floats(
-            _rows_of(pad_groups(x, scheme)),
-            buffers["words"],
-            buffers["scales"],
-            buffers.get("zeros"),
-            buffers.get("channel_scales"),
-            buffers.get("nested_absmax"),
-            buffers.get("nested_offset"),
-            row_scales,
-            bias,
-            y_dtype,
-        )
-
-    return run
-
-
-def _run_integers(isa: str, tiles: bool = False) -> Run:
-    run = _run_quantized(isa, tiles)
-    return lambda x, packed, bias, problem: run(x, None, packed, bias, problem)
-
-
-def _run_quantized(
-    isa: str, tiles: bool = False
-) -> Callable[[Tensor, Tensor | None, PackedWeight, Tensor | None, Problem], Tensor]:
-    """A function of x, to be quantized, and None; or of int8 x and its row scales."""
-
-    def run(
-        x: Tensor,
-        scale: Tensor | None,
-        packed: PackedWeight,
-        bias: Tensor | None,
-        problem: Problem,
-    ) -> Tensor:
-        scheme, buffers = packed.scheme, packed.buffers
-        return _linear(scheme, packed.n, packed.k, isa, tiles).integers(
-            _rows_of(pad_groups(x, scheme)),
-            buffers["words"],
-            buffers["scales"],
-            buffers.get("zeros"),
-            buffers.get("channel_scales"),
-            buffers.get("activation_scale"),
-            scale,
-            bias,
-            problem.x_dtype,
-        )
-
-    return run
-
-
-def _remember(isa: str, tiles: bool = False, rounds: bool = False) -> Remember:
-    def remember(spec: str, problem: Problem, names: tuple[str, ...]) -> None:
-        scheme, n, k = problem.scheme, problem.n, problem.k
-        is_float8 = not scheme.weight_only and not scheme.integer_activation
-        is_padded = column_order(scheme, k, torch.device("cpu")) is not None
-        if is_float8 or is_padded or "input_factor" in names:
-            return  # x is prepared in Python
-        places = [names.index(name) if name in names else -1 for name in _BUFFERS]
-        linear = _linear(scheme, n, k, isa, tiles, rounds)
-        _compiled().remember_linear(
-            spec, problem.m, problem.x_dtype, linear, scheme.integer_activation, n, k, places
-        )
-
-    return remember
+def _route(isa: str, tiles: bool = False, rounds: bool = False) -> RouteOf:
+    return lambda problem, device: _made(problem.scheme, problem.n, problem.k, isa, tiles, rounds)
 
 
 _VARIES = "rounds unlike the kernels for few rows, and batch_invariant wants one for every M"
@@ -229,8 +146,7 @@ KERNELS = (
         least_rows={0: 40, 128: 96},
         varies=_VARIES,
         where=_with("amx"),
-        run=_run_floats("amx", tiles=True, rounds=True),
-        remember=_remember("amx", tiles=True, rounds=True),
+        **by_route(_route("amx", tiles=True, rounds=True)),
     ),
     Kernel(
         name="cpu_amx_float",
@@ -241,8 +157,7 @@ KERNELS = (
         weight_rounding="bf16_terms",
         where=_with("amx"),
         why_not=_groups_of(32),
-        run=_run_floats("amx", tiles=True),
-        remember=_remember("amx", tiles=True),
+        **by_route(_route("amx", tiles=True)),
     ),
     Kernel(
         name="cpu_amx_int8",
@@ -254,9 +169,7 @@ KERNELS = (
         weight_rounding="integers",
         where=_with("amx"),
         why_not=_groups_of(64),
-        run=_run_integers("amx", tiles=True),
-        run_quantized=_run_quantized("amx", tiles=True),
-        remember=_remember("amx", tiles=True),
+        **by_route(_route("amx", tiles=True), quantized=True),
     ),
     Kernel(
         name="cpu_avx512_float",
@@ -264,8 +177,7 @@ KERNELS = (
         layout="vnni",
         activations=("none", "fp8"),
         where=_with("avx512"),
-        run=_run_floats("avx512"),
-        remember=_remember("avx512"),
+        **by_route(_route("avx512")),
     ),
     Kernel(
         name="cpu_avx512_int8",
@@ -275,9 +187,7 @@ KERNELS = (
         exact=True,
         weight_rounding="integers",
         where=_with("avx512"),
-        run=_run_integers("avx512"),
-        run_quantized=_run_quantized("avx512"),
-        remember=_remember("avx512"),
+        **by_route(_route("avx512"), quantized=True),
     ),
     Kernel(
         name="cpu_avx2_float",
@@ -286,8 +196,7 @@ KERNELS = (
         activations=("none", "fp8"),
         most_rows=128,
         where=_with("avx2"),
-        run=_run_floats("avx2"),
-        remember=_remember("avx2"),
+        **by_route(_route("avx2")),
     ),
     Kernel(
         name="cpu_avx2_int8",
@@ -297,9 +206,7 @@ KERNELS = (
         exact=True,
         weight_rounding="integers",
         where=_with("avx2"),
-        run=_run_integers("avx2"),
-        run_quantized=_run_quantized("avx2"),
-        remember=_remember("avx2"),
+        **by_route(_route("avx2"), quantized=True),
     ),
     Kernel(
         name="cpu_portable_float",
@@ -308,8 +215,7 @@ KERNELS = (
         activations=("none", "fp8"),
         most_rows=16,
         where=_with("portable"),
-        run=_run_floats("portable"),
-        remember=_remember("portable"),
+        **by_route(_route("portable")),
     ),
     Kernel(
         name="cpu_portable_int8",
@@ -320,11 +226,14 @@ KERNELS = (
         exact=True,
         weight_rounding="integers",
         where=_with("portable"),
-        run=_run_integers("portable"),
-        run_quantized=_run_quantized("portable"),
-        remember=_remember("portable"),
+        **by_route(_route("portable"), quantized=True),
     ),
 )
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """x [M, K] with adjacent columns, as the kernels take it."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def _where_rows(problem: RowProblem) -> str | None:
@@ -334,7 +243,7 @@ def _where_rows(problem: RowProblem) -> str | None:
 
 
 def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
-    x, other = (None if t is None else _rows_of(t) for t in (inputs.x, inputs.other))
+    x, other = (None if t is None else _adjacent(t) for t in (inputs.x, inputs.other))
     if problem.kind == "rms_norm" and other is not None:
         other = other.contiguous()
     values, scale, zero, total = _compiled().quantize_rows_cpu(

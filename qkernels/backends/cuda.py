@@ -7,15 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from qkernels import compiled
-from qkernels.backends.kernel import Kernel, Problem, Run, no_gpu
+from qkernels.backends.kernel import Kernel, Problem, RouteOf, by_route, no_gpu
 from qkernels.layouts import FRAGMENT, PackedWeight
 from qkernels.layouts.fragment import code_name
 from qkernels.layouts.padding import kernel_columns, kernel_group
-from qkernels.preparation import pad_groups
+from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook
 
 _INVARIANT_ROWS = 64
@@ -89,16 +87,6 @@ def _no_emulator(problem: Problem) -> str | None:
     return None
 
 
-def aligned_rows(x: Tensor) -> Tensor:
-    """x [M, K] as the kernel reads it: K padded to 8 with zeros, rows at multiples of 16 bytes."""
-    k = x.shape[1]
-    if k % 8:
-        return F.pad(x, (0, -k % 8))
-    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What the operators take of a weight: tensors, and what they are."""
     assert packed.layout is FRAGMENT, f"the weight is in {packed.layout.name}"
@@ -110,26 +98,31 @@ def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, 
     return tensors, (packed.n, columns, group, code)
 
 
-def _run_fused(namespace: str) -> Run:
-    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        tensors, facts = weight_arguments(packed)
+@lru_cache(maxsize=1024)
+def _made(
+    namespace: str,
+    scheme: QuantScheme,
+    n: int,
+    k: int,
+    device: torch.device,
+    dense: bool,
+    schedule_m: int,
+) -> Any:
+    code = code_name(scheme)
+    table = codebook(scheme.weight, device) if code == "table4" else None
+    sizes = (n, k, scheme.group_length(k), kernel_group(scheme, k))
+    make = getattr(torch.ops, namespace).weight_only_route
+    extension = compiled.extension()
+    assert extension is not None, "routes are run by qkernels._C"
+    return extension.adopt_route(make(*sizes, code, table, dense, schedule_m))
+
+
+def _route(namespace: str, dense: bool) -> RouteOf:
+    def route(problem: Problem, device: torch.device) -> Any:
         schedule_m = _INVARIANT_ROWS if problem.batch_invariant else 0
-        operators = getattr(torch.ops, namespace)
-        rows = aligned_rows(pad_groups(x, packed.scheme))
-        return operators.weight_only_mma(rows, *tensors, bias, *facts, schedule_m)
+        return _made(namespace, problem.scheme, problem.n, problem.k, device, dense, schedule_m)
 
-    return run
-
-
-def _run_dense(namespace: str) -> Run:
-    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        tensors, facts = weight_arguments(packed)
-        weight = getattr(torch.ops, namespace).dequantize(*tensors, *facts, x.dtype)
-        return F.linear(
-            pad_groups(x, packed.scheme), weight, None if bias is None else bias.to(x.dtype)
-        )
-
-    return run
+    return route
 
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -147,7 +140,7 @@ KERNELS = (
         most_rows=256,
         weight_rounding="x_dtype",
         where=_not_built_for,
-        run=_run_fused("qkernels_cuda"),
+        **by_route(_route("qkernels_cuda", dense=False)),
     ),
     Kernel(
         name="cuda_dequantize_matmul",
@@ -158,7 +151,7 @@ KERNELS = (
         varies=_VARIES,
         weight_rounding="x_dtype",
         where=_not_built_for,
-        run=_run_dense("qkernels_cuda"),
+        **by_route(_route("qkernels_cuda", dense=True)),
     ),
 )
 _FUSED, _DENSE = KERNELS
@@ -170,7 +163,7 @@ EMULATED_KERNELS = (
         is_simulator=True,
         proves_itself=False,
         where=_no_emulator,
-        run=_run_fused("qkernels_emulated"),
+        **by_route(_route("qkernels_emulated", dense=False)),
     ),
     replace(
         _DENSE,
@@ -179,6 +172,6 @@ EMULATED_KERNELS = (
         is_simulator=True,
         proves_itself=False,
         where=_no_emulator,
-        run=_run_dense("qkernels_emulated"),
+        **by_route(_route("qkernels_emulated", dense=True)),
     ),
 )

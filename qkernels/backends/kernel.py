@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class Problem:
 Run = Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
 WhyNot = Callable[[Problem], str | None]
 RunQuantized = Callable[[Tensor, Tensor, PackedWeight, Tensor | None, Problem], Tensor]
-Remember = Callable[[str, Problem, tuple[str, ...]], None]
+RouteOf = Callable[[Problem, torch.device], Any]
 RowLimit = int | Mapping[int, int]
 """A number of rows, or one for groups of so many columns and more: {0: 40, 128: 96}."""
 
@@ -95,8 +96,8 @@ class Kernel:
             order of the codes.
         run_quantized: (int8 x [M, K], its row scales fp32 [M], packed weight, bias or None,
             problem, whose x_dtype is that of y) -> y [M, N]; None where x is not quantized.
-        remember: (spec of the operator, problem, names of the buffers): tells compiled code that
-            this kernel was chosen, so that it need not ask again; None where there is no such code.
+        route: (problem, device of the weight) -> qkernels._C.Route, by which compiled code runs it
+            without Python, for any m; None where there is no such code. See `by_route`.
     """
 
     name: str
@@ -116,7 +117,7 @@ class Kernel:
     why_not: WhyNot = _fine
     run: Run
     run_quantized: RunQuantized | None = None
-    remember: Remember | None = None
+    route: RouteOf | None = None
 
     def __post_init__(self) -> None:
         assert self.weight_rounding in WEIGHT_ROUNDINGS, self.weight_rounding
@@ -174,6 +175,26 @@ class Kernel:
         if problem.layout not in (None, self.layout):
             return f"reads the {self.layout} layout, and the weight is in {problem.layout}"
         return None
+
+
+def by_route(route: RouteOf, *, quantized: bool = False) -> dict[str, Any]:
+    """`run`, `run_quantized` and `route` of a kernel that compiled code runs.
+
+    Args:
+        quantized: x may come as int8.
+    """
+
+    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+        return run_quantized(x, None, packed, bias, problem)
+
+    def run_quantized(
+        x: Tensor, scale: Tensor | None, packed: PackedWeight, bias: Tensor | None, problem: Problem
+    ) -> Tensor:
+        buffers = {name: held for name, held in packed.buffers.items() if name not in PREPARED}
+        y: Tensor = route(problem, packed.device).run(x, buffers, bias, scale, problem.x_dtype)
+        return y
+
+    return {"run": run, "run_quantized": run_quantized if quantized else None, "route": route}
 
 
 def _limit(limit: RowLimit, group: int) -> int:

@@ -168,15 +168,13 @@ class WQLinear(nn.Module):
         Raises:
             WeightError: for a wrong shape, dtype or device of x.
         """
+        held = self._buffers
+        buffers = [held[name] for name in self._names]
         if isinstance(x, QuantizedActivation):
-            buffers = [self._buffers[name] for name in self._names]
-            return torch.ops.qkernels.linear_quantized(
-                x.values, x.scale, buffers, self.bias, self._spec, x.dtype
+            return ops.linear_quantized_operator(
+                x.values, x.scale, buffers, held["bias"], self._spec, x.dtype
             )
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        buffers = [self._buffers[name] for name in self._names]
-        return torch.ops.qkernels.linear.default(x, buffers, self.bias, self._spec)
+        return ops.linear_operator(x, buffers, held["bias"], self._spec)
 
     def dequantize(self) -> Tensor:
         """The weight as fp32 [N, K]."""

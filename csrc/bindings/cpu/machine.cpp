@@ -1,0 +1,90 @@
+// What this machine has: instructions, threads, and how fast they are at most.
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+
+#include "bindings/cpu/cpu.h"
+#include "cpu/peaks.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace py = pybind11;
+
+namespace qkernels::bindings {
+
+namespace {
+
+std::atomic<bool> is_forked{false};
+
+void run_on_torch_threads(int threads, void (*body)(void*), void* context) {
+  // The runtime is the one that torch brings: setup.py links no other.
+#pragma omp parallel num_threads(threads)
+  body(context);
+}
+
+cpu::Isa isa_of(std::string_view name) {
+  for (int i = 0; i < cpu::kIsaCount; ++i) {
+    if (name == cpu::name_of(static_cast<cpu::Isa>(i))) return static_cast<cpu::Isa>(i);
+  }
+  TORCH_CHECK_VALUE(false, "isa must be portable, avx2, avx512 or amx, got ", name);
+}
+
+std::optional<std::string> why_no_isa(const std::string& name) {
+  const char* reason = cpu::why_not(isa_of(name));
+  return reason == nullptr ? std::nullopt : std::optional<std::string>(reason);
+}
+
+py::dict cpu_peaks(int threads, double seconds) {
+  require(threads >= 1, "threads must be 1 or more, got ", threads);
+  cpu::Peaks peaks;
+  {
+    const py::gil_scoped_release released;
+    peaks = cpu::measure_peaks(cpu::detected_isa(), seconds, {threads, run_on_torch_threads});
+  }
+  py::dict out;
+  out["read"] = peaks.read;
+  out["fp32"] = peaks.fp32;
+  out["int8"] = peaks.int8;
+  if (peaks.bf16 > 0) out["bf16"] = peaks.bf16;
+  return out;
+}
+
+}  // namespace
+
+cpu::Pool torch_pool() {
+  const int threads = is_forked.load(std::memory_order_relaxed) ? 1 : at::get_num_threads();
+  return {threads, run_on_torch_threads};
+}
+
+cpu::Isa isa_here(std::string_view name) {
+  const cpu::Isa isa = isa_of(name);
+  const char* missing = cpu::why_not(isa);
+  require(missing == nullptr, name, ": ", missing == nullptr ? "" : missing);
+  return isa;
+}
+
+cpu::FloatType float_type(const char* name, at::ScalarType type) {
+  switch (type) {
+    case at::kHalf: return cpu::FloatType::kFp16;
+    case at::kBFloat16: return cpu::FloatType::kBf16;
+    case at::kFloat: return cpu::FloatType::kFp32;
+    default: TORCH_CHECK_VALUE(false, name, " must be fp16, bf16 or fp32, got ", type);
+  }
+}
+
+void register_cpu_machine(py::module_& m) {
+#if defined(__unix__) || defined(__APPLE__)
+  pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+#endif
+  m.def("cpu_peaks", &cpu_peaks, py::arg("threads"), py::arg("seconds"),
+        "the most this machine does: bytes read, fp32, int8 and bf16 operations a second");
+  m.def("why_no_isa", &why_no_isa, py::arg("name"),
+        "why this machine does not run portable, avx2, avx512 or amx, or None");
+}
+
+}  // namespace qkernels::bindings

@@ -1,0 +1,240 @@
+// A weight in the vnni layout, run by the CPU kernels.
+
+#include "bindings/route.h"
+
+#include <algorithm>
+#include <memory>
+#include <string>
+
+#include "bindings/cpu/cpu.h"
+#include "bindings/preparation.h"
+#include "cpu/linear.h"
+
+namespace py = pybind11;
+
+namespace qkernels::bindings {
+
+namespace {
+
+cpu::GroupType group_type(const char* name, at::ScalarType type) {
+  switch (type) {
+    case at::kHalf: return cpu::GroupType::kFp16;
+    case at::kBFloat16: return cpu::GroupType::kBf16;
+    case at::kFloat: return cpu::GroupType::kFp32;
+    case at::kByte: return cpu::GroupType::kUint8;
+    default: TORCH_CHECK_VALUE(false, name, " must be uint8, fp16, bf16 or fp32, got ", type);
+  }
+}
+
+cpu::Code code_of(std::string_view name) {
+  if (name == "int4") return cpu::Code::kInt4;
+  if (name == "table4") return cpu::Code::kTable4;
+  if (name == "int8") return cpu::Code::kInt8;
+  if (name == "fp8e4m3") return cpu::Code::kFp8E4M3;
+  if (name == "fp8e5m2") return cpu::Code::kFp8E5M2;
+  TORCH_CHECK_VALUE(false, "code must be int4, table4, int8, fp8e4m3 or fp8e5m2, got ", name);
+}
+
+cpu::ScaleOf scale_of(std::string_view granularity) {
+  if (granularity == "token") return cpu::ScaleOf::kRow;
+  if (granularity == "tensor") return cpu::ScaleOf::kTensor;
+  if (granularity == "static") return cpu::ScaleOf::kGiven;
+  TORCH_CHECK_VALUE(false, "granularity must be token, tensor or static, got ", granularity);
+}
+
+Float8 float8_of(cpu::ScaleOf scale) {
+  if (scale == cpu::ScaleOf::kRow) return Float8::kPerToken;
+  return scale == cpu::ScaleOf::kTensor ? Float8::kPerTensor : Float8::kStatic;
+}
+
+class CpuRoute final : public Route {
+ public:
+  CpuRoute(int64_t n, int64_t k, int64_t group, int64_t padded_group, const std::string& code,
+           double middle, const Optional& table, const Optional& nested_table,
+           const std::string& isa, bool tiles, bool rounds_weights, const std::string& activation,
+           const std::string& granularity)
+      : table_(table), nested_table_(nested_table) {
+    preparation_.k = k;
+    preparation_.group = group;
+    preparation_.padded_group = padded_group;
+    check(preparation_);
+    require(n > 0, "n must be above 0, got ", n);
+    weight_.n = n;
+    weight_.k = preparation_.columns();
+    weight_.group = std::min(padded_group, weight_.k);
+    require(padded_group >= weight_.k || padded_group % 16 == 0,
+            "padded_group must be a multiple of 16, or all columns, got ", padded_group);
+    weight_.code = code_of(code);
+    weight_.middle = static_cast<float>(middle);
+    weight_.prepare();
+    require(table.has_value() == (weight_.code == cpu::Code::kTable4),
+            "a table goes with table4 codes alone, got ", code);
+    if (table) {
+      check("table", *table, at::kCPU, {16}, at::kFloat);
+      weight_.table = table->const_data_ptr<float>();
+    }
+    if (nested_table) {
+      check("nested_table", *nested_table, at::kCPU, {256}, at::kFloat);
+      weight_.nested_table = nested_table->const_data_ptr<float>();
+    }
+    schedule_ = {isa_here(isa), tiles, rounds_weights};
+    require(!tiles || schedule_.isa == cpu::Isa::kAmx, "tiles need amx, got ", isa);
+    require(tiles || !rounds_weights, "only tiles round weights");
+    require(activation == "none" || activation == "int8" || activation == "fp8",
+            "activation must be none, int8 or fp8, got ", activation);
+    scale_of_ = scale_of(granularity);
+    integers_ = activation == "int8";
+    if (activation == "fp8") preparation_.float8 = float8_of(scale_of_);
+    require(!integers_ || weight_.code == cpu::Code::kInt4 || weight_.code == cpu::Code::kInt8,
+            "int8 products take int4 and int8 codes alone, got ", code);
+  }
+
+  at::Tensor run(const Call& call) const override {
+    require(call.x.device().is_cpu(), "x must be on the CPU, got ", call.x.device());
+    require(call.x.size(-1) == preparation_.k, "x must have shape [..., ", preparation_.k,
+            "], got ", call.x.sizes());
+    return integers_ ? integers(call) : floats(call);
+  }
+
+  bool takes_quantized() const override { return integers_ && scale_of_ == cpu::ScaleOf::kRow; }
+
+ private:
+  // y for x of fp16, bf16 or fp32.
+  at::Tensor floats(const Call& call) const {
+    const Rows rows = prepare(call.x, call.buffers, preparation_);
+    cpu::FloatArguments arguments{};
+    arguments.weight = weight(call.buffers);
+    require(call.buffers.channel_scales == nullptr, "two-level scales are for int8 products");
+    const bool whole = !schedule_.tiles || schedule_.rounds_weights || weight_.groups() == 1;
+    require(whole || cpu::fits_float_tiles(weight_.group),
+            "tiles need groups of a multiple of 32, got ", weight_.group);
+    arguments.m = rows.m;
+    arguments.k = rows.k;
+    arguments.x = rows.tensor.const_data_ptr();
+    arguments.x_type = float_type("x", rows.tensor.scalar_type());
+    arguments.x_stride = rows.stride;
+    const bool is_bf16 = arguments.x_type == cpu::FloatType::kBf16 && call.y_type == at::kBFloat16;
+    require(!schedule_.rounds_weights || is_bf16, "rounded weights go with x and y of bf16, got ",
+            rows.tensor.scalar_type(), " and ", call.y_type);
+    at::Tensor y = empty_output(call.x, weight_.n, call.y_type);
+    arguments.out = output(y, call.bias);
+    if (rows.scales) arguments.out.row_scales = rows.scales->const_data_ptr<float>();
+    cpu::linear_float(arguments, schedule_, torch_pool());
+    return y;
+  }
+
+  // y for such x, quantized to int8 on the way; or for int8 x with its row scales.
+  at::Tensor integers(const Call& call) const {
+    const Rows rows = prepare(call.x, call.buffers, preparation_);
+    cpu::Int8Arguments arguments{};
+    arguments.weight = weight(call.buffers);
+    const at::Tensor* zeros = call.buffers.zeros;
+    require(zeros == nullptr || zeros->scalar_type() == at::kByte,
+            "zeros must be uint8 for int8 products");
+    require(call.buffers.channel_scales == nullptr || weight_.code == cpu::Code::kInt4,
+            "two-level scales are for codes of up to 4 bits");
+    const bool whole = arguments.weight.sums_are_integers();
+    require(!schedule_.tiles || whole || cpu::fits_int8_tiles(weight_.group),
+            "tiles need groups of a multiple of 64, got ", weight_.group);
+    arguments.m = rows.m;
+    arguments.k = rows.k;
+    at::Tensor y = empty_output(call.x, weight_.n, call.y_type);
+    arguments.out = output(y, call.bias);
+    const at::ScalarType type = rows.tensor.scalar_type();
+    require((call.row_scales != nullptr) == (type == at::kChar),
+            "row_scales go with int8 x alone, got x of ", type);
+    at::Tensor scales;  // alive while the kernel reads them
+    if (call.row_scales != nullptr) {
+      require(call.row_scales->numel() == rows.m && call.row_scales->scalar_type() == at::kFloat,
+              "row_scales must be ", rows.m, " numbers of fp32, got ",
+              call.row_scales->scalar_type(), " ", call.row_scales->sizes());
+      scales = call.row_scales->contiguous();
+      arguments.out.row_scales = scales.const_data_ptr<float>();
+      arguments.quantized = rows.tensor.const_data_ptr<int8_t>();
+      arguments.quantized_stride = rows.stride;
+    } else {
+      arguments.source.x = rows.tensor.const_data_ptr();
+      arguments.source.type = float_type("x", type);
+      arguments.source.k = rows.k;
+      arguments.source.x_stride = rows.stride;
+      arguments.scale_of = scale_of_;
+      if (scale_of_ == cpu::ScaleOf::kGiven) {
+        const at::Tensor* scale = call.buffers.activation_scale;
+        require(scale != nullptr, "static activations need activation_scale");
+        check("activation_scale", *scale, at::kCPU, {}, at::kFloat);
+        arguments.given_scale = scale->const_data_ptr<float>();
+      }
+    }
+    cpu::linear_int8(arguments, schedule_, torch_pool());
+    return y;
+  }
+
+  cpu::Weight weight(const Buffers& buffers) const {
+    cpu::Weight weight = weight_;
+    const int64_t panels = weight.panels(), groups = weight.groups();
+    check("words", *buffers.words, at::kCPU,
+          {panels, weight.columns() / weight.step_columns(), cpu::kLanes}, at::kInt);
+    check("scales", *buffers.scales, at::kCPU, {panels, groups, cpu::kLanes});
+    weight.words = reinterpret_cast<const uint32_t*>(buffers.words->const_data_ptr<int32_t>());
+    weight.scales = buffers.scales->const_data_ptr();
+    weight.scale_type = group_type("scales", buffers.scales->scalar_type());
+    if (buffers.zeros != nullptr) {
+      check("zeros", *buffers.zeros, at::kCPU, {panels, groups, cpu::kLanes});
+      weight.zeros = buffers.zeros->const_data_ptr();
+      weight.zero_type = group_type("zeros", buffers.zeros->scalar_type());
+    }
+    if (buffers.channel_scales != nullptr) {
+      check("channel_scales", *buffers.channel_scales, at::kCPU, {weight.n}, at::kFloat);
+      weight.channel_scales = buffers.channel_scales->const_data_ptr<float>();
+    }
+    if (buffers.nested_absmax != nullptr) {
+      require(buffers.nested_offset != nullptr && nested_table_.has_value(),
+              "nested scales need all parts");
+      check("nested_absmax", *buffers.nested_absmax, at::kCPU,
+            {cpu::divide_up(weight.n * groups, 256)}, at::kFloat);
+      check("nested_offset", *buffers.nested_offset, at::kCPU, {}, at::kFloat);
+      weight.scale_type = cpu::GroupType::kNested;
+      weight.nested_absmax = buffers.nested_absmax->const_data_ptr<float>();
+      weight.nested_offset = *buffers.nested_offset->const_data_ptr<float>();
+    }
+    const bool integer_scales = weight.scale_type == cpu::GroupType::kUint8;
+    require(integer_scales == (buffers.channel_scales != nullptr),
+            "uint8 scales need channel_scales or nested ones");
+    return weight;
+  }
+
+  cpu::Output output(const at::Tensor& y, const Optional& bias) const {
+    cpu::Output out{};
+    out.y = y.mutable_data_ptr();
+    out.y_type = float_type("y", y.scalar_type());
+    if (bias) {
+      check("bias", *bias, at::kCPU, {weight_.n});
+      out.bias = bias->const_data_ptr();
+      out.bias_type = float_type("bias", bias->scalar_type());
+    }
+    return out;
+  }
+
+  Preparation preparation_;
+  cpu::Weight weight_{};
+  cpu::Schedule schedule_{};
+  cpu::ScaleOf scale_of_ = cpu::ScaleOf::kRow;
+  bool integers_ = false;
+  Optional table_, nested_table_;  // keep alive what weight_ points to
+};
+
+}  // namespace
+
+void register_cpu_routes(py::module_& m) {
+  py::class_<CpuRoute, Route, std::shared_ptr<CpuRoute>>(
+      m, "CpuRoute", "A weight in the vnni layout, less its tensors.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, const std::string&, double, const Optional&,
+                    const Optional&, const std::string&, bool, bool, const std::string&,
+                    const std::string&>(),
+           py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("padded_group"),
+           py::arg("code"), py::arg("middle"), py::arg("table"), py::arg("nested_table"),
+           py::arg("isa"), py::arg("tiles"), py::arg("rounds_weights"), py::arg("activation"),
+           py::arg("granularity"));
+}
+
+}  // namespace qkernels::bindings

@@ -1,0 +1,87 @@
+// The operators that pack weights into the fragment layout on their device, and unpack them.
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "bindings/cuda/device.h"
+#include "bindings/cuda/fragment.h"
+#include "cuda/fragment.cuh"
+
+namespace qkernels::bindings {
+
+namespace {
+
+// Packs rows [first_row, first_row + rows) of an [n, k] weight into `words`, from `source` as
+// `kind` says: "codes" (uint8 [rows, k]), "awq" or "gptq" (the int32 words of the whole weight).
+void pack_op(const at::Tensor& source, const Optional& perm, at::Tensor words, int64_t n, int64_t k,
+             int64_t first_row, int64_t rows, int64_t bits, std::string_view kind) {
+  require(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
+  require(first_row >= 0 && first_row % kRowMultiple == 0 && rows >= 0 && first_row + rows <= n &&
+              (first_row + rows == n || rows % kRowMultiple == 0),
+          "rows ", first_row, " to ", first_row + rows, " of ", n,
+          " do not begin and end at a multiple of ", kRowMultiple);
+  check_words(words, n, k, static_cast<int>(bits));
+  PackArguments arguments;
+  if (kind == "codes") {
+    arguments.kind = CodeSource::kCodes;
+    check("codes", source, words.device(), {rows, k});
+    require(source.scalar_type() == at::kByte, "codes must be uint8, got ", source.scalar_type());
+  } else {
+    require(kind == "awq" || kind == "gptq", "kind must be codes, awq or gptq, got ", kind);
+    require(source.scalar_type() == at::kInt, kind, " words must be int32, got ",
+            source.scalar_type());
+    if (kind == "awq") {
+      arguments.kind = CodeSource::kAwq;
+      require(bits == 4 && n % 8 == 0, "awq words hold 4 bits and N a multiple of 8, got ", bits,
+              " bits and N = ", n);
+      check("awq words", source, words.device(), {k, n / 8});
+    } else {
+      arguments.kind = CodeSource::kGptq;
+      require(k * bits % 32 == 0, "gptq words hold a whole number of K, got ", k);
+      check("gptq words", source, words.device(), {k * bits / 32, n});
+    }
+  }
+  if (perm) {
+    check("perm", *perm, words.device(), {k});
+    require(perm->scalar_type() == at::kInt, "perm must be int32, got ", perm->scalar_type());
+  }
+  const DeviceScope scope(words);
+  arguments.source = source.const_data_ptr();
+  arguments.perm = perm ? perm->const_data_ptr<int32_t>() : nullptr;
+  arguments.words = words.mutable_data_ptr();
+  arguments.n = n;
+  arguments.k = k;
+  arguments.first_row = first_row;
+  arguments.rows = rows;
+  arguments.bits = static_cast<int>(bits);
+  succeed(pack_fragment(arguments, scope.stream()));
+}
+
+at::Tensor unpack_op(const at::Tensor& words, int64_t n, int64_t k, int64_t first_row, int64_t rows,
+                     int64_t bits) {
+  require(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
+  require(first_row >= 0 && rows >= 0 && first_row + rows <= n, "rows ", first_row, " to ",
+          first_row + rows, " are not in 0 to ", n);
+  check_words(words, n, k, static_cast<int>(bits));
+  const DeviceScope scope(words);
+  at::Tensor codes = at::empty({rows, k}, words.options().dtype(at::kByte));
+  succeed(unpack_fragment(words.const_data_ptr(), codes.mutable_data_ptr<uint8_t>(), k, first_row,
+                          rows, static_cast<int>(bits), scope.stream()));
+  return codes;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(QKERNELS_LIBRARY, m) {
+  m.def(
+      "pack_fragment(Tensor source, Tensor? perm, Tensor(a!) words, int n, int k, int first_row, "
+      "int rows, int bits, str kind) -> ()");
+  m.def("unpack_fragment(Tensor words, int n, int k, int first_row, int rows, int bits) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(QKERNELS_LIBRARY, QKERNELS_DISPATCH_KEY, m) {
+  m.impl("pack_fragment", &pack_op);
+  m.impl("unpack_fragment", &unpack_op);
+}
+
+}  // namespace qkernels::bindings

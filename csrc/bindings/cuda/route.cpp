@@ -1,0 +1,252 @@
+// A weight in the fragment layout, run by the CUDA kernels; and those kernels as operators of their
+// own, which tests call with a schedule.
+
+#include "bindings/route.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "bindings/cuda/device.h"
+#include "bindings/cuda/fragment.h"
+#include "bindings/preparation.h"
+
+namespace qkernels::bindings {
+
+namespace {
+
+const at::Tensor* pointer(const Optional& tensor) { return tensor ? &*tensor : nullptr; }
+
+int bytes_of(FloatType type) { return type == FloatType::kFloat ? 4 : 2; }
+
+int bytes_of(ZeroType type) {
+  if (type == ZeroType::kNone) return 0;
+  return type == ZeroType::kInteger ? 1 : type == ZeroType::kFloat ? 4 : 2;
+}
+
+void check_x(const at::Tensor& x, const at::Tensor& words) {
+  require(x.device() == words.device(), "x is on ", x.device(), ", the weight on ", words.device());
+  require(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
+          "x must be fp16 or bf16, got ", x.scalar_type());
+}
+
+// The rows that the schedule is chosen for, where they are not those of x: a fixed number of them
+// makes a row's result independent of how many there are. Or the schedule itself.
+struct ScheduleChoice {
+  int64_t m = 0;
+  std::optional<WeightOnlyConfig> config;
+};
+
+// Writes y [m, n] for rows of fp16 or bf16, padded to whole 16 bytes.
+void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bias,
+              const ScheduleChoice& choice, const at::Tensor& y) {
+  WeightOnlyArguments arguments{};
+  arguments.weight = weight;
+  arguments.bias_type = FloatType::kFloat;
+  if (bias) {
+    check("bias", *bias, rows.tensor.device(), {weight.n});
+    arguments.bias_type = float_type("bias", *bias);
+    arguments.bias = bias->const_data_ptr();
+  }
+  if (rows.m == 0) return;
+  const DeviceScope scope(rows.tensor);
+  WeightOnlyProblem problem;
+  problem.m = choice.m > 0 ? choice.m : rows.m;
+  problem.n = weight.n;
+  problem.k = weight.k;
+  problem.group_size = weight.group_size;
+  problem.bits = code_bits(weight.code);
+  problem.scale_bytes = bytes_of(weight.scale_type);
+  problem.zero_bytes = bytes_of(weight.zero_type);
+  problem.multiprocessors = scope.facts().multiprocessors;
+  problem.shared_bytes = scope.facts().shared_bytes;
+  const WeightOnlyConfig config = choice.config ? *choice.config : choose_config(problem);
+  const char* reason = why_not(problem, config);
+  TORCH_CHECK_VALUE(reason == nullptr, reason, ": ", to_string(config));
+  problem.m = rows.m;
+  DeviceScope::Scratch scratch;
+  if (config.split_k > 1) {
+    scratch =
+        scope.scratch(rows.tensor, partial_bytes(problem, config), counter_bytes(problem, config));
+    arguments.partials = scratch.partials.mutable_data_ptr<float>();
+    arguments.counters = reinterpret_cast<uint32_t*>(scratch.counters.mutable_data_ptr<int32_t>());
+  }
+  arguments.x = rows.tensor.const_data_ptr();
+  arguments.x_stride = rows.stride;
+  arguments.x_type = float_type("x", rows.tensor);
+  arguments.y = y.mutable_data_ptr();
+  arguments.m = rows.m;
+  succeed(weight_only_mma(arguments, config, scope.stream()));
+}
+
+at::Tensor dequantized(const FragmentWeight& weight, const at::Tensor& words, at::ScalarType type) {
+  require(type == at::kHalf || type == at::kBFloat16, "dtype must be fp16 or bf16, got ", type);
+  const DeviceScope scope(words);
+  at::Tensor out = at::empty({weight.n, weight.k}, words.options().dtype(type));
+  succeed(dequantize(weight, out.mutable_data_ptr(), float_type("out", out), scope.stream()));
+  return out;
+}
+
+class FragmentRoute : public Route {
+ public:
+  FragmentRoute(const FragmentShape& shape, Optional table, const Preparation& preparation)
+      : shape_(shape), table_(std::move(table)), preparation_(preparation) {}
+
+  at::Tensor run(const Call& call) const final {
+    check_x(call.x, *call.buffers.words);
+    require(call.x.size(-1) == preparation_.k, "x must have shape [..., ", preparation_.k,
+            "], got ", call.x.sizes());
+    const Buffers& buffers = call.buffers;
+    const FragmentWeight weight =
+        fragment_weight(shape_, *buffers.words, *buffers.scales, buffers.zeros, pointer(table_));
+    return run(call, prepare(call.x, buffers, preparation_), weight);
+  }
+
+ private:
+  virtual at::Tensor run(const Call& call, const Rows& rows,
+                         const FragmentWeight& weight) const = 0;
+
+  FragmentShape shape_;
+  Optional table_;
+  Preparation preparation_;
+};
+
+// Codes are dequantized on their way to the tensor cores.
+class FusedRoute final : public FragmentRoute {
+ public:
+  FusedRoute(const FragmentShape& shape, Optional table, const Preparation& preparation,
+             int64_t schedule_m)
+      : FragmentRoute(shape, std::move(table), preparation), schedule_m_(schedule_m) {}
+
+ private:
+  at::Tensor run(const Call& call, const Rows& rows, const FragmentWeight& weight) const override {
+    at::Tensor y = empty_output(call.x, weight.n, call.x.scalar_type());
+    multiply(rows, weight, call.bias, {schedule_m_, std::nullopt}, y);
+    return y;
+  }
+
+  int64_t schedule_m_;
+};
+
+// The weight is dequantized to memory, and cuBLAS multiplies it.
+class DenseRoute final : public FragmentRoute {
+ public:
+  using FragmentRoute::FragmentRoute;
+
+ private:
+  at::Tensor run(const Call& call, const Rows& rows, const FragmentWeight& weight) const override {
+    const at::ScalarType type = call.x.scalar_type();
+    const at::Tensor w = dequantized(weight, *call.buffers.words, type);
+    const Optional bias = call.bias ? Optional(call.bias->to(type)) : std::nullopt;
+    const at::Tensor y = at::linear(rows.matrix(), w, bias);
+    return call.x.dim() == 2 ? y : y.view(output_shape(call.x, weight.n));
+  }
+};
+
+// A route as a number, which qkernels._C adopts: that is another library where this one is the
+// emulator's.
+int64_t route_op(int64_t n, int64_t k, int64_t group, int64_t padded_group, std::string_view code,
+                 const Optional& table, bool dense, int64_t schedule_m) {
+  Preparation preparation;
+  preparation.k = k;
+  preparation.group = group;
+  preparation.padded_group = padded_group;
+  if (!dense) {
+    preparation.column_multiple = 8;
+    preparation.row_bytes = 16;
+  }
+  check(preparation);
+  const FragmentShape shape = fragment_shape(n, preparation.columns(), padded_group, code);
+  std::shared_ptr<Route> route;
+  if (dense) {
+    route = std::make_shared<DenseRoute>(shape, table, preparation);
+  } else {
+    route = std::make_shared<FusedRoute>(shape, table, preparation, schedule_m);
+  }
+  return reinterpret_cast<int64_t>(new std::shared_ptr<Route>(std::move(route)));
+}
+
+// tokens, split_k and stages: a schedule, where tokens is not 0.
+at::Tensor weight_only_mma_op(const at::Tensor& x, const at::Tensor& words,
+                              const at::Tensor& scales, const Optional& zeros,
+                              const Optional& table, const Optional& bias, int64_t n, int64_t k,
+                              int64_t group_size, std::string_view code, int64_t schedule_m,
+                              int64_t tokens, int64_t split_k, int64_t stages) {
+  const FragmentWeight weight = fragment_weight(fragment_shape(n, k, group_size, code), words,
+                                                scales, pointer(zeros), pointer(table));
+  check_x(x, words);
+  const int64_t k_read = (k + 7) / 8 * 8;  // whole 16 bytes; beyond k, x is zero
+  require(x.dim() == 2 && x.size(1) == k_read, "x must have shape [M, ", k_read, "], got ",
+          x.sizes());
+  const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  require(aligned && x.stride(1) == 1 && (x.stride(0) % 8 == 0 || x.size(0) < 2),
+          "x must be contiguous along K, with rows aligned to 16 bytes, got strides ", x.strides(),
+          aligned ? "" : " at an unaligned address");
+  ScheduleChoice choice;
+  choice.m = schedule_m;
+  if (tokens > 0) {
+    choice.config = WeightOnlyConfig{static_cast<int>(tokens), static_cast<int>(split_k),
+                                     static_cast<int>(stages)};
+  }
+  at::Tensor y = empty_output(x, n, x.scalar_type());
+  multiply({x, x.size(0), k_read, x.stride(0), std::nullopt}, weight, bias, choice, y);
+  return y;
+}
+
+at::Tensor dequantize_op(const at::Tensor& words, const at::Tensor& scales, const Optional& zeros,
+                         const Optional& table, int64_t n, int64_t k, int64_t group_size,
+                         std::string_view code, at::ScalarType dtype) {
+  const FragmentWeight weight = fragment_weight(fragment_shape(n, k, group_size, code), words,
+                                                scales, pointer(zeros), pointer(table));
+  return dequantized(weight, words, dtype);
+}
+
+// The schedule that weight_only_mma takes for a problem: tokens, split_k, stages, and the bytes of
+// shared memory of a block. zero_bytes is 0 without zero points.
+std::tuple<int64_t, int64_t, int64_t, int64_t> choose_config_op(
+    int64_t m, int64_t n, int64_t k, int64_t group_size, int64_t bits, int64_t scale_bytes,
+    int64_t zero_bytes, int64_t multiprocessors, int64_t shared) {
+  WeightOnlyProblem problem;
+  problem.m = m;
+  problem.n = n;
+  problem.k = k;
+  problem.group_size = group_size;
+  problem.bits = static_cast<int>(bits);
+  problem.scale_bytes = static_cast<int>(scale_bytes);
+  problem.zero_bytes = static_cast<int>(zero_bytes);
+  problem.multiprocessors = static_cast<int>(multiprocessors);
+  problem.shared_bytes = static_cast<int>(shared);
+  const WeightOnlyConfig config = choose_config(problem);
+  return {config.tokens, config.split_k, config.stages, shared_bytes(problem, config)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(QKERNELS_LIBRARY, m) {
+  m.def(
+      "weight_only_route(int n, int k, int group, int padded_group, str code, Tensor? table, "
+      "bool dense, int schedule_m) -> int",
+      &route_op);
+  m.def(
+      "weight_only_mma(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? table, "
+      "Tensor? bias, int n, int k, int group_size, str code, int schedule_m=0, int tokens=0, "
+      "int split_k=1, int stages=4) -> Tensor");
+  m.def(
+      "dequantize(Tensor words, Tensor scales, Tensor? zeros, Tensor? table, int n, int k, "
+      "int group_size, str code, ScalarType dtype) -> Tensor");
+  m.def(
+      "choose_config(int m, int n, int k, int group_size, int bits, int scale_bytes, "
+      "int zero_bytes, int multiprocessors, int shared_bytes) -> (int, int, int, int)",
+      &choose_config_op);
+}
+
+TORCH_LIBRARY_IMPL(QKERNELS_LIBRARY, QKERNELS_DISPATCH_KEY, m) {
+  m.impl("weight_only_mma", &weight_only_mma_op);
+  m.impl("dequantize", &dequantize_op);
+}
+
+}  // namespace qkernels::bindings

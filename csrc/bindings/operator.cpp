@@ -1,0 +1,207 @@
+#include "bindings/operator.h"
+
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <charconv>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace qkernels::bindings {
+
+namespace {
+
+// What a list of buffers is, from its spec: "scheme|layout|n|k|name,name,...|backend|invariant".
+struct Description {
+  explicit Description(std::string_view text) : spec(text) {
+    std::string_view rest = spec;
+    const auto next = [&rest](char separator) {
+      const size_t length = std::min(rest.find(separator), rest.size());
+      const std::string_view part = rest.substr(0, length);
+      rest.remove_prefix(std::min(length + 1, rest.size()));
+      return part;
+    };
+    for (int skipped = 0; skipped < 3; ++skipped) next('|');
+    const std::string_view columns = next('|');
+    std::from_chars(columns.data(), columns.data() + columns.size(), k);
+    rest = next('|');
+    while (!rest.empty()) fields.push_back(field_of(next(',')));
+    TORCH_INTERNAL_ASSERT(k > 0 && !fields.empty() && fields[0] == &Buffers::words, spec);
+  }
+
+  // Whether a call is what the spec says, as far as that can change from call to call.
+  bool fits(const at::Tensor& x, at::TensorList buffers) const {
+    return x.dim() > 0 && x.size(-1) == k && buffers.size() == fields.size() &&
+           x.device() == buffers[0].device();
+  }
+
+  // Null stands for those that only Python knows.
+  bool has(Field field) const {
+    return std::find(fields.begin(), fields.end(), field) != fields.end();
+  }
+
+  Buffers named(at::TensorList buffers) const {
+    Buffers named;
+    for (size_t i = 0; i < fields.size(); ++i) {
+      if (fields[i] != nullptr) named.*fields[i] = &buffers[i];
+    }
+    return named;
+  }
+
+  const std::string spec;
+  int64_t k = 0;
+  std::vector<Field> fields;
+};
+
+struct Known {
+  at::Device device;
+  at::ScalarType y_type;
+  Answer answer;
+};
+
+struct Weight {
+  explicit Weight(std::string_view spec) : description(spec) {}
+
+  const Known* find(const at::Tensor& x, at::ScalarType y_type) const {
+    const int64_t m = x.numel() / description.k;
+    for (const Known& each : known) {
+      if (each.y_type == y_type && each.device == x.device() && each.answer.least_rows <= m &&
+          m <= each.answer.most_rows) {
+        return &each;
+      }
+    }
+    return nullptr;
+  }
+
+  const Description description;
+  std::vector<Known> known;  // by the table's lock
+};
+
+struct Found {
+  const Description* description = nullptr;
+  std::shared_ptr<Route> route;
+};
+
+// Python's lock is never waited for while the table's is held: routes may hold Python objects, so
+// none is destroyed there.
+class Table {
+ public:
+  // What is known for a call; no route where nothing is, and no description for a new spec.
+  Found find(const at::Tensor& x, std::string_view spec, at::ScalarType y_type) const {
+    const std::shared_lock<std::shared_mutex> lock(mutex_);
+    const auto at = weights_.find(spec);
+    if (at == weights_.end()) return {};
+    const Weight& weight = *at->second;
+    const Known* known = weight.find(x, y_type);
+    return {&weight.description, known == nullptr ? nullptr : known->answer.route};
+  }
+
+  const Description& add(const Question& question, const Answer& answer, uint64_t generation) {
+    const std::unique_lock<std::shared_mutex> lock(mutex_);
+    auto at = weights_.find(question.spec);
+    if (at == weights_.end()) {
+      auto made = std::make_unique<Weight>(question.spec);
+      const std::string_view key = made->description.spec;
+      at = weights_.emplace(key, std::move(made)).first;
+    }
+    Weight& weight = *at->second;
+    // Another thread may have asked the same meanwhile.
+    const bool is_new = weight.find(question.x, question.y_type) == nullptr;
+    if (is_new && generation == generation_) {
+      weight.known.push_back({question.x.device(), question.y_type, answer});
+    }
+    return weight.description;
+  }
+
+  // An answer to a question of an earlier generation is used once and forgotten.
+  uint64_t generation() const { return generation_; }
+
+  void forget() {
+    std::vector<std::vector<Known>> forgotten;
+    {
+      const std::unique_lock<std::shared_mutex> lock(mutex_);
+      ++generation_;
+      for (auto& [spec, weight] : weights_) {
+        forgotten.push_back(std::move(weight->known));
+        weight->known.clear();
+      }
+    }
+  }
+
+ private:
+  mutable std::shared_mutex mutex_;
+  std::atomic<uint64_t> generation_{0};
+  // Descriptions stay: calls that run point to them.
+  std::unordered_map<std::string_view, std::unique_ptr<Weight>> weights_;
+};
+
+// Never destroyed: routes may hold Python objects, and Python may be gone by then.
+Table& table() {
+  static auto* held = new Table;
+  return *held;
+}
+
+std::atomic<Answer (*)(const Question&)> asked{nullptr};
+
+Found ask(const Question& question) {
+  const uint64_t generation = table().generation();
+  const Answer answer = asked.load()(question);
+  const Description& description = table().add(question, answer, generation);
+  TORCH_INTERNAL_ASSERT(description.fits(question.x, question.buffers), question.spec);
+  TORCH_INTERNAL_ASSERT(answer.route->reads_any_field() || !description.has(nullptr),
+                        question.spec);
+  return {&description, answer.route};
+}
+
+at::Tensor run(const Found& found, const Question& question, const Optional& bias) {
+  const Buffers buffers = found.description->named(question.buffers);
+  return found.route->run(
+      {question.x, question.row_scales, buffers, question.buffers, bias, question.y_type});
+}
+
+at::Tensor linear(const at::Tensor& x, at::TensorList buffers, const Optional& bias,
+                  std::string_view spec) {
+  const Question question{x, nullptr, buffers, spec, x.scalar_type()};
+  Found found = table().find(x, spec, question.y_type);
+  if (!found.route || !found.description->fits(x, buffers)) found = ask(question);
+  return run(found, question, bias);
+}
+
+bool are_row_scales(const at::Tensor& scale, const at::Tensor& x) {
+  return scale.scalar_type() == at::kFloat && scale.device() == x.device() &&
+         scale.dim() == x.dim() && scale.size(-1) == 1 &&
+         scale.sizes().slice(0, scale.dim() - 1) == x.sizes().slice(0, x.dim() - 1);
+}
+
+at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& scale, at::TensorList buffers,
+                            const Optional& bias, std::string_view spec, at::ScalarType dtype) {
+  const Question question{x, &scale, buffers, spec, dtype};
+  Found found = table().find(x, spec, dtype);
+  const bool fits = found.route && found.route->takes_quantized() &&
+                    found.description->fits(x, buffers) && x.scalar_type() == at::kChar &&
+                    are_row_scales(scale, x) && !found.description->has(&Buffers::input_factor);
+  if (!fits) found = ask(question);
+  return run(found, question, bias);
+}
+
+}  // namespace
+
+void answer_with(Answer (*answer)(const Question&)) { asked = answer; }
+
+void forget_routes() { table().forget(); }
+
+TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("linear", TORCH_FN(linear));
+  m.impl("linear_quantized", TORCH_FN(linear_quantized));
+}
+
+TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
+  m.impl("linear", TORCH_FN(linear));
+  m.impl("linear_quantized", TORCH_FN(linear_quantized));
+}
+
+}  // namespace qkernels::bindings

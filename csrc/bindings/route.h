@@ -1,0 +1,66 @@
+// How one kernel runs one weight: made once, by the backend of the kernel, and run at each call.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <string_view>
+
+#include "bindings/checks.h"
+
+namespace qkernels::bindings {
+
+// The tensors of a packed weight by name; null where it has none.
+struct Buffers {
+  const at::Tensor* words = nullptr;
+  const at::Tensor* scales = nullptr;
+  const at::Tensor* zeros = nullptr;
+  const at::Tensor* channel_scales = nullptr;
+  const at::Tensor* nested_absmax = nullptr;
+  const at::Tensor* nested_offset = nullptr;
+  const at::Tensor* input_factor = nullptr;
+  const at::Tensor* perm = nullptr;
+  const at::Tensor* activation_scale = nullptr;
+};
+
+using Field = const at::Tensor* Buffers::*;
+
+// The field of that name, or null where only Python knows it.
+constexpr Field field_of(std::string_view name) {
+  if (name == "words") return &Buffers::words;
+  if (name == "scales") return &Buffers::scales;
+  if (name == "zeros") return &Buffers::zeros;
+  if (name == "channel_scales") return &Buffers::channel_scales;
+  if (name == "nested_absmax") return &Buffers::nested_absmax;
+  if (name == "nested_offset") return &Buffers::nested_offset;
+  if (name == "input_factor") return &Buffers::input_factor;
+  if (name == "perm") return &Buffers::perm;
+  if (name == "activation_scale") return &Buffers::activation_scale;
+  return nullptr;
+}
+
+struct Call {
+  const at::Tensor& x;           // [..., K]
+  const at::Tensor* row_scales;  // of int8 x: one a row, fp32; else null
+  const Buffers& buffers;
+  at::TensorList list;  // the buffers in the order of the weight's description
+  const Optional& bias;
+  at::ScalarType y_type;
+};
+
+class Route {
+ public:
+  virtual ~Route() = default;
+
+  // y [..., N]. What is wrong with x was said before; what is wrong with the buffers is said here.
+  virtual at::Tensor run(const Call& call) const = 0;
+
+  // Whether x may be int8 already, with a scale for each row.
+  virtual bool takes_quantized() const { return false; }
+
+  // Whether it reads fields of a weight that `Buffers` has no name for.
+  virtual bool reads_any_field() const { return false; }
+};
+
+}  // namespace qkernels::bindings
