@@ -82,9 +82,11 @@ def extension() -> tuple[Extension, type]:
         return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
     cpp = sources("csrc/cpu/*.cpp") + sources("csrc/bindings/*.cpp")
-    cuda = (
-        sources("csrc/cuda/*.cu") + sources("csrc/cuda/*.cpp") + sources("csrc/bindings/cuda/*.cpp")
-    )
+    cuda = [
+        *sources("csrc/cuda/**/*.cu"),
+        *sources("csrc/cuda/**/*.cpp"),
+        *sources("csrc/bindings/cuda/*.cpp"),
+    ]
     headers = sources("csrc/**/*.h") + sources("csrc/**/*.cuh")
     openmp = ["-fopenmp"] if compiles(shlex.split(get_cxx_compiler()), "-fopenmp") else []
     # OpenMP is not linked: torch brings a runtime, and a second one would start threads of its own,

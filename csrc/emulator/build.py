@@ -17,7 +17,7 @@ from pathlib import Path
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
 CSRC = Path(__file__).resolve().parent.parent
-SOURCES = ("emulator/*.cpp", "cuda/*.cu", "cuda/*.cpp", "bindings/cuda/*.cpp")
+SOURCES = ("emulator/*.cpp", "cuda/**/*.cu", "cuda/**/*.cpp", "bindings/cuda/*.cpp")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # libstdc++ too, or the sanitizers find no function that throws.
 PRELOADED = ("libasan.so", "libubsan.so", "libstdc++.so.6")

@@ -1,7 +1,7 @@
 // Each decoder on its own: loads the words of a lane, decodes them, and stores the pairs. What it
 // takes more than nothing_kernel, which loads and stores as much, is the decoder's.
 
-#include "cuda/decode.cuh"
+#include "cuda/weights/decode.cuh"
 
 namespace qkernels {
 

@@ -14,8 +14,9 @@
 #include <tuple>
 
 #include "bindings/cuda/device.h"
-#include "cuda/fragment.cuh"
-#include "cuda/weight_only.h"
+#include "cuda/weight_only/weight_only.h"
+#include "cuda/weights/fragment.cuh"
+#include "cuda/weights/pack.h"
 
 #if defined(QKERNELS_EMULATOR)
 #define QKERNELS_LIBRARY qkernels_emulated

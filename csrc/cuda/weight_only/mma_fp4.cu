@@ -1,4 +1,4 @@
-#include "cuda/weight_only_mma.cuh"
+#include "cuda/weight_only/mma.cuh"
 
 namespace qkernels {
 

@@ -12,7 +12,7 @@
 #pragma once
 
 #include "cuda/ptx.cuh"
-#include "cuda/weight_only.h"
+#include "cuda/weights/types.h"
 
 namespace qkernels {
 
