@@ -260,7 +260,7 @@ class CpuLinear {
     }
     if (absmax) {
       require(offset.has_value() && nested_table_.has_value(), "nested scales need all parts");
-      check("nested_absmax", *absmax, {cpu::divide_up(weight.n * groups, 256)}, at::kFloat);
+      check("nested_absmax", *absmax, {ceil_div(weight.n * groups, 256)}, at::kFloat);
       check("nested_offset", *offset, {}, at::kFloat);
       weight.scale_type = cpu::GroupType::kNested;
       weight.nested_absmax = absmax->const_data_ptr<float>();
@@ -452,7 +452,7 @@ void pack_vnni(const at::Tensor& codes, const at::Tensor& words, int64_t first_r
   const int64_t panel = first_row / cpu::kLanes;
   require(first_row % cpu::kLanes == 0 && first_row >= 0,
           "first_row must be a multiple of 16, got ", first_row);
-  require(panel + cpu::divide_up(rows, cpu::kLanes) <= words.size(0), "rows ", first_row, " to ",
+  require(panel + ceil_div(rows, cpu::kLanes) <= words.size(0), "rows ", first_row, " to ",
           first_row + rows, " do not fit words of shape ", words.sizes());
   auto* to = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>());
   py::gil_scoped_release released;
