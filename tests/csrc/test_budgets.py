@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tomllib
 
+from csrc.cuda import instantiate
 from tests.csrc import sass
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +19,10 @@ CSRC = ROOT / "csrc"
 CUDA = CSRC / "cuda"
 CACHE = ROOT / "build" / "budgets"
 BUDGETS = tomllib.loads((CUDA / "budgets.toml").read_text())
-SOURCES = sorted(CUDA.rglob("*.cu"))
+SOURCES = [
+    *sorted(CUDA.rglob("*.cu")),
+    *(instantiate.FOLDER / name for name in instantiate.sources()),
+]
 DEFAULT = ("80", "90a")
 ARCHITECTURES = [
     pytest.param(each, marks=() if each in DEFAULT else pytest.mark.full)
@@ -46,6 +50,7 @@ needs_tools = [
 
 def compiled(source: Path, architecture: str) -> Path:
     """The cubin of a source, made once for the same sources and compiler."""
+    instantiate.write()
     headers = sorted((*CSRC.glob("*.h"), *CUDA.rglob("*.cuh"), *CUDA.rglob("*.h")))
     digest = hashlib.sha256(subprocess.check_output(["nvcc", "--version"]))
     for path in (source, *headers):
@@ -137,7 +142,7 @@ class TestBudgets:
         assert not problems, "\n".join(problems)
         # mma.cu only chooses; every other source has kernels.
         assert bool(kernels) == (source.stem != "mma")
-        if source.stem.startswith("mma_"):
+        if source.parent == instantiate.FOLDER:
             assert len(kernels) == 8, "two types of x, four numbers of tokens"
 
 
@@ -152,7 +157,11 @@ class TestDecoders:
                 compiled(Path(__file__).with_name("decode_probe.cu"), architecture)
             )
         }
-        for decoder, allowed in BUDGETS["integer_operations"].items():
+        budgets = BUDGETS["integer_operations"]
+        assert {f"decode_kernel<{decoder}>" for decoder in budgets} == {
+            name for name in kernels if name.startswith("decode_kernel")
+        }
+        for decoder, allowed in budgets.items():
             spent = kernels[f"decode_kernel<{decoder}>"].integer_operations()
             spent -= kernels[f"nothing_kernel<{decoder}>"].integer_operations()
             weights = 32 if has_four_bits(decoder) else 16

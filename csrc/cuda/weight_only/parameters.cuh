@@ -1,5 +1,5 @@
 // Between mma.cu, which reads arguments, and the kernels: one function for each decoder,
-// instantiated in a source file of its own so that they compile side by side.
+// instantiated in a source file of its own (instantiate.py) so that they compile side by side.
 
 #pragma once
 
