@@ -82,7 +82,7 @@ struct Group {
   // Before the first group.
   QK_DEVICE void start() {
     if constexpr (Decoder<T>::kHasOffsets) {
-      offsets = Decoder<T>::offsets(Decoder<T>::kSymmetricZero, Decoder<T>::kSymmetricZero);
+      offsets = Decoder<T>::offsets(Decoder<T>::kImpliedZero, Decoder<T>::kImpliedZero);
     }
   }
 

@@ -20,7 +20,8 @@ constexpr int code_bits(WeightCode code) {
              : 8;
 }
 
-// Zero points: none (then those of integer codes are half their range), integers, or real numbers.
+// Zero points: none (then integer codes have an implied one, half their range), integers, or real
+// numbers.
 enum class ZeroType : int { kNone, kInteger, kHalf, kBfloat16, kFloat };
 
 constexpr int size_of(ZeroType type) {
