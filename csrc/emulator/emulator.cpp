@@ -2,8 +2,9 @@
 
 #include <string>
 
+#include "emulator/accesses.h"
 #include "emulator/counters.h"
-#include "emulator/scheduler.h"
+#include "emulator/launches.h"
 #include "emulator/sites.h"
 
 namespace emulator = qkernels::emulator;

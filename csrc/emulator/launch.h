@@ -3,7 +3,7 @@
 #pragma once
 
 #include "emulator/builtins.h"
-#include "emulator/scheduler.h"
+#include "emulator/launches.h"
 
 namespace qkernels {
 
