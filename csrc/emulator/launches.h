@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "emulator/sites.h"
+
 namespace qkernels::emulator {
 
 struct Index3 {
@@ -14,10 +16,12 @@ struct Index3 {
 };
 
 // Runs `call(arguments)` for every thread of the grid. Returns null, or what went wrong, which the
-// next launch overwrites.
+// next launch overwrites. `place` is where the kernel is launched.
 const char* run_grid(Index3 grid, int threads, int shared_bytes, void (*call)(const void*),
-                     const void* arguments);
+                     const void* arguments, Place place);
 
 void set_seed(uint64_t seed);
+void skip_launches(bool skipped);
+void fail_launches(const char* file_suffix, const char* error);
 
 }  // namespace qkernels::emulator
