@@ -12,7 +12,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 VENV := $(CURDIR)/.venv
 OUT := build
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+SOURCES := setup.py pyproject.toml csrc/cuda/instantiate.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
 ifdef PYTHON
 PY := $(shell $(PYTHON) -c 'import sys; print(sys.executable)')

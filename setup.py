@@ -9,6 +9,7 @@ in the sources is never hidden: it fails the build. All metadata is in pyproject
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -81,14 +82,16 @@ def extension() -> tuple[Extension, type]:
     def sources(pattern: str) -> list[str]:
         return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
-    cpp = (
-        sources("csrc/cpu/*.cpp")
-        + sources("csrc/bindings/*.cpp")
-        + sources("csrc/bindings/cpu/*.cpp")
-    )
-    cuda = (
-        sources("csrc/cuda/*.cu") + sources("csrc/cuda/*.cpp") + sources("csrc/bindings/cuda/*.cpp")
-    )
+    cpp = [
+        *sources("csrc/cpu/*.cpp"),
+        *sources("csrc/bindings/*.cpp"),
+        *sources("csrc/bindings/cpu/*.cpp"),
+    ]
+    cuda = [
+        *sources("csrc/cuda/**/*.cu"),
+        *sources("csrc/cuda/**/*.cpp"),
+        *sources("csrc/bindings/cuda/*.cpp"),
+    ]
     headers = sources("csrc/**/*.h") + sources("csrc/**/*.cuh")
     openmp = ["-fopenmp"] if compiles(shlex.split(get_cxx_compiler()), "-fopenmp") else []
     # OpenMP is not linked: torch brings a runtime, and a second one would start threads of its own,
@@ -100,6 +103,8 @@ def extension() -> tuple[Extension, type]:
     if cuda and torch.version.cuda and nvcc.exists():
         cxx_flags.append(f'-DQKERNELS_CUDA_ARCHITECTURES="{cuda_architectures(nvcc)}"')
         options["extra_compile_args"] = {"cxx": cxx_flags, "nvcc": ["-O3", "-lineinfo"]}
+        instantiate = runpy.run_path(str(ROOT / "csrc" / "cuda" / "instantiate.py"))
+        cuda += [path.relative_to(ROOT).as_posix() for path in instantiate["write"]()]
         module = CUDAExtension("qkernels._C", cpp + cuda, **options)
     else:
         options["extra_compile_args"] = {"cxx": cxx_flags}

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <limits>
 
+#include "integers.h"
+
 namespace qkernels::bindings {
 
 namespace {
@@ -47,9 +49,7 @@ Quantized quantize(const at::Tensor& rows, const Buffers& buffers, Float8 float8
           at::where(finite, scale, at::full_like(scale, kNan)).contiguous()};
 }
 
-int64_t padded(int64_t size, int64_t multiple) {
-  return (size + multiple - 1) / multiple * multiple;
-}
+int64_t padded(int64_t size, int64_t multiple) { return ceil_div(size, multiple) * multiple; }
 
 // `rows` [M, K] with zeros where groups are filled up, and behind the last.
 at::Tensor pad(const at::Tensor& rows, const Preparation& wanted) {

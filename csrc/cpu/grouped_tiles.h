@@ -196,7 +196,7 @@ struct FloatChunk {
 
   template <int kPanels>
   void run(Prefetch& prefetch, int lines, float* sums) const {
-    const int64_t row_tiles = divide_up(job.m, kTileRows);
+    const int64_t row_tiles = ceil_div(job.m, kTileRows);
     int64_t tile = 0;
     for (; tile + 2 <= row_tiles; tile += 2) {
       for (int64_t s = 0; s < span_count; ++s) {
@@ -220,7 +220,7 @@ void run_exact(const FloatTileJob& job, const Decoder& decoder, int64_t begin, i
                void* memory) {
   auto& scratch = *static_cast<FloatScratch*>(memory);
   const Weight& weight = job.weight;
-  const int64_t row_tiles = divide_up(job.m, kTileRows);
+  const int64_t row_tiles = ceil_div(job.m, kTileRows);
   auto* all_sums = reinterpret_cast<float*>(&scratch + 1);
   Bf16Table table{};
   table.terms = 1;
@@ -245,7 +245,7 @@ void run_exact(const FloatTileJob& job, const Decoder& decoder, int64_t begin, i
           V::store(scratch.zeros[s][p], group_zeros<V>(weight, panel + p, g, decoder.offset));
         }
       }
-      const int lines = prefetch.lines(divide_up(row_tiles, 2) * ((last - first) / kFloatStep));
+      const int lines = prefetch.lines(ceil_div(row_tiles, 2) * ((last - first) / kFloatStep));
       if (panels == 2)
         chunk.run<2>(prefetch, lines, all_sums);
       else
@@ -373,7 +373,7 @@ template <int kPanels>
 void add_group_rows(const Int8TileJob& job, Int8Scratch& scratch, int64_t panel, int64_t first,
                     const Span* spans, int64_t span_count, Prefetch& prefetch, int lines,
                     float* sums) {
-  const int64_t row_tiles = divide_up(job.m, kTileRows);
+  const int64_t row_tiles = ceil_div(job.m, kTileRows);
   int64_t tile = 0;
   for (; tile + 2 <= row_tiles; tile += 2) {
     add_groups<2, kPanels>(job, scratch, tile, panel, first, spans, span_count, prefetch, lines,
@@ -388,7 +388,7 @@ void add_group_rows(const Int8TileJob& job, Int8Scratch& scratch, int64_t panel,
 inline void run_int8_groups(const Int8TileJob& job, int64_t begin, int64_t end, void* memory) {
   auto& scratch = *static_cast<Int8Scratch*>(memory);
   const Weight& weight = job.weight;
-  const int64_t row_tiles = divide_up(job.m, kTileRows);
+  const int64_t row_tiles = ceil_div(job.m, kTileRows);
   auto* sums = reinterpret_cast<float*>(&scratch + 1);
   const TileRegisters registers(job.m < kTileRows ? job.m : kTileRows);
   for (int64_t panel = begin; panel < end; panel += 2) {
@@ -408,7 +408,7 @@ inline void run_int8_groups(const Int8TileJob& job, int64_t begin, int64_t end, 
         }
       }
       Prefetch prefetch = next_chunk(weight, panel, end, last, kGroupedChunk);
-      const int lines = prefetch.lines(divide_up(row_tiles, 2) * ((last - first) / kInt8Step));
+      const int lines = prefetch.lines(ceil_div(row_tiles, 2) * ((last - first) / kInt8Step));
       const auto add = panels == 2 ? add_group_rows<2> : add_group_rows<1>;
       add(job, scratch, panel, first, spans, span_count, prefetch, lines, sums);
       first = last;
@@ -428,7 +428,7 @@ inline void run_int8_groups(const Int8TileJob& job, int64_t begin, int64_t end, 
 inline int64_t grouped_scratch(int64_t m) {
   constexpr auto kFixed =
       sizeof(FloatScratch) > sizeof(Int8Scratch) ? sizeof(FloatScratch) : sizeof(Int8Scratch);
-  return static_cast<int64_t>(kFixed) + divide_up(m, kTileRows) * kTileRows * 2 * kLanes * 4;
+  return static_cast<int64_t>(kFixed) + ceil_div(m, kTileRows) * kTileRows * 2 * kLanes * 4;
 }
 
 }  // namespace

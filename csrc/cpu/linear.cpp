@@ -42,7 +42,7 @@ class Carver {
   template <class T>
   T* take(int64_t count) {
     T* out = reinterpret_cast<T*>(at_);
-    const int64_t bytes = divide_up(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+    const int64_t bytes = ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
     at_ = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(at_) + static_cast<uintptr_t>(bytes));
     return out;
   }
@@ -70,7 +70,7 @@ int64_t panels_of_task(int64_t panels, const Pool& pool, int64_t most) {
 template <class Body>
 void for_panels(const Pool& pool, int64_t panels, int64_t most, const Body& body) {
   const int64_t step = panels_of_task(panels, pool, most);
-  parallel_for(pool, divide_up(panels, step),
+  parallel_for(pool, ceil_div(panels, step),
                [&](int64_t task) { body(task * step, std::min(panels, (task + 1) * step)); });
 }
 
@@ -78,7 +78,7 @@ void for_panels(const Pool& pool, int64_t panels, int64_t most, const Body& body
 // in which order sums are added.
 int64_t parts_of_k(const Weight& weight) {
   if (weight.panels() >= kPanelsWithoutSplit) return 1;
-  const int64_t wanted = divide_up(kPanelsWithoutSplit, std::max<int64_t>(weight.panels(), 1));
+  const int64_t wanted = ceil_div(kPanelsWithoutSplit, std::max<int64_t>(weight.panels(), 1));
   return std::max<int64_t>(1,
                            std::min({wanted, weight.groups(), weight.columns() / kColumnsOfPart}));
 }
@@ -108,7 +108,7 @@ void run_rows(const Job& job, void (*rows)(const Job&, int64_t, int64_t, GroupRa
     return;
   }
   const int64_t step = panels_of_task(panels * parts, pool, kMostPanels);
-  const int64_t ranges = divide_up(panels, step), part_size = job.m * panels * kLanes;
+  const int64_t ranges = ceil_div(panels, step), part_size = job.m * panels * kLanes;
   parallel_for(pool, ranges * parts, [&](int64_t task) {
     const int64_t part = task / ranges, begin = task % ranges * step;
     const GroupRange range{groups * part / parts, groups * (part + 1) / parts,
@@ -158,7 +158,7 @@ void float_on_tiles(const FloatArguments& arguments, bool rounds_weights, const 
   }
   for (int64_t row = 0; row < arguments.m; row += at_once) {
     const int64_t m = std::min(at_once, arguments.m - row);
-    const int64_t tiles = divide_up(m, kTileRows), tile = kTileRows * columns * terms;
+    const int64_t tiles = ceil_div(m, kTileRows), tile = kTileRows * columns * terms;
     uint16_t* x;
     float* x_sums;
     carve(shared_scratch, [&](Carver& carver) {
@@ -193,7 +193,7 @@ void float_on_tiles(const FloatArguments& arguments, bool rounds_weights, const 
 }
 
 float* values_of_row(const Kernels& table, const RowSource& source, int64_t row) {
-  const auto bytes = static_cast<size_t>(divide_up(source.k, kLanes) * kLanes * 4);
+  const auto bytes = static_cast<size_t>(ceil_div(source.k, kLanes) * kLanes * 4);
   auto* values = static_cast<float*>(own_scratch.reserve(bytes));
   table.load_row(source, row, values);
   return values;
@@ -257,7 +257,7 @@ void linear_int8(const Int8Arguments& arguments, const Schedule& schedule, const
   }
   for (int64_t row = 0; row < arguments.m; row += at_once) {
     const int64_t m = std::min(at_once, arguments.m - row);
-    const int64_t rows = tiles ? divide_up(m, kTileRows) * kTileRows : m;
+    const int64_t rows = tiles ? ceil_div(m, kTileRows) * kTileRows : m;
     int8_t* x;
     int32_t *x_sums, *sums;
     float* scales;

@@ -18,9 +18,9 @@
 
 #include <cstdint>
 
-namespace qkernels::cpu {
+#include "integers.h"
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+namespace qkernels::cpu {
 
 constexpr int64_t dense_words(int64_t k, int bits) { return ceil_div(k * bits, 32); }
 

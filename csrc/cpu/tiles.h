@@ -106,7 +106,7 @@ class Prefetch {
 
   // Lines of each panel to ask for at a time so as to be through after so many times.
   int lines(int64_t times) const {
-    return static_cast<int>(divide_up(length_ / 64, times > 0 ? times : 1));
+    return static_cast<int>(ceil_div(length_ / 64, times > 0 ? times : 1));
   }
 
   QK_INLINE void ask(int lines) {

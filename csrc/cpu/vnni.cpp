@@ -26,7 +26,7 @@ uint64_t part(uint32_t word, bool nibbles) {
 void pack_vnni(const uint8_t* codes, uint32_t* words, int64_t rows, int64_t k, bool nibbles,
                const Pool& pool) {
   const int64_t step = nibbles ? 8 : 4, steps = padded_columns(k) / step;
-  parallel_for(pool, divide_up(rows, kLanes), [&](int64_t panel) {
+  parallel_for(pool, ceil_div(rows, kLanes), [&](int64_t panel) {
     uint32_t* to = words + panel * steps * kLanes;
     const int64_t here = std::min(kLanes, rows - panel * kLanes);
     if (here < kLanes) std::memset(to, 0, static_cast<size_t>(steps * kLanes) * 4);
@@ -55,7 +55,7 @@ void pack_vnni(const uint8_t* codes, uint32_t* words, int64_t rows, int64_t k, b
 void unpack_vnni(const uint32_t* words, uint8_t* codes, int64_t first, int64_t rows, int64_t k,
                  bool nibbles, const Pool& pool) {
   const int64_t step = nibbles ? 8 : 4, steps = padded_columns(k) / step;
-  parallel_for(pool, divide_up(rows, kLanes), [&](int64_t block) {
+  parallel_for(pool, ceil_div(rows, kLanes), [&](int64_t block) {
     const int64_t last = std::min(rows, (block + 1) * kLanes);
     for (int64_t r = block * kLanes; r < last; ++r) {
       const int64_t row = first + r;

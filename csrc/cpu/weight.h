@@ -18,6 +18,8 @@
 
 #include <cstdint>
 
+#include "integers.h"
+
 namespace qkernels::cpu {
 
 constexpr int64_t kLanes = 16;
@@ -26,9 +28,8 @@ constexpr int64_t kColumnMultiple = 64;
 // How far ahead weights are asked for: the hardware's own prefetch stops at each page.
 constexpr int64_t kPrefetchWords = 512;
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t padded_columns(int64_t k) {
-  return divide_up(k, kColumnMultiple) * kColumnMultiple;
+  return ceil_div(k, kColumnMultiple) * kColumnMultiple;
 }
 
 enum class FloatType { kFp16, kBf16, kFp32 };
@@ -74,12 +75,12 @@ struct Weight {
   int64_t group_count, column_count, panel_stride;
 
   void prepare() {
-    group_count = divide_up(k, group);
+    group_count = ceil_div(k, group);
     column_count = padded_columns(k);
     panel_stride = column_count / step_columns() * kLanes;
   }
 
-  int64_t panels() const { return divide_up(n, kLanes); }
+  int64_t panels() const { return ceil_div(n, kLanes); }
   int64_t groups() const { return group_count; }
   int64_t columns() const { return column_count; }
   // The end of group g; the last takes what pads K.

@@ -72,7 +72,7 @@ struct WholeTiles {
   char* decoded;
   int32_t* sums;  // [panels][m in tiles][16]
 
-  int64_t row_tiles() const { return divide_up(m, kTileRows); }
+  int64_t row_tiles() const { return ceil_div(m, kTileRows); }
   int64_t panel_sums() const { return row_tiles() * kTileRows * kLanes; }
 
   template <int kRowTiles, int kPanels>
@@ -114,7 +114,7 @@ struct WholeTiles {
       kind.decode(panel + p, first, last, out);
       weights[p] = out;
     }
-    const int64_t times = divide_up(row_tiles(), 2) * ((last - first) / Kind::kStep);
+    const int64_t times = ceil_div(row_tiles(), 2) * ((last - first) / Kind::kStep);
     add_rows(weights, panel - begin, panels, first, last, prefetch, prefetch.lines(times));
   }
 
@@ -308,7 +308,7 @@ constexpr int64_t kDecodedBytes = 2 * kChunkSteps * kTileBytes;
 
 // Bytes that run_whole takes of the scratch of a task.
 inline int64_t whole_scratch(int64_t m, int64_t panels) {
-  const int64_t rows = divide_up(m, kTileRows) * kTileRows;
+  const int64_t rows = ceil_div(m, kTileRows) * kTileRows;
   return kDecodedBytes + panels * rows * kLanes * 4 + rows * 4;
 }
 
@@ -324,7 +324,7 @@ void run_scaled(const FloatTileJob& job, const Decoder& decoder, int64_t begin, 
 inline void run_integers(const Int8TileJob& job, int64_t begin, int64_t end, void* scratch) {
   auto* memory = static_cast<char*>(scratch);
   auto* totals = reinterpret_cast<int32_t*>(memory + kDecodedBytes);
-  const int64_t rows = divide_up(job.m, kTileRows) * kTileRows, groups = job.weight.groups();
+  const int64_t rows = ceil_div(job.m, kTileRows) * kTileRows, groups = job.weight.groups();
   for (int64_t row = 0; row < job.m; ++row) {
     int32_t total = 0;
     for (int64_t g = 0; g < groups; ++g) total += job.x_sums[row * groups + g];

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
 CSRC = Path(__file__).resolve().parent.parent
 SOURCES = (
-    *("emulator/*.cpp", "cuda/*.cu", "cuda/*.cpp", "bindings/cuda/*.cpp"),
+    *("emulator/*.cpp", "cuda/**/*.cu", "cuda/**/*.cpp", "bindings/cuda/*.cpp"),
     "bindings/preparation.cpp",
 )
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -43,15 +45,16 @@ def build(output: Path, sanitize: bool, jobs: int) -> None:
     flags += SANITIZERS if sanitize else ()
     headers = [path for kind in ("h", "cuh") for path in CSRC.rglob(f"*.{kind}")]
     newest_header = max(path.stat().st_mtime for path in (*headers, Path(__file__)))
-    sources = sorted(path for pattern in SOURCES for path in CSRC.glob(pattern))
+    # The generated sources, which are the largest, first: none of them is left to the end alone.
+    sources = runpy.run_path(str(CSRC / "cuda" / "instantiate.py"))["write"]()
+    sources += sorted(path for pattern in SOURCES for path in CSRC.glob(pattern))
     targets = [
-        objects / (source.relative_to(CSRC).as_posix().replace("/", "_") + ".o")
+        objects / (source.relative_to(CSRC.parent).as_posix().replace("/", "_") + ".o")
         for source in sources
     ]
-    # The largest sources first, so that none of them is left to the end alone.
-    order = sorted(zip(sources, targets, strict=True), key=lambda pair: "mma_" not in pair[0].name)
+    compile_stale = partial(compile_one, flags=flags, newest_header=newest_header)
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda pair: compile_one(*pair, flags, newest_header), order))
+        list(pool.map(compile_stale, sources, targets))
     if output.exists() and output.stat().st_mtime > max(t.stat().st_mtime for t in targets):
         return
     command = [get_cxx_compiler(), "-shared", *map(str, targets), "-o", str(output)]

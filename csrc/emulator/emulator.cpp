@@ -2,8 +2,9 @@
 
 #include <string>
 
+#include "emulator/accesses.h"
 #include "emulator/counters.h"
-#include "emulator/scheduler.h"
+#include "emulator/launches.h"
 #include "emulator/sites.h"
 
 namespace emulator = qkernels::emulator;
@@ -36,5 +37,11 @@ const char* qkernels_emulator_sites_json() {
 
 void qkernels_emulator_disable_site(const char* kind, const char* file_suffix, int line) {
   emulator::disable_site(kind, file_suffix, line);
+}
+
+void qkernels_emulator_skip_launches(int skipped) { emulator::skip_launches(skipped != 0); }
+
+void qkernels_emulator_fail_launches(const char* file_suffix, const char* error) {
+  emulator::fail_launches(file_suffix, error);
 }
 }

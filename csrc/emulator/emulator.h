@@ -48,4 +48,13 @@ const char* qkernels_emulator_sites_json();
 // all others right again: sync_threads, sync_warp, thread_fence and copy_async_wait do nothing,
 // `within` is true, and copy_async_16 copies what is not valid. A null kind makes all calls right.
 void qkernels_emulator_disable_site(const char* kind, const char* file_suffix, int line);
+
+// Whether the launches that follow do nothing and succeed, so that what is left of the time of a
+// call is the host's. They are counted as launches.
+void qkernels_emulator_skip_launches(int skipped);
+
+// Makes the launches in files whose path ends in `file_suffix` do nothing and fail with `error`, as
+// on a GPU that the kernel was not compiled for, and all others right again. A null error makes
+// them all right.
+void qkernels_emulator_fail_launches(const char* file_suffix, const char* error);
 }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "emulator/builtins.h"
-#include "emulator/scheduler.h"
+#include "emulator/launches.h"
 
 namespace qkernels {
 
@@ -13,7 +13,7 @@ using Stream = void*;
 // overwrites.
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes, Stream,
-                   Arguments arguments) {
+                   Arguments arguments QK_AND_SITE) {
   struct Call {
     void (*kernel)(Arguments);
     const Arguments& arguments;
@@ -25,7 +25,7 @@ const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared
         const Call& call = *static_cast<const Call*>(pointer);
         call.kernel(call.arguments);
       },
-      &call);
+      &call, place);
 }
 
 }  // namespace qkernels

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "emulator/accesses.h"
 #include "emulator/builtins.h"
 #include "emulator/collectives.h"
 #include "emulator/numbers.h"

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "integers.h"
+
 namespace qkernels::emulator {
 namespace {
 
@@ -12,7 +14,7 @@ constexpr int kWarp = 32;
 }  // namespace
 
 void Races::start_block(int shared_bytes) {
-  units_.assign((static_cast<size_t>(shared_bytes) + kUnitBytes - 1) / kUnitBytes, Unit{});
+  units_.assign(static_cast<size_t>(ceil_div(shared_bytes, kUnitBytes)), Unit{});
 }
 
 bool Races::in_order(const Mark& mark, const Moment& now) {

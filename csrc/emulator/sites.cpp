@@ -35,10 +35,8 @@ Sites& sites() {
 
 bool is_disabled(const Site& site) {
   const Disabled& rule = sites().disabled;
-  if (rule.kind != name_of(site.kind) || rule.line != site.line) return false;
-  const std::string& suffix = rule.file_suffix;
-  return site.file.size() >= suffix.size() &&
-         site.file.compare(site.file.size() - suffix.size(), suffix.size(), suffix) == 0;
+  return rule.kind == name_of(site.kind) && rule.line == site.line &&
+         ends_with(site.file, rule.file_suffix);
 }
 
 Site& find_slowly(Kind kind, int bytes, Place place) {
@@ -64,6 +62,11 @@ const char* name_of(Kind kind) {
       "load_shared",  "store_shared",        "ldmatrix",          "mma",
       "sync_threads", "sync_warp",           "thread_fence",      "within"};
   return kNames[static_cast<size_t>(kind)];
+}
+
+bool ends_with(const std::string& path, const std::string& suffix) {
+  return path.size() >= suffix.size() &&
+         path.compare(path.size() - suffix.size(), suffix.size(), suffix) == 0;
 }
 
 std::string Site::where() const { return file + ":" + std::to_string(line); }

@@ -37,6 +37,8 @@ struct Place {
   int line;
 };
 
+bool ends_with(const std::string& path, const std::string& suffix);
+
 struct Site {
   Kind kind;
   int bytes;  // that a lane reads or writes; 0 where it does not access memory

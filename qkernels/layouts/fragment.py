@@ -3,7 +3,8 @@
 N is padded to 32 rows and K to 64 columns. A unit is a tile of 16 rows by 64 columns of 4 bits, or
 by 32 columns of 8 bits: 512 bytes, of which each of a warp's 32 lanes takes 16 in one load.
 
-words          int32 [N/16, units, 32, 4]; drawn in csrc/cuda/fragment.cuh and docs/kernels.md
+words          int32 [N/16, units, 32, 4]; csrc/cuda/weights/fragment.cuh and docs/kernels.md
+               draw them
 scales, zeros  [G, N padded]; the rows of a tile in the order 0, 8, 1, 9, ..., 7, 15
 
 The kernels take groups of a multiple of 16 columns. Other groups are padded to one, each at its

@@ -23,8 +23,10 @@
 #include "cpu/linear.h"
 #include "cpu/vector_portable.h"
 #include "cpu/vnni.h"
+#include "integers.h"
 
 using namespace qkernels::cpu;
+using qkernels::ceil_div;
 
 namespace {
 
@@ -177,7 +179,7 @@ struct Product {
     } else if (format.scales == GroupType::kNested) {
       scales = random.bytes(count, 0, 256);
       nested_table = random.floats(256, -1, 1);
-      nested_absmax = random.floats(divide_up(n * weight.groups(), 256), 0.001f, 0.01f);
+      nested_absmax = random.floats(ceil_div(n * weight.groups(), 256), 0.001f, 0.01f);
       weight.nested_offset = 0.02f;
     } else {
       scales = random.numbers(count, float_type(format.scales), 0.001f, 0.02f);
@@ -427,7 +429,7 @@ class Matrix {
         const Bytes codes = random_.bytes(n * k, 0, nibbles ? 16 : 256);
         const int64_t rows = n, columns = k;
         const auto run = [=](const Schedule&, const Pool& pool) {
-          const int64_t words = divide_up(rows, kLanes) * kLanes * padded_columns(columns);
+          const int64_t words = ceil_div(rows, kLanes) * kLanes * padded_columns(columns);
           std::vector<uint32_t> packed(static_cast<size_t>(words / (nibbles ? 8 : 4)), ~0u);
           pack_vnni(codes.data(), packed.data(), rows, columns, nibbles, pool);
           Bytes back = unwritten(rows * columns, 1);

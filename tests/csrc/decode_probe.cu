@@ -1,7 +1,8 @@
 // Each decoder on its own: loads the words of a lane, decodes them, and stores the pairs. What it
 // takes more than nothing_kernel, which loads and stores as much, is the decoder's.
 
-#include "cuda/decode.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/weights/decode.cuh"
 
 namespace qkernels {
 
@@ -52,21 +53,18 @@ __global__ void nothing_kernel(ProbeParameters p) {
   }
 }
 
-#define QKERNELS_PROBE(D)                                     \
-  template __global__ void decode_kernel<D>(ProbeParameters); \
-  template __global__ void nothing_kernel<D>(ProbeParameters);
+template <template <class> class Decoder, bool kRealZeros>
+const char* run(DecoderTag<Decoder, kRealZeros>, const ProbeParameters& p) {
+  for (const auto kernel : {decode_kernel<Decoder<Half>>, decode_kernel<Decoder<Bfloat16>>,
+                            nothing_kernel<Decoder<Half>>, nothing_kernel<Decoder<Bfloat16>>}) {
+    if (const char* problem = launch(kernel, dim3(1), 32, 0, nullptr, p)) return problem;
+  }
+  return nullptr;
+}
 
-QKERNELS_PROBE(Int4<Half>)
-QKERNELS_PROBE(Int4<Bfloat16>)
-QKERNELS_PROBE(Int8<Half>)
-QKERNELS_PROBE(Int8<Bfloat16>)
-QKERNELS_PROBE(Table4<Half>)
-QKERNELS_PROBE(Table4<Bfloat16>)
-QKERNELS_PROBE(Fp4E2M1<Half>)
-QKERNELS_PROBE(Fp4E2M1<Bfloat16>)
-QKERNELS_PROBE(Fp8E4M3<Half>)
-QKERNELS_PROBE(Fp8E4M3<Bfloat16>)
-QKERNELS_PROBE(Fp8E5M2<Half>)
-QKERNELS_PROBE(Fp8E5M2<Bfloat16>)
+// Nobody calls it: it instantiates the kernels for every decoder.
+const char* probe(const FragmentWeight& weight, const ProbeParameters& p) {
+  return visit_decoder(weight, [&](auto decoder) { return run(decoder, p); });
+}
 
 }  // namespace qkernels

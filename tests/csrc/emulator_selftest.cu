@@ -376,6 +376,7 @@ int run(int argc, char** argv) {
 
   const std::string region_bytes = text("region", "");
   const char* kind = text("disable", nullptr);
+  const char* file = text("file", "emulator_selftest.cu");
   const auto launches = number("launches", "1");
   for (long long i = 0; i < launches; ++i) {
     std::memset(out.get(), 0, words * 4);
@@ -388,9 +389,11 @@ int run(int argc, char** argv) {
     qkernels_emulator_require_regions(static_cast<int>(number("require", "0")));
     qkernels_emulator_check_races(static_cast<int>(number("races", "0")));
     if (kind != nullptr) {
-      qkernels_emulator_disable_site(kind, text("file", "emulator_selftest.cu"),
-                                     static_cast<int>(number("line", "0")));
+      qkernels_emulator_disable_site(kind, file, static_cast<int>(number("line", "0")));
     }
+    // Switches that hold for one launch of several.
+    qkernels_emulator_skip_launches(number("skip", "-1") == i ? 1 : 0);
+    qkernels_emulator_fail_launches(file, number("fail", "-1") == i ? "no such kernel" : nullptr);
     const auto start = std::chrono::steady_clock::now();
     const char* error = launch(
         kernel, dim3(static_cast<unsigned>(number("blocks", "1"))),

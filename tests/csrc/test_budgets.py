@@ -11,13 +11,18 @@ from typing import Any
 import pytest
 import tomllib
 
+from csrc.cuda import instantiate
 from tests.csrc import sass
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA = ROOT / "csrc" / "cuda"
+CSRC = ROOT / "csrc"
+CUDA = CSRC / "cuda"
 CACHE = ROOT / "build" / "budgets"
 BUDGETS = tomllib.loads((CUDA / "budgets.toml").read_text())
-SOURCES = sorted(CUDA.glob("*.cu"))
+SOURCES = [
+    *sorted(CUDA.rglob("*.cu")),
+    *(instantiate.FOLDER / name for name in instantiate.sources()),
+]
 DEFAULT = ("80", "90a")
 ARCHITECTURES = [
     pytest.param(each, marks=() if each in DEFAULT else pytest.mark.full)
@@ -45,7 +50,8 @@ needs_tools = [
 
 def compiled(source: Path, architecture: str) -> Path:
     """The cubin of a source, made once for the same sources and compiler."""
-    headers = sorted((*CUDA.glob("*.cuh"), *CUDA.glob("*.h")))
+    instantiate.write()
+    headers = sorted((*CSRC.glob("*.h"), *CUDA.rglob("*.cuh"), *CUDA.rglob("*.h")))
     digest = hashlib.sha256(subprocess.check_output(["nvcc", "--version"]))
     for path in (source, *headers):
         digest.update(path.read_bytes())
@@ -53,7 +59,7 @@ def compiled(source: Path, architecture: str) -> Path:
     cubin = CACHE / f"{source.stem}-{architecture}-{digest.hexdigest()[:16]}.cubin"
     if not cubin.exists():
         part = cubin.with_suffix(".part")
-        command = ["nvcc", "-std=c++17", f"-arch=sm_{architecture}", f"-I{ROOT / 'csrc'}"]
+        command = ["nvcc", "-std=c++17", f"-arch=sm_{architecture}", f"-I{CSRC}"]
         done = subprocess.run(
             [*command, "-cubin", "-o", str(part), str(source)], capture_output=True, text=True
         )
@@ -134,9 +140,9 @@ class TestBudgets:
             for problem in broken(kernel, budget_of(kernel.name))
         ]
         assert not problems, "\n".join(problems)
-        # weight_only.cu only chooses; every other source has kernels.
-        assert bool(kernels) == (source.stem != "weight_only")
-        if source.stem.startswith("weight_only_mma_"):
+        # mma.cu only chooses; every other source has kernels.
+        assert bool(kernels) == (source.stem != "mma")
+        if source.parent == instantiate.FOLDER:
             assert len(kernels) == 8, "two types of x, four numbers of tokens"
 
 
@@ -151,7 +157,11 @@ class TestDecoders:
                 compiled(Path(__file__).with_name("decode_probe.cu"), architecture)
             )
         }
-        for decoder, allowed in BUDGETS["integer_operations"].items():
+        budgets = BUDGETS["integer_operations"]
+        assert {f"decode_kernel<{decoder}>" for decoder in budgets} == {
+            name for name in kernels if name.startswith("decode_kernel")
+        }
+        for decoder, allowed in budgets.items():
             spent = kernels[f"decode_kernel<{decoder}>"].integer_operations()
             spent -= kernels[f"nothing_kernel<{decoder}>"].integer_operations()
             weights = 32 if has_four_bits(decoder) else 16

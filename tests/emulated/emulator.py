@@ -66,6 +66,26 @@ def disabled(kind: str, file: str, line: int) -> Iterator[None]:
         library().qkernels_emulator_disable_site(None, b"", 0)
 
 
+@contextmanager
+def skipped_launches() -> Iterator[None]:
+    """Makes the launches inside do nothing: what is left of the time of a call is the host's."""
+    library().qkernels_emulator_skip_launches(1)
+    try:
+        yield
+    finally:
+        library().qkernels_emulator_skip_launches(0)
+
+
+@contextmanager
+def failing_launches(error: str, file: str = "") -> Iterator[None]:
+    """Makes the launches in files whose path ends in `file` fail with `error`."""
+    library().qkernels_emulator_fail_launches(file.encode(), error.encode())
+    try:
+        yield
+    finally:
+        library().qkernels_emulator_fail_launches(b"", None)
+
+
 def product(
     x: torch.Tensor,
     packed: PackedWeight,

@@ -24,7 +24,7 @@ from tests.emulated.emulator import (
 
 pytestmark = needs_emulator
 
-FILES = ("weight_only_mma.cuh", "dequantize.cu", "pack.cu")
+FILES = ("mma.cuh", "dequantize.cu", "pack.cu")
 KINDS = ("sync_threads", "sync_warp", "thread_fence", "copy_async_wait", "within")
 SEEDS = range(12)
 

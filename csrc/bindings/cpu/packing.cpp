@@ -123,7 +123,7 @@ void pack_vnni(const at::Tensor& codes, const at::Tensor& words, int64_t first_r
   const int64_t panel = first_row / cpu::kLanes;
   require(first_row % cpu::kLanes == 0 && first_row >= 0,
           "first_row must be a multiple of 16, got ", first_row);
-  require(panel + cpu::divide_up(rows, cpu::kLanes) <= words.size(0), "rows ", first_row, " to ",
+  require(panel + ceil_div(rows, cpu::kLanes) <= words.size(0), "rows ", first_row, " to ",
           first_row + rows, " do not fit words of shape ", words.sizes());
   auto* to = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>());
   const py::gil_scoped_release released;

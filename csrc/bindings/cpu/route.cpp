@@ -190,8 +190,8 @@ class CpuRoute final : public Route {
     if (buffers.nested_absmax != nullptr) {
       require(buffers.nested_offset != nullptr && nested_table_.has_value(),
               "nested scales need all parts");
-      check("nested_absmax", *buffers.nested_absmax, at::kCPU,
-            {cpu::divide_up(weight.n * groups, 256)}, at::kFloat);
+      check("nested_absmax", *buffers.nested_absmax, at::kCPU, {ceil_div(weight.n * groups, 256)},
+            at::kFloat);
       check("nested_offset", *buffers.nested_offset, at::kCPU, {}, at::kFloat);
       weight.scale_type = cpu::GroupType::kNested;
       weight.nested_absmax = buffers.nested_absmax->const_data_ptr<float>();

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/fragment.cuh"
+#include "cuda/weights/fragment.cuh"
 
 namespace qkernels::bindings {
 

@@ -7,7 +7,7 @@
 #include <string_view>
 
 #include "bindings/checks.h"
-#include "cuda/weight_only.h"
+#include "cuda/weight_only/weight_only.h"
 
 // Compiled twice: for a GPU, as torch.ops.qkernels_cuda, and with the emulator, as
 // torch.ops.qkernels_emulated, whose tensors are on the CPU.

@@ -5,7 +5,7 @@
 
 #include "bindings/cuda/device.h"
 #include "bindings/cuda/fragment.h"
-#include "cuda/fragment.cuh"
+#include "cuda/weights/fragment.cuh"
 
 namespace qkernels::bindings {
 

@@ -1,10 +1,11 @@
-// Between weight_only.cu, which reads arguments, and the kernels: one function for each decoder,
-// instantiated in a source file of its own so that they compile side by side.
+// Between mma.cu, which reads arguments, and the kernels: one function for each decoder,
+// instantiated in a source file of its own (instantiate.py) so that they compile side by side.
 
 #pragma once
 
-#include "cuda/decode.cuh"
-#include "cuda/weight_only.h"
+#include "cuda/launch.cuh"
+#include "cuda/weights/decode.cuh"
+#include "cuda/weights/types.h"
 
 namespace qkernels {
 
@@ -23,7 +24,7 @@ struct WeightOnlyParameters {
   FloatType bias_type;
 };
 
-// Starts weight_only_mma_kernel for `tokens` tokens a block. Defined in weight_only_mma.cuh.
+// Starts weight_only_mma_kernel for `tokens` tokens a block. Defined in mma.cuh.
 template <template <class> class Decoder, bool kRealZeros>
 const char* launch_decoder(const WeightOnlyParameters& parameters, FloatType x_type, int tokens,
                            dim3 grid, int shared_bytes, Stream stream);

@@ -2,7 +2,8 @@
 //
 // A decoder turns the kWords words of one step of 16 columns into four pairs: `pairs[p]` has the
 // numbers of row g (p even) or g + 8 (p odd), see fragment.cuh. Integer codes come as code - zero,
-// where `offsets` carries the zero points of the two rows; all results are exact.
+// where `offsets` carries the zero points of the two rows, kImpliedZero where none are stored; all
+// results are exact.
 //
 // Integers go through numbers whose low mantissa bits are the code: in fp16, 0x6400 | q is 1024 + q
 // (q < 1024); in bf16, 0x4300 | q is 128 + q (q < 128). Subtracting 1024 + zero, or 128 + zero,
@@ -12,7 +13,7 @@
 #pragma once
 
 #include "cuda/ptx.cuh"
-#include "cuda/weight_only.h"
+#include "cuda/weights/types.h"
 
 namespace qkernels {
 
@@ -38,7 +39,7 @@ struct Int4 {
   static constexpr int kBits = 4;
   static constexpr int kWords = 1;  // a step
   static constexpr bool kHasOffsets = true;
-  static constexpr float kSymmetricZero = 8;
+  static constexpr float kImpliedZero = 8;
 
   QK_DEVICE void start(const float*) {}
 
@@ -81,7 +82,7 @@ struct Int8 {
   static constexpr int kBits = 8;
   static constexpr int kWords = 2;
   static constexpr bool kHasOffsets = true;
-  static constexpr float kSymmetricZero = 128;
+  static constexpr float kImpliedZero = 128;
 
   QK_DEVICE void start(const float*) {}
 

@@ -3,7 +3,9 @@
 // A warp turns a tile of 16 rows by 64 columns at a time: decoded as weight_only_mma does, turned
 // in shared memory, and stored in rows of 128 bytes.
 
-#include "cuda/groups.cuh"
+#include "cuda/weight_only/weight_only.h"
+#include "cuda/weights/fragment.cuh"
+#include "cuda/weights/groups.cuh"
 
 namespace qkernels {
 

@@ -3,8 +3,8 @@
 // A thread writes one word of the layout, or one code: packing happens once, when a model is
 // loaded.
 
-#include "cuda/fragment.cuh"
-#include "cuda/weight_only.h"
+#include "cuda/weights/fragment.cuh"
+#include "cuda/weights/pack.h"
 
 namespace qkernels {
 

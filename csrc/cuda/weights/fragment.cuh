@@ -32,6 +32,7 @@
 #pragma once
 
 #include "cuda/ptx.cuh"
+#include "integers.h"
 
 namespace qkernels {
 
@@ -45,13 +46,9 @@ constexpr int kUnitBytes = 512;
 template <int kBits>
 constexpr int kUnitColumns = kUnitBytes * 8 / kBits / kTileRows;
 
-QK_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t padded_rows(int64_t n) { return ceil_div(n, kRowMultiple) * kRowMultiple; }
 
-QK_HOST_DEVICE int64_t padded_rows(int64_t n) { return ceil_div(n, kRowMultiple) * kRowMultiple; }
-
-QK_HOST_DEVICE int64_t padded_columns(int64_t k) {
-  return ceil_div(k, kChunkColumns) * kChunkColumns;
-}
+constexpr int64_t padded_columns(int64_t k) { return ceil_div(k, kChunkColumns) * kChunkColumns; }
 
 // Where a code lies: word `word` and the bit that it starts at.
 struct FragmentPlace {

@@ -1,8 +1,8 @@
 // weight_only_mma: from arguments to the kernel of their types.
 
-#include "cuda/fragment.cuh"
-#include "cuda/groups.cuh"
-#include "cuda/weight_only_launch.cuh"
+#include "cuda/weight_only/parameters.cuh"
+#include "cuda/weight_only/weight_only.h"
+#include "cuda/weights/fragment.cuh"
 
 namespace qkernels {
 

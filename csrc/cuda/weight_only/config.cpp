@@ -1,7 +1,9 @@
-#include "cuda/config.h"
+#include "cuda/weight_only/config.h"
 
 #include <algorithm>
 #include <cstdio>
+
+#include "integers.h"
 
 namespace qkernels {
 
@@ -9,8 +11,6 @@ namespace {
 
 constexpr int64_t kChunk = 64, kWarps = 8;
 constexpr int kMostStages = 6;
-
-int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 int64_t stage_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   const int64_t x = c.tokens * kChunk * 2 * c.stage_chunks(p.bits);
@@ -20,11 +20,11 @@ int64_t stage_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
 }  // namespace
 
 int64_t group_slots(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
-  const int64_t groups = parts(p.k, p.group_size);
-  const int64_t touched = parts(c.stages * kChunk * c.stage_chunks(p.bits), p.group_size) + 1;
+  const int64_t groups = ceil_div(p.k, p.group_size);
+  const int64_t touched = ceil_div(c.stages * kChunk * c.stage_chunks(p.bits), p.group_size) + 1;
   // An even number: integer zero points of 64 rows fill half of the banks, and those of two groups
   // that are copied together must not fall on the same half where the slots start over.
-  return groups == 1 ? 1 : parts(std::min(groups, touched), 2) * 2;
+  return groups == 1 ? 1 : ceil_div(std::min(groups, touched), 2) * 2;
 }
 
 int64_t shared_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
@@ -37,12 +37,12 @@ int64_t shared_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
 
 int64_t partial_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   if (c.split_k == 1) return 0;
-  const int64_t tiles = parts(p.n, c.block_rows()) * parts(p.m, c.tokens);
+  const int64_t tiles = ceil_div(p.n, c.block_rows()) * ceil_div(p.m, c.tokens);
   return tiles * c.split_k * c.tokens * c.block_rows() * 4;
 }
 
 int64_t counter_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
-  return parts(p.n, c.block_rows()) * parts(p.m, c.tokens) * 4;
+  return ceil_div(p.n, c.block_rows()) * ceil_div(p.m, c.tokens) * 4;
 }
 
 const char* why_not(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
@@ -65,15 +65,15 @@ WeightOnlyConfig choose_config(const WeightOnlyProblem& p) {
   while (shared_bytes(p, c) > p.shared_bytes && c.tokens > 8) c.tokens /= 2;
   const int64_t resident = c.tokens < 64 && 2 * shared_bytes(p, c) <= p.shared_bytes ? 2 : 1;
   const int64_t slots = resident * p.multiprocessors;
-  const int64_t blocks = parts(p.n, c.block_rows()) * parts(p.m, c.tokens);
-  const int64_t steps = parts(parts(p.k, kChunk), c.stage_chunks(p.bits));
+  const int64_t blocks = ceil_div(p.n, c.block_rows()) * ceil_div(p.m, c.tokens);
+  const int64_t steps = ceil_div(ceil_div(p.k, kChunk), c.stage_chunks(p.bits));
   // Waves of blocks times the steps of each, a start of about three steps included, and for each
   // part of K a little for adding it. Not measured on a GPU.
   double best = 0;
   for (int64_t split = 1; split <= std::max<int64_t>(1, steps / 2); ++split) {
     if (split > 1 && blocks * split > 2 * slots) break;
-    const double waves = static_cast<double>(parts(blocks * split, slots));
-    const double time = waves * (static_cast<double>(parts(steps, split)) + 3) +
+    const double waves = static_cast<double>(ceil_div(blocks * split, slots));
+    const double time = waves * (static_cast<double>(ceil_div(steps, split)) + 3) +
                         (split > 1 ? 1 + 0.1 * static_cast<double>(split) : 0);
     if (split == 1 || time < best) {
       best = time;

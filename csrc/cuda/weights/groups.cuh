@@ -4,20 +4,10 @@
 
 #include <cmath>
 
-#include "cuda/decode.cuh"
-#include "cuda/fragment.cuh"
-#include "cuda/weight_only.h"
+#include "cuda/weights/decode.cuh"
+#include "cuda/weights/types.h"
 
 namespace qkernels {
-
-constexpr int size_of(FloatType type) { return type == FloatType::kFloat ? 4 : 2; }
-
-constexpr int size_of(ZeroType type) {
-  return type == ZeroType::kNone      ? 0
-         : type == ZeroType::kInteger ? 1
-         : type == ZeroType::kFloat   ? 4
-                                      : 2;
-}
 
 // Two numbers side by side in shared (or, with kGlobal, global) memory, as fp32.
 struct TwoFloats {
@@ -92,7 +82,7 @@ struct Group {
   // Before the first group.
   QK_DEVICE void start() {
     if constexpr (Decoder<T>::kHasOffsets) {
-      offsets = Decoder<T>::offsets(Decoder<T>::kSymmetricZero, Decoder<T>::kSymmetricZero);
+      offsets = Decoder<T>::offsets(Decoder<T>::kImpliedZero, Decoder<T>::kImpliedZero);
     }
   }
 

@@ -26,8 +26,10 @@
 
 #pragma once
 
-#include "cuda/groups.cuh"
-#include "cuda/weight_only_launch.cuh"
+#include "cuda/weight_only/config.h"
+#include "cuda/weight_only/parameters.cuh"
+#include "cuda/weights/fragment.cuh"
+#include "cuda/weights/groups.cuh"
 
 namespace qkernels {
 

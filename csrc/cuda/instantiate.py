@@ -1,0 +1,54 @@
+"""The sources that instantiate weight_only_mma: one for each decoder, to compile side by side.
+
+The decoders are those that visit_decoder (weights/decode.cuh) hands out. Whatever compiles the
+kernels calls `write` first, which leaves the sources in build/generated.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+CUDA = Path(__file__).resolve().parent
+FOLDER = CUDA.parents[1] / "build" / "generated"
+
+_TAG = re.compile(r"DecoderTag<(\w+), (true|false)>\(\)")
+
+_TEXT = """\
+#include "cuda/weight_only/mma.cuh"
+
+namespace qkernels {{
+
+template const char* launch_decoder<{decoder}, {real_zeros}>(const WeightOnlyParameters&, FloatType,
+                                                             int, dim3, int, Stream);
+
+}}  // namespace qkernels
+"""
+
+
+def sources() -> dict[str, str]:
+    """The text of each source by its name."""
+    tags = _TAG.findall((CUDA / "weights" / "decode.cuh").read_text())
+    assert tags, "decode.cuh has no DecoderTag<decoder, true or false>()"
+    return {
+        f"mma_{decoder.lower()}{'_real_zeros' if real_zeros == 'true' else ''}.cu": _TEXT.format(
+            decoder=decoder, real_zeros=real_zeros
+        )
+        for decoder, real_zeros in tags
+    }
+
+
+def write(folder: Path = FOLDER) -> list[Path]:
+    """The sources in `folder`; one that is there with the same text keeps its time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, text in sources().items():
+        path = folder / name
+        if not path.exists() or path.read_text() != text:
+            # In one step: another process may be compiling it.
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(text)
+            part.replace(path)
+        paths.append(path)
+    return paths

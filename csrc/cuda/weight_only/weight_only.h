@@ -1,0 +1,35 @@
+// Weight-only products on tensor cores: what the bindings call. Raw pointers and a stream, no
+// torch. Every function returns null, or what went wrong in words.
+
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/launch.cuh"
+#include "cuda/weight_only/config.h"
+#include "cuda/weights/types.h"
+
+namespace qkernels {
+
+struct WeightOnlyArguments {
+  FragmentWeight weight;
+  const void* x;  // [m, k] of x_type, rows x_stride elements apart, aligned to 16 bytes
+  int64_t x_stride;
+  const void* bias;  // [n] of bias_type, or null
+  void* y;           // [m, n] of x_type, contiguous
+  float* partials;
+  uint32_t* counters;
+  int64_t m;
+  FloatType x_type, bias_type;
+};
+
+// y = x @ w.T + bias, accumulated in fp32, the same bits at every call. The scales, and what is
+// left of real zero points after their integer part, are rounded to x's type; the weights once
+// more, as dequantize() rounds them.
+const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOnlyConfig& config,
+                            Stream stream);
+
+// w [n, k] of out_type from the fragment layout, with the roundings of weight_only_mma.
+const char* dequantize(const FragmentWeight& weight, void* out, FloatType out_type, Stream stream);
+
+}  // namespace qkernels

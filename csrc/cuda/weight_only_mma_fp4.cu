@@ -1,8 +1,0 @@
-#include "cuda/weight_only_mma.cuh"
-
-namespace qkernels {
-
-template const char* launch_decoder<Fp4E2M1, false>(const WeightOnlyParameters&, FloatType, int,
-                                                    dim3, int, Stream);
-
-}  // namespace qkernels
