@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from qkernels import rounding
 from qkernels.backends.cuda import weight_arguments
 from qkernels.layouts import FRAGMENT, pack
-from qkernels.quantizers import rtn
 from tests.emulated.emulator import (
     counted,
     failing_launches,
@@ -21,7 +21,7 @@ SCHEDULES = ({"tokens": 8, "split_k": 1}, {"tokens": 16, "split_k": 3})
 
 @pytest.fixture
 def problem():
-    packed = pack(rtn.quantize(torch.randn(40, 1024), "w4a16-g64"), FRAGMENT)
+    packed = pack(rounding.quantize(torch.randn(40, 1024), "w4a16-g64"), FRAGMENT)
     return torch.randn(3, 1024, dtype=torch.float16), packed
 
 

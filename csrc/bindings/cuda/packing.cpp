@@ -6,6 +6,7 @@
 #include "bindings/cuda/device.h"
 #include "bindings/cuda/fragment.h"
 #include "cuda/weights/fragment.cuh"
+#include "cuda/weights/pack.h"
 
 namespace qkernels::bindings {
 
