@@ -168,22 +168,6 @@ def test_a_call_allocates_its_output_alone():
     assert allocated == y.nbytes
 
 
-def test_the_choice_is_remembered_for_each_number_of_rows_and_type():
-    layer = layer_of("w4a16-g64")
-    reference = qk.WQLinear.from_weight(layer.to_weight(), backend="reference")
-    for _ in range(2):  # chosen in Python, then remembered
-        for dtype in (torch.bfloat16, torch.float32):
-            for m in (1, 4, 50):
-                x = torch.randn(m, LARGE[1]).to(dtype)
-                y, want = layer(x), reference(x)
-                assert y.dtype == dtype
-                assert (y.float() - want.float()).norm() <= 2**-7 * want.float().norm()
-    with pytest.raises(qk.QuantizationError, match="float64"):
-        layer(torch.randn(1, LARGE[1], dtype=torch.float64))
-    with pytest.raises(qk.QuantizationError, match="must have shape"):
-        layer(torch.randn(1, 7))
-
-
 def test_a_forced_instruction_set_that_is_no_backend_is_named():
     with pytest.raises(NoKernelError, match="amx"):
         qk.WQLinear.from_linear(torch.nn.Linear(64, 8), "w8a8", backend="amx")
@@ -192,11 +176,12 @@ def test_a_forced_instruction_set_that_is_no_backend_is_named():
 def test_wrong_arguments_of_the_compiled_kernels_are_named():
     compiled = pytest.importorskip("qkernels._C")
 
-    def linear(**changes):
+    def route(**changes):
         arguments = {
             "n": 32,
             "k": 64,
             "group": 32,
+            "padded_group": 32,
             "code": "int4",
             "middle": 8.0,
             "table": None,
@@ -204,38 +189,54 @@ def test_wrong_arguments_of_the_compiled_kernels_are_named():
             "isa": "portable",
             "tiles": False,
             "rounds_weights": False,
-            "scale_of": "token",
+            "activation": "none",
+            "granularity": "token",
         }
-        return compiled.CpuLinear(**{**arguments, **changes})
+        return compiled.CpuRoute(**{**arguments, **changes})
 
     for changes, message in (
-        ({"group": 24}, "multiple of 16"),
+        ({"group": 24, "padded_group": 24}, "multiple of 16"),
+        ({"padded_group": 16}, "cannot be filled up to 16"),
+        ({"group": 64, "padded_group": 80}, "one group of all columns"),
         ({"code": "int5"}, "code must be"),
         ({"code": "table4"}, "a table goes with table4"),
         ({"isa": "sse"}, "isa must be"),
         ({"tiles": True}, "tiles need amx"),
         ({"rounds_weights": True}, "only tiles"),
-        ({"scale_of": "row"}, "scale_of must be"),
+        ({"activation": "int4"}, "activation must be"),
+        ({"granularity": "row"}, "granularity must be"),
+        ({"code": "fp8e4m3", "activation": "int8"}, "int4 and int8 codes alone"),
         ({"k": 0}, "above 0"),
+        ({"n": 0}, "above 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            linear(**changes)
+            route(**changes)
     packed = pack(rounding.quantize(torch.randn(32, 64), "w4a16-g32"), VNNI)
-    words, scales, zeros = (packed.buffers[name] for name in ("words", "scales", "zeros"))
     x = torch.randn(3, 64)
-    none = (None, None, None, None, None)
 
-    def run(x=x, words=words, scales=scales, zeros=zeros, dtype=torch.float32):
-        return linear().floats(x, words, scales, zeros, *none, dtype)
+    def run(x=x, bias=None, row_scales=None, dtype=torch.float32, activation="none", **changes):
+        buffers = {**packed.buffers, **changes}
+        buffers = {name: tensor for name, tensor in buffers.items() if tensor is not None}
+        return route(activation=activation).run(x, buffers, bias, row_scales, dtype)
 
     assert run().shape == (3, 32)
+    words, scales, zeros = (packed.buffers[name] for name in ("words", "scales", "zeros"))
+    quantized = {"x": x.to(torch.int8), "activation": "int8"}
     for arguments, message in (
-        ({"x": x[:, :10]}, r"x must have shape \[M, 64\]"),
+        ({"x": x[:, :10]}, r"x must have shape \[..., 64\]"),
         ({"x": x.double()}, "fp16, bf16 or fp32"),
-        ({"x": torch.randn(64, 3).t()}, "adjacent columns"),
         ({"words": words[:1]}, "words must have shape"),
+        ({"words": None}, "has words and scales"),
         ({"scales": scales.to(torch.uint8)}, "uint8 scales need"),
         ({"zeros": zeros[:, :1]}, "zeros must have shape"),
+        ({"zeros": zeros.float(), "activation": "int8"}, "zeros must be uint8"),
+        ({"words": words.transpose(1, 2).contiguous().transpose(1, 2)}, "must be contiguous"),
+        ({"plumbing": words}, "no buffer called plumbing"),
+        ({"bias": torch.zeros(31)}, r"bias must have shape \[32\]"),
+        ({"row_scales": torch.ones(3)}, "takes no quantized x"),
+        (quantized, "row_scales go with int8 x alone"),
+        ({"row_scales": torch.ones(3), "activation": "int8"}, "row_scales go with int8 x alone"),
+        ({**quantized, "row_scales": torch.ones(2)}, "row_scales must be 3 numbers"),
         ({"dtype": torch.float64}, "y must be"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -93,19 +93,6 @@ def test_explain_says_why_not():
     assert "emulated_weight_only_mma" in rows
 
 
-def test_x_is_brought_into_the_form_that_the_kernel_reads():
-    x = torch.randn(3, 64, dtype=torch.float16)
-    assert cuda.aligned_rows(x) is x
-    assert cuda.aligned_rows(x[:, :32]).data_ptr() == x.data_ptr()
-    for odd in (x[:, 1:], x[:, ::2], x.t(), x[:, :60], torch.randn(0, 5)):
-        rows = cuda.aligned_rows(odd)
-        k = odd.shape[1]
-        assert rows.shape == (odd.shape[0], -(-k // 8) * 8)
-        assert rows.stride(1) == 1 and rows.data_ptr() % 16 == 0
-        assert rows.shape[0] < 2 or rows.stride(0) % 8 == 0
-        assert torch.equal(rows[:, :k], odd) and not rows[:, k:].any()
-
-
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA, and so may the build")
 def test_a_build_without_cuda_says_what_to_do():
     assert "built without CUDA" in cuda.build_problem()

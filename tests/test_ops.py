@@ -1,8 +1,18 @@
+"""The operators as torch sees them: schemas, shapes, gradients, autocast, compilation, errors."""
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
-from qkernels import WQLinear
+from qkernels import (
+    QuantizedActivation,
+    QuantizedWeight,
+    WQLinear,
+    linear,
+    quantize_activation,
+)
+from qkernels.errors import WeightError
 
 TESTS = (
     "test_schema",
@@ -52,3 +62,117 @@ def test_spec_spells_itself():
     )
     spec = PackedSpec.of(layer.packed, "reference", True)
     assert PackedSpec.parse(str(spec)) == spec
+
+
+def layer_of(text, device, **kwargs):
+    return WQLinear.from_linear(torch.nn.Linear(200, 48, device=device), text, **kwargs)
+
+
+@pytest.mark.parametrize("text", ["w4a16-g64", "w8a8"])
+def test_a_gradient_only_where_x_wants_one(text, device):
+    layer, x = layer_of(text, device), torch.randn(3, 200, device=device)
+    assert layer(x).grad_fn is None
+    x.requires_grad_()
+    y = layer(x)
+    assert y.requires_grad
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+    with torch.inference_mode():
+        assert layer(x).is_inference()
+    grad = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, x, grad)
+    assert torch.allclose(got, grad @ layer.dequantize(), atol=1e-4)
+
+
+def test_weights_that_were_made_in_inference_mode_pass_gradients(device):
+    with torch.inference_mode():
+        layer = layer_of("w4a16-g64", device)
+    x = torch.randn(3, 200, device=device, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.dequantize().sum(0).expand(3, -1), atol=1e-4)
+
+
+def test_forward_mode_is_refused(device):
+    layer, x = layer_of("w4a16-g64", device), torch.randn(3, 200, device=device)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward"):
+        layer(forward_ad.make_dual(x, x))
+
+
+def test_backward_is_compiled_with_the_rest(device):
+    layer, x = layer_of("w4a16-g64", device), torch.randn(3, 200, device=device)
+
+    def compiler(graph):
+        return torch.compile(graph, backend="aot_eager", fullgraph=True)
+
+    wanted = x.clone().requires_grad_()
+    layer(wanted).sum().backward()
+    got = x.clone().requires_grad_()
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        layer(got).sum().backward()
+    assert torch.equal(got.grad, wanted.grad)
+
+
+def test_gradients_of_a_compiled_layer(device):
+    layer, x = layer_of("nf4-g64", device), torch.randn(3, 200, device=device)
+    both = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        again = x.clone().requires_grad_()
+        run(again).square().sum().backward()
+        both.append(again.grad)
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_autocast_casts_x(dtype, device):
+    layer, x = layer_of("w4a16-g64", device), torch.randn(3, 200, device=device).to(dtype)
+    want = layer(x.bfloat16())
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(layer(x), want)
+        assert torch.equal(linear(x, layer.packed, layer.bias), want)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), want)
+        with torch.autocast(device.type, enabled=False):
+            assert layer(x.float()).dtype == torch.float32
+        again = x.clone().requires_grad_()
+        layer(again).sum().backward()
+        assert again.grad.dtype == dtype
+        with pytest.raises(WeightError, match="int32"):
+            layer(x.int())
+
+
+def test_as_a_function_of_its_buffers(device):
+    layer, other = layer_of("w4a16-g64", device), layer_of("w4a16-g64", device)
+    x = torch.randn(3, 200, device=device)
+    y = torch.func.functional_call(layer, dict(other.named_buffers()), (x,))
+    assert torch.equal(y, other(x))
+
+
+def test_x_that_is_quantized_is_refused_where_it_cannot_be_used(device):
+    quantized = quantize_activation(torch.randn(3, 200, device=device))
+    for text in ("w4a16-g64", "w8a8-tensor"):
+        layer = layer_of(text, device)
+        for _ in range(2):  # before and after the layer has run
+            with pytest.raises(WeightError, match=f"layers of {text} do not take"):
+                layer(quantized)
+            layer(torch.randn(3, 200, device=device))
+    plain = layer_of("w8a8", device).to_weight()
+    fields = {**plain.fields, "input_factor": torch.rand(200, device=device) + 0.5}
+    weight = QuantizedWeight(scheme=plain.scheme, codes=plain.codes, **fields)
+    layer = WQLinear.from_weight(weight)
+    for _ in range(2):
+        with pytest.raises(WeightError, match="input_factor comes before that"):
+            layer(quantized)
+        layer(torch.randn(3, 200, device=device))
+    layer = layer_of("w8a8", device)
+    wrong_scale = QuantizedActivation(quantized.values, quantized.scale[:2], quantized.dtype)
+    floats = QuantizedActivation(quantized.values.float(), quantized.scale, quantized.dtype)
+    narrow = QuantizedActivation(quantized.values[:, :9], quantized.scale, quantized.dtype)
+    for _ in range(2):
+        for wrong, message in (
+            (wrong_scale, r"scale of x must be float32 \[3, 1\]"),
+            (floats, "must be int8"),
+            (narrow, r"must be int8 \[..., 200\]"),
+        ):
+            with pytest.raises(WeightError, match=message):
+                layer(wrong)
+        layer(quantized)
