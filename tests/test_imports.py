@@ -22,7 +22,8 @@ ORDER = (
     ("ops",),
     ("activations",),
     ("modules",),
-    ("quantizers", "checkpoints"),
+    ("calibration", "checkpoints"),
+    ("quantizers",),
     ("models",),
     ("cli",),
 )
