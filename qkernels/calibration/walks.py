@@ -252,11 +252,11 @@ def _in_order_of_execution(
     """Blocks by when the first batch first runs one of their layers; those never run come last."""
     order: dict[int, int] = {}
     layers = {block: [model.get_submodule(name) for name in block.layers] for block in blocks}
-    hooks = [
-        layer.register_forward_pre_hook(lambda m, _: order.setdefault(id(m), len(order)) and None)
-        for own in layers.values()
-        for layer in own
-    ]
+
+    def note(layer: nn.Module, _: Any) -> None:
+        order.setdefault(id(layer), len(order))
+
+    hooks = [layer.register_forward_pre_hook(note) for own in layers.values() for layer in own]
     try:
         run_batch(model, batches[0])
     finally:

@@ -28,6 +28,7 @@ from qkernels.quantizers.method import BlockTask, LayerTask
 from qkernels.quantizers.methods import LAST, METHODS
 from qkernels.quantizers.recipe import Part, Recipe
 from qkernels.quantizers.report import LayerReport, compare
+from qkernels.quantizers.resume import FinishedBlock, ResumeFolder
 from qkernels.scheme import Activation, QuantScheme
 from qkernels.select import layout_for
 from qkernels.weight import QuantizedWeight, WeightParameters, row_slices
@@ -68,46 +69,28 @@ class Outcome:
     made: dict[int, WQLinear] = field(default_factory=dict)
 
 
-def drive(model: nn.Module, plan: Plan, progress: Progress) -> Outcome:
-    """Quantizes the layers of `plan` in `model`, which is unchanged where anything is raised."""
+def drive(
+    model: nn.Module, plan: Plan, progress: Progress, folder: ResumeFolder | None = None
+) -> Outcome:
+    """Quantizes the layers of `plan` in `model`, which is unchanged where anything is raised.
+
+    Blocks that are finished in `folder` are taken from there, the others are added to it.
+    """
     changes = Changes(model)
-    blocks = find_blocks(model, plan.schemes)
+    whole = None if folder is None else folder.whole_model
     try:
         with calibrating(model):
             try:
-                return _run(model, plan, blocks, changes, progress, whole=None)
+                return _Run(model, plan, changes, progress, folder, whole).outcome
             except CannotFollow as reason:
-                changes.undo()
-                return _run(model, plan, blocks, changes, progress, whole=str(reason))
+                whole = str(reason)
+            changes.undo()
+            if folder is not None:
+                folder.take_whole_model(whole)
+            return _Run(model, plan, changes, progress, folder, whole).outcome
     except BaseException:
         changes.undo()
         raise
-
-
-def _run(
-    model: nn.Module,
-    plan: Plan,
-    blocks: Sequence[Block],
-    changes: Changes,
-    progress: Progress,
-    whole: str | None,
-) -> Outcome:
-    outcome = Outcome(whole)
-    walk: Walk
-    batches = plan.batches or ()
-    if batches and whole is None:
-        walk = BlockByBlock(model, blocks, batches, dense=_asks_for_dense(plan))
-    else:
-        walk = WholeModel(model, blocks, batches, changes.originals)
-    try:
-        while (block := walk.next()) is not None:
-            changes.begin(block)
-            _Block(model, plan, block, walk, changes, progress, outcome).quantize()
-            walk.advance()
-    finally:
-        walk.close()
-    progress(len(outcome.layers), len(plan.schemes), "")
-    return outcome
 
 
 def _asks_for_dense(plan: Plan) -> bool:
@@ -115,33 +98,84 @@ def _asks_for_dense(plan: Plan) -> bool:
     return any(needs.dense or needs.paired for needs in asked)
 
 
-class _Block:
-    """One block on its way through the recipe."""
+class _Run:
+    """One way through all blocks."""
 
     def __init__(
         self,
         model: nn.Module,
         plan: Plan,
-        block: Block,
-        walk: Walk,
         changes: Changes,
         progress: Progress,
-        outcome: Outcome,
+        folder: ResumeFolder | None,
+        whole: str | None,
     ) -> None:
-        self._plan, self._block, self._walk, self._changes = plan, block, walk, changes
-        self._progress, self._outcome = progress, outcome
-        self._module = model.get_submodule(block.name)
-        self._layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in block.layers}
+        self._model, self._plan, self._changes = model, plan, changes
+        self._progress, self._folder = progress, folder
+        self.outcome = Outcome(whole)
+        blocks, batches = find_blocks(model, plan.schemes), plan.batches or ()
+        self._walk: Walk
+        if batches and whole is None:
+            self._walk = BlockByBlock(model, blocks, batches, dense=_asks_for_dense(plan))
+        else:
+            self._walk = WholeModel(model, blocks, batches, changes.originals)
+        try:
+            while (block := self._walk.next()) is not None:
+                self._take(block, blocks.index(block))
+                self._walk.advance()
+        finally:
+            self._walk.close()
+        self._tell("")
 
-    def quantize(self) -> None:
+    def _tell(self, name: str) -> None:
+        self._progress(len(self.outcome.layers), len(self._plan.schemes), name)
+
+    def _take(self, block: Block, number: int) -> None:
+        """Takes a block from the folder, or quantizes it."""
+        layers = {name: cast(nn.Linear, self._model.get_submodule(name)) for name in block.layers}
+        self._changes.begin(block)
+        if self._folder is None:
+            self._quantize(block, layers)
+            return
+        finished = self._folder.load(number, self._model, self._plan.backend)
+        if finished is None:
+            own = {id(layer): name for name, layer in reversed(layers.items())}
+            own = {key: name for key, name in own.items() if key not in self.outcome.made}
+            self._quantize(block, layers)
+            made = {name: self.outcome.made[key] for key, name in own.items()}
+            self._folder.save(number, self._finished(block, made))
+            return
+        for name, values in finished.rewritten.items():
+            self._changes.rewrite(name, values)
+        for name, packed in finished.layers.items():
+            self.outcome.made[id(layers[name])] = packed
+        self.outcome.unreached.update(finished.unreached)
+        for report in finished.reports:
+            self._tell(report.name)
+            self._install(layers[report.name], report)
+
+    def _finished(self, block: Block, made: dict[str, WQLinear]) -> FinishedBlock:
+        unreached = self.outcome.unreached
+        return FinishedBlock(
+            layers=made,
+            rewritten=self._changes.rewritten(),
+            reports=[self.outcome.layers[name] for name in block.layers],
+            unreached={name: unreached[name] for name in block.layers if name in unreached},
+        )
+
+    def _install(self, layer: nn.Linear, report: LayerReport) -> None:
+        self._changes.replace(report.name, self.outcome.made[id(layer)])
+        self.outcome.layers[report.name] = report
+
+    def _quantize(self, block: Block, layers: Mapping[str, nn.Linear]) -> None:
         *preparing, last = self._plan.recipe.parts
         for part in preparing:
-            self._prepare(part, self._observe(part))
-        inputs = self._observe(last, self._for_report)
-        if last.method.prepare_block is not None and self._prepare(last, inputs):
-            inputs = self._observe(last, self._for_report)
-        for name, layer in self._layers.items():
-            self._progress(len(self._outcome.layers), len(self._plan.schemes), name)
+            self._prepare(part, block, layers, self._observe(part, layers))
+        inputs = self._observe(last, layers, self._for_report)
+        if last.method.prepare_block is not None and self._prepare(last, block, layers, inputs):
+            inputs = self._observe(last, layers, self._for_report)
+        for name, layer in layers.items():
+            self._tell(name)
             self._quantize_layer(name, layer, last, inputs.get(name))
 
     def _for_report(self, name: str) -> Needs:
@@ -150,22 +184,31 @@ class _Block:
         return Needs(quantized=("rows", *(("largest",) if static else ())))
 
     def _observe(
-        self, part: Part, beside: Callable[[str], Needs] = lambda name: Needs()
+        self,
+        part: Part,
+        layers: Mapping[str, nn.Linear],
+        beside: Callable[[str], Needs] = lambda name: Needs(),
     ) -> dict[str, LayerInputs]:
         if self._plan.batches is None:
             return {}
-        needs = {name: self._plan.needs(part, name) | beside(name) for name in self._layers}
-        return observe(self._walk, self._layers, needs) if any(needs.values()) else {}
+        needs = {name: self._plan.needs(part, name) | beside(name) for name in layers}
+        return observe(self._walk, layers, needs) if any(needs.values()) else {}
 
-    def _prepare(self, part: Part, inputs: Mapping[str, LayerInputs]) -> bool:
+    def _prepare(
+        self,
+        part: Part,
+        block: Block,
+        layers: Mapping[str, nn.Linear],
+        inputs: Mapping[str, LayerInputs],
+    ) -> bool:
         """Whether the block was rewritten."""
         before = self._changes.rewritten()
         assert part.method.prepare_block is not None
         task = BlockTask(
-            name=self._block.name,
-            module=self._module,
-            layers=self._layers,
-            schemes={name: self._plan.schemes[name] for name in self._layers},
+            name=block.name,
+            module=self._model.get_submodule(block.name),
+            layers=layers,
+            schemes={name: self._plan.schemes[name] for name in layers},
             inputs=inputs,
             walk=self._walk,
             changes=self._changes,
@@ -177,12 +220,10 @@ class _Block:
     def _quantize_layer(
         self, name: str, layer: nn.Linear, part: Part, inputs: LayerInputs | None
     ) -> None:
-        scheme = self._plan.schemes[name]
-        reached = inputs is None or inputs.rows > 0
-        if not reached:
+        scheme, made = self._plan.schemes[name], self.outcome.made
+        if inputs is not None and not inputs.rows:
             inputs, part = None, Part(METHODS[LAST], METHODS[LAST].parameters())
-            scheme, self._outcome.unreached[name] = _without_inputs(scheme)
-        made = self._outcome.made
+            scheme, self.outcome.unreached[name] = _without_inputs(scheme)
         if id(layer) not in made:
             task = LayerTask(
                 name=name,
@@ -193,11 +234,8 @@ class _Block:
                 activation_scale=_activation_scale(name, scheme, inputs),
             )
             made[id(layer)] = _build(task, part, self._plan.backend)
-        packed = made[id(layer)]
         rows = None if inputs is None else inputs.quantized["rows"].rows
-        report = compare(name, layer, packed, rows, str(part))
-        self._outcome.layers[name] = report
-        self._changes.replace(name, packed)
+        self._install(layer, compare(name, layer, made[id(layer)], rows, str(part)))
 
 
 def _without_inputs(scheme: QuantScheme) -> tuple[QuantScheme, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -19,6 +20,7 @@ from qkernels.modules.linear import WQLinear
 from qkernels.quantizers.driver import Plan, Progress, drive
 from qkernels.quantizers.recipe import Recipe
 from qkernels.quantizers.report import QuantizationReport
+from qkernels.quantizers.resume import ResumeFolder, fingerprint_batches, fingerprint_model
 from qkernels.scheme import QuantScheme
 from qkernels.select import check_backend
 
@@ -37,29 +39,40 @@ def quantize_model(
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, QuantScheme | str | None] | None = None,
     backend: str | None = None,
+    resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Replaces the `nn.Linear` layers of `model`, in place, by `WQLinear`.
 
     Args:
         model: its linear layers hold fp16, bf16 or fp32 weights.
-        method: "rtn".
+        method: a recipe: a method of `qkernels methods`, with its parameters, or several joined by
+            +, such as "a(x=0.5)+b"; the last one quantizes, those before prepare.
         scheme: for all layers that no override names.
         calibration: batches to run through the model (tensors, tuples or dicts of its arguments),
-            for the output errors and for static activation scales.
+            for the output errors, static activation scales and methods that learn from inputs. All
+            are held at once, and the inputs that they give to one block. A layer that they do not
+            reach is rounded to nearest, with activations per token where they would be static.
         include: patterns (`fnmatch`) of layer names to quantize; None for all but output heads.
         exclude: patterns of layers to leave alone.
         overrides: pattern -> scheme, or None to leave the layer alone; the first match counts. A
             pattern here includes an output head.
+        resume: a folder, empty or of an interrupted run with the same arguments. Each block is
+            stored there when it is finished, and taken from there by the next run, whose result is
+            the same bit for bit. It may be removed afterwards.
         progress: called as progress(done, total, layer name).
 
     Returns:
         A report of each layer's error and size, and why layers were skipped.
 
     Raises:
-        LayerError: where nothing is left to quantize, a pattern matches no layer, or a layer is
-            quantized already.
-        SchemeError, WeightError, NoKernelError: naming the layer. The model is unchanged then.
+        RecipeError: for a recipe that does not parse.
+        LayerError: where nothing is left to quantize, a pattern matches no layer, a layer is
+            quantized already, or calibration is missing.
+        SchemeError, WeightError, NoKernelError: naming the layer.
+        CheckpointError: for a `resume` folder of another run.
+
+    The model is unchanged where anything is raised, an interrupt included.
     """
     recipe = Recipe.parse(method)
     check_backend(backend)
@@ -78,10 +91,23 @@ def quantize_model(
     if batches is not None and not batches:
         raise LayerError("calibration holds no batch")
     plan = Plan(recipe, schemes, batches, backend)
-    outcome = drive(model, plan, progress or (lambda done, total, name: None))
+    folder = None if resume is None else _open_folder(resume, model, plan)
+    outcome = drive(model, plan, progress or (lambda done, total, name: None), folder)
     report.layers.extend(outcome.layers[name] for name in schemes)
     report.unreached.update(outcome.unreached)
     return replace(report, whole_model=outcome.whole_model)
+
+
+def _open_folder(folder: str | Path, model: nn.Module, plan: Plan) -> ResumeFolder:
+    batches = plan.batches
+    run = {
+        "recipe": str(plan.recipe),
+        "backend": plan.backend,
+        "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
+        "model": fingerprint_model(model),
+        "calibration": None if batches is None else fingerprint_batches(batches),
+    }
+    return ResumeFolder(folder, run)
 
 
 def _check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:
@@ -123,6 +149,8 @@ def _plan(
                 f"pattern {pattern!r} matches none of the {len(names)} linear layers, "
                 f"for example {names[:3]}"
             )
+    if "" in names:
+        raise LayerError("the model is a linear layer itself: use WQLinear.from_linear")
     plan: dict[str, QuantScheme] = {}
     for name in names:
         override = next((p for p in overrides if fnmatchcase(name, p)), None)

@@ -23,7 +23,7 @@ class Part:
     def __str__(self) -> str:
         default = self.method.parameters()
         changed = [
-            f"{name}={_spell(value)}"
+            f"{name}={spell(value)}"
             for name in (f.name for f in fields(default))
             if (value := getattr(self.parameters, name)) != getattr(default, name)
         ]
@@ -144,5 +144,6 @@ def _convert(value: str, kind: Any) -> Any:
     return words[value] if words else kind(value)
 
 
-def _spell(value: Any) -> str:
+def spell(value: Any) -> str:
+    """A parameter's value as a recipe has it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
