@@ -77,8 +77,9 @@ class SuspendedForward:
         self._cancelled = True
         if self._running:
             self._wait()
-        if self._thread.is_alive() and not self._ended:
+        if not self._ended:
             self._go.release()
+        if self._thread.ident is not None:
             self._thread.join()
         self.call = None
 

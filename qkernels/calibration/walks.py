@@ -123,7 +123,13 @@ class BlockByBlock:
         if block.name in block.layers:
             self._install_gate(block.name)
         self._guard(block)
-        for number in self.batches():
+        numbers = self.batches()
+        if not self._left:
+            # Behind the last block one batch is enough to see whether the model calls a block
+            # again; the others need not make logits.
+            numbers = numbers[:1]
+            self._dense_outputs = {}
+        for number in numbers:
             forward = self._forwards[QUANTIZED][number]
             call = forward.call
             assert call is not None
@@ -164,7 +170,9 @@ class BlockByBlock:
                     raise CannotFollow(f"{name} is called by the block {self._running}")
                 return inner(*args, **kwargs)
             if name in self._finished:
-                raise CannotFollow(f"{name} is called more than once")
+                raise CannotFollow(
+                    f"{name} is called more than once, or in another order by other batches"
+                )
             return forward.stop(Call(name, args, kwargs))
 
         self._undo.append(replace_forward(module, gate))

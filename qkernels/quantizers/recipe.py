@@ -52,14 +52,17 @@ class Recipe:
         if isinstance(text, Recipe):
             return text
         parts = _parse(text)
+        quantizing = [part.method.name for part in parts if part.method.quantize is not None]
+        if len(quantizing) > 1:
+            raise RecipeError(
+                f"recipe {text!r}: {' and '.join(quantizing)} quantize the layers: choose one"
+            )
         if parts[-1].method.quantize is None:
-            parts.append(Part(METHODS[LAST], METHODS[LAST].parameters()))
-        for part in parts[:-1]:
-            if part.method.quantize is not None:
+            if quantizing:
                 raise RecipeError(
-                    f"recipe {text!r}: {part.method.name} quantizes the layers, so nothing can "
-                    f"follow it, and {parts[-1].method.name} does"
+                    f"recipe {text!r}: {quantizing[0]} quantizes the layers, so it must come last"
                 )
+            parts.append(Part(METHODS[LAST], METHODS[LAST].parameters()))
         names = [part.method.name for part in parts]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

@@ -4,48 +4,7 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.errors import LayerError, QuantizationError, SchemeError, WeightError
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(72, 96), nn.Linear(96, 72, bias=False)
-
-    def forward(self, x):
-        return x + self.down(torch.relu(self.up(x)))
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(50, 72)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.lm_head = nn.Linear(72, 50, bias=False)
-        self.lm_head.weight = self.embed.weight
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.lm_head(x)
-
-
-TOKENS = torch.arange(40).view(2, 20)
-
-
-def snapshot(model):
-    return {name: type(module) for name, module in model.named_modules()}, {
-        name: tensor.clone() for name, tensor in model.state_dict().items()
-    }
-
-
-def unchanged(model, before):
-    types, state = before
-    assert {name: type(module) for name, module in model.named_modules()} == types
-    assert all(
-        torch.equal(a, b) or (a.isnan() == b.isnan()).all()
-        for a, b in zip(model.state_dict().values(), state.values(), strict=True)
-    )
+from tests.plain_model import TOKENS, Model, snapshot, unchanged
 
 
 def test_report_and_replacement():
