@@ -48,6 +48,9 @@ def _enclosing(model: nn.Module, layer: str) -> Iterator[str]:
 
 
 def _repeats(parent: nn.Module, entry: nn.Module) -> bool:
+    if isinstance(entry, nn.ModuleList | nn.ModuleDict):
+        # It only holds modules, and is never called itself.
+        return False
     if isinstance(parent, nn.Sequential):
         return sum(type(other) is type(entry) for other in parent) > 1
     return isinstance(parent, nn.ModuleList)

@@ -156,12 +156,12 @@ class ResumeFolder:
         path = self._folder / RUN_FILE
         try:
             found = json.loads(path.read_text())
-            self.whole_model = found.pop("whole_model")
-            different = [key for key in self._run if found.pop(key) != self._run[key]]
-        except (ValueError, KeyError, AttributeError):
-            raise CheckpointError(
-                f"{path} is damaged: remove {self._folder} to begin again"
-            ) from None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.keys() != {*self._run, "whole_model"}:
+            raise CheckpointError(f"{path} is damaged: remove {self._folder} to begin again")
+        self.whole_model = found["whole_model"]
+        different = [key for key in self._run if found[key] != self._run[key]]
         if different:
             names = " and ".join(_WHAT_DIFFERS[key] for key in different)
             raise CheckpointError(

@@ -29,15 +29,26 @@ def test_entries_of_module_lists_are_blocks_and_other_layers_their_own():
     }
 
 
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(Pair() for _ in range(2))
+
+
 def test_several_lists_and_the_outermost_of_nested_ones():
     def stack():
-        return nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleList([Pair()]) for _ in range(2))})
+        return nn.ModuleDict({"layer": nn.ModuleList(Nested() for _ in range(2))})
 
     model = nn.ModuleDict({"first": nn.Linear(16, 16), "encoder": stack(), "decoder": stack()})
     assert list(blocks_of(model)) == [
         "first",
         *(f"{side}.layer.{i}" for side in ("encoder", "decoder") for i in (0, 1)),
     ]
+
+
+def test_a_list_of_lists_is_not_called_but_its_entries_are():
+    model = nn.ModuleList([Pair(), nn.ModuleList([Pair(), Pair()])])
+    assert list(blocks_of(model)) == ["0", "1.0", "1.1"]
 
 
 def test_sequentials_that_repeat_a_class():

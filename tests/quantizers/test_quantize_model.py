@@ -1,10 +1,16 @@
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 import qkernels as qk
+from qkernels import rounding
+from qkernels.calibration.statistics import Needs
 from qkernels.errors import LayerError, QuantizationError, SchemeError, WeightError
-from tests.plain_model import TOKENS, Model, snapshot, unchanged
+from qkernels.quantizers.method import Method
+from qkernels.quantizers.methods import METHODS
+from tests.plain_model import TOKENS, Block, Model, snapshot, unchanged
 
 
 def test_report_and_replacement():
@@ -56,13 +62,116 @@ def test_mixed_precision_include_and_exclude():
     assert [r.name for r in report.layers] == ["lm_head"]
 
 
-def test_static_activations_take_their_scale_from_calibration():
-    model, inputs = Model(), []
-    model.blocks[0].up.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    qk.quantize_model(model, scheme="w8a8-static", calibration=[TOKENS, TOKENS.flip(0)])
-    scale = model.blocks[0].up.activation_scale
-    assert len(inputs) == 2
-    assert torch.allclose(scale, torch.cat(inputs).abs().max() / 127)
+@pytest.mark.parametrize("schemes", [("w8a8", "w8a16"), ("w8a16", "w8a8"), (None, "w8a16")])
+def test_the_first_pattern_that_matches_counts(schemes):
+    patterns = "*.down", "blocks.1.*"
+    for order in ((0, 1), (1, 0)):
+        overrides = {patterns[i]: schemes[i] for i in order}
+        report = qk.quantize_model(Model(), scheme="w4a16-g24", overrides=overrides)
+        chosen = {r.name: r.scheme for r in report.layers}
+        assert chosen.get("blocks.1.down") == schemes[order[0]]
+        assert chosen.get("blocks.0.down") == chosen.get("blocks.2.down") == schemes[0]
+        assert chosen["blocks.1.up"] == schemes[1]
+        left_alone = "left alone by the override '*.down'"
+        assert (report.skipped.get("blocks.1.down") == left_alone) == (
+            "blocks.1.down" not in chosen
+        )
+
+
+@pytest.mark.parametrize(("scheme", "largest"), [("w8a8-static", 127), ("fp8-a8-static", 448)])
+@pytest.mark.parametrize("position", range(3))
+def test_static_activations_take_their_scale_from_all_batches(scheme, largest, position):
+    model = Model()
+    # Token 7 alone makes large inputs, and it is in one batch.
+    model.embed.weight.data[7] *= 40
+    batches = [torch.arange(10, 30).view(1, 20) for _ in range(3)]
+    batches[position] = torch.tensor([[3, 7, 4]])
+    expected = model.embed.weight[7].detach().abs().max() / largest
+    qk.quantize_model(model, scheme=scheme, calibration=batches)
+    assert torch.allclose(model.blocks[0].up.activation_scale, expected, rtol=1e-6)
+
+
+class Experts(Model):
+    """Each of three experts takes ten tokens of the vocabulary, the fourth none."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks[1] = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, tokens):
+        x = self.blocks[0](self.embed(tokens))
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.blocks[1]):
+            taken = tokens // 10 == i if i < 3 else tokens < 0
+            y[taken] = expert(x[taken])
+        return self.blocks[2](x + y)
+
+
+RARE = ["blocks.1.3.up", "blocks.1.3.down"]
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g24", "w8a8", "w8a8-static", "fp8-a8-static"])
+def test_a_layer_without_inputs_is_rounded_and_reported(scheme):
+    torch.manual_seed(3)
+    model, twin = Experts(), Experts()
+    twin.load_state_dict(model.state_dict())
+    report = qk.quantize_model(model, scheme=scheme, calibration=[TOKENS[:1] % 30, TOKENS % 30])
+    assert list(report.unreached) == RARE
+    dynamic = scheme.removesuffix("-static")
+    by_name = {layer.name: layer for layer in report.layers}
+    assert len(by_name) == 12
+    for name in RARE:
+        assert by_name[name].scheme == dynamic and by_name[name].method == "rtn"
+        assert by_name[name].output_error is None
+        said = report.unreached[name]
+        assert said.startswith("rounded to nearest") and (dynamic in said) == (dynamic != scheme)
+        alone = qk.WQLinear.from_linear(twin.get_submodule(name), dynamic)
+        assert torch.equal(alone.dequantize(), model.get_submodule(name).dequantize())
+    assert all(r.output_error is not None for r in report.layers if r.name not in RARE)
+    assert report.as_dict()["unreached"] == report.unreached
+    # All experts stay usable.
+    assert model.blocks[1][3](torch.randn(2, 72)).isfinite().all()
+
+
+def test_a_method_that_learns_leaves_unreached_layers_to_rounding(monkeypatch):
+    learned = []
+
+    def learn(task, parameters):
+        learned.append(task.name)
+        assert task.inputs.rows
+        return rounding.fit(task.weight, task.scheme)
+
+    method = Method(
+        name="learn",
+        title="",
+        quantize=learn,
+        statistics=lambda scheme, parameters: Needs(quantized=("rows",)),
+    )
+    monkeypatch.setitem(METHODS, "learn", method)
+    report = qk.quantize_model(Experts(), "learn", "w8a16", calibration=[TOKENS % 30])
+    assert [r.name for r in report.layers if r.method == "rtn"] == RARE == list(report.unreached)
+    assert learned == [r.name for r in report.layers if r.method == "learn"]
+
+
+def test_calibration_that_reaches_nothing_still_quantizes():
+    class Idle(Model):
+        def forward(self, tokens):
+            return self.embed(tokens)
+
+    report = qk.quantize_model(Idle(), scheme="w8a8-static", calibration=[TOKENS])
+    assert len(report.unreached) == len(report.layers) == 6
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g24", "w8a8", "nf4-g64-dq", "fp8-a8"])
+def test_calibration_changes_no_weight_that_is_rounded(scheme):
+    torch.manual_seed(2)
+    model, twin = Model(), Model()
+    twin.load_state_dict(model.state_dict())
+    qk.quantize_model(model, scheme=scheme)
+    qk.quantize_model(twin, scheme=scheme, calibration=[TOKENS])
+    state, other = model.state_dict(), twin.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[key], other[key]) for key in state)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +195,7 @@ def test_wrong_arguments_leave_the_model_alone(kwargs, error, named):
     unchanged(model, before)
 
 
-def test_a_bad_weight_or_an_interrupt_leaves_the_model_alone():
+def test_a_bad_weight_leaves_the_model_alone():
     model = Model()
     model.blocks[2].down.weight.data[1, 2] = float("nan")
     before = snapshot(model)
@@ -94,15 +203,37 @@ def test_a_bad_weight_or_an_interrupt_leaves_the_model_alone():
         qk.quantize_model(model, scheme="w8a16")
     unchanged(model, before)
 
-    def interrupt(done, total, name):
-        if done == 3:
-            raise KeyboardInterrupt
 
-    model = Model()
-    before = snapshot(model)
-    with pytest.raises(KeyboardInterrupt):
-        qk.quantize_model(model, scheme="w8a16", progress=interrupt)
-    unchanged(model, before)
+@pytest.mark.parametrize("calibration", [None, [TOKENS]])
+def test_an_interrupt_at_any_layer_leaves_the_model_alone(calibration):
+    for last in range(7):
+
+        def interrupt(done, total, name, last=last):
+            if done == last:
+                raise KeyboardInterrupt
+
+        model = Model()
+        before = snapshot(model)
+        with pytest.raises(KeyboardInterrupt):
+            qk.quantize_model(model, scheme="w8a16", calibration=calibration, progress=interrupt)
+        unchanged(model, before)
+        assert threading.active_count() == 1
+
+
+def test_a_model_that_is_a_linear_layer():
+    with pytest.raises(LayerError, match=r"use WQLinear\.from_linear"):
+        qk.quantize_model(nn.Linear(72, 72), scheme="w8a16")
+
+
+def test_a_model_without_blocks():
+    model = nn.Sequential(nn.Linear(72, 96), nn.ReLU(), nn.Linear(96, 72))
+    x = torch.randn(5, 72)
+    want, inner = model(x), model[1](model[0](x)).abs().max()
+    report = qk.quantize_model(model, scheme="w8a8-static", calibration=[x])
+    assert [r.name for r in report.layers] == ["0", "2"] and report.whole_model is None
+    assert (model(x) - want).norm() / want.norm() < 0.02
+    # All of it is one block, whose layers are calibrated together.
+    assert torch.allclose(model[2].activation_scale, inner / 127)
 
 
 def test_twice_is_an_error():
