@@ -1,7 +1,11 @@
 """A small model of plain modules, with repeated blocks and a head that is tied."""
 
+import threading
+
 import torch
 from torch import nn
+
+from qkernels.calibration.forwards import THREAD_NAME
 
 
 class Block(nn.Module):
@@ -44,3 +48,8 @@ def unchanged(model, before):
         torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
         for a, b in zip(model.state_dict().values(), state.values(), strict=True)
     )
+
+
+def no_forward_is_left():
+    """Whether every suspended forward has ended, and its thread with it."""
+    return all(thread.name != THREAD_NAME for thread in threading.enumerate())

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+THREAD_NAME = "qkernels suspended forward"
+
 
 class CannotFollow(Exception):
     """The model calls its blocks in a way that cannot be taken one block at a time."""
@@ -46,8 +48,12 @@ class SuspendedForward:
         self._ended = self._running = self._cancelled = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._ambient = _ambient()
-        body = contextvars.copy_context().run
-        self._thread = threading.Thread(target=body, args=(self._body,), daemon=True)
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run,
+            args=(self._body,),
+            name=THREAD_NAME,
+            daemon=True,
+        )
 
     def start(self) -> None:
         """Runs up to the first stop, or the end.

@@ -1,6 +1,5 @@
 """Block by block gives what the whole model gives, and holds the inputs of one block."""
 
-import threading
 import weakref
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from qkernels.calibration.blocks import find_blocks
 from qkernels.calibration.forwards import CannotFollow
 from qkernels.calibration.walks import DENSE, BlockByBlock, WholeModel
 from qkernels.errors import LayerError
-from tests.plain_model import TOKENS, Block, Model, snapshot, unchanged
+from tests.plain_model import TOKENS, Block, Model, no_forward_is_left, snapshot, unchanged
 
 BATCHES = [TOKENS, TOKENS[:1, :5], TOKENS.flip(0), TOKENS[:, 3:]]
 
@@ -28,7 +27,7 @@ def scales_of(model):
 
 def quantized(model, scheme="w8a8-static", batches=BATCHES, **options):
     report = qk.quantize_model(model, "rtn", scheme, calibration=batches, **options)
-    assert threading.active_count() == 1
+    assert no_forward_is_left()
     return report
 
 
@@ -321,7 +320,7 @@ def test_errors_of_the_model_and_interrupts_end_every_forward():
     with pytest.raises(RuntimeError, match="5 tokens"):
         qk.quantize_model(model, scheme="w8a16", calibration=BATCHES)
     unchanged(model, before)
-    assert threading.active_count() == 1
+    assert no_forward_is_left()
     model = Failing()
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="no such head"):
@@ -330,7 +329,7 @@ def test_errors_of_the_model_and_interrupts_end_every_forward():
     with pytest.raises(TypeError, match="unexpected keyword argument 'ids'"):
         qk.quantize_model(model, scheme="w8a16", calibration=[{"ids": TOKENS}])
     unchanged(model, before)
-    assert threading.active_count() == 1
+    assert no_forward_is_left()
 
 
 def test_one_batch_alone_goes_behind_the_last_block():
