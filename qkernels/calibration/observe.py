@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,13 +30,47 @@ def observe(
     dense = set(walk.batches(DENSE)) if both else set()
     with contextlib.ExitStack() as stack:
         for layer in {id(layer): layer for layer in layers.values()}.values():
-            stack.callback(replace_forward(layer, observers[id(layer)].watching(layer)))
+            stack.callback(_watch(layer, observers[id(layer)].add))
         for batch in walk.batches(QUANTIZED):
             for chain in (DENSE, QUANTIZED) if batch in dense else (QUANTIZED,):
                 for observer in observers.values():
                     observer.begin(batch, chain)
                 walk.run(batch, chain)
     return {name: observers[id(layer)].inputs for name, layer in layers.items()}
+
+
+def stages(walk: Walk, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
+    """Names of layers in the order in which the present block runs them, grouped.
+
+    Layers that read the same tensor, such as the projections to q, k and v, go together; so do
+    layers whose names differ in numbers alone, such as the experts'. Those that the first batch
+    does not reach come last.
+    """
+    grouped: dict[str, list[str]] = {}
+    for name in layers:
+        grouped.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    # The inputs are held until the end, so that no two of them are in the same memory.
+    first: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for kind, names in grouped.items():
+            for name in names:
+
+                def note(x: Tensor, kind: str = kind) -> None:
+                    first.setdefault(kind, x)
+
+                stack.callback(_watch(layers[name], note))
+        for batch in walk.batches()[:1]:
+            walk.run(batch)
+    found: list[list[str]] = []
+    previous: Tensor | None = None
+    for kind, x in first.items():
+        if previous is not None and x.data_ptr() == previous.data_ptr():
+            found[-1] += grouped[kind]
+        else:
+            found.append(list(grouped[kind]))
+        previous = x
+    rest = [name for kind, names in grouped.items() if kind not in first for name in names]
+    return [*found, rest] if rest else found
 
 
 class _Observer:
@@ -52,18 +87,9 @@ class _Observer:
             self._dense.clear()
         self._batch, self._chain = batch, chain
 
-    def watching(self, layer: nn.Linear) -> Callable[..., Any]:
-        """The layer's forward, which also adds what it is given."""
-        inner = layer.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            x = args[0] if args else kwargs["input"]
-            self._add(x.detach().reshape(-1, x.shape[-1]))
-            return inner(*args, **kwargs)
-
-        return forward
-
-    def _add(self, x: Tensor) -> None:
+    def add(self, x: Tensor) -> None:
+        """Takes in x [..., K]."""
+        x = x.detach().reshape(-1, x.shape[-1])
         if self._chain == DENSE:
             if self.inputs.paired:
                 self._dense.append(x)
@@ -80,6 +106,17 @@ class _Observer:
         if dense is not None and dense.shape == x.shape:
             for statistic in self.inputs.paired.values():
                 statistic.add(x, batch=self._batch, dense=dense)
+
+
+def _watch(layer: nn.Module, note: Callable[[Tensor], None]) -> Callable[[], None]:
+    """Makes the layer's forward tell what it is given; the result undoes that."""
+    inner = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        note(args[0] if args else kwargs["input"])
+        return inner(*args, **kwargs)
+
+    return replace_forward(layer, forward)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ from qkernels.calibration.forwards import (
 QUANTIZED, DENSE = "quantized", "dense"
 """The two chains of a walk: what a block gets from quantized blocks, and from dense ones."""
 
+Dense = Callable[[Block], contextlib.AbstractContextManager[None]]
+
 
 class Walk(Protocol):
     """Blocks in the order in which the model runs them, with the batches that reach each."""
@@ -51,19 +53,27 @@ class BlockByBlock:
 
     Raises, from any method, `CannotFollow` where the model runs a block twice or runs a layer of a
     block outside of it, and whatever the model's own forward raises.
+
+    Args:
+        dense: a context in which the layers of a block are as they were before quantization, where
+            the dense chain is wanted; else None.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Any], *, dense: bool
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        batches: Sequence[Any],
+        dense: Dense | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._dense = model, dense
         self._left = list(blocks)
         self._present: Block | None = None
         self._running: str | None = None
         self._finished: set[str] = set()
         self._undo: list[Callable[[], object]] = []
         self._dense_outputs: dict[int, Any] = {}
-        chains = (QUANTIZED, DENSE) if dense else (QUANTIZED,)
+        chains = (QUANTIZED,) if dense is None else (QUANTIZED, DENSE)
         self._forwards = {
             chain: {
                 number: SuspendedForward(partial(run_batch, model, batch))
@@ -114,7 +124,11 @@ class BlockByBlock:
         assert call is not None
         # Blocks may write to what they are given: hidden states, caches.
         args, kwargs = _copied((call.args, call.kwargs), {})
-        return self._call(call.block, args, kwargs)
+        if chain == QUANTIZED:
+            return self._call(call.block, args, kwargs)
+        assert self._dense is not None and self._present is not None
+        with self._dense(self._present):
+            return self._call(call.block, args, kwargs)
 
     def advance(self) -> None:
         block = self._present
@@ -195,7 +209,8 @@ class WholeModel:
     """Runs the model from its inputs to its outputs for each block, whatever it does in between.
 
     Args:
-        originals: a context in which all blocks but one are as they were before quantization.
+        dense: a context in which the layers of a block, and all of the others, are as they were
+            before quantization.
     """
 
     def __init__(
@@ -203,9 +218,9 @@ class WholeModel:
         model: nn.Module,
         blocks: Sequence[Block],
         batches: Sequence[Any],
-        originals: Callable[[Block], contextlib.AbstractContextManager[None]],
+        dense: Dense,
     ) -> None:
-        self._model, self._batches, self._originals = model, batches, originals
+        self._model, self._batches, self._dense = model, batches, dense
         self._left = _in_order_of_execution(model, blocks, batches) if batches else list(blocks)
         self._present: Block | None = None
 
@@ -220,7 +235,7 @@ class WholeModel:
         assert self._present is not None
         if chain == QUANTIZED:
             return run_batch(self._model, self._batches[batch])
-        with self._originals(self._present):
+        with self._dense(self._present):
             return run_batch(self._model, self._batches[batch])
 
     def advance(self) -> None:

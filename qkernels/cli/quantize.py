@@ -98,7 +98,7 @@ def quantize(
     with progress_bar(f"writing {out}"), replaced_folder(out) as folder:
         qk.save_model(network, folder)
         tokenizer.save_pretrained(folder)
-    _print_report(report, sum(before[layer.name] for layer in report.layers), out)
+    print_report(report, sum(before[layer.name] for layer in report.layers), out)
 
 
 def parse_overrides(texts: list[str]) -> dict[str, qk.QuantScheme | None]:
@@ -185,7 +185,8 @@ def _bytes_by_layer(model: Any) -> dict[str, int]:
     return {name: m.weight.nbytes for name, m in linears if isinstance(m, nn.Linear)}
 
 
-def _print_report(report: qk.QuantizationReport, dense_bytes: int, out: Path) -> None:
+def print_report(report: qk.QuantizationReport, dense_bytes: int, out: Path) -> None:
+    """Prints what was done to the layers, whose weights had `dense_bytes` before."""
     layers = report.layers
     worst = max(layers, key=lambda layer: layer.weight_error)
     schemes = sorted({layer.scheme for layer in layers})

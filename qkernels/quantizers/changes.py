@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -56,19 +56,33 @@ class Changes:
         self._blocks.clear()
 
     @contextlib.contextmanager
-    def originals(self, keep: Block) -> Iterator[None]:
-        """A context in which only `keep` shows its changes."""
-        others = [changes for name, changes in self._blocks.items() if name != keep.name]
+    def dense_layers(self, block: Block) -> Iterator[None]:
+        """A context in which the layers of `block` are not quantized; what was rewritten stays."""
+        layers = self._blocks[block.name].layers if block.name in self._blocks else {}
+        try:
+            self._show_layers(layers, 0)
+            yield
+        finally:
+            self._show_layers(layers, 1)
+
+    @contextlib.contextmanager
+    def originals(self, block: Block) -> Iterator[None]:
+        """`dense_layers` of one block, and all others as they were at the beginning."""
+        others = [changes for name, changes in self._blocks.items() if name != block.name]
         try:
             for changes in others:
                 self._show(changes, 0)
-            yield
+            with self.dense_layers(block):
+                yield
         finally:
             for changes in others:
                 self._show(changes, 1)
 
     def _show(self, changes: _BlockChanges, which: int) -> None:
-        for name, layers in changes.layers.items():
-            self._model.set_submodule(name, layers[which])
+        self._show_layers(changes.layers, which)
         for name, values in changes.parameters.items():
             self._model.get_parameter(name).data = values[which]
+
+    def _show_layers(self, layers: Mapping[str, tuple[nn.Module, nn.Module]], which: int) -> None:
+        for name, both in layers.items():
+            self._model.set_submodule(name, both[which])

@@ -17,7 +17,7 @@ from torch import nn
 from qkernels import rounding
 from qkernels.calibration.blocks import Block, find_blocks
 from qkernels.calibration.forwards import CannotFollow
-from qkernels.calibration.observe import calibrating, observe
+from qkernels.calibration.observe import calibrating, observe, stages
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.calibration.walks import BlockByBlock, Walk, WholeModel
 from qkernels.errors import LayerError, QuantizationError
@@ -116,7 +116,8 @@ class _Run:
         blocks, batches = find_blocks(model, plan.schemes), plan.batches or ()
         self._walk: Walk
         if batches and whole is None:
-            self._walk = BlockByBlock(model, blocks, batches, dense=_asks_for_dense(plan))
+            dense = changes.dense_layers if _asks_for_dense(plan) else None
+            self._walk = BlockByBlock(model, blocks, batches, dense)
         else:
             self._walk = WholeModel(model, blocks, batches, changes.originals)
         try:
@@ -168,15 +169,22 @@ class _Run:
         self.outcome.layers[report.name] = report
 
     def _quantize(self, block: Block, layers: Mapping[str, nn.Linear]) -> None:
-        *preparing, last = self._plan.recipe.parts
-        for part in preparing:
-            self._prepare(part, block, layers, self._observe(part, layers))
-        inputs = self._observe(last, layers, self._for_report)
-        if last.method.prepare_block is not None and self._prepare(last, block, layers, inputs):
-            inputs = self._observe(last, layers, self._for_report)
-        for name, layer in layers.items():
-            self._tell(name)
-            self._quantize_layer(name, layer, last, inputs.get(name))
+        parts = self._plan.recipe.parts
+        for part in parts:
+            if part.method.prepare_block is not None:
+                self._prepare(part, block, layers)
+        for group in self._groups(parts[-1], layers):
+            inputs = self._observe(parts[-1], group, self._for_report)
+            for name, layer in group.items():
+                self._tell(name)
+                self._quantize_layer(name, layer, parts[-1], inputs.get(name))
+
+    def _groups(self, part: Part, layers: Mapping[str, nn.Linear]) -> list[Mapping[str, nn.Linear]]:
+        """The layers of a block that are calibrated together."""
+        if self._plan.batches is None or not part.method.in_stages(part.parameters):
+            return [layers]
+        found = stages(self._walk, layers)
+        return [{name: layers[name] for name in names} for names in found]
 
     def _for_report(self, name: str) -> Needs:
         """What is collected of every layer, whatever the method."""
@@ -194,28 +202,18 @@ class _Run:
         needs = {name: self._plan.needs(part, name) | beside(name) for name in layers}
         return observe(self._walk, layers, needs) if any(needs.values()) else {}
 
-    def _prepare(
-        self,
-        part: Part,
-        block: Block,
-        layers: Mapping[str, nn.Linear],
-        inputs: Mapping[str, LayerInputs],
-    ) -> bool:
-        """Whether the block was rewritten."""
-        before = self._changes.rewritten()
+    def _prepare(self, part: Part, block: Block, layers: Mapping[str, nn.Linear]) -> None:
         assert part.method.prepare_block is not None
         task = BlockTask(
             name=block.name,
             module=self._model.get_submodule(block.name),
             layers=layers,
             schemes={name: self._plan.schemes[name] for name in layers},
-            inputs=inputs,
+            inputs=self._observe(part, layers),
             walk=self._walk,
             changes=self._changes,
         )
         part.method.prepare_block(task, part.parameters)
-        after = self._changes.rewritten()
-        return any(after[name] is not before.get(name) for name in after)
 
     def _quantize_layer(
         self, name: str, layer: nn.Linear, part: Part, inputs: LayerInputs | None

@@ -75,7 +75,7 @@ class BlockTask:
     def rewrite(self, parameter: str, values: Tensor) -> None:
         """Gives new values to a parameter of the block, such as `input_layernorm.weight`.
 
-        The statistics are collected anew before the layers are quantized.
+        What follows in the recipe gets statistics of the block as it is then.
 
         Args:
             parameter: its name inside of the block.
@@ -93,6 +93,11 @@ def any_scheme(scheme: QuantScheme, parameters: Any) -> None:
     """For methods that take every scheme."""
 
 
+def at_once(parameters: Any) -> bool:
+    """For methods that calibrate all layers of a block together."""
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A row of the table.
@@ -108,6 +113,8 @@ class Method:
         prepare_block: rewrites a block before its layers are quantized, by `BlockTask.rewrite`.
         quantize: (task, parameters) -> a `QuantizedWeight` [N, K]; or only its `WeightParameters`,
             where the codes are the nearest values, which are then made in slices of rows.
+        in_stages: parameters -> whether the layers of a block are quantized in the order in which
+            it runs them, each behind the quantized ones before it.
         why_not: (scheme, parameters) -> the reason, in a user's words, why it cannot make that
             scheme, or None.
     """
@@ -118,6 +125,7 @@ class Method:
     statistics: Callable[[QuantScheme, Any], Needs] = no_statistics
     prepare_block: Callable[[BlockTask, Any], None] | None = None
     quantize: Callable[[LayerTask, Any], WeightParameters] | None = None
+    in_stages: Callable[[Any], bool] = at_once
     why_not: Callable[[QuantScheme, Any], str | None] = any_scheme
 
     def __post_init__(self) -> None:

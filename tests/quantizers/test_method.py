@@ -174,6 +174,70 @@ def test_statistics_come_from_quantized_and_dense_inputs(monkeypatch):
     assert not torch.allclose(last.dense["products"].value, last.quantized["products"].value)
 
 
+@dataclass(frozen=True)
+class Sequential:
+    true_sequential: bool = True
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_layers_are_quantized_in_stages_where_a_method_asks(monkeypatch, whole):
+    monkeypatch.setitem(STATISTICS, "products", Products)
+    kept = {}
+
+    def look(task, parameters):
+        kept[task.name] = task.inputs
+        return rounding.fit(task.weight, task.scheme, activation_scale=task.activation_scale)
+
+    method = Method(
+        name="toy",
+        title="",
+        parameters=Sequential,
+        quantize=look,
+        statistics=lambda scheme, parameters: Needs(dense=("products",), paired=("products",)),
+        in_stages=lambda parameters: parameters.true_sequential,
+    )
+    monkeypatch.setitem(METHODS, "toy", method)
+    kind = CalledAgain if whole else Model
+    model, other, batches = kind(), kind(), [TOKENS, FLIPPED[:1, :7]]
+    other.load_state_dict(model.state_dict())
+    names = [f"blocks.{i}.{part}" for i in (1, 2) for part in ("up", "down")]
+    dense = {name: inputs_of(model, name, batches) for name in names}
+    options = {"scheme": "w4a8-g24-flat-static", "calibration": batches}
+    report = qk.quantize_model(model, "toy", **options)
+    assert (report.whole_model is not None) == whole
+    for name in names:
+        quantized = inputs_of(model, name, batches)
+        # Every layer, not the first of its block alone, sees what the finished model gives it.
+        largest = max(float(x.abs().max()) for x in quantized)
+        scale = float(model.get_submodule(name).activation_scale)
+        assert scale == pytest.approx(largest / 127, rel=1e-6)
+        for statistics, expected in (
+            (kept[name].dense, sum(x.double().T @ x.double() for x in dense[name])),
+            (
+                kept[name].paired,
+                sum(x.double().T @ y.double() for x, y in zip(quantized, dense[name], strict=True)),
+            ),
+        ):
+            assert torch.allclose(statistics["products"].value, expected, rtol=1e-6)
+    qk.quantize_model(other, "toy(true_sequential=false)", **options)
+    up, down = (
+        torch.equal(
+            getattr(model.blocks[0], part).activation_scale,
+            getattr(other.blocks[0], part).activation_scale,
+        )
+        for part in ("up", "down")
+    )
+    assert up and not down
+
+
+class CalledAgain(Model):
+    """Calls its first block again at the end, which its other blocks do not see."""
+
+    def forward(self, tokens):
+        super().forward(tokens)
+        return self.blocks[0](self.embed(tokens))
+
+
 def smooth(task, parameters):
     """Moves a factor of each column from `down` into the rows of `up` before it."""
     assert sorted(task.schemes) == sorted(task.layers)
