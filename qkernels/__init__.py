@@ -15,7 +15,8 @@ from qkernels.checkpoints import load_model, save_model
 from qkernels.errors import QuantizationError
 from qkernels.modules import WQLinear, WQLinear_GEMM, WQLinear_GEMV
 from qkernels.ops import linear
-from qkernels.quantizers.model import LayerReport, QuantizationReport, quantize_model
+from qkernels.quantizers.model import quantize_model
+from qkernels.quantizers.report import LayerReport, QuantizationReport
 from qkernels.scheme import QuantScheme, table_type
 from qkernels.select import Explanation, explain
 from qkernels.weight import QuantizedWeight

@@ -9,6 +9,10 @@ class SchemeError(QuantizationError, ValueError):
     """A scheme that does not parse or combines parts that exclude each other."""
 
 
+class RecipeError(QuantizationError, ValueError):
+    """A recipe of quantization methods that does not parse or whose parts exclude each other."""
+
+
 class WeightError(QuantizationError, ValueError):
     """A weight, scale or activation tensor with a wrong shape, dtype, device or value."""
 

@@ -23,7 +23,8 @@ ORDER = (
     ("ops",),
     ("activations",),
     ("modules",),
-    ("quantizers", "checkpoints"),
+    ("calibration", "checkpoints"),
+    ("quantizers",),
     ("models",),
     ("cli",),
 )

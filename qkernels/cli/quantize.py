@@ -31,7 +31,13 @@ def quantize(
     model: models.ModelArgument,
     scheme: Annotated[str, typer.Option("--scheme", help="Such as w4a16-g128, nf4-g64, w8a8.")],
     out: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    method: Annotated[str, typer.Option(help="The quantization method.")] = "rtn",
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="RECIPE",
+            help="A method, or several such as a(x=1)+b; `qkernels list methods` lists them.",
+        ),
+    ] = "rtn",
     include: Annotated[
         Patterns, typer.Option(help="Quantize only layers whose name matches; may be repeated.")
     ] = None,
@@ -49,6 +55,13 @@ def quantize(
         Path | None,
         typer.Option(help="A text to measure output errors and static activation scales on."),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Keep what is done there, block by block, and go on from it after an interrupt.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing model.")] = False,
     dtype: models.PrecisionOption = models.Precision.bf16,
     device: models.DeviceOption = "auto",
@@ -57,9 +70,10 @@ def quantize(
     # Whatever can be wrong without the model is checked before the model is loaded.
     check_output(out, model, force)
     from qkernels.models.evaluation import read_text
+    from qkernels.quantizers.recipe import Recipe
     from qkernels.scheme import QuantScheme
 
-    parsed = QuantScheme.parse(scheme)
+    parsed, recipe = QuantScheme.parse(scheme), Recipe.parse(method)
     overrides = parse_overrides(override or [])
     text = None if calibration is None else read_text(calibration)
     import qkernels as qk
@@ -74,16 +88,17 @@ def quantize(
     report = models.quantize_with_bar(
         network,
         parsed,
-        method=method,
+        method=recipe,
         include=include,
         exclude=exclude,
         overrides=overrides,
         calibration=None if text is None else calibration_batches(network, tokenizer, text),
+        resume=resume,
     )
     with progress_bar(f"writing {out}"), replaced_folder(out) as folder:
         qk.save_model(network, folder)
         tokenizer.save_pretrained(folder)
-    _print_report(report, sum(before[layer.name] for layer in report.layers), out)
+    print_report(report, sum(before[layer.name] for layer in report.layers), out)
 
 
 def parse_overrides(texts: list[str]) -> dict[str, qk.QuantScheme | None]:
@@ -170,7 +185,8 @@ def _bytes_by_layer(model: Any) -> dict[str, int]:
     return {name: m.weight.nbytes for name, m in linears if isinstance(m, nn.Linear)}
 
 
-def _print_report(report: qk.QuantizationReport, dense_bytes: int, out: Path) -> None:
+def print_report(report: qk.QuantizationReport, dense_bytes: int, out: Path) -> None:
+    """Prints what was done to the layers, whose weights had `dense_bytes` before."""
     layers = report.layers
     worst = max(layers, key=lambda layer: layer.weight_error)
     schemes = sorted({layer.scheme for layer in layers})
@@ -178,6 +194,7 @@ def _print_report(report: qk.QuantizationReport, dense_bytes: int, out: Path) ->
     rows = table("what", "value")
     rows.add_row("written to", str(out))
     rows.add_row("quantized layers", f"{len(layers)} ({', '.join(schemes)})")
+    rows.add_row("method", report.method)
     rows.add_row("left alone", ", ".join(report.skipped) or "none")
     size = models.mebibytes(report.weight_bytes)
     rows.add_row("their weights", f"{size}, before {models.mebibytes(dense_bytes)}")
@@ -188,4 +205,10 @@ def _print_report(report: qk.QuantizationReport, dense_bytes: int, out: Path) ->
     if measured:
         summary = f"mean {sum(measured) / len(measured):.5f}, most {max(measured):.5f}"
         rows.add_row("relative output error", summary)
+    if report.unreached:
+        name, instead = next(iter(report.unreached.items()))
+        unreached = f"{len(report.unreached)} layers, such as {name}: {instead}"
+        rows.add_row("not reached by calibration", unreached)
+    if report.whole_model is not None:
+        rows.add_row("calibrated slowly", f"not block by block: {report.whole_model}")
     output().print(rows)

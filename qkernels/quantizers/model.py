@@ -5,105 +5,33 @@ Every layer is checked before the first is replaced, so that an error leaves the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qkernels import rounding
-from qkernels.errors import LayerError, QuantizationError
+from qkernels.errors import LayerError, SchemeError
 from qkernels.modules.awq import _AwqLinear
 from qkernels.modules.linear import WQLinear
+from qkernels.quantizers.driver import Plan, Progress, drive
+from qkernels.quantizers.recipe import Recipe
+from qkernels.quantizers.report import QuantizationReport
+from qkernels.quantizers.resume import ResumeFolder, fingerprint_batches, fingerprint_model
 from qkernels.scheme import QuantScheme
 from qkernels.select import check_backend
-from qkernels.weight import row_slices
-
-SAMPLE_ROWS = 256
-"""Rows of calibration input kept a layer, for the relative output error."""
 
 OUTPUT_HEADS = ("lm_head", "*.lm_head", "embed_out", "output_projection")
 """Names of output heads, which stay in 16 bits unless they are included by name: they are the most
 sensitive layer, and their weight often is that of the embedding."""
 
-METHODS: dict[str, str] = {"rtn": "round to nearest"}
-
-Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One quantized layer.
-
-    Attributes:
-        weight_error: |W - dequantized| / |W|, Frobenius.
-        output_error: |y - quantized y| / |y| over calibration inputs, or None without calibration.
-        bits_per_weight: all bytes of the packed weight but the bias, in bits over N * K.
-    """
-
-    name: str
-    scheme: str
-    n: int
-    k: int
-    weight_error: float
-    output_error: float | None
-    bits_per_weight: float
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """What `quantize_model` did: `layers` in the model's order, `skipped` with the reasons."""
-
-    method: str
-    layers: list[LayerReport] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all quantized weights, their scales included."""
-        return round(sum(r.bits_per_weight * r.n * r.k for r in self.layers) / 8)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Mean over all quantized weights."""
-        return 8 * self.weight_bytes / max(1, sum(r.n * r.k for r in self.layers))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
-        return {
-            "method": self.method,
-            "bits_per_weight": self.bits_per_weight,
-            "weight_bytes": self.weight_bytes,
-            "layers": [asdict(report) for report in self.layers],
-            "skipped": dict(self.skipped),
-        }
-
-
-@dataclass
-class _Inputs:
-    """What calibration keeps of a layer's input."""
-
-    largest: float = 0.0
-    rows: list[Tensor] = field(default_factory=list)
-    kept: int = 0
-
-    def add(self, x: Tensor) -> None:
-        flat = x.detach().reshape(-1, x.shape[-1])
-        if flat.numel():
-            self.largest = max(self.largest, float(flat.abs().max()))
-        # Evenly spaced rows of each batch: the first tokens of a text are unlike the others.
-        take = min(SAMPLE_ROWS - self.kept, SAMPLE_ROWS // 4, flat.shape[0])
-        if take > 0:
-            index = torch.linspace(0, flat.shape[0] - 1, take, device=flat.device).long()
-            self.rows.append(flat[index].clone())
-            self.kept += take
-
 
 def quantize_model(
     model: nn.Module,
-    method: str = "rtn",
+    method: str | Recipe = "rtn",
     scheme: QuantScheme | str = "w4a16-g128",
     *,
     calibration: Iterable[Any] | None = None,
@@ -111,67 +39,89 @@ def quantize_model(
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, QuantScheme | str | None] | None = None,
     backend: str | None = None,
+    resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Replaces the `nn.Linear` layers of `model`, in place, by `WQLinear`.
 
     Args:
         model: its linear layers hold fp16, bf16 or fp32 weights.
-        method: "rtn".
+        method: a recipe: a method of `qkernels list methods`, with its parameters, or several joined by
+            +, such as "a(x=0.5)+b"; the last one quantizes, those before prepare.
         scheme: for all layers that no override names.
         calibration: batches to run through the model (tensors, tuples or dicts of its arguments),
-            for the output errors and for static activation scales.
+            for the output errors, static activation scales and methods that learn from inputs. All
+            are held at once, and the inputs that they give to one block. A layer that they do not
+            reach is rounded to nearest, with activations per token where they would be static.
         include: patterns (`fnmatch`) of layer names to quantize; None for all but output heads.
         exclude: patterns of layers to leave alone.
         overrides: pattern -> scheme, or None to leave the layer alone; the first match counts. A
             pattern here includes an output head.
+        resume: a folder, empty or of an interrupted run with the same arguments. Each block is
+            stored there when it is finished, and taken from there by the next run, whose result is
+            the same bit for bit. It may be removed afterwards.
         progress: called as progress(done, total, layer name).
 
     Returns:
         A report of each layer's error and size, and why layers were skipped.
 
     Raises:
-        LayerError: where nothing is left to quantize, a pattern matches no layer, or a layer is
-            quantized already.
-        SchemeError, WeightError, NoKernelError: naming the layer. The model is unchanged then.
+        RecipeError: for a recipe that does not parse.
+        LayerError: where nothing is left to quantize, a pattern matches no layer, a layer is
+            quantized already, or calibration is missing.
+        SchemeError, WeightError, NoKernelError: naming the layer.
+        CheckpointError: for a `resume` folder of another run.
+
+    The model is unchanged where anything is raised, an interrupt included.
     """
-    if method not in METHODS:
-        raise QuantizationError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    recipe = Recipe.parse(method)
     check_backend(backend)
     default = QuantScheme.parse(scheme)
     parsed = {
         pattern: None if value is None else QuantScheme.parse(value)
         for pattern, value in (overrides or {}).items()
     }
-    report = QuantizationReport(method)
-    plan = _plan(model, default, include, exclude, parsed, report)
-    static = [name for name, s in plan.items() if s.activation.granularity == "static"]
-    if static and calibration is None:
-        raise LayerError(
-            f"{static[0]} has static activations ({plan[static[0]]}): pass calibration batches"
-        )
-    layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in plan}
-    for name, layer in layers.items():
-        rounding.check_weight(layer.weight.detach(), f"{name}.weight")
-    inputs = _calibrate(model, layers, calibration) if calibration is not None else {}
-    built: dict[int, WQLinear] = {}
-    try:
-        for done, (name, layer) in enumerate(layers.items()):
-            if progress is not None:
-                progress(done, len(layers), name)
-            packed, seen = built.get(id(layer)), inputs.get(name)
-            if packed is None:
-                packed = _quantize_layer(name, layer, plan[name], seen, backend)
-                built[id(layer)] = packed
-            report.layers.append(_report(name, layer, packed, seen))
-            model.set_submodule(name, packed)
-    except BaseException:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
-        raise
-    if progress is not None:
-        progress(len(layers), len(layers), "")
-    return report
+    report = QuantizationReport(str(recipe))
+    schemes = _plan(model, default, include, exclude, parsed, report)
+    _check_methods(recipe, schemes, calibrated=calibration is not None)
+    for name in schemes:
+        weight = cast(nn.Linear, model.get_submodule(name)).weight
+        rounding.check_weight(weight.detach(), f"{name}.weight")
+    batches = None if calibration is None else list(calibration)
+    if batches is not None and not batches:
+        raise LayerError("calibration holds no batch")
+    plan = Plan(recipe, schemes, batches, backend)
+    folder = None if resume is None else _open_folder(resume, model, plan)
+    outcome = drive(model, plan, progress or (lambda done, total, name: None), folder)
+    report.layers.extend(outcome.layers[name] for name in schemes)
+    report.unreached.update(outcome.unreached)
+    return replace(report, whole_model=outcome.whole_model)
+
+
+def _open_folder(folder: str | Path, model: nn.Module, plan: Plan) -> ResumeFolder:
+    batches = plan.batches
+    run = {
+        "recipe": str(plan.recipe),
+        "backend": plan.backend,
+        "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
+        "model": fingerprint_model(model),
+        "calibration": None if batches is None else fingerprint_batches(batches),
+    }
+    return ResumeFolder(folder, run)
+
+
+def _check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:
+    """Raises where a part of the recipe cannot make a layer's scheme, or lacks calibration."""
+    for name, scheme in schemes.items():
+        static = scheme.activation.granularity == "static"
+        if static and not calibrated:
+            raise LayerError(f"{name} has static activations ({scheme}): pass calibration batches")
+        for part in recipe.parts:
+            reason = part.method.why_not(scheme, part.parameters)
+            if reason is not None:
+                raise SchemeError(f"{name}: {part} does not make {scheme}: {reason}")
+            if part.method.statistics(scheme, part.parameters) and not calibrated:
+                raise LayerError(f"{part} learns from inputs: pass calibration batches")
 
 
 def _plan(
@@ -199,6 +149,8 @@ def _plan(
                 f"pattern {pattern!r} matches none of the {len(names)} linear layers, "
                 f"for example {names[:3]}"
             )
+    if "" in names:
+        raise LayerError("the model is a linear layer itself: use WQLinear.from_linear")
     plan: dict[str, QuantScheme] = {}
     for name in names:
         override = next((p for p in overrides if fnmatchcase(name, p)), None)
@@ -224,76 +176,3 @@ def _plan(
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _calibrate(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]
-) -> dict[str, _Inputs]:
-    inputs = {name: _Inputs() for name in layers}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs[name].add(args[0]))
-        for name, layer in layers.items()
-    ]
-    seen = 0
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                seen += 1
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                elif isinstance(batch, tuple | list):
-                    model(*batch)
-                else:
-                    model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not seen:
-        raise LayerError("calibration holds no batch")
-    silent = [name for name, kept in inputs.items() if not kept.kept]
-    if silent:
-        raise LayerError(f"calibration never reached {silent[0]} and {len(silent) - 1} others")
-    return inputs
-
-
-def _quantize_layer(
-    name: str, layer: nn.Linear, scheme: QuantScheme, inputs: _Inputs | None, backend: str | None
-) -> WQLinear:
-    activation_scale = None
-    if scheme.activation.granularity == "static":
-        assert inputs is not None
-        activation_scale = inputs.largest / scheme.activation.largest or 1.0
-    return WQLinear.from_linear(
-        layer, scheme, backend=backend, activation_scale=activation_scale, name=name
-    )
-
-
-def _report(name: str, layer: nn.Linear, packed: WQLinear, inputs: _Inputs | None) -> LayerReport:
-    weight, held = layer.weight.detach(), packed.packed
-    parameters = held.parameters()
-    wrong = total = 0.0
-    for start, stop in row_slices(*weight.shape):
-        original = weight[start:stop].float()
-        rows = parameters.to_column_order(held.dequantize_rows(start, stop))
-        wrong += float((rows - original).norm()) ** 2
-        total += float(original.norm()) ** 2
-    output_error = None
-    if inputs is not None:
-        x = torch.cat(inputs.rows)
-        with torch.no_grad():
-            exact = nn.functional.linear(x, layer.weight, layer.bias).double()
-            got = packed(x).double()
-        output_error = _relative(float((got - exact).norm()), float(exact.norm()))
-    return LayerReport(
-        name=name,
-        scheme=str(packed.scheme),
-        n=held.n,
-        k=held.k,
-        weight_error=_relative(wrong**0.5, total**0.5),
-        output_error=output_error,
-        bits_per_weight=8 * held.nbytes / (held.n * held.k),
-    )
-
-
-def _relative(difference: float, norm: float) -> float:
-    return difference / norm if norm else difference

@@ -1,15 +1,18 @@
 """`qkernels quantize`: what it writes, and that nothing half-written or overwritten remains."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import qkernels as qk
-from qkernels.cli.quantize import replaced_folder
+from qkernels.cli.quantize import print_report, replaced_folder
 from qkernels.errors import QuantizationError
 from qkernels.models.loading import load_model_and_tokenizer
+from qkernels.quantizers.resume import ResumeFolder
 from tests.tiny_model import tiny_model
 
 
@@ -61,6 +64,45 @@ def test_patterns_choose_layers_and_schemes(run, model_folder, text_file, tmp_pa
     code, text, _ = run("inspect", tmp_path / "out")
     assert code == 0
     assert text.count("w8a16-sym") == 1
+
+
+def test_a_run_that_was_interrupted_goes_on(run, model_folder, text_file, tmp_path, monkeypatch):
+    arguments = ("quantize", model_folder, "--scheme", "w8a8-static", "--calibration", text_file)
+    assert run(*arguments, "-o", tmp_path / "expected")[0] == 0
+    again = (*arguments, "-o", tmp_path / "out", "--resume", tmp_path / "work")
+    real, stored = ResumeFolder.save, []
+
+    def save(self, number, block):
+        if number in interrupted:
+            raise KeyboardInterrupt
+        stored.append(number)
+        real(self, number, block)
+
+    monkeypatch.setattr(ResumeFolder, "save", save)
+    interrupted = {1}
+    code, _, err = run(*again)
+    assert (code, err) == (130, "qkernels: interrupted\n")
+    assert not (tmp_path / "out").exists()
+    interrupted.clear()
+    assert run(*again)[0] == 0
+    assert stored == [0, 1]
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    code, _, err = run(*again, "--force", "--override", "*.down_proj=none")
+    assert code == 1 and "differs in the schemes of layers" in err
+
+
+def test_the_report_says_what_calibration_did_not_reach(capsys):
+    layer = qk.LayerReport("up", "w8a8", 4, 4, 0.1, None, 8.0)
+    report = qk.QuantizationReport("a(x=1)+rtn", [layer])
+    report.unreached["up"] = "rounded to nearest"
+    print_report(replace(report, whole_model="blocks.0 is called more than once"), 64, Path("out"))
+    text = capsys.readouterr().out
+    for what, value in (
+        ("method", "a(x=1)+rtn"),
+        ("not reached by calibration", "1 layers, such as up: rounded to nearest"),
+        ("calibrated slowly", "not block by block: blocks.0 is called more than once"),
+    ):
+        assert re.search(rf"│ {what} +│ {re.escape(value)}", text)
 
 
 @pytest.mark.parametrize(

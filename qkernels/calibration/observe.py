@@ -1,0 +1,145 @@
+"""Collects statistics of the inputs of layers while a walk runs their block."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.calibration.statistics import LayerInputs, Needs
+from qkernels.calibration.walks import DENSE, QUANTIZED, Walk, replace_forward
+
+
+def observe(
+    walk: Walk, layers: Mapping[str, nn.Linear], needs: Mapping[str, Needs]
+) -> dict[str, LayerInputs]:
+    """What reaches each layer of the walk's present block, over all batches.
+
+    A layer that has several names has one result, of all its calls.
+    """
+    observers = {
+        id(layer): _Observer(LayerInputs.empty(needs[name], layer.in_features))
+        for name, layer in layers.items()
+    }
+    both = any(each.dense or each.paired for each in needs.values())
+    dense = set(walk.batches(DENSE)) if both else set()
+    with contextlib.ExitStack() as stack:
+        for layer in {id(layer): layer for layer in layers.values()}.values():
+            stack.callback(_watch(layer, observers[id(layer)].add))
+        for batch in walk.batches(QUANTIZED):
+            for chain in (DENSE, QUANTIZED) if batch in dense else (QUANTIZED,):
+                for observer in observers.values():
+                    observer.begin(batch, chain)
+                walk.run(batch, chain)
+    return {name: observers[id(layer)].inputs for name, layer in layers.items()}
+
+
+def stages(walk: Walk, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
+    """Names of layers in the order in which the present block runs them, grouped.
+
+    Layers that read the same tensor, such as the projections to q, k and v, go together; so do
+    layers whose names differ in numbers alone, such as the experts'. Those that the first batch
+    does not reach come last.
+    """
+    grouped: dict[str, list[str]] = {}
+    for name in layers:
+        grouped.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    # The inputs are held until the end, so that no two of them are in the same memory.
+    first: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for kind, names in grouped.items():
+            for name in names:
+
+                def note(x: Tensor, kind: str = kind) -> None:
+                    first.setdefault(kind, x)
+
+                stack.callback(_watch(layers[name], note))
+        for batch in walk.batches()[:1]:
+            walk.run(batch)
+    found: list[list[str]] = []
+    previous: Tensor | None = None
+    for kind, x in first.items():
+        if previous is not None and x.data_ptr() == previous.data_ptr():
+            found[-1] += grouped[kind]
+        else:
+            found.append(list(grouped[kind]))
+        previous = x
+    rest = [name for kind, names in grouped.items() if kind not in first for name in names]
+    return [*found, rest] if rest else found
+
+
+class _Observer:
+    """Adds the inputs of one layer to its statistics."""
+
+    def __init__(self, inputs: LayerInputs) -> None:
+        self.inputs = inputs
+        self._batch, self._chain = -1, QUANTIZED
+        # Inputs of the dense chain that still wait for their twins; of one batch at a time.
+        self._dense: deque[Tensor] = deque()
+
+    def begin(self, batch: int, chain: str) -> None:
+        if chain == DENSE or batch != self._batch:
+            self._dense.clear()
+        self._batch, self._chain = batch, chain
+
+    def add(self, x: Tensor) -> None:
+        """Takes in x [..., K]."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        if self._chain == DENSE:
+            if self.inputs.paired:
+                self._dense.append(x)
+            if len(x):
+                for statistic in self.inputs.dense.values():
+                    statistic.add(x, batch=self._batch)
+            return
+        dense = self._dense.popleft() if self._dense else None
+        if not len(x):
+            return
+        self.inputs.rows += len(x)
+        for statistic in self.inputs.quantized.values():
+            statistic.add(x, batch=self._batch)
+        if dense is not None and dense.shape == x.shape:
+            for statistic in self.inputs.paired.values():
+                statistic.add(x, batch=self._batch, dense=dense)
+
+
+def _watch(layer: nn.Module, note: Callable[[Tensor], None]) -> Callable[[], None]:
+    """Makes the layer's forward tell what it is given; the result undoes that."""
+    inner = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        note(args[0] if args else kwargs["input"])
+        return inner(*args, **kwargs)
+
+    return replace_forward(layer, forward)
+
+
+@contextlib.contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; and no caches, which would grow with each run of a block.
+
+    Caches are those of Transformers: `use_cache` of each configuration that a module has.
+    """
+    training = [module for module in model.modules() if module.training]
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            found[id(config)] = config
+    try:
+        for module in training:
+            module.training = False
+        for config in found.values():
+            config.use_cache = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for config in found.values():
+            config.use_cache = True

@@ -1,0 +1,171 @@
+"""Statistics of a layer's inputs: sums that merge, so that two processes give what one gives.
+
+`STATISTICS` has a row for each. A method names what it needs in `Needs`; `LayerInputs` holds what
+was collected for one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+SAMPLE_ROWS = 256
+"""Rows of input kept of a layer, for the error of its output."""
+
+
+class Statistic(Protocol):
+    """A sum over rows of input. Neither the order of `add` and `merge` nor how the batches are
+    spread over instances changes the result, but for rounding where a statistic adds floats."""
+
+    def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
+        """Takes rows in.
+
+        Args:
+            x: floating [T, K], T >= 1.
+            batch: the number of the calibration batch that x comes from.
+            dense: [T, K], the same rows in the model before quantization, where both were asked.
+        """
+
+    def merge(self, other: Any) -> None:
+        """Takes in what another instance has seen."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sum as tensors, to be stored or sent."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Becomes what gave `state`."""
+
+
+class Largest:
+    """The largest |x|: `value`, fp32 []; NaN once an input has one."""
+
+    def __init__(self, columns: int) -> None:
+        self.value = torch.zeros((), dtype=torch.float32)
+
+    def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
+        largest = x.abs().amax().float()
+        self.value = torch.maximum(self.value.to(largest.device), largest)
+
+    def merge(self, other: Largest) -> None:
+        self.value = torch.maximum(self.value, other.value.to(self.value.device))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.value = state["value"]
+
+
+class SampledRows:
+    """A sample of rows: `rows` [R, K] in x's type, R <= `SAMPLE_ROWS`.
+
+    Each row draws a number from its batch and its place there; the rows with the least numbers are
+    kept. So the sample is spread over all batches and tokens, and a union of samples is the sample
+    of the union.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.rows = torch.empty(0, columns)
+        self.drawn = torch.empty(0, dtype=torch.float64)
+        # Rows of each batch so far: a layer may be called several times in one batch.
+        self._seen: dict[int, int] = {}
+
+    def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
+        seen = self._seen.get(batch, 0)
+        self._seen[batch] = seen + len(x)
+        generator = torch.Generator().manual_seed(batch)
+        drawn = torch.rand(seen + len(x), dtype=torch.float64, generator=generator)[seen:]
+        self._keep(x, drawn)
+
+    def merge(self, other: SampledRows) -> None:
+        self._keep(other.rows, other.drawn)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"rows": self.rows, "drawn": self.drawn}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.rows, self.drawn = state["rows"], state["drawn"]
+
+    def _keep(self, rows: Tensor, drawn: Tensor) -> None:
+        # Only what can be among the least is copied out of the batch.
+        order = drawn.argsort(stable=True)[:SAMPLE_ROWS]
+        rows, drawn = rows[order.to(rows.device)], drawn[order]
+        if len(self.drawn):
+            rows = torch.cat((self.rows.to(rows.device), rows))
+            drawn = torch.cat((self.drawn, drawn))
+            order = drawn.argsort(stable=True)[:SAMPLE_ROWS]
+            rows, drawn = rows[order.to(rows.device)], drawn[order]
+        self.rows, self.drawn = rows, drawn
+
+
+STATISTICS: dict[str, Callable[[int], Statistic]] = {
+    "largest": Largest,
+    "rows": SampledRows,
+}
+"""Name -> made for a layer with so many columns."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which statistics of a layer a method asks for, by their names in `STATISTICS`.
+
+    Attributes:
+        quantized: of inputs from blocks that are quantized already, which are those the layer will
+            meet.
+        dense: of inputs in the model before quantization.
+        paired: of both at once, row by row.
+    """
+
+    quantized: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+    paired: tuple[str, ...] = ()
+
+    def __or__(self, other: Needs) -> Needs:
+        def union(name: str) -> tuple[str, ...]:
+            return tuple(dict.fromkeys((*getattr(self, name), *getattr(other, name))))
+
+        return Needs(**{part.name: union(part.name) for part in fields(self)})
+
+    def __bool__(self) -> bool:
+        return bool(self.quantized or self.dense or self.paired)
+
+
+@dataclass
+class LayerInputs:
+    """What calibration collected for one layer.
+
+    Attributes:
+        rows: rows of input that reached the layer behind quantized blocks.
+        quantized, dense, paired: the statistics that `Needs` asked for, by name. A call that gave
+            the dense and the quantized model different numbers of rows, as experts may, is in no
+            paired statistic.
+    """
+
+    rows: int = 0
+    quantized: dict[str, Any] = field(default_factory=dict)
+    dense: dict[str, Any] = field(default_factory=dict)
+    paired: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def empty(needs: Needs, columns: int) -> LayerInputs:
+        """Nothing collected yet, for a layer with so many columns."""
+
+        def made(names: tuple[str, ...]) -> dict[str, Any]:
+            return {name: STATISTICS[name](columns) for name in names}
+
+        return LayerInputs(0, made(needs.quantized), made(needs.dense), made(needs.paired))
+
+    def merge(self, other: LayerInputs) -> None:
+        """Takes in what another process collected for the same layer and needs."""
+        self.rows += other.rows
+        for mine, theirs in (
+            (self.quantized, other.quantized),
+            (self.dense, other.dense),
+            (self.paired, other.paired),
+        ):
+            for name, statistic in mine.items():
+                statistic.merge(theirs[name])

@@ -1,0 +1,308 @@
+"""Ways to take calibration batches through a model's blocks, each quantized in its turn.
+
+`BlockByBlock` holds the inputs of one block at a time. `WholeModel` runs all of the model for every
+block: it is right for any model, and slower by the number of blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from qkernels.calibration.blocks import Block
+from qkernels.calibration.forwards import (
+    Call,
+    CannotFollow,
+    SuspendedForward,
+    current_forward,
+    run_batch,
+)
+
+QUANTIZED, DENSE = "quantized", "dense"
+"""The two chains of a walk: what a block gets from quantized blocks, and from dense ones."""
+
+Dense = Callable[[Block], contextlib.AbstractContextManager[None]]
+
+
+class Walk(Protocol):
+    """Blocks in the order in which the model runs them, with the batches that reach each."""
+
+    def next(self) -> Block | None:
+        """The next block, or None after the last. Blocks that no batch reaches come last."""
+
+    def batches(self, chain: str = QUANTIZED) -> list[int]:
+        """The numbers of the batches that reach the present block."""
+
+    def run(self, batch: int, chain: str = QUANTIZED) -> Any:
+        """Runs the present block, as it now is, on what a batch brings to it."""
+
+    def advance(self) -> None:
+        """Goes past the present block with the outputs that it now has."""
+
+    def close(self) -> None:
+        """Leaves the model's modules as they were found."""
+
+
+class BlockByBlock:
+    """Holds a suspended forward for each batch, and for each chain that is asked for.
+
+    Raises, from any method, `CannotFollow` where the model runs a block twice or runs a layer of a
+    block outside of it, and whatever the model's own forward raises.
+
+    Args:
+        dense: a context in which the layers of a block are as they were before quantization, where
+            the dense chain is wanted; else None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        batches: Sequence[Any],
+        dense: Dense | None = None,
+    ) -> None:
+        self._model, self._dense = model, dense
+        self._left = list(blocks)
+        self._present: Block | None = None
+        self._running: str | None = None
+        self._finished: set[str] = set()
+        self._undo: list[Callable[[], object]] = []
+        self._dense_outputs: dict[int, Any] = {}
+        chains = (QUANTIZED,) if dense is None else (QUANTIZED, DENSE)
+        self._forwards = {
+            chain: {
+                number: SuspendedForward(partial(run_batch, model, batch))
+                for number, batch in enumerate(batches)
+            }
+            for chain in chains
+        }
+        _check_apart(model, blocks)
+        try:
+            for block in blocks:
+                self._install_gate(block.name)
+                self._guard(block)
+            for forwards in self._forwards.values():
+                for forward in forwards.values():
+                    forward.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def next(self) -> Block | None:
+        waiting = {
+            forward.call.block
+            for forward in self._forwards[QUANTIZED].values()
+            if forward.call is not None
+        }
+        # Batches may reach blocks in different orders; what comes first in the model goes first.
+        block = next((b for b in self._left if b.name in waiting), None)
+        if block is None:
+            block = next(iter(self._left), None)
+        self._present = block
+        if block is not None:
+            self._left.remove(block)
+            if DENSE in self._forwards:
+                numbers = self.batches(DENSE)
+                self._dense_outputs = {number: self.run(number, DENSE) for number in numbers}
+        return block
+
+    def batches(self, chain: str = QUANTIZED) -> list[int]:
+        assert self._present is not None
+        return [
+            number
+            for number, forward in self._forwards[chain].items()
+            if forward.call is not None and forward.call.block == self._present.name
+        ]
+
+    def run(self, batch: int, chain: str = QUANTIZED) -> Any:
+        call = self._forwards[chain][batch].call
+        assert call is not None
+        # Blocks may write to what they are given: hidden states, caches.
+        args, kwargs = _copied((call.args, call.kwargs), {})
+        if chain == QUANTIZED:
+            return self._call(call.block, args, kwargs)
+        assert self._dense is not None and self._present is not None
+        with self._dense(self._present):
+            return self._call(call.block, args, kwargs)
+
+    def advance(self) -> None:
+        block = self._present
+        assert block is not None
+        self._finished.add(block.name)
+        if block.name in block.layers:
+            self._install_gate(block.name)
+        self._guard(block)
+        numbers = self.batches()
+        if not self._left:
+            # Behind the last block one batch is enough to see whether the model calls a block
+            # again; the others need not make logits.
+            numbers = numbers[:1]
+            self._dense_outputs = {}
+        for number in numbers:
+            forward = self._forwards[QUANTIZED][number]
+            call = forward.call
+            assert call is not None
+            output = self._call(block.name, call.args, call.kwargs)
+            del call
+            forward.resume(output)
+            del output
+        self._present = None
+        while self._dense_outputs:
+            number, output = self._dense_outputs.popitem()
+            self._forwards[DENSE][number].resume(output)
+            del output
+
+    def close(self) -> None:
+        for forwards in self._forwards.values():
+            for forward in forwards.values():
+                forward.cancel()
+        while self._undo:
+            self._undo.pop()()
+
+    def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._running = name
+        try:
+            # Not the module itself: its hooks run in the suspended forward, around the gate.
+            return self._model.get_submodule(name).forward(*args, **kwargs)
+        finally:
+            self._running = None
+
+    def _install_gate(self, name: str) -> None:
+        """Makes a call of the block, in a suspended forward, stop there."""
+        module = self._model.get_submodule(name)
+        inner = module.forward
+
+        def gate(*args: Any, **kwargs: Any) -> Any:
+            forward = current_forward()
+            if forward is None:
+                if name != self._running:
+                    raise CannotFollow(f"{name} is called by the block {self._running}")
+                return inner(*args, **kwargs)
+            if name in self._finished:
+                raise CannotFollow(
+                    f"{name} is called more than once, or in another order by other batches"
+                )
+            return forward.stop(Call(name, args, kwargs))
+
+        self._undo.append(replace_forward(module, gate))
+
+    def _guard(self, block: Block) -> None:
+        """Notices where a layer, or what has taken its place, runs outside of its block."""
+        for name in block.layers:
+            if name == block.name:
+                continue
+
+            def check(*_: Any, name: str = name) -> None:
+                if current_forward() is not None:
+                    raise CannotFollow(f"{name} is called outside of its block")
+
+            hook = self._model.get_submodule(name).register_forward_pre_hook(check)
+            self._undo.append(hook.remove)
+
+
+class WholeModel:
+    """Runs the model from its inputs to its outputs for each block, whatever it does in between.
+
+    Args:
+        dense: a context in which the layers of a block, and all of the others, are as they were
+            before quantization.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        batches: Sequence[Any],
+        dense: Dense,
+    ) -> None:
+        self._model, self._batches, self._dense = model, batches, dense
+        self._left = _in_order_of_execution(model, blocks, batches) if batches else list(blocks)
+        self._present: Block | None = None
+
+    def next(self) -> Block | None:
+        self._present = self._left.pop(0) if self._left else None
+        return self._present
+
+    def batches(self, chain: str = QUANTIZED) -> list[int]:
+        return list(range(len(self._batches)))
+
+    def run(self, batch: int, chain: str = QUANTIZED) -> Any:
+        assert self._present is not None
+        if chain == QUANTIZED:
+            return run_batch(self._model, self._batches[batch])
+        with self._dense(self._present):
+            return run_batch(self._model, self._batches[batch])
+
+    def advance(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Makes `forward` what the module runs; the result undoes that."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+
+    def undo() -> None:
+        if before is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = before
+
+    return undo
+
+
+def _check_apart(model: nn.Module, blocks: Iterable[Block]) -> None:
+    """Raises CannotFollow where two blocks are one module, or share a layer."""
+    owner: dict[int, str] = {}
+    for block in blocks:
+        for name in {block.name, *block.layers}:
+            other = owner.setdefault(id(model.get_submodule(name)), block.name)
+            if other != block.name:
+                raise CannotFollow(f"{block.name} and {other} share {name}")
+
+
+def _in_order_of_execution(
+    model: nn.Module, blocks: Sequence[Block], batches: Sequence[Any]
+) -> list[Block]:
+    """Blocks by when the first batch first runs one of their layers; those never run come last."""
+    order: dict[int, int] = {}
+    layers = {block: [model.get_submodule(name) for name in block.layers] for block in blocks}
+
+    def note(layer: nn.Module, _: Any) -> None:
+        order.setdefault(id(layer), len(order))
+
+    hooks = [layer.register_forward_pre_hook(note) for own in layers.values() for layer in own]
+    try:
+        run_batch(model, batches[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    never = len(order)
+    return sorted(blocks, key=lambda b: min(order.get(id(layer), never) for layer in layers[b]))
+
+
+def _copied(value: Any, seen: dict[int, Any]) -> Any:
+    """What a block was given, without the memory of the original, so that writing to it is safe."""
+    if id(value) in seen:
+        return seen[id(value)]
+    made: Any
+    if isinstance(value, Tensor):
+        made = value.detach().clone()
+    elif isinstance(value, nn.Module):
+        made = value
+    elif type(value) in (list, tuple):
+        made = type(value)(_copied(item, seen) for item in value)
+    elif type(value) is dict:
+        made = {key: _copied(item, seen) for key, item in value.items()}
+    else:
+        made = copy.deepcopy(value, seen)
+    seen[id(value)] = made
+    return made

@@ -1,0 +1,88 @@
+"""Every change that quantization makes to a model, so that each can be taken back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from qkernels.calibration.blocks import Block
+
+
+@dataclass
+class _BlockChanges:
+    """Of one block: name -> what was there, and what is there."""
+
+    layers: dict[str, tuple[nn.Module, nn.Module]] = field(default_factory=dict)
+    parameters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Changes:
+    """The layers replaced and the parameters rewritten so far, block by block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._blocks: dict[str, _BlockChanges] = {}
+
+    def begin(self, block: Block) -> None:
+        """What follows belongs to `block`."""
+        self._present = self._blocks.setdefault(block.name, _BlockChanges())
+
+    def replace(self, name: str, layer: nn.Module) -> None:
+        """Puts `layer` in place of the one of that name."""
+        before = self._model.get_submodule(name)
+        self._present.layers[name] = before, layer
+        self._model.set_submodule(name, layer)
+
+    def rewrite(self, name: str, values: Tensor) -> None:
+        """Gives a parameter new values, rounded to its type, in memory of their own."""
+        parameter = self._model.get_parameter(name)
+        assert values.shape == parameter.shape, name
+        values = values.detach().to(parameter.device, parameter.dtype, copy=True)
+        original, _ = self._present.parameters.get(name, (parameter.data, None))
+        self._present.parameters[name] = original, values
+        parameter.data = values
+
+    def rewritten(self) -> dict[str, Tensor]:
+        """The parameters of the present block that have other values than at the beginning."""
+        return {name: values for name, (_, values) in self._present.parameters.items()}
+
+    def undo(self) -> None:
+        """Makes the model what it was."""
+        for changes in self._blocks.values():
+            self._show(changes, 0)
+        self._blocks.clear()
+
+    @contextlib.contextmanager
+    def dense_layers(self, block: Block) -> Iterator[None]:
+        """A context in which the layers of `block` are not quantized; what was rewritten stays."""
+        layers = self._blocks[block.name].layers if block.name in self._blocks else {}
+        try:
+            self._show_layers(layers, 0)
+            yield
+        finally:
+            self._show_layers(layers, 1)
+
+    @contextlib.contextmanager
+    def originals(self, block: Block) -> Iterator[None]:
+        """`dense_layers` of one block, and all others as they were at the beginning."""
+        others = [changes for name, changes in self._blocks.items() if name != block.name]
+        try:
+            for changes in others:
+                self._show(changes, 0)
+            with self.dense_layers(block):
+                yield
+        finally:
+            for changes in others:
+                self._show(changes, 1)
+
+    def _show(self, changes: _BlockChanges, which: int) -> None:
+        self._show_layers(changes.layers, which)
+        for name, values in changes.parameters.items():
+            self._model.get_parameter(name).data = values[which]
+
+    def _show_layers(self, layers: Mapping[str, tuple[nn.Module, nn.Module]], which: int) -> None:
+        for name, both in layers.items():
+            self._model.set_submodule(name, both[which])

@@ -1,0 +1,280 @@
+"""The driver: takes a recipe through the blocks of a model, one at a time.
+
+For each block: statistics of its inputs, which come out of blocks that are quantized already; the
+parts of the recipe that prepare it; its layers quantized, measured and replaced; its new outputs
+handed on. What is kept is the inputs and outputs of one block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import nn
+
+from qkernels import rounding
+from qkernels.calibration.blocks import Block, find_blocks
+from qkernels.calibration.forwards import CannotFollow
+from qkernels.calibration.observe import calibrating, observe, stages
+from qkernels.calibration.statistics import LayerInputs, Needs
+from qkernels.calibration.walks import BlockByBlock, Walk, WholeModel
+from qkernels.errors import LayerError, QuantizationError
+from qkernels.layouts import allocate, write_rows
+from qkernels.modules import WQLinear
+from qkernels.quantizers.changes import Changes
+from qkernels.quantizers.method import BlockTask, LayerTask
+from qkernels.quantizers.methods import LAST, METHODS
+from qkernels.quantizers.recipe import Part, Recipe
+from qkernels.quantizers.report import LayerReport, compare
+from qkernels.quantizers.resume import FinishedBlock, ResumeFolder
+from qkernels.scheme import Activation, QuantScheme
+from qkernels.select import layout_for
+from qkernels.weight import QuantizedWeight, WeightParameters, row_slices
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do to a model.
+
+    Attributes:
+        schemes: of each layer to quantize, by name, in the model's order.
+        batches: calibration batches, or None.
+    """
+
+    recipe: Recipe
+    schemes: Mapping[str, QuantScheme]
+    batches: Sequence[Any] | None
+    backend: str | None
+
+    def needs(self, part: Part, name: str) -> Needs:
+        """What `part` of the recipe asks to know of a layer."""
+        return part.method.statistics(self.schemes[name], part.parameters)
+
+
+@dataclass
+class Outcome:
+    """What the driver did; see `QuantizationReport`.
+
+    Attributes:
+        made: by the id of the layer that each took the place of, since layers may be shared.
+    """
+
+    whole_model: str | None
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    unreached: dict[str, str] = field(default_factory=dict)
+    made: dict[int, WQLinear] = field(default_factory=dict)
+
+
+def drive(
+    model: nn.Module, plan: Plan, progress: Progress, folder: ResumeFolder | None = None
+) -> Outcome:
+    """Quantizes the layers of `plan` in `model`, which is unchanged where anything is raised.
+
+    Blocks that are finished in `folder` are taken from there, the others are added to it.
+    """
+    changes = Changes(model)
+    whole = None if folder is None else folder.whole_model
+    try:
+        with calibrating(model):
+            try:
+                return _Run(model, plan, changes, progress, folder, whole).outcome
+            except CannotFollow as reason:
+                whole = str(reason)
+            changes.undo()
+            if folder is not None:
+                folder.take_whole_model(whole)
+            return _Run(model, plan, changes, progress, folder, whole).outcome
+    except BaseException:
+        changes.undo()
+        raise
+
+
+def _asks_for_dense(plan: Plan) -> bool:
+    asked = (plan.needs(part, name) for part in plan.recipe.parts for name in plan.schemes)
+    return any(needs.dense or needs.paired for needs in asked)
+
+
+class _Run:
+    """One way through all blocks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        changes: Changes,
+        progress: Progress,
+        folder: ResumeFolder | None,
+        whole: str | None,
+    ) -> None:
+        self._model, self._plan, self._changes = model, plan, changes
+        self._progress, self._folder = progress, folder
+        self.outcome = Outcome(whole)
+        blocks, batches = find_blocks(model, plan.schemes), plan.batches or ()
+        self._walk: Walk
+        if batches and whole is None:
+            dense = changes.dense_layers if _asks_for_dense(plan) else None
+            self._walk = BlockByBlock(model, blocks, batches, dense)
+        else:
+            self._walk = WholeModel(model, blocks, batches, changes.originals)
+        try:
+            while (block := self._walk.next()) is not None:
+                self._take(block, blocks.index(block))
+                self._walk.advance()
+        finally:
+            self._walk.close()
+        self._tell("")
+
+    def _tell(self, name: str) -> None:
+        self._progress(len(self.outcome.layers), len(self._plan.schemes), name)
+
+    def _take(self, block: Block, number: int) -> None:
+        """Takes a block from the folder, or quantizes it."""
+        layers = {name: cast(nn.Linear, self._model.get_submodule(name)) for name in block.layers}
+        self._changes.begin(block)
+        if self._folder is None:
+            self._quantize(block, layers)
+            return
+        finished = self._folder.load(number, self._model, self._plan.backend)
+        if finished is None:
+            own = {id(layer): name for name, layer in reversed(layers.items())}
+            own = {key: name for key, name in own.items() if key not in self.outcome.made}
+            self._quantize(block, layers)
+            made = {name: self.outcome.made[key] for key, name in own.items()}
+            self._folder.save(number, self._finished(block, made))
+            return
+        for name, values in finished.rewritten.items():
+            self._changes.rewrite(name, values)
+        for name, packed in finished.layers.items():
+            self.outcome.made[id(layers[name])] = packed
+        self.outcome.unreached.update(finished.unreached)
+        for report in finished.reports:
+            self._tell(report.name)
+            self._install(layers[report.name], report)
+
+    def _finished(self, block: Block, made: dict[str, WQLinear]) -> FinishedBlock:
+        unreached = self.outcome.unreached
+        return FinishedBlock(
+            layers=made,
+            rewritten=self._changes.rewritten(),
+            reports=[self.outcome.layers[name] for name in block.layers],
+            unreached={name: unreached[name] for name in block.layers if name in unreached},
+        )
+
+    def _install(self, layer: nn.Linear, report: LayerReport) -> None:
+        self._changes.replace(report.name, self.outcome.made[id(layer)])
+        self.outcome.layers[report.name] = report
+
+    def _quantize(self, block: Block, layers: Mapping[str, nn.Linear]) -> None:
+        parts = self._plan.recipe.parts
+        for part in parts:
+            if part.method.prepare_block is not None:
+                self._prepare(part, block, layers)
+        for group in self._groups(parts[-1], layers):
+            inputs = self._observe(parts[-1], group, self._for_report)
+            for name, layer in group.items():
+                self._tell(name)
+                self._quantize_layer(name, layer, parts[-1], inputs.get(name))
+
+    def _groups(self, part: Part, layers: Mapping[str, nn.Linear]) -> list[Mapping[str, nn.Linear]]:
+        """The layers of a block that are calibrated together."""
+        if self._plan.batches is None or not part.method.in_stages(part.parameters):
+            return [layers]
+        found = stages(self._walk, layers)
+        return [{name: layers[name] for name in names} for names in found]
+
+    def _for_report(self, name: str) -> Needs:
+        """What is collected of every layer, whatever the method."""
+        static = self._plan.schemes[name].activation.granularity == "static"
+        return Needs(quantized=("rows", *(("largest",) if static else ())))
+
+    def _observe(
+        self,
+        part: Part,
+        layers: Mapping[str, nn.Linear],
+        beside: Callable[[str], Needs] = lambda name: Needs(),
+    ) -> dict[str, LayerInputs]:
+        if self._plan.batches is None:
+            return {}
+        needs = {name: self._plan.needs(part, name) | beside(name) for name in layers}
+        return observe(self._walk, layers, needs) if any(needs.values()) else {}
+
+    def _prepare(self, part: Part, block: Block, layers: Mapping[str, nn.Linear]) -> None:
+        assert part.method.prepare_block is not None
+        task = BlockTask(
+            name=block.name,
+            module=self._model.get_submodule(block.name),
+            layers=layers,
+            schemes={name: self._plan.schemes[name] for name in layers},
+            inputs=self._observe(part, layers),
+            walk=self._walk,
+            changes=self._changes,
+        )
+        part.method.prepare_block(task, part.parameters)
+
+    def _quantize_layer(
+        self, name: str, layer: nn.Linear, part: Part, inputs: LayerInputs | None
+    ) -> None:
+        scheme, made = self._plan.schemes[name], self.outcome.made
+        if inputs is not None and not inputs.rows:
+            inputs, part = None, Part(METHODS[LAST], METHODS[LAST].parameters())
+            scheme, self.outcome.unreached[name] = _without_inputs(scheme)
+        if id(layer) not in made:
+            task = LayerTask(
+                name=name,
+                weight=layer.weight.detach(),
+                bias=None if layer.bias is None else layer.bias.detach(),
+                scheme=scheme,
+                inputs=inputs,
+                activation_scale=_activation_scale(name, scheme, inputs),
+            )
+            made[id(layer)] = _build(task, part, self._plan.backend)
+        rows = None if inputs is None else inputs.quantized["rows"].rows
+        self._install(layer, compare(name, layer, made[id(layer)], rows, str(part)))
+
+
+def _without_inputs(scheme: QuantScheme) -> tuple[QuantScheme, str]:
+    """The scheme of a layer that calibration never reached, and what to say of it."""
+    if scheme.activation.granularity != "static":
+        return scheme, "rounded to nearest"
+    # Per token needs no data and keeps the weights' format; a scale that is guessed may saturate.
+    dynamic = dataclasses.replace(scheme, activation=Activation(scheme.activation.dtype, "token"))
+    return dynamic, f"rounded to nearest, with activations scaled per token ({dynamic})"
+
+
+def _activation_scale(name: str, scheme: QuantScheme, inputs: LayerInputs | None) -> float | None:
+    if scheme.activation.granularity != "static":
+        return None
+    assert inputs is not None
+    largest = float(inputs.quantized["largest"].value)
+    if not largest < float("inf"):
+        raise LayerError(f"{name}: a calibration batch gives it inputs that are not finite")
+    return largest / scheme.activation.largest or 1.0
+
+
+def _build(task: LayerTask, part: Part, backend: str | None) -> WQLinear:
+    assert part.method.quantize is not None
+    try:
+        made = part.method.quantize(task, part.parameters)
+        assert (made.n, made.k) == tuple(task.weight.shape), part.method.name
+        if isinstance(made, QuantizedWeight):
+            weight = made.replace(bias=task.bias)
+            return WQLinear.from_weight(weight, backend=backend, device=task.weight.device)
+        return _rounded(task, made, backend)
+    except QuantizationError as error:
+        raise type(error)(f"{task.name}: {error}") from None
+
+
+def _rounded(task: LayerTask, parameters: WeightParameters, backend: str | None) -> WQLinear:
+    """The layer whose codes are nearest under `parameters`; they are never held whole."""
+    weight, device = task.weight, task.weight.device
+    n, k, fields = parameters.n, parameters.k, parameters.fields
+    layout = layout_for(parameters.scheme, n, k, device, backend, fields)
+    packed = allocate(layout, parameters, device)
+    for start, stop in row_slices(*weight.shape):
+        write_rows(packed, start, rounding.encode_rows(weight[start:stop], parameters, start))
+    bias = None if task.bias is None else task.bias.clone()
+    return WQLinear(packed, bias, backend=backend)

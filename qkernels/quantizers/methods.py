@@ -1,0 +1,11 @@
+"""The table of quantization methods, read by recipes, the driver, the command line and the docs."""
+
+from __future__ import annotations
+
+from qkernels.quantizers.method import Method
+from qkernels.quantizers.rtn import RTN
+
+METHODS: dict[str, Method] = {row.name: row for row in (RTN,)}
+
+LAST = RTN.name
+"""What quantizes the layers where a recipe only prepares, and those that calibration never saw."""

@@ -1,0 +1,114 @@
+"""What quantization did to each layer, measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.modules import WQLinear
+from qkernels.weight import row_slices
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    Attributes:
+        weight_error: |W - dequantized| / |W|, Frobenius; W as the method was given it.
+        output_error: |y - quantized y| / |y| over a sample of its calibration inputs, or None
+            without any.
+        bits_per_weight: all bytes of the packed weight but the bias, in bits over N * K.
+        method: the part of the recipe that quantized it.
+    """
+
+    name: str
+    scheme: str
+    n: int
+    k: int
+    weight_error: float
+    output_error: float | None
+    bits_per_weight: float
+    method: str = "rtn"
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize_model` did.
+
+    Attributes:
+        method: the recipe, in its canonical spelling.
+        layers: the quantized ones, in the model's order.
+        skipped: layers that were left alone -> the reason.
+        unreached: layers that got no calibration input -> what was done instead of the recipe.
+        whole_model: why each block was calibrated by running all of the model, or None where it
+            could be taken block by block.
+    """
+
+    method: str
+    layers: list[LayerReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    unreached: dict[str, str] = field(default_factory=dict)
+    whole_model: str | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all quantized weights, their scales included."""
+        return round(sum(r.bits_per_weight * r.n * r.k for r in self.layers) / 8)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over all quantized weights."""
+        return 8 * self.weight_bytes / max(1, sum(r.n * r.k for r in self.layers))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return {
+            "method": self.method,
+            "bits_per_weight": self.bits_per_weight,
+            "weight_bytes": self.weight_bytes,
+            "layers": [asdict(report) for report in self.layers],
+            "skipped": dict(self.skipped),
+            "unreached": dict(self.unreached),
+            "whole_model": self.whole_model,
+        }
+
+
+def compare(
+    name: str, layer: nn.Linear, packed: WQLinear, rows: Tensor | None, method: str
+) -> LayerReport:
+    """The report of one layer, with its errors measured.
+
+    Args:
+        rows: [R, K], inputs to measure the output's error on.
+    """
+    weight, held = layer.weight.detach(), packed.packed
+    parameters = held.parameters()
+    wrong = total = 0.0
+    for start, stop in row_slices(*weight.shape):
+        original = weight[start:stop].float()
+        approximate = parameters.to_column_order(held.dequantize_rows(start, stop))
+        wrong += float((approximate - original).norm()) ** 2
+        total += float(original.norm()) ** 2
+    output_error = None
+    if rows is not None:
+        with torch.no_grad():
+            exact = nn.functional.linear(rows, layer.weight, layer.bias).double()
+            got = packed(rows).double()
+        output_error = _relative(float((got - exact).norm()), float(exact.norm()))
+    return LayerReport(
+        name=name,
+        scheme=str(packed.scheme),
+        n=held.n,
+        k=held.k,
+        weight_error=_relative(wrong**0.5, total**0.5),
+        output_error=output_error,
+        bits_per_weight=8 * held.nbytes / (held.n * held.k),
+        method=method,
+    )
+
+
+def _relative(difference: float, norm: float) -> float:
+    return difference / norm if norm else difference

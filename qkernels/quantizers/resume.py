@@ -1,0 +1,232 @@
+"""A folder of finished blocks, so that an interrupted run goes on where it stopped.
+
+    run.json               what the run is: recipe, scheme of each layer, what the data were
+    block-0007.safetensors one block: its layers in the plain layout, the parameters rewritten, and
+                           as metadata its report
+
+Files are written aside and renamed, so that a kill at any moment leaves whole files alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qkernels.errors import CheckpointError
+from qkernels.fields import FIELDS
+from qkernels.layouts import PLAIN, PackedWeight
+from qkernels.modules import WQLinear
+from qkernels.quantizers.report import LayerReport
+from qkernels.scheme import QuantScheme
+
+RUN_FILE = "run.json"
+_VERSION = 1
+_ASIDE = ".tmp"
+
+_WHAT_DIFFERS = {
+    "version": "another version of qkernels",
+    "recipe": "the recipe",
+    "backend": "the backend",
+    "schemes": "the schemes of layers",
+    "model": "the model",
+    "calibration": "the calibration batches",
+}
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """What a block became.
+
+    Attributes:
+        layers: by name, without those that are shared with a layer finished before.
+        rewritten: parameters with new values, by their names in the model.
+    """
+
+    layers: dict[str, WQLinear]
+    rewritten: dict[str, Tensor]
+    reports: list[LayerReport]
+    unreached: dict[str, str]
+
+
+class ResumeFolder:
+    """The finished blocks of one run.
+
+    Args:
+        folder: made where it is missing.
+        run: JSON values that say which run it is, with the keys of `_WHAT_DIFFERS`.
+
+    Raises:
+        CheckpointError: for a folder of another run, naming what differs, of something else, or
+            whose run.json is damaged.
+    """
+
+    def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
+        self._folder, self._run = Path(folder), {"version": _VERSION, **run}
+        self.whole_model: str | None = None
+        if self._folder.exists() and not self._folder.is_dir():
+            raise CheckpointError(f"cannot resume from {folder}: it is no folder")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for left_over in self._folder.glob(f"*{_ASIDE}"):
+            left_over.unlink()
+        if (self._folder / RUN_FILE).exists():
+            self._check_same_run()
+        elif any(self._folder.iterdir()):
+            raise CheckpointError(
+                f"cannot resume from {folder}: it holds other files and no {RUN_FILE}; give an "
+                "empty folder to begin with"
+            )
+        else:
+            self._write_run()
+
+    def take_whole_model(self, reason: str) -> None:
+        """Begins again: blocks cannot be taken one by one, because of `reason`."""
+        for file in self._folder.glob("block-*.safetensors"):
+            file.unlink()
+        self.whole_model = reason
+        self._write_run()
+
+    def save(self, number: int, block: FinishedBlock) -> None:
+        """Stores block `number`."""
+        tensors = {
+            f"{name}.{part}": tensor.cpu().contiguous()
+            for name, layer in block.layers.items()
+            for part, tensor in layer.state_dict().items()
+        }
+        tensors |= {
+            f"rewritten.{name}": tensor.cpu().contiguous()
+            for name, tensor in block.rewritten.items()
+        }
+        about = {
+            "layers": list(block.layers),
+            "rewritten": list(block.rewritten),
+            "reports": [asdict(report) for report in block.reports],
+            "unreached": block.unreached,
+        }
+        path = self._path(number)
+        aside = path.with_name(path.name + _ASIDE)
+        save_file(tensors, aside, metadata={"block": json.dumps(about)})
+        _rename(aside, path)
+
+    def load(self, number: int, model: nn.Module, backend: str | None) -> FinishedBlock | None:
+        """Block `number`, its layers on the devices of the model's; None where it is not finished.
+
+        A file that was truncated counts as not finished.
+        """
+        path = self._path(number)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["block"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            return None
+        reports = [LayerReport(**report) for report in about["reports"]]
+        schemes = {report.name: QuantScheme.parse(report.scheme) for report in reports}
+        return FinishedBlock(
+            layers={
+                name: _layer(model.get_submodule(name), schemes[name], f"{name}.", tensors, backend)
+                for name in about["layers"]
+            },
+            rewritten={name: tensors[f"rewritten.{name}"] for name in about["rewritten"]},
+            reports=reports,
+            unreached=about["unreached"],
+        )
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"block-{number:04d}.safetensors"
+
+    def _write_run(self) -> None:
+        path = self._folder / RUN_FILE
+        aside = path.with_name(path.name + _ASIDE)
+        aside.write_text(json.dumps({**self._run, "whole_model": self.whole_model}, indent=2))
+        _rename(aside, path)
+
+    def _check_same_run(self) -> None:
+        path = self._folder / RUN_FILE
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.keys() != {*self._run, "whole_model"}:
+            raise CheckpointError(f"{path} is damaged: remove {self._folder} to begin again")
+        self.whole_model = found["whole_model"]
+        different = [key for key in self._run if found[key] != self._run[key]]
+        if different:
+            names = " and ".join(_WHAT_DIFFERS[key] for key in different)
+            raise CheckpointError(
+                f"cannot resume from {self._folder}: it is of a run that differs in {names}; give "
+                "another folder, or the same arguments"
+            )
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """A hash of a model's modules and of every number in its parameters and buffers."""
+    parts: Iterator[object] = (part for item in model.state_dict().items() for part in item)
+    return _hash((repr(model), *parts))
+
+
+def fingerprint_batches(batches: Iterable[Any]) -> str:
+    """A hash of calibration batches: tensors, or tuples, lists and dicts that hold them."""
+    return _hash(part for batch in batches for part in _leaves(batch))
+
+
+def _leaves(value: Any) -> Iterator[object]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from _leaves(item)
+    elif isinstance(value, tuple | list):
+        yield f"{type(value).__name__} of {len(value)}"
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _hash(parts: Iterable[object]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype} {list(part.shape)}".encode())
+            held = part.detach().cpu().contiguous()
+            # Without a copy, and for types that numpy does not have.
+            digest.update((ctypes.c_char * held.nbytes).from_address(held.data_ptr() or 1))
+        else:
+            digest.update(repr(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _layer(
+    original: nn.Module,
+    scheme: QuantScheme,
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+    backend: str | None,
+) -> WQLinear:
+    weight = original.weight
+    assert isinstance(weight, Tensor)
+    names = [name for name in ("words", *FIELDS) if prefix + name in tensors]
+    buffers = {name: tensors[prefix + name] for name in names}
+    n, k = weight.shape
+    packed = PackedWeight(scheme, PLAIN, n, k, buffers)
+    hub = packed.unpack(tensors.get(prefix + "bias"))
+    return WQLinear.from_weight(hub, backend=backend, device=weight.device)
+
+
+def _rename(aside: Path, path: Path) -> None:
+    """Puts a finished file in its place, once it is on the disk."""
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,105 @@
+"""Recipes: what parses, how it is spelled, and what each mistake is called."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from qkernels import rounding
+from qkernels.errors import RecipeError
+from qkernels.quantizers.method import Method
+from qkernels.quantizers.methods import METHODS
+from qkernels.quantizers.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Parameters:
+    alpha: float = 0.5
+    order: Literal["off", "full", "static"] = "off"
+    steps: int = 20
+    fold: bool = True
+    text: str = "novel"
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be in 0 to 1, got {self.alpha}")
+
+
+def prepare(task, parameters):
+    pass
+
+
+def quantize(task, parameters):
+    return rounding.fit(task.weight, task.scheme)
+
+
+@pytest.fixture(autouse=True)
+def methods(monkeypatch):
+    smooth = Method(name="smooth", title="", parameters=Parameters, prepare_block=prepare)
+    other = Method(name="other", title="", prepare_block=prepare)
+    learned = Method(name="learned", title="", parameters=Parameters, quantize=quantize)
+    both = Method(name="both", title="", prepare_block=prepare, quantize=quantize)
+    for row in (smooth, other, learned, both):
+        monkeypatch.setitem(METHODS, row.name, row)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("rtn", "rtn"),
+        (" rtn ( ) ", "rtn"),
+        ("learned(alpha=0.5)", "learned"),
+        ("learned(order=static,alpha=.25)", "learned(alpha=0.25, order=static)"),
+        ("learned( steps = 3 , fold=false, text=a b)", "learned(steps=3, fold=false, text=a b)"),
+        ("smooth(alpha=1e-05)+learned(order=full)", "smooth(alpha=1e-05)+learned(order=full)"),
+        ("smooth(alpha=1)", "smooth(alpha=1.0)+rtn"),
+        ("smooth + other", "smooth+other+rtn"),
+        ("smooth+both", "smooth+both"),
+    ],
+)
+def test_the_canonical_spelling_parses_back(text, canonical):
+    recipe = Recipe.parse(text)
+    assert str(recipe) == canonical
+    assert Recipe.parse(canonical) == recipe
+    assert Recipe.parse(recipe) is recipe
+
+
+def test_values_have_the_types_of_their_defaults():
+    (part,) = Recipe.parse("learned(alpha=1, order=full, steps=7, fold=false, text=7)").parts
+    assert part.method is METHODS["learned"]
+    expected = Parameters(alpha=1.0, order="full", steps=7, fold=False, text="7")
+    assert part.parameters == expected
+    assert isinstance(part.parameters.alpha, float) and part.parameters.fold is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("magic", "method 'magic' is not one of rtn, smooth, other, learned, both"),
+        ("rtn+magic", "method 'magic' is not one of"),
+        ("rtn(x=1)", "method rtn has no parameter 'x': it takes none"),
+        ("smooth(beta=1)", "no parameter 'beta': it takes alpha, order, steps, fold, text"),
+        ("smooth(alpha=high)", "parameter alpha is a number, got 'high'"),
+        ("smooth(steps=1.5)", "parameter steps is a whole number, got '1.5'"),
+        ("smooth(fold=1)", "parameter fold is true or false, got '1'"),
+        ("smooth(order=up)", "parameter order is one of off, full, static, got 'up'"),
+        ("smooth(alpha=2)", "method smooth: alpha must be in 0 to 1, got 2.0"),
+        ("smooth(alpha=nan)", "alpha must be in 0 to 1, got nan"),
+        ("smooth(alpha=0.1, alpha=0.2)", "parameter alpha is given twice"),
+        ("smooth(alpha)", "'alpha' is not parameter=value"),
+        ("smooth(alpha=0.1,)", "'' is not parameter=value"),
+        ("rtn+learned", "rtn and learned quantize the layers: choose one"),
+        ("both+smooth", "both quantizes the layers, so it must come last"),
+        ("rtn+rtn", "rtn and rtn quantize the layers: choose one"),
+        ("smooth+smooth", "names smooth twice"),
+        ("", "does not parse at ''"),
+        ("rtn+", "does not parse at ''"),
+        ("smooth rtn", "does not parse at 'rtn': methods are joined by +"),
+        ("smooth(alpha=0.1", r"does not parse at '\(alpha=0.1': methods are joined by \+"),
+        ("rtn,smooth", "does not parse at ',smooth'"),
+        (3, "a recipe is a text such as 'rtn', got 3"),
+    ],
+)
+def test_a_mistake_is_named(text, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse(text)
