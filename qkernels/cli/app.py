@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qkernels.cli import bench, doctor, inspect, measure, quantize
+from qkernels.cli import bench, doctor, formats, inspect, measure, quantize
 from qkernels.cli.console import INTERRUPTED, complain
 
 
@@ -66,4 +66,5 @@ app.command("eval")(measure.evaluate)
 app.command("generate")(measure.generate)
 app.command("explain")(inspect.explain)
 app.command("inspect")(inspect.inspect)
+app.command("formats")(formats.formats)
 app.command("bench", add_help_option=False, context_settings=bench.PASS_THROUGH)(bench.bench)

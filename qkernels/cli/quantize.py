@@ -63,11 +63,11 @@ def quantize(
     overrides = parse_overrides(override or [])
     text = None if calibration is None else read_text(calibration)
     import qkernels as qk
-    from qkernels.checkpoints.compressed_tensors import format_of
+    from qkernels.checkpoints import check_scheme
 
     for wanted in (parsed, *overrides.values()):
         if wanted is not None:
-            format_of(wanted)
+            check_scheme("compressed-tensors", wanted)
 
     network, tokenizer = models.load(model, dtype, device, dense=True)
     before = _bytes_by_layer(network)

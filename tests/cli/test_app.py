@@ -14,7 +14,7 @@ from qkernels.cli import bench, doctor
 from qkernels.select import Explanation
 
 FACTS = {"system": "Linux", "architecture": "x86_64", "cpu": "a CPU", "cores": 8, "cpu_isa": []}
-COMMANDS = ("doctor", "quantize", "eval", "generate", "explain", "inspect", "bench")
+COMMANDS = ("doctor", "quantize", "eval", "generate", "explain", "inspect", "formats", "bench")
 
 
 def test_help_names_every_command(run):
