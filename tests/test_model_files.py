@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from qkernels.checkpoints import is_quantized
 from qkernels.errors import CheckpointError
-from qkernels.models.loading import is_quantized_folder, load_dense, load_model_and_tokenizer
+from qkernels.models.loading import load_dense, load_model_and_tokenizer
 from tests.tiny_model import LINEAR_LAYERS, tiny_model, write_folder, write_gguf
 
 
@@ -120,9 +121,9 @@ def test_a_quantized_folder_is_no_dense_model(folder, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "compressed-tensors"}
     (copy / "config.json").write_text(json.dumps(config))
-    assert is_quantized_folder(copy)
-    assert not is_quantized_folder(folder)
-    assert not is_quantized_folder(tmp_path / "missing")
+    assert is_quantized(copy)
+    assert not is_quantized(folder)
+    assert not is_quantized(tmp_path / "missing")
     with pytest.raises(CheckpointError, match="quantized model: start from the original"):
         load_dense(copy)
 

@@ -1,85 +1,197 @@
-"""The compressed-tensors format, which Transformers and vLLM read: one layer's tensors and config.
+"""The compressed-tensors format, which Transformers and vLLM read.
 
 pack-quantized   weight_packed int32 [N, ceil(K*b/32)]   the plain layout's words
                  weight_scale [N, G], weight_zero_point int32 [ceil(N*b/32), G] packed along N,
                  weight_shape int64 [2]
-int-quantized    weight int8 [N, K] = code - 128, weight_scale
+int-quantized    weight int8 [N, K] = code - 2^(b-1), weight_scale, weight_zero_point int8
 float-quantized  weight float8 [N, K], weight_scale
 
-weight_scale is [N, 1] per channel and [1] per tensor; input_scale [1] goes with static activations.
+weight_scale is [N, 1] per channel and [1] per tensor; a zero point per tensor is never packed, but
+int8 [1] = zero - 2^(b-1). input_scale [1] goes with static activations. Weights without activation
+quantization are packed, others are not.
 Source: the compressed-tensors package (Neural Magic, Apache-2.0), read as documentation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkernels.bits import dense_words, pack_dense, unpack_dense
-from qkernels.errors import CheckpointError, QuantizationError
-from qkernels.scheme import WEIGHT_TYPES, Activation, QuantScheme
+from qkernels.checkpoints.compressed_tensors_config import (
+    FLOAT,
+    NAME,
+    PACKED,
+    kind_of,
+    read_section,
+    write_section,
+)
+from qkernels.checkpoints.config import Config, quantization_of
+from qkernels.checkpoints.format import Format, StoredLayer, WeightKind, says_method
+from qkernels.checkpoints.store import Store
+from qkernels.errors import CheckpointError, SchemeError
+from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
 
-PACKED, INTEGER, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+_FIELDS = frozenset(("scales", "zeros", "activation_scale"))
+"""The hub fields that the format has tensors for."""
 
-TENSOR_NAMES = (
-    *("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape"),
-    *("weight_g_idx", "input_scale", "input_zero_point", "bias"),
-)
-"""Every tensor a quantized layer may have."""
+_SIGNS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+"""Tensors that none but a quantized layer has."""
+
+_PARTS = (*_SIGNS, "weight", "input_scale", "input_zero_point", "bias")
+"""Every tensor that a quantized layer may have."""
 
 
-def format_of(scheme: QuantScheme) -> str:
-    """The format that holds `scheme`.
-
-    Raises:
-        CheckpointError: where none does, with what can be saved.
-    """
-    reason = None
+def _why_not(kind: WeightKind) -> str | None:
+    scheme = kind.scheme
     if scheme.weight.kind == "codebook":
-        reason = f"{scheme.weight.name} codebooks"
-    elif scheme.scale_levels != "one":
-        reason = "scales of several levels (-flat has one)"
-    elif scheme.weight.name == "fp8e5m2":
-        reason = "float8 E5M2 weights"
-    if reason is not None:
-        raise CheckpointError(
-            f"compressed-tensors does not hold {reason}, and the model has {scheme}: save a model "
-            "with linear or fp8e4m3 weights, such as w4a16-g128, w8a16, w8a8 or fp8-a8"
-        )
-    if scheme.weight.kind == "float8":
-        return FLOAT
-    return INTEGER if scheme.integer_activation and scheme.bits == 8 else PACKED
+        return f"has no {scheme.weight.name} codebooks"
+    if scheme.weight.name == "fp8e5m2":
+        return "has no float8 E5M2 weights"
+    if scheme.scale_levels != "one":
+        return "has no scales of several levels (-flat has one)"
+    beyond = sorted(kind.fields - _FIELDS)
+    if beyond:
+        return f"has no tensor for {', '.join(beyond)}"
+    return "has no zero points that are no integers" if kind.real_zeros else None
 
 
-def write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of one layer, by their names below the layer's.
+def _read_plan(config: Config, store: Store) -> dict[str, StoredLayer]:
+    section = read_section(quantization_of(config) or {})
+    names = dict.fromkeys(key.rpartition(".")[0] for key in store if _part(key) in _SIGNS)
+    layers = {}
+    for name in names:
+        group = section.group_of(name)
+        scale = store.dtype(f"{name}.weight_scale")
+        try:
+            scheme = replace(group.scheme, scale_dtype=scale)
+        except SchemeError as error:
+            raise CheckpointError(f"{name}.weight_scale: {error}") from None
+        parts = tuple(f"{name}.{part}" for part in _PARTS if f"{name}.{part}" in store)
+        layers[name] = StoredLayer(scheme, parts, group.kind)
+    return layers
 
-    Raises:
-        CheckpointError: for a scheme or column order that the format does not hold.
-    """
-    scheme, kind = weight.scheme, format_of(weight.scheme)
-    if weight.perm is not None:
-        raise CheckpointError("compressed-tensors does not hold a column order (perm)")
+
+def _part(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
+    scheme, kind = layer.scheme, layer.details
+    given = {_part(key) for key in layer.tensors}
+    codes = _read_codes(store, name, scheme, kind)
+    n, k = codes.shape
+    _check_columns(store, name, scheme, k)
+    shape = (1,) if scheme.per_tensor else (n, scheme.groups(k))
+    scales = _one_or(store, f"{name}.weight_scale", shape, (scheme.scale_dtype,))
+    zeros = None
+    if not scheme.symmetric:
+        zeros = _read_zeros(store, name, scheme, kind, n, shape)
+    elif "weight_zero_point" in given:
+        _check_zero(store, f"{name}.weight_zero_point", "symmetric weights")
+    if "input_zero_point" in given:
+        _check_zero(store, f"{name}.input_zero_point", "symmetric input activations")
+    static = scheme.activation.granularity == "static"
+    if "input_scale" in given and not static:
+        raise CheckpointError(f"{name} has an input_scale, and its config no static activations")
+    input_scale = _one_or(store, f"{name}.input_scale", (1,)) if static else None
+    return QuantizedWeight(
+        scheme=scheme,
+        codes=codes,
+        scales=scales.reshape(-1, 1) if scheme.per_tensor else scales,
+        zeros=zeros,
+        activation_scale=None if input_scale is None else input_scale.float().reshape(()),
+        bias=store.take(f"{name}.bias", (n,)) if "bias" in given else None,
+    )
+
+
+def _read_codes(store: Store, name: str, scheme: QuantScheme, kind: str) -> Tensor:
+    if kind == PACKED:
+        sizes = store.take(f"{name}.weight_shape", (2,), (torch.int64, torch.int32))
+        n, k = (int(size) for size in sizes)
+        shape = (n, dense_words(k, scheme.bits))
+        words = store.take(f"{name}.weight_packed", shape, (torch.int32,))
+        return unpack_dense(words, k, scheme.bits)
+    if kind == FLOAT:
+        assert scheme.weight.float_dtype is not None
+        stored = store.take(f"{name}.weight", (None, None), (scheme.weight.float_dtype,))
+        return stored.view(torch.uint8)
+    return _unsigned(store.take(f"{name}.weight", (None, None), (torch.int8,)), scheme.bits)
+
+
+def _read_zeros(
+    store: Store, name: str, scheme: QuantScheme, kind: str, n: int, shape: tuple[int, ...]
+) -> Tensor:
+    key = f"{name}.weight_zero_point"
+    # Per tensor, qkernels 0.1.0 wrote it packed.
+    packed = store.dtype(key) == torch.int32 if scheme.per_tensor else kind == PACKED
+    if not packed:
+        zeros = _unsigned(_one_or(store, key, shape, (torch.int8,)), scheme.bits)
+        return zeros.reshape(-1, 1) if scheme.per_tensor else zeros
+    rows, groups = (1, 1) if scheme.per_tensor else (n, shape[1])
+    words = store.take(key, (dense_words(rows, scheme.bits), groups), (torch.int32,))
+    return unpack_dense(words.t().contiguous(), rows, scheme.bits).t().contiguous()
+
+
+def _one_or(
+    store: Store, key: str, shape: tuple[int, ...], dtypes: Sequence[torch.dtype] = ()
+) -> Tensor:
+    """A tensor of `shape`, where a single number may have any number of dimensions."""
+    if shape == (1,) and all(size == 1 for size in store.shape(key)):
+        return store.take(key, store.shape(key), dtypes).reshape(1)
+    return store.take(key, shape, dtypes)
+
+
+def _check_zero(store: Store, key: str, where: str) -> None:
+    if store.get(key).any():
+        raise CheckpointError(f"{key} is not zero, and the config says {where}")
+
+
+def _check_columns(store: Store, name: str, scheme: QuantScheme, k: int) -> None:
+    """Columns must be in the order of the weight."""
+    key = f"{name}.weight_g_idx"
+    if key not in store:
+        return
+    index = store.take(key, (k,), (torch.int32, torch.int64))
+    in_order = torch.arange(k) // scheme.group_length(k)
+    # -1 is what the package wrote for no index at all.
+    if not (index == -1).all() and not torch.equal(index.long(), in_order):
+        raise CheckpointError(f"{key}: columns in the order of activations are not supported here")
+
+
+def _unsigned(values: Tensor, bits: int) -> Tensor:
+    """Signed values int8 -> unsigned codes; values beyond `bits` bits become codes beyond them."""
+    return values.view(torch.uint8) + (1 << (bits - 1))
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    return (codes - (1 << (bits - 1))).view(torch.int8)
+
+
+def _write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
+    scheme, kind = weight.scheme, kind_of(weight.scheme)
     scales = weight.scales.flatten() if scheme.per_tensor else weight.scales
     tensors = {"weight_scale": scales.contiguous()}
     if kind == PACKED:
         tensors["weight_packed"] = pack_dense(weight.codes, scheme.bits)
         tensors["weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
-    elif kind == INTEGER:
-        tensors["weight"] = (weight.codes ^ 128).view(torch.int8)
-    else:
+    elif kind == FLOAT:
         assert scheme.weight.float_dtype is not None
         tensors["weight"] = weight.codes.view(scheme.weight.float_dtype)
+    else:
+        tensors["weight"] = _signed(weight.codes, scheme.bits)
     if weight.zeros is not None:
-        if weight.zeros.dtype != torch.uint8:
-            raise CheckpointError("compressed-tensors does not hold real zero points")
-        tensors["weight_zero_point"] = (
-            pack_dense(weight.zeros.t().contiguous(), scheme.bits).t().contiguous()
-        )
+        if scheme.per_tensor or kind != PACKED:
+            zeros = _signed(weight.zeros, scheme.bits)
+            tensors["weight_zero_point"] = zeros.flatten() if scheme.per_tensor else zeros
+        else:
+            words = pack_dense(weight.zeros.t().contiguous(), scheme.bits)
+            tensors["weight_zero_point"] = words.t().contiguous()
     if weight.activation_scale is not None:
         tensors["input_scale"] = weight.activation_scale.reshape(1)
     if weight.bias is not None:
@@ -87,169 +199,19 @@ def write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
     return tensors
 
 
-def read_layer(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:
-    """A layer from its tensors, whose scale type may differ from that of `scheme`.
-
-    Raises:
-        CheckpointError: naming the tensor that is missing or does not fit.
-    """
-
-    def take(part: str) -> Tensor:
-        if part not in tensors:
-            raise CheckpointError(f"{name}.{part} is missing")
-        return tensors[part]
-
-    if "weight_g_idx" in tensors and int(tensors["weight_g_idx"].min()) >= 0:
-        raise CheckpointError(f"{name}.weight_g_idx: column orders are not supported here")
-    scales = take("weight_scale")
-    scheme = _with_scale_dtype(scheme, scales.dtype)
-    kind = format_of(scheme)
-    zeros: Tensor | None = None
-    if kind == PACKED:
-        n, k = _shape(name, take("weight_shape"))
-        words = take("weight_packed")
-        if words.dtype != torch.int32 or tuple(words.shape) != (n, dense_words(k, scheme.bits)):
-            raise CheckpointError(
-                f"{name}.weight_packed must be int32 {[n, dense_words(k, scheme.bits)]} for "
-                f"{scheme.bits} bits of [{n}, {k}], got {words.dtype} {list(words.shape)}"
-            )
-        codes = unpack_dense(words, k, scheme.bits)
-    else:
-        dtype = torch.int8 if kind == INTEGER else scheme.weight.float_dtype
-        stored = take("weight")
-        if stored.dtype != dtype or stored.dim() != 2:
-            raise CheckpointError(
-                f"{name}.weight must be {dtype} [N, K], got {stored.dtype} {list(stored.shape)}"
-            )
-        codes = stored.view(torch.uint8) ^ (128 if kind == INTEGER else 0)
-        n, k = codes.shape
-    if not scheme.symmetric:
-        groups = 1 if scheme.per_tensor else scheme.groups(k)
-        rows = 1 if scheme.per_tensor else n
-        packed = take("weight_zero_point")
-        if tuple(packed.shape) != (dense_words(rows, scheme.bits), groups):
-            raise CheckpointError(
-                f"{name}.weight_zero_point must be {[dense_words(rows, scheme.bits), groups]}, "
-                f"got {list(packed.shape)}"
-            )
-        zeros = unpack_dense(packed.t().contiguous(), rows, scheme.bits).t().contiguous()
-    static = scheme.activation.granularity == "static"
-    if scheme.per_tensor:
-        scales = scales.reshape(-1, 1)
-    try:
-        return QuantizedWeight(
-            scheme=scheme,
-            codes=codes,
-            scales=scales,
-            zeros=zeros,
-            activation_scale=take("input_scale").float().reshape(()) if static else None,
-            bias=tensors.get("bias"),
-        )
-    except QuantizationError as error:
-        raise CheckpointError(f"{name}: {error}") from None
+def _write_config(layers: Mapping[str, WeightKind], dense: Sequence[str]) -> dict[str, Any]:
+    return write_section({name: kind.scheme for name, kind in layers.items()}, dense)
 
 
-def write_config(layers: Mapping[str, QuantScheme], ignored: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of a model with these layers; `ignored` ones stay dense."""
-    by_scheme: dict[QuantScheme, list[str]] = {}
-    for name, scheme in layers.items():
-        by_scheme.setdefault(scheme, []).append(name)
-    formats = {format_of(scheme) for scheme in by_scheme}
-    groups = {
-        f"group_{i}": {
-            "targets": names,
-            "weights": _weight_arguments(scheme),
-            "input_activations": _activation_arguments(scheme.activation),
-            "output_activations": None,
-            "format": format_of(scheme),
-        }
-        for i, (scheme, names) in enumerate(by_scheme.items())
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "config_groups": groups,
-        "ignore": ignored,
-        "kv_cache_scheme": None,
-    }
-
-
-def read_scheme(group: Mapping[str, Any]) -> QuantScheme:
-    """The scheme of one of the `config_groups`, with fp16 or fp32 scales until they are read.
-
-    Raises:
-        CheckpointError: for arguments this package has no scheme for.
-    """
-    weights, inputs = group.get("weights"), group.get("input_activations")
-    if not weights:
-        raise CheckpointError(f"config group has no weights entry: {group}")
-    bits, kind = weights.get("num_bits"), weights.get("type", "int")
-    weight = WEIGHT_TYPES.get(f"int{bits}" if kind == "int" else f"fp{bits}e4m3")
-    strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
-    if weight is None or strategy not in ("tensor", "channel", "group"):
-        raise CheckpointError(f"weights of {bits} bits, type {kind}, {strategy} are not supported")
-    try:
-        return QuantScheme(
-            weight=weight,
-            group_size=weights["group_size"] if strategy == "group" else None,
-            per_tensor=strategy == "tensor",
-            symmetric=weights.get("symmetric", True),
-            activation=_read_activation(inputs),
-        )
-    except QuantizationError as error:
-        raise CheckpointError(f"config group {group}: {error}") from None
-
-
-def _weight_arguments(scheme: QuantScheme) -> dict[str, Any]:
-    grouped = scheme.group_size is not None
-    return {
-        "num_bits": scheme.bits,
-        "type": "float" if scheme.weight.kind == "float8" else "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "tensor" if scheme.per_tensor else "group" if grouped else "channel",
-        "group_size": scheme.group_size,
-        "dynamic": False,
-    }
-
-
-def _activation_arguments(activation: Activation) -> dict[str, Any] | None:
-    if activation.dtype == "none":
-        return None
-    return {
-        "num_bits": 8,
-        "type": "int" if activation.dtype == "int8" else "float",
-        "symmetric": True,
-        "strategy": "token" if activation.granularity == "token" else "tensor",
-        "dynamic": activation.granularity != "static",
-    }
-
-
-def _read_activation(arguments: Mapping[str, Any] | None) -> Activation:
-    if not arguments:
-        return Activation()
-    if arguments.get("num_bits") != 8 or not arguments.get("symmetric", True):
-        raise CheckpointError(f"input activations {dict(arguments)} are not supported")
-    dtype = "int8" if arguments.get("type", "int") == "int" else "fp8"
-    dynamic = bool(arguments.get("dynamic"))
-    granularity = {
-        ("token", True): "token",
-        ("tensor", True): "tensor",
-        ("tensor", False): "static",
-    }.get((str(arguments.get("strategy")), dynamic))
-    if granularity is None:
-        raise CheckpointError(f"input activations {dict(arguments)} are not supported")
-    return Activation(dtype, granularity)
-
-
-def _with_scale_dtype(scheme: QuantScheme, dtype: torch.dtype) -> QuantScheme:
-    return QuantScheme(
-        **{**{f: getattr(scheme, f) for f in scheme.__dataclass_fields__}, "scale_dtype": dtype}
-    )
-
-
-def _shape(name: str, stored: Tensor) -> tuple[int, int]:
-    if stored.numel() != 2:
-        raise CheckpointError(f"{name}.weight_shape must hold 2 sizes, got {stored.tolist()}")
-    n, k = (int(size) for size in stored)
-    return n, k
+COMPRESSED_TENSORS = Format(
+    name=NAME,
+    title="of llm-compressor; read by Transformers and vLLM",
+    why_not=_why_not,
+    detect=says_method(NAME),
+    read_plan=_read_plan,
+    read_layer=_read_layer,
+    write_layer=_write_layer,
+    write_config=_write_config,
+    # Scales of a KV cache in 8 bits, by their names and by those they had at first.
+    unused=(r"\.[kvq]_(scale|zero_point)$", r"\.[kv]_proj\.output_(scale|zero_point)$"),
+)

@@ -61,7 +61,7 @@ def inspect(
     dtype: models.PrecisionOption = models.Precision.bf16,
 ) -> None:
     """List the linear layers of a model: schemes, shapes, bits per weight and sizes."""
-    network, _ = models.load(path, dtype, "cpu")
+    network, _ = models.load(path, dtype, "cpu", tokenizer=False)
     layers = linear_layers(network)
     rows = table(
         "layers",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from qkernels.cli.console import output, table
 
@@ -77,10 +78,21 @@ def _parameters(method: Method) -> str:
     )
 
 
+def _formats() -> Table:
+    from qkernels.checkpoints.table import FORMATS, weight_types
+
+    rows = table("format", "what", "written", "weight types")
+    for row in FORMATS.values():
+        written = Text("yes", "green") if row.writes else Text("no")
+        rows.add_row(row.name, row.title, written, " ".join(weight_types(row)))
+    return rows
+
+
 _TABLES: dict[str, Callable[[], Table]] = {
     "weights": _weight_types,
     "fields": _fields,
     "methods": _methods,
+    "formats": _formats,
     "kernels": _kernels,
     "rows": _row_kernels,
 }

@@ -66,15 +66,17 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load(path: Path, precision: Precision, device: str, *, dense: bool = False) -> tuple[Any, Any]:
+def load(
+    path: Path, precision: Precision, device: str, *, dense: bool = False, tokenizer: bool = True
+) -> tuple[Any, Any]:
     """The model at `path` on a device, and its tokenizer; `dense` refuses quantized models."""
     target = find_device(device)
     from qkernels.models.loading import load_dense, load_model_and_tokenizer
 
     with progress_bar(f"loading {path}"):
         loader = load_dense if dense else load_model_and_tokenizer
-        model, tokenizer = loader(path, precision.dtype)
-        return model.to(target), tokenizer
+        model, encoder = loader(path, precision.dtype, tokenizer=tokenizer)
+        return model.to(target), encoder
 
 
 def quantize_with_bar(model: Any, scheme: qk.QuantScheme, **options: Any) -> qk.QuantizationReport:

@@ -55,6 +55,9 @@ def quantize(
         Path | None,
         typer.Option(help="A text to measure output errors and static activation scales on."),
     ] = None,
+    format: Annotated[
+        str, typer.Option(help="Of the folder to write; `qkernels list formats` lists them.")
+    ] = "compressed-tensors",
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -77,11 +80,11 @@ def quantize(
     overrides = parse_overrides(override or [])
     text = None if calibration is None else read_text(calibration)
     import qkernels as qk
-    from qkernels.checkpoints.compressed_tensors import format_of
+    from qkernels.checkpoints import check_scheme
 
     for wanted in (parsed, *overrides.values()):
         if wanted is not None:
-            format_of(wanted)
+            check_scheme(format, wanted)
 
     network, tokenizer = models.load(model, dtype, device, dense=True)
     before = _bytes_by_layer(network)
@@ -96,7 +99,7 @@ def quantize(
         resume=resume,
     )
     with progress_bar(f"writing {out}"), replaced_folder(out) as folder:
-        qk.save_model(network, folder)
+        qk.save_model(network, folder, format=format)
         tokenizer.save_pretrained(folder)
     print_report(report, sum(before[layer.name] for layer in report.layers), out)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +17,21 @@ from unittest import mock
 import torch
 from torch import nn
 
+from qkernels.checkpoints import is_quantized, load_model
+from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.errors import CheckpointError
 
 _GGUF_MAGIC = b"GGUF"
+_DAMAGED = "cannot be loaded, it may be damaged or of an unsupported kind"
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
+    *("vocab.json", "vocab.txt", "tekken.json"),
+)
+"""A folder without any of these holds no tokenizer."""
 
 
 def load_model_and_tokenizer(
-    path: str | Path, dtype: torch.dtype = torch.bfloat16
+    path: str | Path, dtype: torch.dtype = torch.bfloat16, *, tokenizer: bool = True
 ) -> tuple[nn.Module, Any]:
     """The model at `path`, quantized or not, in evaluation mode, and its tokenizer.
 
@@ -32,22 +39,23 @@ def load_model_and_tokenizer(
         path: a Hugging Face folder, a folder written by `qkernels.save_model`, a `.gguf` file, or
             a folder with exactly one of those.
         dtype: of the layers that are not quantized.
+        tokenizer: False loads the model alone, and None in place of the tokenizer.
 
     Raises:
-        CheckpointError: for a path that is missing or holds no model, naming the path.
+        CheckpointError: for a path that is missing or holds no model or no tokenizer, naming it.
     """
-    if not is_quantized_folder(path):
-        return load_dense(path, dtype)
-    import qkernels as qk
-
+    if not is_quantized(path):
+        return load_dense(path, dtype, tokenizer=tokenizer)
     _require_packages(gguf=False)
-    with _quiet_transformers(), _as_checkpoint_error(path):
-        model = qk.load_model(path)
-        tokenizer = _tokenizer(Path(path), None)
-    return model.to(dtype).eval(), tokenizer
+    with _quiet_transformers():
+        # The tokenizer comes first: where it is missing, nobody has waited for the model.
+        encoder = _tokenizer(Path(path), None) if tokenizer else None
+        return load_model(path, dtype=dtype), encoder
 
 
-def load_dense(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Any]:
+def load_dense(
+    path: str | Path, dtype: torch.dtype = torch.bfloat16, *, tokenizer: bool = True
+) -> tuple[nn.Module, Any]:
     """The model at `path` with plain `nn.Linear` layers in `dtype`, and its tokenizer.
 
     A GGUF file is dequantized. Arguments as in `load_model_and_tokenizer`.
@@ -57,7 +65,7 @@ def load_dense(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[n
             damaged file, or where the packages that read it are not installed.
     """
     folder, gguf_file = _locate(Path(path))
-    if is_quantized_folder(path):
+    if is_quantized(path):
         raise CheckpointError(f"{path} holds a quantized model: start from the original one")
     _require_packages(gguf=gguf_file is not None)
     import transformers
@@ -68,20 +76,12 @@ def load_dense(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[n
         # Versions that have this class keep the weights of some models packed unless told.
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _quiet_transformers(), _gguf_read_once(gguf_file), _as_checkpoint_error(path):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-        tokenizer = _tokenizer(folder, gguf_file)
+    with _quiet_transformers(), _gguf_read_once(gguf_file):
+        encoder = _tokenizer(folder, gguf_file) if tokenizer else None
+        with as_checkpoint_error(path, _DAMAGED):
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     _check_dense(model, path, transformers.__version__)
-    return model.eval(), tokenizer
-
-
-def is_quantized_folder(path: str | Path) -> bool:
-    """Whether `path` is a model folder whose configuration says that its weights are quantized."""
-    try:
-        config = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("quantization_config") is not None
+    return model.eval(), encoder
 
 
 def output_head(model: Any) -> nn.Module | None:
@@ -131,8 +131,13 @@ def _require_packages(*, gguf: bool) -> None:
 def _tokenizer(folder: Path, gguf_file: str | None) -> Any:
     from transformers import AutoTokenizer
 
+    if gguf_file is None and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder} holds no tokenizer: write it there by tokenizer.save_pretrained(folder)"
+        )
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    with as_checkpoint_error(folder / (gguf_file or ""), _DAMAGED):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     # GGUF files ask for a clean-up that takes spaces out before punctuation.
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
@@ -147,22 +152,6 @@ def _check_dense(model: nn.Module, path: str | Path, version: str) -> None:
             f"(found: {', '.join(kinds) or 'no linear layer'}), so there is nothing to quantize; "
             "for a GGUF file use transformers 5.17, which unpacks its weights"
         )
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except (CheckpointError, MemoryError):
-        raise
-    # A damaged file fails anywhere in three readers that are not ours, with any exception.
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else "no reason given"
-        raise CheckpointError(
-            f"{path} cannot be loaded, it may be damaged or of an unsupported kind "
-            f"({type(error).__name__}: {reason})"
-        ) from error
 
 
 @contextlib.contextmanager

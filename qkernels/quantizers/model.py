@@ -46,8 +46,8 @@ def quantize_model(
 
     Args:
         model: its linear layers hold fp16, bf16 or fp32 weights.
-        method: a recipe: a method of `qkernels list methods`, with its parameters, or several joined by
-            +, such as "a(x=0.5)+b"; the last one quantizes, those before prepare.
+        method: a recipe: a method of `qkernels list methods` with its parameters, or several joined
+            by +, such as "a(x=0.5)+b"; the last one quantizes, those before prepare.
         scheme: for all layers that no override names.
         calibration: batches to run through the model (tensors, tuples or dicts of its arguments),
             for the output errors, static activation scales and methods that learn from inputs. All

@@ -1,0 +1,76 @@
+"""A quantized model folder, opened: its format, its layers and its other tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qkernels.checkpoints.config import Config, read_config
+from qkernels.checkpoints.format import Format, StoredLayer
+from qkernels.checkpoints.store import Store
+from qkernels.checkpoints.table import find_format
+from qkernels.errors import CheckpointError, QuantizationError
+from qkernels.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a folder before its tensors are read.
+
+    Attributes:
+        layers: the quantized layers, by name.
+        dense: the names of all tensors that belong to none of them, but for those that the format
+            knows to change nothing.
+    """
+
+    config: Config
+    store: Store
+    format: Format
+    layers: Mapping[str, StoredLayer]
+    dense: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.store.folder
+
+    def read(self, name: str) -> QuantizedWeight:
+        """One quantized layer.
+
+        Raises:
+            CheckpointError: naming the layer and what is wrong with it.
+        """
+        try:
+            return self.format.read_layer(self.store, name, self.layers[name])
+        except CheckpointError:
+            raise
+        except QuantizationError as error:
+            raise CheckpointError(f"{self.folder}: {name}: {error}") from None
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """The quantized model in `folder`; headers are read, and no weights.
+
+    Raises:
+        CheckpointError: for files that are missing or damaged, and formats that are not known.
+    """
+    config, store = read_config(folder), Store(folder)
+    row = find_format(config, store)
+    layers = row.read_plan(config, store)
+    if not layers:
+        raise CheckpointError(f"{folder} holds no quantized layer")
+    taken = {tensor for layer in layers.values() for tensor in layer.tensors}
+    unused = [re.compile(pattern) for pattern in row.unused]
+    dense = (name for name in store if not any(pattern.search(name) for pattern in unused))
+    return Checkpoint(config, store, row, layers, tuple(n for n in dense if n not in taken))
+
+
+def read_weights(folder: str | Path) -> dict[str, QuantizedWeight]:
+    """Every quantized layer of a model folder, by name.
+
+    Raises:
+        CheckpointError: for files that are missing or damaged, or formats that are not known.
+    """
+    checkpoint = open_checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.layers}

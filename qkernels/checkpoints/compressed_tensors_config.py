@@ -1,0 +1,269 @@
+"""The quantization_config of compressed-tensors: config groups to schemes, and back.
+
+A group says what its targets' weights and inputs are quantized to. A target is a layer's name, a
+pattern ("re:...") or the name of a class of modules, and they count in this order, wherever they
+stand in the file. Source: the compressed-tensors package (Neural Magic, Apache-2.0), read as
+documentation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qkernels.checkpoints.config import Config, brief, only, strings, typed
+from qkernels.errors import CheckpointError, SchemeError
+from qkernels.scheme import WEIGHT_TYPES, Activation, QuantScheme
+
+NAME = "compressed-tensors"
+PACKED, INTEGER, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+NAIVE, MIXED = "naive-quantized", "mixed-precision"
+
+_KEYS = frozenset(
+    (
+        *("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme"),
+        *("quantization_status", "sparsity_config", "transform_config"),
+        # These say nothing of what is stored. A scheme of the KV cache is one of run time: keys and
+        # values stay in 16 bits here.
+        *("version", "global_compression_ratio", "run_compressed", "dequantize"),
+    )
+)
+_GROUP_KEYS = frozenset(("targets", "weights", "input_activations", "output_activations", "format"))
+_ARGUMENT_KEYS = frozenset(
+    (
+        *("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic"),
+        "actorder",
+        # How scales were found, and types that the tensors themselves have.
+        *("observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of the config groups. The type of the scales stands in the tensors, not here."""
+
+    name: str
+    targets: tuple[str, ...]
+    scheme: QuantScheme
+    kind: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A quantization_config: its groups, in the order of the file, and what it leaves dense."""
+
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+
+    def group_of(self, layer: str) -> Group:
+        """The group of a quantized linear layer.
+
+        Raises:
+            CheckpointError: where no group has it, or the layer is to stay dense.
+        """
+        ignored = [target for target in self.ignore if _rank(target, layer) in (0, 1)]
+        if ignored:
+            raise CheckpointError(
+                f"{layer} is quantized in the file, and the config ignores {ignored[0]!r}"
+            )
+        found = [
+            (rank, i)
+            for i, group in enumerate(self.groups)
+            for rank in (_rank(target, layer) for target in group.targets)
+            if rank is not None
+        ]
+        if not found:
+            raise CheckpointError(f"{layer} is quantized, but no config group names it")
+        return self.groups[min(found)[1]]
+
+
+def _rank(target: str, layer: str) -> int | None:
+    """How early a target counts that names `layer`; None where it names others."""
+    if target == layer:
+        return 0
+    if target.startswith("re:"):
+        return 1 if re.match(target[3:], layer) else None
+    return 2 if target == "Linear" else None
+
+
+def kind_of(scheme: QuantScheme) -> str:
+    """The format in which compressed-tensors stores a scheme that it holds."""
+    if scheme.weight.kind == "float8":
+        return FLOAT
+    return PACKED if scheme.weight_only else INTEGER
+
+
+def write_section(schemes: Mapping[str, QuantScheme], ignored: Sequence[str]) -> dict[str, Any]:
+    """The quantization_config of a model with these layers; `ignored` ones stay dense."""
+    by_scheme: dict[QuantScheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        by_scheme.setdefault(scheme, []).append(name)
+    kinds = {kind_of(scheme) for scheme in by_scheme}
+    groups = {
+        f"group_{i}": {
+            "targets": names,
+            "weights": _weight_arguments(scheme),
+            "input_activations": _activation_arguments(scheme.activation),
+            "output_activations": None,
+            "format": kind_of(scheme),
+        }
+        for i, (scheme, names) in enumerate(by_scheme.items())
+    }
+    return {
+        "quant_method": NAME,
+        "quantization_status": "compressed",
+        "format": kinds.pop() if len(kinds) == 1 else MIXED,
+        "config_groups": groups,
+        "ignore": list(ignored),
+        "kv_cache_scheme": None,
+    }
+
+
+def read_section(section: Config) -> Section:
+    """A quantization_config, understood.
+
+    Raises:
+        CheckpointError: naming what is wrong with it, or unknown here.
+    """
+    only(section, _KEYS, "quantization_config")
+    for key in ("transform_config", "sparsity_config"):
+        if section.get(key):
+            raise CheckpointError(
+                f"quantization_config.{key} is not supported: {brief(section[key])} changes what "
+                "the weights mean"
+            )
+    status = section.get("quantization_status")
+    if status not in (None, "compressed"):
+        raise CheckpointError(f"quantization_status {status!r} is not supported, 'compressed' is")
+    groups = section.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise CheckpointError(f"quantization_config has no config_groups, but {brief(groups)}")
+    read = [_read_group(name, entry, section.get("format")) for name, entry in groups.items()]
+    ignore = strings(section.get("ignore") or [], "ignore")
+    _check_patterns(ignore)
+    return Section(tuple(group for group in read if group is not None), tuple(ignore))
+
+
+def _read_group(name: str, entry: object, file_format: object) -> Group | None:
+    """One of the config groups, or None where it quantizes nothing."""
+    where = f"config group {name}"
+    if isinstance(entry, list):
+        raise CheckpointError(f"{where} is a preset name, which is not supported: spell it out")
+    group = typed(entry, dict, where)
+    only(group, _GROUP_KEYS, where)
+    if group.get("output_activations"):
+        raise CheckpointError(f"{where} quantizes output activations, which is not supported")
+    if not group.get("weights"):
+        if group.get("input_activations"):
+            raise CheckpointError(f"{where} has no weights entry: {brief(group)}")
+        return None
+    targets = strings(group.get("targets"), f"targets of {where}")
+    _check_patterns(targets)
+    scheme = _read_scheme(group, where)
+    return Group(name, tuple(targets), scheme, _read_kind(group, file_format, scheme, where))
+
+
+def _check_patterns(targets: Iterable[str]) -> None:
+    for target in targets:
+        if target.startswith("re:"):
+            try:
+                re.compile(target[3:])
+            except re.error as error:
+                raise CheckpointError(f"{target!r} is no regular expression: {error}") from None
+
+
+def _read_kind(group: Config, file_format: object, scheme: QuantScheme, where: str) -> str:
+    """How the group's weights are stored; its own format counts before that of the file."""
+    stated = group.get("format") or file_format
+    if stated in (None, MIXED):
+        return kind_of(scheme)
+    unpacked = FLOAT if scheme.weight.kind == "float8" else INTEGER
+    fits = (FLOAT, NAIVE) if unpacked == FLOAT else (PACKED, INTEGER, NAIVE)
+    if stated not in fits:
+        raise CheckpointError(
+            f"{where} has the format {stated!r}; supported for {scheme} are {', '.join(fits)}"
+        )
+    return unpacked if stated == NAIVE else str(stated)
+
+
+def _read_scheme(group: Config, where: str) -> QuantScheme:
+    weights = typed(group["weights"], dict, f"weights of {where}")
+    only(weights, _ARGUMENT_KEYS, f"weights of {where}")
+    bits = typed(weights.get("num_bits"), int, f"{where}: num_bits")
+    kind = weights.get("type", "int")
+    size = weights.get("group_size")
+    strategy = weights.get("strategy") or ("group" if size else "channel")
+    weight = WEIGHT_TYPES.get({"int": f"int{bits}", "float": f"fp{bits}e4m3"}.get(str(kind), ""))
+    if weight is None or strategy not in ("tensor", "channel", "group"):
+        raise CheckpointError(
+            f"{where}: weights of {bits} bits, type {kind}, {strategy} are not supported"
+        )
+    if weights.get("actorder") not in (None, "static", "weight"):
+        raise CheckpointError(
+            f"{where}: actorder {weights['actorder']!r} is not supported: its columns are not in "
+            "the order of the weight"
+        )
+    if weights.get("dynamic"):
+        raise CheckpointError(f"{where}: weights that are quantized dynamically are not supported")
+    try:
+        return QuantScheme(
+            weight=weight,
+            group_size=typed(size, int, f"{where}: group_size") if strategy == "group" else None,
+            per_tensor=strategy == "tensor",
+            symmetric=typed(weights.get("symmetric", True), bool, f"{where}: symmetric"),
+            activation=_read_activation(group.get("input_activations"), where),
+        )
+    except SchemeError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _read_activation(entry: object, where: str) -> Activation:
+    if not entry:
+        return Activation()
+    arguments = typed(entry, dict, f"input_activations of {where}")
+    only(arguments, _ARGUMENT_KEYS, f"input_activations of {where}")
+    dtype = {"int": "int8", "float": "fp8"}.get(str(arguments.get("type", "int")))
+    way = (str(arguments.get("strategy")), arguments.get("dynamic", False) is True)
+    granularity = _GRANULARITIES.get(way)
+    eight_bits = arguments.get("num_bits") == 8 and arguments.get("symmetric", True) is True
+    if not eight_bits or dtype is None or granularity is None:
+        raise CheckpointError(
+            f"{where}: input activations of {arguments.get('num_bits')} bits, "
+            f"type {arguments.get('type')}, {way[0]}, dynamic={arguments.get('dynamic')}, "
+            f"symmetric={arguments.get('symmetric')} are not supported"
+        )
+    return Activation(dtype, granularity)
+
+
+_GRANULARITIES = {
+    ("token", True): "token",
+    ("tensor", True): "tensor",
+    ("tensor", False): "static",
+}
+
+
+def _weight_arguments(scheme: QuantScheme) -> dict[str, Any]:
+    grouped = scheme.group_size is not None
+    return {
+        "num_bits": scheme.bits,
+        "type": "float" if scheme.weight.kind == "float8" else "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "tensor" if scheme.per_tensor else "group" if grouped else "channel",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+
+
+def _activation_arguments(activation: Activation) -> dict[str, Any] | None:
+    if activation.dtype == "none":
+        return None
+    return {
+        "num_bits": 8,
+        "type": "int" if activation.dtype == "int8" else "float",
+        "symmetric": True,
+        "strategy": "token" if activation.granularity == "token" else "tensor",
+        "dynamic": activation.granularity != "static",
+    }

@@ -1,0 +1,49 @@
+"""The tensors of a model outside of its quantized layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from qkernels.modules.linear import WQLinear
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module has a parameter or a buffer."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        held: Tensor = getattr(self.module, self.name)
+        return held
+
+
+def dense_places(model: nn.Module) -> dict[str, Place]:
+    """Name -> place of each tensor that a model saves beside its `WQLinear` layers.
+
+    A tensor with several names is there under each, in the order of the model.
+    """
+    places = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, WQLinear):
+            continue
+        unsaved = module._non_persistent_buffers_set
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and name not in unsaved:
+                    places[f"{prefix}.{name}" if prefix else name] = Place(module, name)
+    return places
+
+
+def replace_tensor(places: list[Place], tensor: Tensor) -> None:
+    """Puts `tensor` at all of `places`, which share one: a parameter where one is now."""
+    current = places[0].tensor
+    if isinstance(current, nn.Parameter):
+        grad = current.requires_grad and tensor.is_floating_point()
+        tensor = nn.Parameter(tensor, requires_grad=grad)
+    for place in places:
+        setattr(place.module, place.name, tensor)

@@ -1,0 +1,99 @@
+"""A row of the table of checkpoint formats, and what is told of weights to it and by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qkernels.checkpoints.config import Config, quant_method
+from qkernels.checkpoints.store import Store
+from qkernels.fields import FIELDS
+from qkernels.scheme import QuantScheme
+from qkernels.weight import QuantizedWeight, WeightParameters
+
+
+@dataclass(frozen=True)
+class WeightKind:
+    """What a format must know of a weight to say whether it holds it.
+
+    Attributes:
+        fields: the names of all hub fields that it has.
+        shape: (N, K), or None where it is not known yet.
+        real_zeros: its zero points are floating numbers.
+    """
+
+    scheme: QuantScheme
+    fields: frozenset[str]
+    shape: tuple[int, int] | None = None
+    real_zeros: bool = False
+
+    @classmethod
+    def of_scheme(cls, scheme: QuantScheme) -> WeightKind:
+        """Any weight of `scheme` with no more than the fields that it must have."""
+        return cls(scheme, frozenset(name for name in FIELDS if FIELDS[name].wanted(scheme)))
+
+    @classmethod
+    def of(cls, weight: WeightParameters) -> WeightKind:
+        zeros = weight.fields.get("zeros")
+        return cls(
+            weight.scheme,
+            frozenset(weight.fields),
+            (weight.n, weight.k),
+            zeros is not None and zeros.is_floating_point(),
+        )
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantized layer of a folder, before it is read.
+
+    Attributes:
+        scheme: with the type of its scales.
+        tensors: the names of all tensors that it is made of.
+        details: what else the format has to remember for reading it.
+    """
+
+    scheme: QuantScheme
+    tensors: tuple[str, ...]
+    details: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A row of the table of formats.
+
+    Attributes:
+        name: as `quant_method` in config.json spells it.
+        title: whose format it is and who reads it.
+        why_not: why it cannot hold a weight, as what follows its name in a sentence, or None.
+        detect: (config.json, tensors) -> whether a folder is of this format.
+        read_plan: (config.json, tensors) -> the quantized layers of a folder, by name. Reads no
+            data of them.
+        read_layer: (tensors, name, plan) -> one layer.
+        write_layer: the tensors of a layer, by their names below the layer's; None for a format
+            that is only read.
+        write_config: (quantized layers, names of dense linear layers) -> quantization_config.
+        unused: patterns (`re.search`) of tensors that belong to no layer and change nothing here.
+    """
+
+    name: str
+    title: str
+    why_not: Callable[[WeightKind], str | None]
+    detect: Callable[[Config, Store], bool]
+    read_plan: Callable[[Config, Store], dict[str, StoredLayer]]
+    read_layer: Callable[[Store, str, StoredLayer], QuantizedWeight]
+    write_layer: Callable[[QuantizedWeight], dict[str, Tensor]] | None = None
+    write_config: Callable[[Mapping[str, WeightKind], Sequence[str]], dict[str, Any]] | None = None
+    unused: tuple[str, ...] = ()
+
+    @property
+    def writes(self) -> bool:
+        return self.write_layer is not None and self.write_config is not None
+
+
+def says_method(name: str) -> Callable[[Config, Store], bool]:
+    """Detects a format by the quant_method of its config.json."""
+    return lambda config, store: quant_method(config) == name

@@ -1,0 +1,163 @@
+"""`load_model`: a folder of any format as a model, packed layer by layer for a device."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qkernels.checkpoints.dense import Place, dense_places, replace_tensor
+from qkernels.checkpoints.empty import empty_model
+from qkernels.checkpoints.foreign import as_checkpoint_error
+from qkernels.errors import CheckpointError
+from qkernels.modules.linear import WQLinear
+from qkernels.weight import QuantizedWeight
+
+UNUSED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
+"""Tensors that some versions of Transformers store and others compute: they change nothing."""
+
+
+def load_model(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The Transformers model in `folder`, with `WQLinear` layers packed for `device`.
+
+    Tensors are read one by one, so that no more is held than the packed model and one layer. Each
+    one of the folder is used and each one of the model filled, or that is an error.
+
+    Args:
+        dtype: for what is not quantized and stored in the folder's own type; None keeps that. What
+            is stored in another type, such as fp32 norms of a bf16 model, keeps its own.
+
+    Raises:
+        CheckpointError: for files that are missing or damaged, formats that are not known, and
+            tensors that do not fit the model.
+    """
+    device = torch.device(device)
+    checkpoint = open_checkpoint(folder)
+    model, own = empty_model(checkpoint, dtype)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if dtype is None or tensor.dtype != own else tensor.to(dtype)
+
+    linears = _find_linears(model, checkpoint)
+    replaced = set(linears.values())
+    places = {n: place for n, place in dense_places(model).items() if place.module not in replaced}
+    # Whatever can be wrong without the tensors' data is checked before they are read.
+    _check_names(model, checkpoint, places)
+    for name, linear in linears.items():
+        weight = checkpoint.read(name)
+        _check_layer(checkpoint, name, linear, weight)
+        if weight.bias is not None:
+            weight = weight.replace(bias=cast(weight.bias))
+        model.set_submodule(name, WQLinear.from_weight(weight, device=device))
+    for names in _tied(places).values():
+        tied = {name: places[name] for name in names}
+        _fill(tied, checkpoint, lambda tensor: cast(tensor).to(device))
+    path = checkpoint.folder / "generation_config.json"
+    if path.is_file():
+        transformers = importlib.import_module("transformers")
+        with as_checkpoint_error(path, "cannot be read"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.to(device).eval()
+
+
+def _find_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
+    """The layers of the model that quantized ones are to take the place of."""
+    found = {}
+    for name in checkpoint.layers:
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(
+                f"{checkpoint.folder}: the model has no layer {name}, which is in the file"
+            ) from None
+        if not isinstance(layer, nn.Linear):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is quantized in the file, and in the model a "
+                f"{type(layer).__name__}, which is not supported"
+            )
+        found[name] = layer
+    return found
+
+
+def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
+    """Each tensor of the folder has a place, each place a tensor, and of the same shape."""
+    store, dense = checkpoint.store, set(checkpoint.dense)
+    passed_over = (*UNUSED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    # The code of the model says that it computes these itself.
+    computed = tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    unexpected = [
+        name for name in checkpoint.dense if name not in places and not _matches(name, passed_over)
+    ]
+    missing = [
+        names[0]
+        for names in _tied(places).values()
+        if dense.isdisjoint(names)
+        and (places[names[0]].tensor.is_meta or not _matches(names[0], computed))
+    ]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{checkpoint.folder} does not fit the model: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}"
+        )
+    for name in dense & set(places):
+        wanted, stored = tuple(places[name].tensor.shape), store.shape(name)
+        if wanted != stored:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is {list(stored)} in the file and {list(wanted)} in "
+                "the model's config"
+            )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _tied(places: Mapping[str, Place]) -> dict[int, list[str]]:
+    """The names of each tensor."""
+    tied: dict[int, list[str]] = {}
+    for name, place in places.items():
+        tied.setdefault(id(place.tensor), []).append(name)
+    return tied
+
+
+def _check_layer(
+    checkpoint: Checkpoint, name: str, linear: nn.Linear, weight: QuantizedWeight
+) -> None:
+    where = f"{checkpoint.folder}: {name}"
+    if tuple(linear.weight.shape) != weight.shape:
+        raise CheckpointError(
+            f"{where} is {list(weight.shape)} in the file and {list(linear.weight.shape)} in the "
+            "model's config"
+        )
+    if (linear.bias is None) != (weight.bias is None):
+        has = (
+            "no bias in the file and one" if weight.bias is None else "a bias in the file and none"
+        )
+        raise CheckpointError(f"{where} has {has} in the model's config")
+
+
+def _fill(
+    places: Mapping[str, Place], checkpoint: Checkpoint, move: Callable[[Tensor], Tensor]
+) -> None:
+    """Fills a tensor of the model that is at all of `places`, from the names that are stored."""
+    stored = [name for name in places if name in checkpoint.store]
+    if not stored:
+        return
+    replace_tensor(list(places.values()), move(checkpoint.store.get(stored[0])))
+    for other in stored[1:]:
+        if not torch.equal(move(checkpoint.store.get(other)), places[other].tensor.detach()):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {stored[0]} and {other} are one tensor by the model's "
+                "config, and differ in the file"
+            )

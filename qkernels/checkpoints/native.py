@@ -1,0 +1,108 @@
+"""qkernels' own format: every scheme and every hub field, as the buffers of the plain layout.
+
+<layer>.words, then <layer>.<field> for each field that the weight has, and <layer>.bias: what
+`WQLinear.state_dict` holds. config.json has, for layers alike:
+
+    "quantization_config": {"quant_method": "qkernels", "version": 1, "groups": [
+        {"scheme": "w4a16-g128", "shape": [N, K], "layers": [name, ...]}, ...]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels.bits import dense_words
+from qkernels.checkpoints.config import Config, only, quantization_of, strings, typed
+from qkernels.checkpoints.format import Format, StoredLayer, WeightKind, says_method
+from qkernels.checkpoints.store import Store
+from qkernels.errors import CheckpointError, SchemeError
+from qkernels.fields import FIELDS
+from qkernels.layouts import PLAIN, PackedWeight, pack
+from qkernels.scheme import QuantScheme
+from qkernels.weight import QuantizedWeight
+
+VERSION = 1
+"""Raised by a change that this reader would read wrongly."""
+
+_KEYS = frozenset(("quant_method", "version", "groups"))
+_GROUP_KEYS = frozenset(("scheme", "shape", "layers"))
+
+
+def _why_not(kind: WeightKind) -> None:
+    return None
+
+
+def _read_plan(config: Config, store: Store) -> dict[str, StoredLayer]:
+    section = quantization_of(config) or {}
+    version = section.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise CheckpointError(
+            f"{store.folder} is in version {version!r} of the qkernels format, and this qkernels "
+            f"reads version {VERSION}: update it"
+        )
+    only(section, _KEYS, "quantization_config")
+    layers: dict[str, StoredLayer] = {}
+    for i, entry in enumerate(typed(section.get("groups"), list, "groups")):
+        where = f"groups[{i}]"
+        group = typed(entry, dict, where)
+        only(group, _GROUP_KEYS, where)
+        try:
+            scheme = QuantScheme.parse(typed(group.get("scheme"), str, f"{where}.scheme"))
+        except SchemeError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+        sizes = typed(group.get("shape"), list, f"{where}.shape")
+        if len(sizes) != 2:
+            raise CheckpointError(f"{where}.shape must be [N, K], got {sizes}")
+        n, k = (typed(size, int, f"{where}.shape") for size in sizes)
+        for name in strings(group.get("layers"), f"{where}.layers"):
+            if name in layers:
+                raise CheckpointError(f"{where} names the layer {name} a second time")
+            parts = ("words", *FIELDS, "bias")
+            tensors = tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in store)
+            layers[name] = StoredLayer(scheme, tensors, (n, k))
+    return layers
+
+
+def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
+    scheme, (n, k) = layer.scheme, layer.details
+    words = store.take(f"{name}.words", (n, dense_words(k, scheme.bits)), (torch.int32,))
+    buffers = {"words": words}
+    for field in FIELDS:
+        if f"{name}.{field}" in layer.tensors:
+            buffers[field] = store.get(f"{name}.{field}")
+    bias = store.get(f"{name}.bias") if f"{name}.bias" in layer.tensors else None
+    return PackedWeight(scheme, PLAIN, n, k, buffers).unpack(bias)
+
+
+def _write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
+    tensors = dict(pack(weight, PLAIN).buffers)
+    if weight.bias is not None:
+        tensors["bias"] = weight.bias
+    return tensors
+
+
+def _write_config(layers: Mapping[str, WeightKind], dense: Sequence[str]) -> dict[str, Any]:
+    alike: dict[tuple[QuantScheme, tuple[int, int] | None], list[str]] = {}
+    for name, kind in layers.items():
+        alike.setdefault((kind.scheme, kind.shape), []).append(name)
+    groups = [
+        {"scheme": str(scheme), "shape": shape, "layers": names}
+        for (scheme, shape), names in alike.items()
+    ]
+    return {"quant_method": NATIVE.name, "version": VERSION, "groups": groups}
+
+
+NATIVE = Format(
+    name="qkernels",
+    title="our own, for every scheme; read by qkernels alone",
+    why_not=_why_not,
+    detect=says_method("qkernels"),
+    read_plan=_read_plan,
+    read_layer=_read_layer,
+    write_layer=_write_layer,
+    write_config=_write_config,
+)
