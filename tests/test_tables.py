@@ -80,7 +80,7 @@ def test_a_weight_type(tmp_path):
     rows = qk.explain("pow2-g32-dq", n=64, k=64, m=3)
     assert next(row for row in rows if row.chosen).backend == "cpu"
     assert "pow2" in listed("weights")
-    with pytest.raises(QuantizationError, match=r"binary, .*pow2, .* or table"):
+    with pytest.raises(QuantizationError, match=r"binary, .*pow2 or table"):
         QuantScheme.parse("pow3-g32")
 
 
@@ -203,13 +203,13 @@ BYTES = Format(
 
 
 def test_a_format(tmp_path, monkeypatch):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="binary-g32")
     with pytest.raises(CheckpointError, match="'bytes' is not one of compressed-tensors"):
-        qk.save_model(tiny_model(), tmp_path / "no", format="bytes")
+        qk.save_model(model, tmp_path / "no", format="bytes")
     monkeypatch.setitem(FORMATS, "bytes", BYTES)
     journey(tmp_path / "out", "nf4-g32-dq", format="bytes")
     assert "bytes" in listed("formats")
-    model = tiny_model()
-    qk.quantize_model(model, scheme="binary-g32")
     with pytest.raises(CheckpointError, match="bytes holds no binary weights"):
         qk.save_model(model, tmp_path / "no", format="bytes")
     assert not (tmp_path / "no").exists()

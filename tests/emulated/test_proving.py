@@ -64,11 +64,9 @@ def test_a_kernel_without_one_of_its_waits_is_caught_and_passed_over():
         product(torch.randn(3, K, dtype=torch.float16), packed)
     place = next(s for s in found["copy_async_wait"] if s["file"].endswith("mma.cuh"))
     quantized = weight()
-    with (
-        disabled("copy_async_wait", place["file"], place["line"]),
-        pytest.warns(RuntimeWarning, match=f"the kernel {MMA} ") as caught,
-    ):
-        layer = qk.WQLinear.from_weight(quantized)
+    with disabled("copy_async_wait", place["file"], place["line"]):
+        with pytest.warns(RuntimeWarning, match=f"the kernel {MMA} ") as caught:
+            layer = qk.WQLinear.from_weight(quantized)
         assert len(caught) == 1
         # The next one in order reads the same layout; it has no such wait, and is right.
         assert chosen() == DENSE and layer.packed.layout.name == "fragment"
