@@ -58,12 +58,18 @@ class SuspendedForward:
     def start(self) -> None:
         """Runs up to the first stop, or the end.
 
-        Raises whatever the forward raises, as `resume` does.
+        Raises whatever the forward raises, as `resume` does, and CannotFollow where the system has
+        no thread for it.
         """
         # A thread gets workers of its own for each operator it splits; beside hundreds of suspended
         # forwards they would be too many. What matters, the blocks, does not run there.
         threads = torch.get_num_threads()
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise CannotFollow(
+                f"{error}, and each batch needs one: use fewer, larger ones"
+            ) from None
         try:
             self.resume(None)
         finally:

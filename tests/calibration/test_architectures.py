@@ -112,9 +112,16 @@ def test_static_scales_are_those_of_the_finished_model(name):
     with torch.no_grad():
         want = [model(**batch)[0] for batch in batches]
     cached = model.config.use_cache if hasattr(model.config, "use_cache") else None
+    caches = []
+    for module in model.modules():
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: caches.append(kwargs.get("past_key_values")), with_kwargs=True
+        )
     report = qk.quantize_model(model, "rtn", "w8a8-static", calibration=batches, include=["*"])
     assert report.whole_model is None and not report.unreached and not report.skipped
     assert getattr(model.config, "use_cache", None) == cached
+    # A cache would hold keys and values of every block.
+    assert caches and not any(cache is not None for cache in caches)
     blocks = find_blocks(model, [layer.name for layer in report.layers])
     assert len(blocks) > len(report.layers) / 8
     firsts = first_inputs(model, blocks, batches)

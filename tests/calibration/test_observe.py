@@ -1,11 +1,12 @@
-"""Which layers of a block are quantized together where a method works in stages."""
+"""What is collected of layers, and which are quantized together where a method works in stages."""
 
 import torch
 from torch import nn
 
 from qkernels.calibration.blocks import Block
-from qkernels.calibration.observe import stages
-from qkernels.calibration.walks import WholeModel
+from qkernels.calibration.observe import observe, stages
+from qkernels.calibration.statistics import STATISTICS, Needs
+from qkernels.calibration.walks import DENSE, WholeModel
 
 
 class Attention(nn.Module):
@@ -39,3 +40,49 @@ def test_layers_go_by_the_order_they_run_in_and_the_tensor_they_read():
         ["unused"],
     ]
     assert all("forward" not in vars(layer) for layer in layers.values())
+
+
+class Pairs:
+    """All pairs of rows, by their first numbers."""
+
+    def __init__(self, columns):
+        self.seen = []
+
+    def add(self, x, *, batch, dense=None):
+        self.seen += zip(x[:, 0].tolist(), dense[:, 0].tolist(), strict=True)
+
+
+class Scripted:
+    """A walk whose chains call a layer as they are told, with rows that say what they are."""
+
+    def __init__(self, layer, calls):
+        self.layer, self.calls = layer, calls
+
+    def batches(self, chain):
+        return [batch for kind, batch in self.calls if kind == chain]
+
+    def run(self, batch, chain="quantized"):
+        for value, rows in self.calls[chain, batch]:
+            self.layer(torch.full((rows, 16), float(value)))
+
+
+def test_rows_of_both_chains_are_paired_where_they_are_as_many(monkeypatch):
+    monkeypatch.setitem(STATISTICS, "pairs", Pairs)
+    layer = nn.Linear(16, 4)
+    calls = {
+        # One call too many of the dense model: what is left over is nobody's twin.
+        ("dense", 0): [(10, 2), (11, 1)],
+        ("quantized", 0): [(20, 2)],
+        ("dense", 1): [(12, 1), (13, 3), (14, 0)],
+        ("quantized", 1): [(22, 1), (23, 2), (24, 0), (25, 1)],
+        ("quantized", 2): [(26, 2)],
+        ("dense", 3): [(17, 1)],
+        ("quantized", 3): [(27, 1)],
+    }
+    walk, names = Scripted(layer, calls), ("pairs",)
+    needs = {"a": Needs(paired=names, dense=("largest",)), "b": Needs()}
+    found = observe(walk, {"a": layer, "b": nn.Linear(16, 4)}, needs)
+    assert found["a"].paired["pairs"].seen == [(20, 10), (20, 10), (22, 12), (27, 17)]
+    assert found["a"].rows == 2 + 4 + 2 + 1 and found["b"].rows == 0
+    assert float(found["a"].dense["largest"].value) == 17
+    assert DENSE == "dense" and "forward" not in vars(layer)

@@ -1,6 +1,7 @@
 """Block by block gives what the whole model gives, and holds the inputs of one block."""
 
 import contextlib
+import threading
 import weakref
 from typing import ClassVar
 
@@ -359,6 +360,7 @@ def test_calibration_is_in_evaluation_mode_without_gradients_and_puts_it_back():
 def test_forwards_see_the_autocast_and_the_mode_of_the_caller():
     class Noting(Model):
         def forward(self, tokens):
+            assert not torch.is_grad_enabled()
             modes.append((torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")))
             return super().forward(tokens)
 
@@ -371,13 +373,35 @@ def test_forwards_see_the_autocast_and_the_mode_of_the_caller():
 
 
 def test_the_number_of_threads_stays():
+    def elsewhere():
+        found = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return found[0]
+
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         quantized(Model())
-        assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == elsewhere() == 3
     finally:
         torch.set_num_threads(threads)
+
+
+def test_where_there_are_too_few_threads_the_model_is_run_whole(monkeypatch):
+    real, started = threading.Thread.start, []
+
+    def start(self):
+        started.append(self)
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    report = quantized(Model())
+    assert report.whole_model.startswith("can't start new thread, and each batch needs one")
+    assert len(report.layers) == 6 and not report.unreached
 
 
 def test_inputs_that_are_not_finite_are_named():
