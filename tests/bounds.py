@@ -7,3 +7,5 @@ FROBENIUS_BOUND = {torch.float16: 2**-10, torch.bfloat16: 2**-7.5, torch.float32
 
 DENSE_FACTOR = 2.0
 """How much larger that error may be than that of a dense product of the same dtype."""
+FOREIGN_LOGITS = 2**-6.5
+"""Logits of a bf16 model by other code than ours: both round each layer's output to bf16."""

@@ -20,7 +20,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     it.
 
     Raises:
-        CheckpointError: where `target` is there and is no empty folder.
+        CheckpointError: where `target` is there and is no empty folder, now or when the block ends.
     """
     target = target.resolve()
     for left in _hidden(target):
@@ -39,11 +39,19 @@ def new_folder(target: Path) -> Iterator[Path]:
             for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
                 file.rename(target / file.name)
         else:
-            aside.rename(target)
+            _take_place(aside, target)
     finally:
         if lock is not None:
             os.close(lock)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_place(aside: Path, target: Path) -> None:
+    try:
+        aside.rename(target)
+    except OSError as error:
+        # Such as a folder that another process filled in the meantime.
+        raise CheckpointError(f"{target} cannot be written: {error.strerror}") from None
 
 
 def _is_fixed(target: Path) -> bool:

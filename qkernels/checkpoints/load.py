@@ -141,10 +141,8 @@ def _check_layer(
             "model's config"
         )
     if (linear.bias is None) != (weight.bias is None):
-        has = (
-            "no bias in the file and one" if weight.bias is None else "a bias in the file and none"
-        )
-        raise CheckpointError(f"{where} has {has} in the model's config")
+        there, not_there = ("model", "file") if weight.bias is None else ("file", "model")
+        raise CheckpointError(f"{where} has a bias in the {there}, and none in the {not_there}")
 
 
 def _fill(

@@ -263,14 +263,14 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._part(len(self._written))
-        # A file of our own has the mode that the umask leaves; those of safetensors are private.
-        path.touch()
-        mode = path.stat().st_mode
         try:
+            # A file made here has the mode that the umask leaves; those of safetensors are private.
+            path.touch()
+            mode = path.stat().st_mode
             save_file(self._shard, path, metadata={"format": "pt"})
-        except SafetensorError as error:
+            path.chmod(mode)
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from None
-        path.chmod(mode)
         self._written.append({name: tensor.nbytes for name, tensor in self._shard.items()})
         self._shard, self._storages, self._held = {}, set(), 0
 

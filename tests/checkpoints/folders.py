@@ -1,0 +1,54 @@
+"""Folders of single layers, without a model around them, and edits of saved ones."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from qkernels.checkpoints import FORMATS
+from qkernels.checkpoints.format import WeightKind
+from qkernels.weight import QuantizedWeight
+
+
+def write_layers(folder: Path, format: str, weights: Mapping[str, QuantizedWeight]) -> Path:
+    """A folder of `format` that holds these layers and nothing else."""
+    row = FORMATS[format]
+    kinds = {name: WeightKind.of(weight) for name, weight in weights.items()}
+    tensors = {
+        f"{name}.{part}": tensor.contiguous()
+        for name, weight in weights.items()
+        for part, tensor in row.write_layer(weight).items()
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config = {"quantization_config": row.write_config(kinds, [])}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+    """Whether two weights agree in every bit and type."""
+    if a.scheme != b.scheme or list(a.fields) != list(b.fields):
+        return False
+    pairs = [(a.codes, b.codes), *((a.fields[name], b.fields[name]) for name in a.fields)]
+    if (a.bias is None) != (b.bias is None):
+        return False
+    if a.bias is not None:
+        pairs.append((a.bias, b.bias))
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")

@@ -1,0 +1,187 @@
+"""The table of formats: every row over every scheme, and rows, types and fields added by a test."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import qkernels as qk
+from qkernels import fields, rounding, scheme
+from qkernels.checkpoints import FORMATS, Format, StoredLayer, read_weights, says_method
+from qkernels.checkpoints.format import WeightKind
+from qkernels.checkpoints.table import check_holds, check_scheme, weight_types
+from qkernels.errors import CheckpointError
+from qkernels.fields import FIELDS, Field
+from qkernels.scheme import WEIGHT_TYPES, QuantScheme, WeightType
+from qkernels.weight import QuantizedWeight
+from tests.checkpoints.folders import same_weight, write_layers
+from tests.schemes import ALL, activation_scale
+from tests.tiny_model import tiny_model, tiny_tokenizer
+
+
+def quantized(text: str, n: int = 40, k: int = 72, bias: bool = True) -> QuantizedWeight:
+    x = torch.randn(4, k)
+    return rounding.quantize(
+        torch.randn(n, k),
+        text,
+        activation_scale=activation_scale(text, x),
+        bias=torch.randn(n) if bias else None,
+    )
+
+
+@pytest.mark.parametrize("text", ALL)
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_scheme_comes_back_exactly_or_is_refused(format, text, tmp_path):
+    weights = {"a.up": quantized(text), "a.down": quantized(text, 33, 100, bias=False)}
+    reason = FORMATS[format].why_not(WeightKind.of(weights["a.up"]))
+    assert reason == FORMATS[format].why_not(WeightKind.of_scheme(weights["a.up"].scheme))
+    if reason is not None:
+        with pytest.raises(CheckpointError, match="formats that hold it: qkernels"):
+            check_scheme(format, weights["a.up"].scheme)
+        return
+    read = read_weights(write_layers(tmp_path / "out", format, weights))
+    assert read.keys() == weights.keys()
+    assert all(same_weight(read[name], weights[name]) for name in weights)
+
+
+def test_our_own_format_holds_every_scheme_and_compressed_tensors_those_without_tables():
+    held = {name: weight_types(row) for name, row in FORMATS.items()}
+    assert held["qkernels"] == list(WEIGHT_TYPES)
+    assert held["compressed-tensors"] == ["int2", "int3", "int4", "int8", "fp8e4m3"]
+
+
+EXTRAS = {
+    "perm": lambda w: {"perm": torch.randperm(w.k)},
+    "input_factor": lambda w: {"input_factor": torch.rand(w.k) + 0.5},
+    "outlier_columns, outlier_values": lambda w: {
+        "outlier_columns": torch.tensor([3, 50]),
+        "outlier_values": torch.randn(w.n, 2, dtype=torch.bfloat16),
+    },
+}
+
+
+@pytest.mark.parametrize("names", EXTRAS)
+def test_optional_fields_come_back_in_our_own_format_and_are_refused_by_others(names, tmp_path):
+    weight = quantized("w4a16-g24")
+    weight = weight.replace(**EXTRAS[names](weight))
+    read = read_weights(write_layers(tmp_path / "out", "qkernels", {"up": weight}))
+    assert same_weight(read["up"], weight)
+    with pytest.raises(CheckpointError, match=f"compressed-tensors has no tensor for {names}"):
+        check_holds("compressed-tensors", {"up": WeightKind.of(weight)})
+
+
+def test_real_zero_points_come_back_in_our_own_format_and_are_refused_by_others(tmp_path):
+    weight = quantized("w4a16-g24")
+    weight = weight.replace(zeros=weight.zeros.float() + 0.25)
+    read = read_weights(write_layers(tmp_path / "out", "qkernels", {"up": weight}))
+    assert same_weight(read["up"], weight)
+    with pytest.raises(CheckpointError, match="compressed-tensors has no zero points that are no"):
+        check_holds("compressed-tensors", {"up": WeightKind.of(weight)})
+
+
+def saved_model(folder, text, format, **options):
+    """A tiny model quantized, saved with its tokenizer; the model and its logits."""
+    model = tiny_model()
+    qk.quantize_model(model, scheme=text, **options)
+    qk.save_model(model, folder, format=format)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+TOKENS = torch.arange(24).view(1, 24)
+
+
+def toy_row() -> Format:
+    """A format that stores codes as they are, as fp32, and its scheme in the config."""
+
+    def read_plan(config, store):
+        return {
+            name: StoredLayer(QuantScheme.parse(text), (f"{name}.codes", f"{name}.steps"))
+            for name, text in config["quantization_config"]["schemes"].items()
+        }
+
+    def read_layer(store, name, layer):
+        codes, steps = (store.get(tensor) for tensor in layer.tensors)
+        return QuantizedWeight(scheme=layer.scheme, codes=codes.to(torch.uint8), scales=steps)
+
+    return Format(
+        name="toy",
+        title="of a test",
+        why_not=lambda kind: None if kind.scheme.symmetric else "has no zero points",
+        detect=says_method("toy"),
+        read_plan=read_plan,
+        read_layer=read_layer,
+        write_layer=lambda weight: {"codes": weight.codes.float(), "steps": weight.scales},
+        write_config=lambda layers, dense: {
+            "quant_method": "toy",
+            "schemes": {name: str(kind.scheme) for name, kind in layers.items()},
+        },
+    )
+
+
+def test_a_row_added_to_the_table_works_everywhere(tmp_path, monkeypatch, run, text_file):
+    monkeypatch.setitem(FORMATS, "toy", toy_row())
+    model = saved_model(tmp_path / "out", "w4a16-g32-sym", "toy")
+    loaded = qk.load_model(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    code, text, _ = run("inspect", tmp_path / "out")
+    assert code == 0 and text.count("w4a16-g32-sym") == 7
+    code, text, _ = run(
+        "eval", tmp_path / "out", "--text", text_file, "--window", 64, "--windows", 1
+    )
+    assert code == 0 and "w4a16-g32-sym" in text
+    code, text, _ = run("formats")
+    assert code == 0 and "of a test" in text
+    with pytest.raises(
+        CheckpointError, match="'foo' is not one of compressed-tensors, qkernels, t"
+    ):
+        qk.save_model(model, tmp_path / "foo", format="foo")
+    asymmetric = tiny_model()
+    qk.quantize_model(asymmetric, scheme="w4a16-g32")
+    with pytest.raises(CheckpointError, match=r"toy has no zero points; .*: compressed-tensors, q"):
+        qk.save_model(asymmetric, tmp_path / "asymmetric", format="toy")
+    assert not (tmp_path / "asymmetric").exists()
+
+
+def test_a_format_that_is_only_read_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "toy", replace(toy_row(), write_layer=None, write_config=None))
+    with pytest.raises(CheckpointError, match=r"toy is only read; .* are compressed-tensors, q"):
+        check_scheme("toy", QuantScheme.parse("w4a16"))
+
+
+def test_a_weight_type_added_to_the_table_is_saved_and_loaded(tmp_path, monkeypatch):
+    values = (-1.0, -0.25, 0.25, 1.0)
+    monkeypatch.setitem(WEIGHT_TYPES, "toy2", WeightType("toy2", 2, "codebook", values=values))
+    scheme._parse.cache_clear()
+    model = saved_model(tmp_path / "out", "toy2-g32", "qkernels")
+    loaded = qk.load_model(tmp_path / "out")
+    layer = "model.layers.1.mlp.down_proj"
+    assert str(loaded.get_submodule(layer).scheme) == "toy2-g32"
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_field_added_to_the_table_is_saved_and_loaded(tmp_path, monkeypatch):
+    def add(rows, start, values):
+        rows += values["toy_offset"][start : start + rows.shape[0], None]
+
+    field = Field(
+        name="toy_offset",
+        axes=("n",),
+        dtypes=lambda scheme: (torch.float32,),
+        wanted=lambda scheme: None,
+        add_to_rows=add,
+    )
+    monkeypatch.setitem(fields.FIELDS, "toy_offset", field)
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    name = "model.layers.0.mlp.up_proj"
+    weight = model.get_submodule(name).to_weight()
+    weight = weight.replace(toy_offset=torch.randn(weight.n))
+    model.set_submodule(name, qk.WQLinear.from_weight(weight))
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    loaded = qk.load_model(tmp_path / "out").get_submodule(name).to_weight()
+    assert list(FIELDS)[-1] == "toy_offset" and same_weight(loaded, weight)
+    with pytest.raises(CheckpointError, match="compressed-tensors has no tensor for toy_offset"):
+        qk.save_model(model, tmp_path / "other")

@@ -1,0 +1,393 @@
+"""`save_model` and `load_model`: whole models, bit for bit, and what is said of damaged ones."""
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qkernels as qk
+from qkernels import rounding
+from qkernels.checkpoints import FORMATS, read_weights
+from qkernels.checkpoints.store import ShardWriter
+from qkernels.errors import CheckpointError
+from qkernels.weight import QuantizedWeight
+from tests.checkpoints.folders import edit_config, edit_tensors
+
+transformers = pytest.importorskip("transformers", reason="models come from transformers")
+
+TOKENS = torch.arange(24).view(1, 24)
+LAYER = "model.layers.0."
+UP = LAYER + "mlp.up_proj"
+
+
+def tiny_model(tied=True):
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        tie_word_embeddings=tied,
+        attention_bias=True,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def logits(model, **inputs):
+    with torch.no_grad():
+        return model(TOKENS, **inputs).logits
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_a_model_comes_back_exactly(tied, format, size, tmp_path):
+    model = tiny_model(tied)
+    qk.quantize_model(
+        model, scheme="w4a16-g32", overrides={"*.down_proj": "w8a8", "*.o_proj": None}
+    )
+    want = logits(model)
+    qk.save_model(model, tmp_path / "out", format=format, max_shard_size=size)
+    loaded = qk.load_model(tmp_path / "out")
+    assert torch.equal(logits(loaded), want)
+    assert not loaded.training
+    assert {n: p.requires_grad for n, p in loaded.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert (len(list((tmp_path / "out").glob("*.safetensors"))) == 1) == (size == "5GB")
+    weights = read_weights(tmp_path / "out")
+    assert len(weights) == 12
+    assert all(isinstance(weight, QuantizedWeight) for weight in weights.values())
+
+
+def test_the_config_names_what_is_dense(tmp_path):
+    model = tiny_model()
+    qk.quantize_model(
+        model, scheme="w4a16-g32", overrides={"*.down_proj": "w8a8", "*.o_proj": None}
+    )
+    qk.save_model(model, tmp_path / "out")
+    config = config_of(tmp_path / "out")["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    assert "lm_head" in config["ignore"] and LAYER + "self_attn.o_proj" in config["ignore"]
+
+
+def test_the_package_that_defines_the_format_reads_it():
+    """Unpacks our words with compressed-tensors itself, where it is installed."""
+    helpers = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.helpers",
+        reason="compressed-tensors is not installed",
+    )
+    weight = rounding.quantize(torch.randn(40, 64), "w4a16-g32-sym")
+    tensors = FORMATS["compressed-tensors"].write_layer(weight)
+    codes = helpers.unpack_from_int32(tensors["weight_packed"], 4, torch.Size(weight.shape))
+    assert torch.equal(codes.int() + 8, weight.codes.int())
+
+
+def test_a_quantized_head_is_tied_to_nothing(tmp_path):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32", overrides={"lm_head": "w8a16"})
+    qk.save_model(model, tmp_path / "out")
+    assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
+    assert model.config.tie_word_embeddings is True
+    loaded = qk.load_model(tmp_path / "out")
+    assert isinstance(loaded.lm_head, qk.WQLinear)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("head", [None, "w8a16"])
+def test_one_embedding_under_several_names(tmp_path, head):
+    config = transformers.BartConfig(
+        vocab_size=128,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        max_position_embeddings=64,
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    model.final_logits_bias += 1
+    qk.quantize_model(model, scheme="w8a16", overrides={"lm_head": head})
+    want = logits(model, decoder_input_ids=TOKENS)
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    stored = [name for name in names if "embed_tokens" in name]
+    assert len(stored) == (2 if head else 0)
+    loaded = qk.load_model(tmp_path / "out")
+    assert torch.equal(logits(loaded, decoder_input_ids=TOKENS), want)
+    shared = loaded.model.shared.weight
+    assert (loaded.model.encoder.embed_tokens.weight is shared) == (head is None)
+
+
+def test_buffers_that_are_not_saved_are_those_of_a_new_model(tmp_path):
+    model = tiny_model().to(torch.bfloat16)
+    model.model.rotary_emb.float()
+    model.model.norm.weight.data = model.model.norm.weight.float()
+    fresh = type(model)(model.config).model.rotary_emb.inv_freq
+    qk.quantize_model(model, scheme="w4a16-g32")
+    qk.save_model(model, tmp_path / "out")
+    for dtype in (None, torch.float16, torch.float32):
+        loaded = qk.load_model(tmp_path / "out", dtype=dtype)
+        inv_freq = loaded.model.rotary_emb.inv_freq
+        assert inv_freq.dtype == torch.float32 and torch.equal(inv_freq, fresh)
+        # Stored in another type than the model's own, so it keeps that.
+        assert loaded.model.norm.weight.dtype == torch.float32
+        for tensor in (
+            loaded.model.embed_tokens.weight,
+            loaded.model.layers[0].input_layernorm.weight,
+            loaded.model.layers[0].self_attn.q_proj.bias,
+        ):
+            assert tensor.dtype == (dtype or torch.bfloat16)
+        assert loaded.config.dtype == (dtype or torch.bfloat16)
+
+
+class OddLlama(transformers.LlamaForCausalLM):
+    """A model with a buffer that is made of a parameter's values when it is built."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        ones = torch.ones_like(self.model.norm.weight.detach())
+        self.register_buffer("made", ones, persistent=False)
+
+
+def test_buffers_made_of_parameters_get_their_values(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers, "OddLlama", OddLlama, raising=False)
+    model = OddLlama(tiny_model().config)
+    qk.quantize_model(model, scheme="w4a16-g32")
+    qk.save_model(model, tmp_path / "out")
+    loaded = qk.load_model(tmp_path / "out")
+    assert torch.equal(loaded.made, torch.ones(64))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_files_are_open_to_others(tmp_path):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    before = os.umask(0o027)
+    try:
+        qk.save_model(model, tmp_path / "out")
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "out").iterdir())
+    assert {path.name for path in files} == {
+        *("config.json", "generation_config.json", "model.safetensors")
+    }
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+def test_a_generation_config_is_saved_as_it_is(tmp_path):
+    model = tiny_model()
+    # Transformers itself refuses to save this one.
+    model.generation_config.temperature = 0.5
+    model.generation_config.max_length = 77
+    qk.quantize_model(model, scheme="w4a16-g32")
+    qk.save_model(model, tmp_path / "out")
+    loaded = qk.load_model(tmp_path / "out")
+    assert loaded.generation_config.temperature == 0.5
+    assert loaded.generation_config.max_length == 77
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = tiny_model(tied=False)
+    qk.quantize_model(model, scheme="w4a16-g32-sym", overrides={"*.up_proj": "w4a16-g32"})
+    folder = tmp_path / "out"
+    qk.save_model(model, folder)
+    return folder
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def poison(tensors):
+    tensors[UP + ".weight_scale"][0, 0] = float("nan")
+
+
+def put(name, tensor):
+    return lambda folder: edit_tensors(folder, lambda t: t.update({name: tensor}))
+
+
+def drop(name):
+    return lambda folder: edit_tensors(folder, lambda t: t.pop(name))
+
+
+def change(**values):
+    return lambda folder: edit_config(folder, lambda config: config.update(values))
+
+
+def change_quantization(**values):
+    return lambda folder: edit_config(
+        folder, lambda config: config["quantization_config"].update(values)
+    )
+
+
+DAMAGES = {
+    "config gone": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+    "config cut": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    "config a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "holds a list, not an",
+    ),
+    "config deep": (lambda f: (f / "config.json").write_text("[" * 10**5), "not valid JSON"),
+    "config a long number": (
+        lambda f: (f / "config.json").write_text("1" * 10**4),
+        "not valid JSON",
+    ),
+    "config a folder": (lambda f: replace_by_folder(f / "config.json"), "cannot be read: Is a dir"),
+    "weights gone": (lambda f: (f / "model.safetensors").unlink(), "no .safetensors"),
+    "weights cut": (truncate, "damaged or truncated"),
+    "weights a folder": (
+        lambda f: replace_by_folder(f / "model.safetensors"),
+        "model.safetensors cannot be read",
+    ),
+    "not quantized": (
+        lambda f: edit_config(f, lambda c: c.pop("quantization_config")),
+        "no quantization_config",
+    ),
+    "quantization a string": (
+        change(quantization_config="int4"),
+        "quantization_config must be an object, got 'int4'",
+    ),
+    "unknown format": (
+        change_quantization(quant_method="foo"),
+        "in the format 'foo'; known are compressed-tensors, qkernels",
+    ),
+    "unknown model": (change(model_type="nonesuch"), "no known model"),
+    "no model type": (lambda f: edit_config(f, lambda c: c.pop("model_type")), "no known model"),
+    "unknown class": (change(architectures=["Nonesuch"]), "no known model"),
+    "no class": (change(architectures=[]), "no known model"),
+    "class a number": (change(architectures=7), "no known model"),
+    "size a string": (
+        change(hidden_size="64"),
+        "no known model",
+    ),
+    "words gone": (drop(UP + ".weight_packed"), "up_proj.weight_packed is missing"),
+    "scale gone": (drop(UP + ".weight_scale"), "up_proj.weight_scale is missing"),
+    "shape gone": (drop(UP + ".weight_shape"), "up_proj.weight_shape is missing"),
+    "zeros gone": (drop(UP + ".weight_zero_point"), "up_proj.weight_zero_point is missing"),
+    "words of another type": (
+        put(UP + ".weight_packed", torch.zeros(3, 3)),
+        r"up_proj.weight_packed must be int32 \[96, 8\], got float32 \[3, 3\]",
+    ),
+    "NaN": (lambda f: edit_tensors(f, poison), "up_proj: scales .* holds NaN or infinity"),
+    "norm gone": (drop("model.norm.weight"), r"missing \['model.norm.weight'\]"),
+    "head gone": (drop("lm_head.weight"), r"missing \['lm_head.weight'\]"),
+    "norm of another shape": (
+        put("model.norm.weight", torch.ones(63)),
+        r"model.norm.weight is \[63\] in the file and \[64\] in the model's config",
+    ),
+    "bias gone": (
+        drop(LAYER + "self_attn.q_proj.bias"),
+        "q_proj has a bias in the model, and none in the file",
+    ),
+    "bias too many": (
+        put(UP + ".bias", torch.zeros(96)),
+        "up_proj has a bias in the file, and none in the model",
+    ),
+    "a tensor too many": (put("model.extra", torch.ones(1)), r"unexpected \['model.extra'\]"),
+    "a layer too many": (
+        put("model.layers.7.mlp.up_proj.weight_packed", torch.zeros(1, 1, dtype=torch.int32)),
+        "layers.7.mlp.up_proj is quantized, but no config group names it",
+    ),
+    "zero points of symmetric weights": (
+        put(LAYER + "mlp.down_proj.weight_zero_point", torch.ones(8, 3, dtype=torch.int32)),
+        "down_proj.weight_zero_point is not zero, and the config says symmetric",
+    ),
+    "another width": (
+        change(intermediate_size=128),
+        r"down_proj is \[64, 96\] in the file and \[64, 128\] in the model's config",
+    ),
+    "a tied head that differs": (
+        change(tie_word_embeddings=True),
+        "embed_tokens.weight and lm_head",
+    ),
+    "generation config cut": (
+        lambda f: (f / "generation_config.json").write_text('{"max'),
+        "generation_config.json cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(saved, damage):
+    edit, named = DAMAGES[damage]
+    edit(saved)
+    with pytest.raises(CheckpointError, match=named):
+        qk.load_model(saved)
+
+
+def test_what_changes_nothing_is_passed_over(saved):
+    want = logits(qk.load_model(saved))
+    for name in (
+        LAYER + "self_attn.k_scale",
+        LAYER + "self_attn.v_scale",
+        LAYER + "self_attn.k_proj.output_scale",
+        LAYER + "self_attn.rotary_emb.inv_freq",
+    ):
+        put(name, torch.ones(1))(saved)
+    put(LAYER + "mlp.down_proj.weight_zero_point", torch.zeros(8, 3, dtype=torch.int32))(saved)
+    put(UP + ".weight_g_idx", torch.full((64,), -1, dtype=torch.int32))(saved)
+    change_quantization(kv_cache_scheme={"num_bits": 8}, version="0.19.0", sparsity_config={})(
+        saved
+    )
+    assert torch.equal(logits(qk.load_model(saved)), want)
+
+
+def test_the_old_name_of_the_section_counts(saved):
+    edit_config(saved, lambda c: c.update(compression_config=c.pop("quantization_config")))
+    assert len(read_weights(saved)) == 14
+    assert isinstance(qk.load_model(saved).get_submodule(UP), qk.WQLinear)
+
+
+def test_what_cannot_be_saved_is_named_and_nothing_is_written(saved, tmp_path):
+    model = tiny_model()
+    with pytest.raises(CheckpointError, match="no WQLinear"):
+        qk.save_model(model, tmp_path / "dense")
+    qk.quantize_model(model, scheme="nf4-g32")
+    with pytest.raises(CheckpointError, match="nf4 codebooks; formats that hold it: qkernels"):
+        qk.save_model(model, tmp_path / "nf4")
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        qk.save_model(model, saved, format="qkernels")
+    with pytest.raises(CheckpointError, match="'gguf' is not one of compressed-tensors, qkernels"):
+        qk.save_model(model, tmp_path / "x", format="gguf")
+    with pytest.raises(CheckpointError, match="max_shard_size 'big'"):
+        qk.save_model(model, tmp_path / "x", format="qkernels", max_shard_size="big")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_while_saving_leaves_no_folder_and_the_model_as_it_was(tmp_path, monkeypatch):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    want, added = logits(model), ShardWriter.add
+
+    def fail(writer, name, tensor):
+        if "layers.1" in name:
+            raise KeyboardInterrupt
+        added(writer, name, tensor)
+
+    monkeypatch.setattr(ShardWriter, "add", fail)
+    with pytest.raises(KeyboardInterrupt):
+        qk.save_model(model, tmp_path / "out", max_shard_size=1000)
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(logits(model), want)
+    monkeypatch.undo()
+    qk.save_model(model, tmp_path / "out")
+    assert torch.equal(logits(qk.load_model(tmp_path / "out")), want)
