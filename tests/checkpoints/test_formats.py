@@ -131,7 +131,7 @@ def test_a_row_added_to_the_table_works_everywhere(tmp_path, monkeypatch, run, t
         "eval", tmp_path / "out", "--text", text_file, "--window", 64, "--windows", 1
     )
     assert code == 0 and "w4a16-g32-sym" in text
-    code, text, _ = run("formats")
+    code, text, _ = run("list", "formats")
     assert code == 0 and "of a test" in text
     with pytest.raises(
         CheckpointError, match="'foo' is not one of compressed-tensors, qkernels, t"
