@@ -7,15 +7,22 @@ Kernels avx2_kernels();
 Kernels avx512_kernels();
 Kernels amx_kernels();
 
+// Made where it is asked for and no sooner: the code that fills a table has its instructions too.
+template <Kernels (*make)()>
+const Kernels& table() {
+  static const Kernels made = make();
+  return made;
+}
+
 const Kernels& kernels(Isa isa) {
+  switch (isa) {
 #if defined(__x86_64__)
-  static const Kernels tables[kIsaCount] = {portable_kernels(), avx2_kernels(), avx512_kernels(),
-                                            amx_kernels()};
-  return tables[static_cast<int>(isa)];
-#else
-  static const Kernels table = portable_kernels();
-  return table;
+    case Isa::kAmx: return table<amx_kernels>();
+    case Isa::kAvx512: return table<avx512_kernels>();
+    case Isa::kAvx2: return table<avx2_kernels>();
 #endif
+    default: return table<portable_kernels>();
+  }
 }
 
 }  // namespace qkernels::cpu
