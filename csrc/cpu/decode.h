@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cpu/faults.h"
 #include "cpu/weight.h"
 
 namespace qkernels::cpu {
@@ -49,6 +50,7 @@ struct Table4 {
       return;
     }
     offset = weight.middle;
+    if (QK_FAULT(middle_off_by_one)) offset += 1;
     float values[16];
     for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(i) - offset;
     table = V::load_table(values);
