@@ -183,7 +183,7 @@ def test_wrong_arguments_of_the_compiled_kernels_are_named():
             "group": 32,
             "padded_group": 32,
             "code": "int4",
-            "middle": 8.0,
+            "implied_zero": 8.0,
             "table": None,
             "nested_table": None,
             "isa": "portable",

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cpu/faults.h"
 #include "cpu/weight.h"
 
 namespace qkernels::cpu {
@@ -48,7 +49,8 @@ struct Table4 {
       table = V::load_table(weight.table);
       return;
     }
-    offset = weight.middle;
+    offset = weight.implied_zero;
+    if (QK_FAULT(middle_off_by_one)) offset += 1;
     float values[16];
     for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(i) - offset;
     table = V::load_table(values);
@@ -116,7 +118,7 @@ template <class V, class Visit>
 void visit_decoder(const Weight& weight, const Visit& visit) {
   switch (weight.code) {
     case Code::kInt4:
-      if (V::kFastLookup || weight.middle != 8) return visit(Table4<V>(weight));
+      if (V::kFastLookup || weight.implied_zero != 8) return visit(Table4<V>(weight));
       return visit(Int4<V>(weight));
     case Code::kTable4: return visit(Table4<V>(weight));
     case Code::kInt8: return visit(Int8<V>(weight));

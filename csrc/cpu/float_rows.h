@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/decode.h"
+#include "cpu/faults.h"
 #include "cpu/groups.h"
 #include "cpu/kernels.h"
 
@@ -52,6 +53,7 @@ struct FloatBlock {
   }
 
   QK_INLINE void multiply_group(int64_t first, int64_t last) {
+    if (QK_FAULT(last_step_of_group_missing)) last -= Decoder::kColumns;
     const int64_t columns = job.weight.columns();
     QK_UNROLL for (int s = 0; s < V::kSplit; ++s) {
       QK_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -80,6 +82,7 @@ struct FloatBlock {
   QK_INLINE void run(GroupRange range) {
     const Weight& weight = job.weight;
     const bool zeros = weight.has_zeros();
+    if (QK_FAULT(part_of_k_begins_late) && range.begin > 0) ++range.begin;
     for (int r = 0; r < kRows; ++r) {
       for (int p = 0; p < kPanels; ++p) sums[r][p] = V::broadcast(0.0f);
     }
@@ -90,6 +93,7 @@ struct FloatBlock {
         QK_UNROLL for (int r = 0; r < kRows; ++r) {
           F part = parts[0][r][p];
           if constexpr (V::kSplit == 2) part = V::add(part, parts[1][r][p]);
+          if (V::kSplit == 2 && QK_FAULT(odd_columns_not_added)) part = parts[0][r][p];
           if (zeros) {
             const F zero = group_zeros<V>(weight, panel + p, g, decoder.offset);
             part = V::fnma(zero, V::broadcast(job.x_sums[(row + r) * weight.groups() + g]), part);
@@ -127,11 +131,13 @@ void float_panels(const FloatJob& job, const Decoder& decoder, int64_t panel, Gr
     float_block<V, Decoder, 2, kPanels>(job, decoder, row, panel, range);
     row += 2;
   }
+  if (QK_FAULT(last_odd_row_missing)) return;
   if (row < job.m) float_block<V, Decoder, 1, kPanels>(job, decoder, row, panel, range);
 }
 
 template <class V>
 void float_rows(const FloatJob& job, int64_t begin, int64_t end, GroupRange range) {
+  if (QK_FAULT(last_panel_missing)) --end;
   visit_decoder<V>(job.weight, [&](const auto& decoder) {
     using Decoder = std::decay_t<decltype(decoder)>;
     int64_t panel = begin;
@@ -167,6 +173,7 @@ void widen_row(const void* x, FloatType type, const Weight& weight, int64_t k, f
   for (int64_t at = 0; at < weight.columns(); at += kLanes) {
     V::store(out + at, at < k ? load_first<V>(x, type, at, k - at) : V::broadcast(0.0f));
   }
+  if (QK_FAULT(padding_of_x_not_zeroed) && k < weight.columns()) out[k] = 1;
   if (sums == nullptr) return;
   for (int64_t g = 0; g < weight.groups(); ++g) {
     auto total = V::broadcast(0.0f);
@@ -175,6 +182,7 @@ void widen_row(const void* x, FloatType type, const Weight& weight, int64_t k, f
     for (; at + kLanes <= last; at += kLanes) total = V::add(total, V::load(out + at));
     if (at < last) total = V::add(total, load_first<V>(out, FloatType::kFp32, at, last - at));
     sums[g] = V::sum_lanes(total);
+    if (QK_FAULT(sums_of_x_missing)) sums[g] = 0;
   }
 }
 

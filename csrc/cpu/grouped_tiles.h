@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cpu/decode.h"
+#include "cpu/faults.h"
 #include "cpu/tiles.h"
 
 namespace qkernels::cpu {
@@ -25,6 +26,7 @@ struct Bf16Table {
 };
 
 Bf16Table bf16_table(const Table4<V>& decoder, int most_terms) {
+  if (QK_FAULT(tile_table_in_one_term)) most_terms = 1;
   alignas(64) float rest[16];
   V::store(rest, decoder.table);
   Bf16Table table{};
@@ -112,6 +114,7 @@ QK_INLINE void multiply_floats(const FloatTileJob& job, const FloatScratch& scra
                                Prefetch& prefetch, int lines, float* product) {
   zero_tiles<kSlots, kPanels>();
   constexpr int64_t kTileWords = kTileBytes / 2;
+  if (QK_FAULT(tile_last_step_missing)) --steps;
   const int most_terms = job.terms > table.terms ? job.terms : table.terms;
   for (int64_t step = 0; step < steps; ++step) {
     prefetch.ask(lines);
@@ -175,7 +178,8 @@ struct FloatChunk {
     const int64_t groups = job.weight.groups(), row = row_tile * kTileRows;
     const int64_t rows = job.m - row < kTileRows ? job.m - row : kTileRows;
     // A group that several spans share gives up its zero points once.
-    const bool begins = spans[s].first == spans[s].group * job.weight.group;
+    bool begins = spans[s].first == spans[s].group * job.weight.group;
+    if (QK_FAULT(tile_zeros_of_each_span)) begins = true;
     const float* x_sums = zeros && begins ? job.x_sums + row * groups + spans[s].group : nullptr;
     for (int p = 0; p < kPanels; ++p) {
       add_group(product + p * kTileRows * kLanes, sums + row * 2 * kLanes + p * kLanes, rows,
@@ -268,6 +272,7 @@ void run_exact(const FloatTileJob& job, const Decoder& decoder, int64_t begin, i
 
 void pack_float_tile(const void* x, FloatType type, int64_t x_stride, int64_t row, int64_t m,
                      int64_t k, const Weight& weight, int terms, bool in_order, uint16_t* out) {
+  if (QK_FAULT(tile_columns_in_order)) in_order = true;
   const int64_t columns = weight.columns();
   const I order = _mm512_broadcast_i32x4(
       !in_order && is_nibble(weight.code)
@@ -345,6 +350,7 @@ void add_groups(const Int8TileJob& job, Int8Scratch& scratch, int64_t row_tile, 
                 int64_t chunk_first, const Span* spans, int64_t span_count, Prefetch& prefetch,
                 int lines, float* sums) {
   const Weight& weight = job.weight;
+  if (QK_FAULT(tile_last_group_missing)) --span_count;
   for (int64_t s = 0; s < span_count; ++s) {
     const int64_t g = spans[s].group;
     int32_t* product = scratch.product[0][0][0];

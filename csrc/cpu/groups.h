@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "cpu/faults.h"
 #include "cpu/kernels.h"
 #include "cpu/weight.h"
 
@@ -40,6 +41,7 @@ template <class V>
 __attribute__((noinline)) typename V::F load_some(const void* p, FloatType type, int64_t index,
                                                   int64_t count) {
   alignas(64) unsigned char lanes[64] = {};
+  if (QK_FAULT(last_element_not_read)) --count;
   const auto bytes = static_cast<size_t>(count * size_of(type));
   __builtin_memcpy(lanes, static_cast<const char*>(p) + index * size_of(type), bytes);
   return load_as_float<V>(lanes, type, 0);
@@ -50,6 +52,7 @@ __attribute__((noinline)) void store_some(void* p, FloatType type, int64_t index
                                           typename V::F value) {
   alignas(64) unsigned char lanes[64];
   store_as<V>(lanes, type, 0, value);
+  if (QK_FAULT(last_element_not_written)) --count;
   const auto bytes = static_cast<size_t>(count * size_of(type));
   __builtin_memcpy(static_cast<char*>(p) + index * size_of(type), lanes, bytes);
 }
@@ -73,6 +76,7 @@ QK_INLINE void store_first(void* p, FloatType type, int64_t index, int64_t count
 // The scales of group g of a panel, as floats.
 template <class V>
 QK_INLINE typename V::F group_scales(const Weight& weight, int64_t panel, int64_t g) {
+  if (QK_FAULT(scales_of_first_group)) g = 0;
   const int64_t groups = weight.groups(), index = (panel * groups + g) * kLanes;
   if (weight.scale_type != GroupType::kNested) {
     return load_as_float<V>(weight.scales, weight.scale_type, index);
@@ -81,7 +85,9 @@ QK_INLINE typename V::F group_scales(const Weight& weight, int64_t panel, int64_
   alignas(64) float lanes[16];
   for (int64_t i = 0; i < kLanes; ++i) {
     // Blocks of 256 scales follow each other row by row.
-    const int64_t row = panel * kLanes + i < weight.n ? panel * kLanes + i : weight.n - 1;
+    int64_t row = panel * kLanes + i < weight.n ? panel * kLanes + i : weight.n - 1;
+    if (QK_FAULT(nested_block_of_first_row)) row = panel * kLanes;
+    if (QK_FAULT(nested_block_of_first_group)) g = 0;
     const float product =
         weight.nested_table[codes[i]] * weight.nested_absmax[(row * groups + g) / 256];
     lanes[i] = product + weight.nested_offset;
@@ -92,15 +98,18 @@ QK_INLINE typename V::F group_scales(const Weight& weight, int64_t panel, int64_
 // What group g's numbers are less, beyond the decoder's offset.
 template <class V>
 QK_INLINE typename V::F group_zeros(const Weight& weight, int64_t panel, int64_t g, float offset) {
-  if (weight.zero_type == GroupType::kNone) return V::broadcast(weight.middle - offset);
+  if (QK_FAULT(zeros_of_first_group)) g = 0;
+  if (QK_FAULT(zeros_off_by_one)) offset += 1;
+  if (weight.zero_type == GroupType::kNone) return V::broadcast(weight.implied_zero - offset);
   const int64_t index = (panel * weight.groups() + g) * kLanes;
   return V::sub(load_as_float<V>(weight.zeros, weight.zero_type, index), V::broadcast(offset));
 }
 
 template <class V>
 QK_INLINE typename V::I group_integer_zeros(const Weight& weight, int64_t panel, int64_t g) {
+  if (QK_FAULT(integer_zeros_of_first_group)) g = 0;
   if (weight.zero_type == GroupType::kNone) {
-    return V::broadcast(static_cast<int32_t>(weight.middle));
+    return V::broadcast(static_cast<int32_t>(weight.implied_zero));
   }
   const int64_t index = (panel * weight.groups() + g) * kLanes;
   return V::load_bytes(static_cast<const uint8_t*>(weight.zeros) + index);
@@ -108,6 +117,7 @@ QK_INLINE typename V::I group_integer_zeros(const Weight& weight, int64_t panel,
 
 template <class V>
 typename V::F channel_scales(const Weight& weight, int64_t panel) {
+  if (QK_FAULT(channel_scales_of_first_panel)) panel = 0;
   if (weight.channel_scales == nullptr) return group_scales<V>(weight, panel, 0);
   const int64_t first = panel * kLanes;
   return load_first<V>(weight.channel_scales, FloatType::kFp32, first, weight.n - first);
@@ -119,9 +129,9 @@ void write_output(const Output& out, const Weight& weight, int64_t row, int64_t 
                   typename V::F value, bool scaled) {
   const int64_t first = panel * kLanes, count = weight.n - first;
   if (out.row_scales != nullptr && !scaled) {
-    value = V::mul(V::broadcast(out.row_scales[row]), value);
+    value = V::mul(V::broadcast(out.row_scales[QK_FAULT(row_scale_of_first_row) ? 0 : row]), value);
   }
-  if (out.bias != nullptr) {
+  if (out.bias != nullptr && !QK_FAULT(bias_missing)) {
     value = V::add(value, load_first<V>(out.bias, out.bias_type, first, count));
   }
   store_first<V>(out.y, out.y_type, row * weight.n + first, count, value);

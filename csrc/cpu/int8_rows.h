@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include "cpu/faults.h"
 #include "cpu/groups.h"
 #include "cpu/kernels.h"
 
@@ -20,6 +21,7 @@ struct Int8Block {
 
   QK_INLINE void multiply_group(int64_t first, int64_t last) {
     constexpr int kColumns = kNibbles ? 8 : 4;
+    if (QK_FAULT(last_step_of_int8_group_missing)) last -= kColumns;
     const int64_t columns = job.weight.columns();
     QK_UNROLL for (int r = 0; r < kRows; ++r) {
       QK_UNROLL for (int p = 0; p < kPanels; ++p) parts[r][p] = V::broadcast(int32_t{0});
@@ -81,6 +83,7 @@ struct Int8Block {
         if (weight.channel_scales != nullptr) {
           const int64_t at = ((panel + p) * weight.groups() + g) * kLanes;
           multiplier = V::load_bytes(static_cast<const uint8_t*>(weight.scales) + at);
+          if (QK_FAULT(multipliers_missing)) multiplier = V::broadcast(int32_t{1});
         }
         QK_UNROLL for (int r = 0; r < kRows; ++r) {
           sums[r][p] = V::add(sums[r][p], V::mul(multiplier, group_sum(r, p, g)));
@@ -191,7 +194,9 @@ void int8_sums(const int8_t* x, const Weight& weight, int32_t* sums) {
     }
     int32_t rest = 0;
     for (; at < last; ++at) rest += x[at];
+    if (QK_FAULT(tail_of_int8_sums_missing)) rest = 0;
     sums[g] = V::sum_lanes(total) + rest;
+    if (QK_FAULT(int8_sums_of_x_missing)) sums[g] = 0;
   }
 }
 

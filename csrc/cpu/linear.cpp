@@ -4,6 +4,7 @@
 #include <cassert>
 #include <cstring>
 
+#include "cpu/faults.h"
 #include "cpu/scratch.h"
 
 namespace qkernels::cpu {
@@ -87,6 +88,7 @@ Output rows_from(const Output& out, int64_t n, int64_t row) {
   Output moved = out;
   moved.y = static_cast<char*>(out.y) + row * n * size_of(out.y_type);
   if (out.row_scales != nullptr) moved.row_scales = out.row_scales + row;
+  if (QK_FAULT(row_scales_of_first_rows)) moved.row_scales = out.row_scales;
   return moved;
 }
 
@@ -113,8 +115,10 @@ void run_rows(const Job& job, void (*rows)(const Job&, int64_t, int64_t, GroupRa
     const int64_t part = task / ranges, begin = task % ranges * step;
     const GroupRange range{groups * part / parts, groups * (part + 1) / parts,
                            sums + part * part_size};
+    if (QK_FAULT(part_of_k_missing) && part == 1) return;
     rows(job, begin, std::min(panels, begin + step), range);
   });
+  if (QK_FAULT(last_part_of_k_not_added)) --parts;
   finish(job, 0, panels, sums, static_cast<int>(parts));
 }
 
@@ -142,6 +146,7 @@ void float_on_rows(const FloatArguments& arguments, const Kernels& table, const 
 
 // Numbers of bf16 that hold one of the type.
 int terms_of(FloatType type) {
+  if (QK_FAULT(tile_second_term_of_fp16_missing) && type == FloatType::kFp16) return 1;
   return type == FloatType::kBf16 ? 1 : type == FloatType::kFp16 ? 2 : 3;
 }
 
@@ -203,6 +208,7 @@ float* values_of_row(const Kernels& table, const RowSource& source, int64_t row)
 float scale_of_tensor(const RowSource& source, int64_t m, const Kernels& table, const Pool& pool) {
   std::atomic<int32_t> largest{0};
   parallel_for(pool, m, [&](int64_t row) {
+    if (QK_FAULT(tensor_scale_of_first_row) && row > 0) return;
     const int32_t bits = table.largest_bits(values_of_row(table, source, row), source.k);
     int32_t seen = largest.load();
     while (bits > seen && !largest.compare_exchange_weak(seen, bits)) {
@@ -282,6 +288,7 @@ void linear_int8(const Int8Arguments& arguments, const Schedule& schedule, const
         scales[r] = scaling.row(table, arguments.source, row + r, to);
       }
       std::memset(to + k, 0, static_cast<size_t>(columns - k));
+      if (QK_FAULT(padding_of_int8_x_not_zeroed)) std::memset(to + k, 1, columns - k);
       table.int8_sums(to, weight, x_sums + r * groups);
       if (tiles) {
         constexpr int64_t kStep = 64;

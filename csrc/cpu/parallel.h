@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "cpu/faults.h"
+
 namespace qkernels::cpu {
 
 struct Pool {
@@ -18,6 +20,7 @@ struct Pool {
 // thread; so the bits of a result do not depend on how many there are.
 template <class Body>
 void parallel_for(const Pool& pool, int64_t tasks, const Body& body) {
+  if (QK_FAULT(last_task_missing)) --tasks;
   std::atomic<int64_t> next{0};
   auto work = [&] {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task);

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "cpu/faults.h"
 #include "cpu/groups.h"
 #include "cpu/kernels.h"
 
@@ -55,7 +56,8 @@ void load_row(const RowSource& source, int64_t row, float* values) {
   }
   if (source.kind != RowSource::Kind::kRmsNorm) return;
   const float mean = V::sum_lanes(squares) / static_cast<float>(k);
-  const auto factor = V::broadcast(1.0f / std::sqrt(mean + source.epsilon));
+  const auto factor =
+      V::broadcast(1.0f / std::sqrt(mean + (QK_FAULT(epsilon_missing) ? 0.0f : source.epsilon)));
   for (int64_t at = 0; at < k; at += kLanes) {
     auto value = V::mul(V::load(values + at), factor);
     if (source.gain != nullptr) {
@@ -67,6 +69,7 @@ void load_row(const RowSource& source, int64_t row, float* values) {
 
 template <class V>
 int32_t largest_bits(const float* values, int64_t k) {
+  if (QK_FAULT(end_of_row_not_measured)) k = k / kLanes * kLanes;
   const auto magnitude = V::broadcast(int32_t{0x7fffffff});
   auto largest = V::broadcast(int32_t{0});
   for (int64_t at = 0; at < k; at += kLanes) {
@@ -106,6 +109,7 @@ class Quotient {
   QK_INLINE typename V::F operator()(typename V::F x) const {
     if (divides_) return V::div(x, scale_);
     const auto near = V::mul(x, reciprocal_);
+    if (QK_FAULT(quotient_not_corrected)) return near;
     return V::fma(V::fnma(near, scale_, x), reciprocal_, near);
   }
 
@@ -119,7 +123,7 @@ float quantize_row(const float* values, int64_t k, const float* given_scale, int
   const int32_t bits = largest_bits<V>(values, k);
   const float top = float_of_bits(bits);
   float scale = top == 0 ? 1.0f : top / 127.0f;
-  if (given_scale != nullptr) scale = *given_scale;
+  if (given_scale != nullptr && !QK_FAULT(given_scale_ignored)) scale = *given_scale;
   const Quotient<V> quotient(scale);
   if (given_scale == nullptr && bits < kInfinityBits) {
     // Nothing is beyond the range, and there is no NaN.
@@ -129,16 +133,19 @@ float quantize_row(const float* values, int64_t k, const float* given_scale, int
     }
     return scale;
   }
-  const auto high = V::broadcast(127.0f), low = V::broadcast(-127.0f);
+  const auto high = V::broadcast(127.0f),
+             low = V::broadcast(QK_FAULT(saturates_at_minus_128) ? -128.0f : -127.0f);
   // Beyond the range anyhow, so that infinity is not divided.
   const auto most = V::broadcast(scale * 128.0f), least = V::broadcast(scale * -128.0f);
   for (int64_t at = 0; at < k; at += kLanes) {
     auto value = V::zero_nan(load_first<V>(values, FloatType::kFp32, at, k - at));
     value = quotient(V::max(V::min(value, most), least));
     value = V::max(V::min(V::zero_nan(value), high), low);
+    if (QK_FAULT(ties_go_up)) value = V::add(value, V::broadcast(0x1p-17f));
     store_first_bytes<V>(out, at, k - at, V::round(value));
   }
   // A given scale knows nothing of this row, so NaN and infinity are told here.
+  if (QK_FAULT(nan_not_told)) return scale;
   if (given_scale != nullptr && bits >= kInfinityBits) return float_of_bits(0x7fc00000);
   return scale;
 }
@@ -175,7 +182,8 @@ float quantize_row_asymmetric(const float* values, int64_t k, int8_t* out, int32
     // Rounded before the zero point is added: half to even of the value itself.
     const auto limited =
         V::max(V::min(V::zero_nan(value), V::broadcast(512.0f)), V::broadcast(-512.0f));
-    const auto moved = V::add(V::to_float(V::round(limited)), offset);
+    auto moved = V::add(V::to_float(V::round(limited)), offset);
+    if (QK_FAULT(rounded_after_zero)) moved = V::add(limited, offset);
     store_first_bytes<V>(out, at, k - at, V::round(V::max(V::min(moved, top), bottom)));
   }
   return scale;

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include "cpu/faults.h"
 #include "cpu/groups.h"
 #include "cpu/kernels.h"
 
@@ -28,8 +29,12 @@ class TileRegisters {
       config[16 + 2 * tile] = 64;  // bytes of a row
       config[48 + tile] = static_cast<char>(tile < 6 ? rows : kTileRows);
     }
+#ifdef QK_SOFTWARE_TILES
+    _tile_loadconfig(config);  // of tests/csrc/software_tiles.h
+#else
     // gcc 12's _tile_loadconfig reads 8 of these bytes, and the stores of the others vanish.
     asm volatile("ldtilecfg %0" ::"m"(*reinterpret_cast<const char (*)[64]>(config)) : "memory");
+#endif
   }
   ~TileRegisters() { _tile_release(); }
   TileRegisters(const TileRegisters&) = delete;
@@ -149,7 +154,8 @@ void decode_bytes(const Weight& weight, int64_t panel, int64_t first, int64_t la
       continue;
     }
     const int64_t at = (panel * weight.groups() + g) * kLanes;
-    const I multiplier = V::load_bytes(static_cast<const uint8_t*>(weight.scales) + at);
+    I multiplier = V::load_bytes(static_cast<const uint8_t*>(weight.scales) + at);
+    if (QK_FAULT(tile_multipliers_missing)) multiplier = V::broadcast(int32_t{1});
     // All four bytes of a lane at once: what one borrows of the next, the sum of all gives back,
     // since each byte of the result is within 0 and 255.
     const I zero = V::mul(group_integer_zeros<V>(weight, panel, g), multiplier);
@@ -175,6 +181,7 @@ struct OutputColumns {
       count[p] = weight.n - first < kLanes ? weight.n - first : kLanes;
       if (out.bias != nullptr) {
         bias[p] = load_first<V>(out.bias, out.bias_type, first, count[p]);
+        if (QK_FAULT(tile_bias_of_first_panel)) bias[p] = bias[0];
       }
     }
   }

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/faults.h"
+
 namespace qkernels::cpu {
 
 // IEEE half and bfloat16 to float and back, rounding half to even.
@@ -19,6 +21,7 @@ inline float half_to_float(uint16_t half) {
     bits = sign | ((magnitude << 13) + (112u << 23));
   } else {
     value = static_cast<float>(magnitude) * 0x1p-24f;
+    if (QK_FAULT(subnormals_flushed)) value = 0;
     std::memcpy(&bits, &value, 4);
     bits |= sign;
   }
@@ -37,6 +40,7 @@ inline uint16_t float_to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  if (QK_FAULT(portable_bf16_ties_go_up)) ++bits;
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/faults.h"
 #include "cpu/weight.h"
 
 namespace qkernels::cpu {
@@ -45,6 +46,7 @@ void pack_vnni(const uint8_t* codes, uint32_t* words, int64_t rows, int64_t k, b
             std::memcpy(&some, from + s * step, 4);
           else
             std::memcpy(&some, from + s * step, static_cast<size_t>(left));
+          if (QK_FAULT(last_codes_not_packed) && left < step) some = 0;
           to[s * kLanes + r] = join(some, nibbles);
         }
       }
@@ -58,7 +60,7 @@ void unpack_vnni(const uint32_t* words, uint8_t* codes, int64_t first, int64_t r
   parallel_for(pool, ceil_div(rows, kLanes), [&](int64_t block) {
     const int64_t last = std::min(rows, (block + 1) * kLanes);
     for (int64_t r = block * kLanes; r < last; ++r) {
-      const int64_t row = first + r;
+      const int64_t row = (QK_FAULT(unpacked_from_first_row) ? 0 : first) + r;
       const uint32_t* from = words + row / kLanes * steps * kLanes + row % kLanes;
       uint8_t* to = codes + r * k;
       for (int64_t at = 0; at < k; at += step, from += kLanes) {

@@ -64,7 +64,7 @@ struct Weight {
   GroupType scale_type;
   const void* zeros;
   GroupType zero_type;
-  float middle;                 // half the range of integer codes: their zero point without zeros
+  float implied_zero;           // of integer codes, where no zero points are stored
   const float* channel_scales;  // [n], where the scales are integers; else null
   const float* table;           // [16], of kTable4
   const float* nested_table;    // [256]
@@ -88,7 +88,8 @@ struct Weight {
     return g + 1 == group_count ? column_count : (g + 1) * group;
   }
   int64_t step_columns() const { return is_nibble(code) ? 8 : 4; }
-  // Whether zero points are to be taken off: without, decoders take off the middle themselves.
+  // Whether zero points are to be taken off: without, decoders take off the implied zero
+  // themselves.
   bool has_zeros() const { return zero_type != GroupType::kNone; }
   int64_t panel_words() const { return panel_stride; }
   // Words before column `column` of a panel.

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/decode.h"
+#include "cpu/faults.h"
 #include "cpu/tiles.h"
 
 namespace qkernels::cpu {
@@ -40,6 +41,8 @@ __attribute__((noinline)) void multiply_chunk(const char* const* weights, const 
   constexpr int64_t kRowTile = kTileRows * kLanes;
   constexpr bool kPair = kRowTiles == 2;
   int32_t* second = sums + kRowTile;
+  if (QK_FAULT(tile_sums_begin_anew)) first = true;
+  if (QK_FAULT(tile_second_rows_are_the_first)) x_stride = 0;
   if (first) {
     zero_tiles<kRowTiles, kPanels>();
   } else {
@@ -235,6 +238,7 @@ class ScaledTiles {
                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const I order = _mm512_load_si512(kOrder);
+    if (QK_FAULT(tile_scaled_zeros_missing)) zero = V::broadcast(0.0f);
     for (int64_t k = first; k < last; k += Decoder::kColumns, from += kLanes) {
       const I words = V::load(from);
       _mm512_store_si512(out, pair_of<kZeros, 0>(words, scale, zero, order));
@@ -328,6 +332,7 @@ inline void run_integers(const Int8TileJob& job, int64_t begin, int64_t end, voi
   for (int64_t row = 0; row < job.m; ++row) {
     int32_t total = 0;
     for (int64_t g = 0; g < groups; ++g) total += job.x_sums[row * groups + g];
+    if (QK_FAULT(tile_x_totals_of_first_group)) total = job.x_sums[row * groups];
     totals[row] = total;
   }
   const IntegerTiles kind(job, totals);

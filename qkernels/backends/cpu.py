@@ -116,7 +116,7 @@ def _made(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bo
         group=scheme.group_length(k),
         padded_group=kernel_group(scheme, k),
         code=_code_name(scheme),
-        middle=float(1 << (scheme.bits - 1)) if scheme.weight.kind == "linear" else 0.0,
+        implied_zero=float(1 << (scheme.bits - 1)) if scheme.weight.kind == "linear" else 0.0,
         table=codebook(scheme.weight, entries=16) if scheme.weight.kind == "codebook" else None,
         nested_table=nested_table(torch.device("cpu")) if scheme.scale_levels == "double" else None,
         isa=isa,

@@ -1,31 +1,20 @@
 """csrc/cpu under sanitizers: each format, shape, set of instructions and number of threads.
 
 AddressSanitizer and UBSan see what compiled code reads and writes. The instructions that load and
-store tiles are inline assembly in gcc's headers, which no sanitizer sees: what tiles compute of
-integers must equal, byte by byte, what vectors do.
+store tiles are inline assembly in gcc's headers, which no sanitizer sees: for them, tiles are
+plain C++.
 """
 
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-FLAGS = [
-    # More than line numbers (-g) takes gcc twice as long, at sanitized code of this kind.
-    *("-std=c++17", "-O1", "-g1", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", "-pthread"),
-    # gcc 12's own intrinsics begin with values that they do not set.
-    *("-Wall", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-    # pack.cpp is for OpenMP, whose threads ThreadSanitizer takes for races.
-    "-Wno-unknown-pragmas",
-]
-ISAS = ("portable", "avx2", "avx512", "amx")
-# Those that take longest to compile come first, so that two compilers are through at once.
-SLOWEST = ("kernels_portable", "kernels_amx", "kernels_avx512", "kernels_avx2", "cpu_matrix")
+from tests.csrc.cpu_programs import FLAGS, ISAS, SOFTWARE_TILES, build, compiler
+
 MEMORY = "address,undefined"
 THREADS = "thread"
 
@@ -42,11 +31,11 @@ class Matrix:
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def launcher_of(compiler: str, sanitizer: str, folder: Path) -> tuple[str, ...]:
+def launcher_of(sanitizer: str, folder: Path) -> tuple[str, ...]:
     """What to start sanitized programs with; skips where they are not built or do not run."""
     source, program = folder / "probe.cpp", folder / "probe"
     source.write_text("int main() { return 0; }\n")
-    command = [compiler, *FLAGS, f"-fsanitize={sanitizer}", source, "-o", program]
+    command = [compiler(), *FLAGS, f"-fsanitize={sanitizer}", source, "-o", program]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"g++ does not link -fsanitize={sanitizer}: {done.stderr.strip()[-200:]}")
@@ -60,30 +49,12 @@ def launcher_of(compiler: str, sanitizer: str, folder: Path) -> tuple[str, ...]:
     pytest.skip(f"programs of -fsanitize={sanitizer} do not run: {done.stderr.strip()[-200:]}")
 
 
-def built(sanitizer: str, folder: Path) -> Matrix:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no g++")
-    launcher = launcher_of(compiler, sanitizer, folder)
-    flags = [*FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    sources = [*(ROOT / "csrc/cpu").glob("*.cpp"), ROOT / "tests/csrc/cpu_matrix.cpp"]
-    order = {stem: place for place, stem in enumerate(SLOWEST)}
-    sources.sort(key=lambda source: (order.get(source.stem, len(order)), source.stem))
-
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        # Plain C++ with both sanitizers takes 26 s to optimize, a third of all, and 3 s not to.
-        level = ["-O0"] if sanitizer == MEMORY and source.stem == "kernels_portable" else []
-        command = [compiler, *flags, *level, "-c", source, "-o", target]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return target
-
-    with ThreadPoolExecutor(int(os.environ.get("JOBS", "2"))) as pool:
-        objects = list(pool.map(compiled, sources))
-    program = folder / "cpu_matrix"
-    subprocess.run([compiler, *flags, *objects, "-o", program], check=True)
-    return Matrix(program, launcher)
+def built(sanitizer: str, folder: Path, *flags: str) -> Matrix:
+    launcher = launcher_of(sanitizer, folder)
+    # Plain C++ with both sanitizers takes 26 s to optimize, a third of all, and 3 s not to.
+    levels = {"kernels_portable": "-O0"} if sanitizer == MEMORY else {}
+    sanitized = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", *flags)
+    return Matrix(build("matrix", folder, sanitized, levels), launcher)
 
 
 def succeeds(done: subprocess.CompletedProcess[str]):
@@ -95,7 +66,7 @@ def succeeds(done: subprocess.CompletedProcess[str]):
 
 
 def test_memory(tmp_path: Path):
-    matrix = built(MEMORY, tmp_path)
+    matrix = built(MEMORY, tmp_path, *SOFTWARE_TILES)
     succeeds(matrix.run())
     # That can fail: without the last element of y.
     for isa in ISAS:

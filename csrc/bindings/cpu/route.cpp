@@ -50,7 +50,7 @@ Float8 float8_of(cpu::ScaleOf scale) {
 class CpuRoute final : public Route {
  public:
   CpuRoute(int64_t n, int64_t k, int64_t group, int64_t padded_group, const std::string& code,
-           double middle, const Optional& table, const Optional& nested_table,
+           double implied_zero, const Optional& table, const Optional& nested_table,
            const std::string& isa, bool tiles, bool rounds_weights, const std::string& activation,
            const std::string& granularity)
       : table_(table), nested_table_(nested_table) {
@@ -65,7 +65,7 @@ class CpuRoute final : public Route {
     require(padded_group >= weight_.k || padded_group % 16 == 0,
             "padded_group must be a multiple of 16, or all columns, got ", padded_group);
     weight_.code = code_of(code);
-    weight_.middle = static_cast<float>(middle);
+    weight_.implied_zero = static_cast<float>(implied_zero);
     weight_.prepare();
     require(table.has_value() == (weight_.code == cpu::Code::kTable4),
             "a table goes with table4 codes alone, got ", code);
@@ -232,7 +232,7 @@ void register_cpu_routes(py::module_& m) {
                     const Optional&, const std::string&, bool, bool, const std::string&,
                     const std::string&>(),
            py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("padded_group"),
-           py::arg("code"), py::arg("middle"), py::arg("table"), py::arg("nested_table"),
+           py::arg("code"), py::arg("implied_zero"), py::arg("table"), py::arg("nested_table"),
            py::arg("isa"), py::arg("tiles"), py::arg("rounds_weights"), py::arg("activation"),
            py::arg("granularity"));
 }

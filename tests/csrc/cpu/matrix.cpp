@@ -1,0 +1,101 @@
+// All cases, for sanitizers, which do not get along with Python. Each number is held to its truth;
+// the same bytes are asked for whatever the number of threads, and beside other callers.
+//
+//     matrix [--every=N] [--break] [isa ...]
+//
+// --every=N runs each Nth case. --break takes the last element off every y, which a sanitizer must
+// find. Without names, all instructions that this machine has are tried. Ends with 2 where it has
+// none of them.
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cases.h"
+
+using cases::Bytes;
+using cases::Case;
+using cases::pool_of;
+using qkernels::cpu::Schedule;
+
+namespace {
+
+struct Arguments {
+  size_t every = 1;
+  cases::Options options;
+};
+
+Arguments parsed(int count, char** arguments) {
+  Arguments out;
+  std::vector<std::string> names;
+  for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    if (argument == "--break")
+      out.options.missing = 1;
+    else if (argument.rfind("--every=", 0) == 0)
+      out.every = static_cast<size_t>(std::atoll(argument.c_str() + 8));
+    else
+      names.push_back(argument);
+  }
+  out.options.isas = cases::runnable(names);
+  return out;
+}
+
+// The results of a case, one for each schedule; adds to `failures`.
+std::vector<Bytes> results_of(const Case& one, std::vector<std::string>& failures) {
+  std::vector<Bytes> results;
+  for (const Schedule& schedule : one.schedules) {
+    results.push_back(one.run(schedule, pool_of(1)));
+    const std::string complaint = one.complaint(results.back(), schedule);
+    if (!complaint.empty()) failures.push_back(name_of(one, schedule) + ": " + complaint);
+    for (int threads : {2, 3}) {
+      if (one.run(schedule, pool_of(threads)) == results.back()) continue;
+      failures.push_back(name_of(one, schedule) + ": the number of threads makes a difference");
+    }
+  }
+  return results;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const auto [every, options] = parsed(count, arguments);
+  if (every < 1 || options.isas.empty()) {
+    std::fprintf(stderr, "no instructions to try, or --every below 1\n");
+    return 2;
+  }
+  std::vector<Case> some;
+  size_t made = 0;
+  cases::make_all(options, [&](Case one) {
+    if (made++ % every == 0) some.push_back(std::move(one));
+  });
+
+  std::vector<std::string> failures;
+  std::vector<std::vector<Bytes>> expected;
+  for (const Case& one : some) expected.push_back(results_of(one, failures));
+
+  // All of it again from several threads at once, as a server calls: each has scratch of its own.
+  constexpr size_t kCallers = 4;
+  std::vector<std::string> found[kCallers];
+  std::vector<std::thread> callers;
+  for (auto& wrong : found) {
+    callers.emplace_back([&] {
+      for (size_t i = 0; i < some.size(); ++i) {
+        for (size_t s = 0; s < some[i].schedules.size(); ++s) {
+          const Schedule& schedule = some[i].schedules[s];
+          if (some[i].run(schedule, pool_of(2)) == expected[i][s]) continue;
+          wrong.push_back(name_of(some[i], schedule) + ": another result beside other callers");
+        }
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  for (const auto& wrong : found) failures.insert(failures.end(), wrong.begin(), wrong.end());
+
+  for (const std::string& failure : failures) std::printf("%s\n", failure.c_str());
+  std::printf("%zu cases, %zu failures, up to %s\n", some.size(), failures.size(),
+              qkernels::cpu::name_of(options.isas.back()));
+  return failures.empty() ? 0 : 1;
+}

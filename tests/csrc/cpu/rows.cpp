@@ -1,0 +1,177 @@
+// Rows that are quantized to int8: as they come, normalized or gated.
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+#include "cases.h"
+#include "truth.h"
+
+namespace cases {
+
+using namespace qkernels::cpu;
+
+namespace {
+
+constexpr const char* kKindNames[] = {"plain", "rms_norm", "silu_mul"};
+constexpr const char* kScaleNames[] = {"row", "tensor", "given"};
+// Of columns beyond K in a row of x.
+constexpr int64_t kGap = 5;
+// How many rows there are of which each tries something of its own.
+constexpr int64_t kHardRows = 8;
+
+struct Form {
+  RowSource::Kind kind;
+  FloatType type;
+  bool residual, gain;
+  ScaleOf scale_of;
+  bool asymmetric;
+  int64_t m, k;
+};
+
+class Quantization {
+ public:
+  Quantization(const Form& form, Random& random)
+      : form_(form), gain_type_(kFloatTypes[random.below(3)]) {
+    const int64_t elements = form.m == 0 ? 0 : (form.m - 1) * stride() + form.k;
+    x_ = random.numbers(elements, form.type, -3, 3);
+    other_ = random.numbers(form.residual ? form.m * form.k : elements, form.type, -3, 3);
+    if (form.gain) gain_ = random.numbers(form.k, gain_type_, 0, 2);
+    if (form.m > kHardRows) add_hard_rows();
+  }
+
+  std::string name() const {
+    char text[150];
+    std::snprintf(text, sizeof text,
+                  "quantize_rows %s %s residual %d gain %d scale %s asymmetric %d m %d k %d",
+                  kKindNames[static_cast<int>(form_.kind)], name_of(form_.type), form_.residual,
+                  form_.gain, kScaleNames[static_cast<int>(form_.scale_of)], form_.asymmetric,
+                  static_cast<int>(form_.m), static_cast<int>(form_.k));
+    return text;
+  }
+
+  // Values, scales, zero points and x + residual, one after the other.
+  Bytes run(const Schedule& schedule, const Pool& pool) const {
+    const int64_t m = form_.m, elements = m * form_.k;
+    Bytes values = unwritten(elements, 1), scales = unwritten(m, 4);
+    Bytes zeros = unwritten(form_.asymmetric ? m : 0, 4);
+    Bytes sum = unwritten(form_.residual ? elements : 0, size_of(form_.type));
+    // A null pointer would say that no zero points are wanted.
+    if (form_.asymmetric && m == 0) return {};
+    RowSource rows = source();
+    if (form_.residual) rows.sum = sum.data();
+    auto* zeros_out = form_.asymmetric ? reinterpret_cast<int32_t*>(zeros.data()) : nullptr;
+    quantize_rows(rows, m, form_.scale_of, given(), reinterpret_cast<int8_t*>(values.data()),
+                  reinterpret_cast<float*>(scales.data()), zeros_out, schedule.isa, pool);
+    for (const Bytes* more : {&scales, &zeros, &sum}) {
+      values.insert(values.end(), more->begin(), more->end());
+    }
+    return values;
+  }
+
+  std::string complaint(const Bytes& result) const {
+    if (form_.m == 0) return "";
+    const auto m = static_cast<size_t>(form_.m);
+    truth::Rows got;
+    got.values.resize(m * static_cast<size_t>(form_.k));
+    got.scales.resize(m);
+    got.zeros.resize(form_.asymmetric ? m : 0);
+    const uint8_t* at = result.data();
+    const auto take = [&](void* to, size_t size) {
+      if (size > 0) std::memcpy(to, at, size);
+      at += size;
+    };
+    take(got.values.data(), got.values.size());
+    take(got.scales.data(), got.scales.size() * 4);
+    take(got.zeros.data(), got.zeros.size() * 4);
+    const std::string wrong = truth::complaint(source(), form_.m, form_.scale_of, given(), got);
+    if (!wrong.empty() || !form_.residual) return wrong;
+    return truth::complaint_about_sum(source(), form_.m, at);
+  }
+
+ private:
+  int64_t stride() const { return form_.k + kGap; }
+  const float* given() const { return form_.scale_of == ScaleOf::kGiven ? &given_ : nullptr; }
+
+  RowSource source() const {
+    RowSource out{};
+    out.kind = form_.kind;
+    out.x = x_.data();
+    out.type = form_.type;
+    out.k = form_.k;
+    out.x_stride = stride();
+    out.epsilon = 1e-5f;
+    if (form_.residual) out.residual = other_.data();
+    out.gain = or_null(gain_);
+    out.gain_type = gain_type_;
+    if (form_.kind == RowSource::Kind::kSiluMul) {
+      out.up = other_.data();
+      out.up_stride = stride();
+    }
+    return out;
+  }
+
+  template <class Value>
+  void fill(int64_t row, const Value& value) {
+    for (int64_t c = 0; c < form_.k; ++c) {
+      truth::store_at(x_.data(), form_.type, row * stride() + c, value(c));
+    }
+  }
+
+  void add_hard_rows() {
+    const int64_t last = form_.k - 1;
+    const auto half = [](int64_t c) { return static_cast<double>(c * 7 % 253 - 126) / 2; };
+    // Halves of a scale of one, which the largest element, the last, makes it: ties of the
+    // rounding.
+    fill(0, [&](int64_t c) { return c == last ? 127 : half(c); });
+    fill(1, [&](int64_t c) { return c == last ? 128 : c == 0 ? -127 : half(c); });
+    // Ties at a scale whose reciprocal is no number of fp32.
+    constexpr double kScale = 0.0123f;
+    fill(2, [&](int64_t c) { return c == last ? 127 * kScale : (2 * half(c) + 0.5) * kScale; });
+    fill(3, [](int64_t) { return 0; });
+    // So small that the epsilon of a norm counts; so large that a gate is open or closed.
+    fill(4, [&](int64_t c) { return half(c) * 1e-4; });
+    fill(5, [&](int64_t c) { return half(c) * 2; });
+    // One such row would spoil the scale of all.
+    if (form_.scale_of == ScaleOf::kTensor) return;
+    fill(6, [&](int64_t c) { return c == last ? NAN : half(c); });
+    fill(7, [&](int64_t c) { return c == last ? -INFINITY : half(c); });
+  }
+
+  Form form_;
+  FloatType gain_type_;
+  Bytes x_, other_, gain_;
+  float given_ = 0.5f;
+};
+
+}  // namespace
+
+void make_rows(const Options& options, Random& random, const Take& take) {
+  std::vector<Schedule> schedules;
+  for (Isa isa : options.isas) schedules.push_back({isa, false, false});
+  const auto add = [&](const Form& form) {
+    const auto rows = std::make_shared<const Quantization>(form, random);
+    take({rows->name(), schedules,
+          [rows](const Schedule& schedule, const Pool& pool) { return rows->run(schedule, pool); },
+          [rows](const Bytes& result, const Schedule&) { return rows->complaint(result); }});
+  };
+  // The last is large enough for several threads.
+  for (auto [m, k] : {std::pair{0, 72}, {1, 16}, {3, 135}, {70, 1000}}) {
+    for (FloatType type : kFloatTypes) {
+      for (int scale = 0; scale < 4; ++scale) {
+        const auto scale_of = static_cast<ScaleOf>(scale % 3);
+        const bool asymmetric = scale == 3;
+        add({RowSource::Kind::kPlain, type, false, false, scale_of, asymmetric, m, k});
+        add({RowSource::Kind::kSiluMul, type, false, false, scale_of, asymmetric, m, k});
+        for (bool residual : {false, true}) {
+          for (bool gain : {false, true}) {
+            add({RowSource::Kind::kRmsNorm, type, residual, gain, scale_of, asymmetric, m, k});
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace cases
