@@ -25,7 +25,7 @@ void make_packing(const Options& options, Random& random, const Take& take) {
       const Bytes codes = random.bytes(n * k, 0, nibbles ? 16 : 256);
       const int64_t rows = n, columns = k, first = rows / 2;
       const auto run = [=](const Schedule&, const Pool& pool) {
-        const int64_t words = ceil_div(rows, kLanes) * kLanes * padded_columns(columns);
+        const int64_t words = qkernels::ceil_div(rows, kLanes) * kLanes * padded_columns(columns);
         std::vector<uint32_t> packed(static_cast<size_t>(words / (nibbles ? 8 : 4)), ~0u);
         pack_vnni(codes.data(), packed.data(), rows, columns, nibbles, pool);
         Bytes back = unwritten(rows * columns, 1), some = unwritten((rows - first) * columns, 1);

@@ -168,7 +168,8 @@ class Product {
     } else if (format.scales == GroupType::kNested) {
       scales_ = random.bytes(count, 0, 256);
       nested_table_ = random.floats(256, -1, 1);
-      nested_absmax_ = random.floats(ceil_div(weight_.n * weight_.groups(), 256), 0.001f, 0.01f);
+      nested_absmax_ =
+          random.floats(qkernels::ceil_div(weight_.n * weight_.groups(), 256), 0.001f, 0.01f);
       weight_.nested_offset = 0.02f;
     } else {
       const bool is_one = numbers_ == Numbers::kIntegers;
