@@ -29,18 +29,28 @@ def decode_signed(code, codebook_ptr, BITS: tl.constexpr):
 
 
 @triton.jit
-def decode_codebook(code, codebook_ptr, BITS: tl.constexpr):
-    """codebook[code], a table of 16 fp32 values that stays in L1.
+def table_entry(address):
+    """The fp32 numbers at these addresses of a table that stays in L1.
 
     Compiled, not by `tl.load`: Triton's pipeliner would keep whole tiles of it in shared memory.
     """
-    address = codebook_ptr + code
     if INTERPRETED:
         value = tl.load(address)
     else:
         value = tl.inline_asm_elementwise(
             "ld.global.nc.f32 $0, [$1];", "=f,l", [address.to(tl.int64)], tl.float32, True, 1
         )
+    return value
+
+
+@triton.jit
+def decode_codebook(code, codebook_ptr, BITS: tl.constexpr):
+    """codebook[code], of 2^BITS fp32 values."""
+    if BITS == 1:
+        # One of two values is chosen faster than it is loaded.
+        value = tl.where(code == 0, table_entry(codebook_ptr), table_entry(codebook_ptr + 1))
+    else:
+        value = table_entry(codebook_ptr + code)
     return value
 
 
@@ -74,7 +84,7 @@ DECODE = {
 CODE_BITS = {
     "unsigned": (2, 3, 4, 8),
     "signed": (2, 3, 4, 8),
-    "codebook": (4,),
+    "codebook": (1, 2, 3, 4),
     "fp8e4m3": (8,),
     "fp8e5m2": (8,),
 }

@@ -22,7 +22,7 @@ from .launch import Launch, run
 from .operands import code_of
 from .planar import check_plane, values_per_word, word_rows
 
-_BITS = (2, 3, 4, 8)
+_BITS = (1, 2, 3, 4, 8)
 _BLOCK = 128  # words of a program along the contiguous axis: 512 bytes per warp and store
 _BLOCK_ROWS = 8
 

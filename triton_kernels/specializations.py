@@ -55,12 +55,13 @@ def specializations(capability: int) -> Iterator[Specialization]:
             yield _gemm(capability, decode, bits, x_type, m=16)
         yield _gemm(capability, decode, bits, _BF16, m=512, group_size=64)
         yield _gemv(capability, decode, bits, _BF16)
-    for decode, bits in (("unsigned", 3), ("codebook", 4), ("fp8e4m3", 8)):
+    for decode, bits in (("unsigned", 3), ("codebook", 1), ("codebook", 4), ("fp8e4m3", 8)):
         yield _gemm(capability, decode, bits, _FP32, m=16)
         yield _gemv(capability, decode, bits, _FP16, group_size=24, aligned=False)
     for m in (1, 32, 64, 128, 4096):
         yield _gemm(capability, "unsigned", 4, _FP16, m=m)
     for plane in (16, 64):
+        yield _gemm(capability, "codebook", 1, _BF16, m=16, plane=plane)
         yield _gemm(capability, "unsigned", 2, _BF16, m=256, plane=plane)
     for group_size in (0, 24, 32, 512):
         yield _gemm(capability, "unsigned", 4, _BF16, m=16, group_size=group_size, aligned=False)
@@ -86,7 +87,7 @@ def specializations(capability: int) -> Iterator[Specialization]:
         yield _quantize(torch.int8, _BF16, k)
         yield _quantize(_E4M3, _BF16, k)
     yield _quantize(_E5M2, _FP32, 4096)
-    for bits in (2, 3, 4):
+    for bits in (1, 2, 3, 4):
         yield from _packs(bits)
     yield from _dense_packs(8)
 
@@ -109,6 +110,8 @@ _CODES = (
     ("unsigned", 4),
     ("unsigned", 8),
     ("signed", 4),
+    ("codebook", 1),
+    ("codebook", 3),
     ("codebook", 4),
     ("fp8e4m3", 8),
     ("fp8e5m2", 8),

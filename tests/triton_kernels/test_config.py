@@ -92,3 +92,10 @@ def test_tensor_memory_limits_what_is_unrolled() -> None:
     assert unrolled_fields(narrow, 2, 2, (10, 0)) == 4
     assert unrolled_fields(narrow, 3, 2, (10, 3)) == 2  # a divisor of 10
     assert unrolled_fields(narrow, 4, 4, (9, 0)) == 1
+
+
+def test_a_quarter_of_the_1_bit_fields_is_unrolled() -> None:
+    assert unrolled_fields(GemmConfig(), 1, 2, (9, 0)) == 8
+    assert unrolled_fields(GemmConfig(block_m=128, block_n=64), 1, 2, (10, 0)) == 2
+    # A stage holds x of what a step unrolls, 16 KiB with the words: three fit half of 99 KiB.
+    assert choose_gemm_config(Problem(16, 4096, 4096, 1, 32, 64, 2, (8, 6), 84)).num_stages == 3
