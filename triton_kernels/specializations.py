@@ -60,6 +60,9 @@ def specializations(capability: int) -> Iterator[Specialization]:
         yield _gemv(capability, decode, bits, _FP16, group_size=24, aligned=False)
     for m in (1, 32, 64, 128, 4096):
         yield _gemm(capability, "unsigned", 4, _FP16, m=m)
+    for bits in (1, 2, 3):
+        yield _gemm(capability, "codebook", bits, _BF16, m=64)
+        yield _gemv(capability, "codebook", bits, _BF16)
     for plane in (16, 64):
         yield _gemm(capability, "codebook", 1, _BF16, m=16, plane=plane)
         yield _gemm(capability, "unsigned", 2, _BF16, m=256, plane=plane)
@@ -110,8 +113,6 @@ _CODES = (
     ("unsigned", 4),
     ("unsigned", 8),
     ("signed", 4),
-    ("codebook", 1),
-    ("codebook", 3),
     ("codebook", 4),
     ("fp8e4m3", 8),
     ("fp8e5m2", 8),
