@@ -1,4 +1,14 @@
-"""Triton kernels for quantized products. They take tensors and integers, and know no scheme."""
+"""Triton kernels for quantized products. They take tensors and integers, and know no scheme.
+
+planar, decode               the layout of a weight; from its codes to numbers
+operands, partition, reduce  what the kernels of the products share: loads of x, words and
+                             groups; the part of y and K of a program; the end of a product
+weight_only_gemm, weight_only_gemv, int8_gemm    a kernel and its launcher each
+quantize_rows, pack          the other kernels
+config, product, launch      schedules, checked operands, launches as values
+specializations, compile     every kernel for every GPU, without one
+tune                         the tuned schedules
+"""
 
 from .config import GemmConfig, GemvConfig, choose_gemm_config, choose_gemv_config
 from .int8_gemm import int8_gemm

@@ -14,12 +14,16 @@ import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
 
 from .config import SHARED_MEMORY
+from .launch import Launch
 from .numerics import INTERPRETED
 from .specializations import Specialization, sample, specializations
 
@@ -47,26 +51,17 @@ def compile_one(spec: Specialization, capability: int) -> Record:
         triton.CompilationError, subprocess.CalledProcessError: where a kernel does not compile.
     """
     assert not INTERPRETED.value, "kernels that were defined for the interpreter do not compile"
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(spec.kernel.arg_names):
-        if name in spec.types:
-            signature[name] = spec.types[name]
-            if name in spec.aligned:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "constexpr"
-            constants[(index,)] = spec.constants.get(name)
-    source = ASTSource(spec.kernel, signature, constants, attributes)
+    source = source_of(spec.launch)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=spec.options)
+    compiled = triton.compile(source, target=target, options=spec.launch.options)
     if "trap;" in compiled.asm["ptx"]:
         raise RuntimeError(
-            f"{spec.kernel.__name__} {spec.name} compiled to a trap for {capability}: Triton found "
+            f"{source.name} {spec.name} compiled to a trap for {capability}: Triton found "
             f"no room for it (tensor memory: {getattr(compiled.metadata, 'tmem_size', 0)} columns)"
         )
     registers, stack = _resources(compiled.asm["cubin"])
     return Record(
-        spec.kernel.__name__,
+        source.name,
         spec.name,
         len(compiled.asm["cubin"]),
         registers,
@@ -74,6 +69,30 @@ def compile_one(spec: Specialization, capability: int) -> Record:
         compiled.metadata.shared,
         compiled.asm["ptx"],
     )
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """What Triton would compile for a launch: types, constants, and numbers divisible by 16."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def type_of(value: Any, path: tuple[int, ...], param: Any) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*(type_of(part, (*path, i), param) for i, part in enumerate(value)))
+        is_number = isinstance(value, int) and not param.is_constexpr
+        is_specialized = is_number and not param.do_not_specialize
+        if isinstance(value, Tensor) or (is_specialized and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor) or (is_number and not (is_specialized and value == 1)):
+            return mangle_type(value)
+        constants[path] = value
+        return "constexpr"
+
+    signature = {
+        param.name: type_of(launch.arguments[param.name], (index,), param)
+        for index, param in enumerate(launch.kernel.params)
+    }
+    return ASTSource(launch.kernel, signature, constants, attributes)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

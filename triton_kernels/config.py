@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -82,40 +82,50 @@ def _check_counts(config: GemmConfig | GemvConfig, *names: str) -> None:
             raise ValueError(f"{name} is 1 or more, got {getattr(config, name)}")
 
 
-def choose_gemm_config(
-    m: int,
-    n: int,
-    k: int,
-    bits: int,
-    plane: int,
-    capability: tuple[int, int],
-    sm_count: int,
-    *,
-    group_size: int = 0,
-    x_bytes: int = 2,
-) -> GemmConfig:
-    """The heuristic schedule of y [m, n] = x [m, k] @ w.T, for operands of `x_bytes` an element."""
+class Problem(NamedTuple):
+    """All that a schedule may depend on: y [m, n] = x [m, k] @ w.T, and the GPU.
+
+    Attributes:
+        bits, plane, group_size: those of the weight, see `PlanarWeight`.
+        x_bytes: size of an element that is multiplied: 1 for int8 products.
+        capability, sm_count: compute capability and number of multiprocessors.
+    """
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    plane: int
+    group_size: int = 0
+    x_bytes: int = 2
+    capability: tuple[int, int] = (8, 0)
+    sm_count: int = 1
+
+
+def choose_gemm_config(problem: Problem) -> GemmConfig:
+    """The heuristic schedule of a GEMM."""
+    m, n, x_bytes = problem.m, problem.n, problem.x_bytes
     most = 128
-    if x_bytes == 1 and group_size:
+    if x_bytes == 1 and problem.group_size:
         most = 64  # group scales on int8 products need a second accumulator in registers
     elif x_bytes == 4:
         most = 32  # no tensor core: each lane holds its operands and sums in registers
     block_m = min(most, max(16, _next_power(m)))
     # The wider tile reads x half as often; the narrower one gives small layers more programs.
-    wide = x_bytes < 4 and -(-m // block_m) * -(-n // 128) >= sm_count
+    wide = x_bytes < 4 and -(-m // block_m) * -(-n // 128) >= problem.sm_count
     block_n = 128 if wide else 64
     if not wide:
         block_m = min(block_m, 64)
-    block_k = _block_k(group_size, 64 if block_m <= 64 else 32)
-    plane = block_k if bits == 8 else plane
-    tile = plane * values_per_word(bits)
-    word_bytes = plane * block_n * (1 if bits == 8 else 4)
-    # A stage holds the words and their V tiles of x. Two blocks share a processor where that leaves
-    # them two stages.
-    stage = word_bytes + tile * block_m * x_bytes
-    budget = SHARED_MEMORY.get(capability, 99) * 1024
+    block_k = _block_k(problem.group_size, 64 if block_m <= 64 else 32)
+    plane, tile = _plane_and_tile(problem, block_k)
+    word_bytes = plane * block_n * (1 if problem.bits == 8 else 4)
+    # A stage holds the words and x of the fields that a step unrolls. Two blocks share a processor
+    # where that leaves them two stages.
+    step = plane * fields_at_once(problem.bits)
+    stage = word_bytes + step * block_m * x_bytes
+    budget = SHARED_MEMORY.get(problem.capability, 99) * 1024
     stages = max(budget // 2 // stage, min(2, budget // stage))
-    if _crosses_groups(group_size, plane):
+    if _crosses_groups(problem.group_size, plane):
         stages = 1  # gathered scales would be kept for every stage, tile by tile
     blocks = -(-m // block_m) * -(-n // block_n)
     # 16 channels a warp, one row of operand fragments: only then does Triton decode the weights in
@@ -126,24 +136,33 @@ def choose_gemm_config(
         block_m=block_m,
         block_n=block_n,
         block_k=block_k,
-        split_k=_split_k(blocks, -(-k // tile), sm_count),
+        split_k=_split_k(blocks, problem, tile),
         num_warps=num_warps,
         num_stages=max(1, min(4, stages)),
     )
 
 
+def fields_at_once(bits: int) -> int:
+    """Fields of a word that a kernel unrolls: a divisor of their number.
+
+    All, so that the loads of all run ahead; of the 32 of 1-bit codes a quarter, since with all of
+    them Triton 3.7 took up to 160 s to compile a GEMM for sm_80; 8 of them take 2 s.
+    """
+    return 8 if bits == 1 else values_per_word(bits)
+
+
 def unrolled_fields(
     config: GemmConfig, bits: int, x_bytes: int, capability: tuple[int, int]
 ) -> int:
-    """Fields of a word that a step of `weight_only_gemm` unrolls: a divisor of their number.
+    """`fields_at_once` of `weight_only_gemm`, which are fewer in two cases.
 
-    All, so that the loads of all run ahead, but for two cases. fp32 has no tensor core: a product
-    is thousands of multiply-adds, and V copies of them took minutes to compile. And for 10.x and
-    11.x Triton 3.6 gives each unrolled product its own accumulator in tensor memory, which has 512
-    columns of 128 lanes; beyond those it compiles a kernel that only traps. A quarter of them, as
-    their number is rounded up, leaves room for a second block.
+    fp32 has no tensor core: a product is thousands of multiply-adds, and V copies of them took
+    minutes to compile. And for 10.x and 11.x Triton 3.6 gives each unrolled product its own
+    accumulator in tensor memory, which has 512 columns of 128 lanes; beyond those it compiles a
+    kernel that only traps. A quarter of them, as their number is rounded up, leaves room for a
+    second block.
     """
-    values = values_per_word(bits)
+    values = fields_at_once(bits)
     if x_bytes == 4:
         return 1
     if capability[0] not in (10, 11):
@@ -152,29 +171,22 @@ def unrolled_fields(
     return max(part for part in range(1, values + 1) if values % part == 0 and part <= most)
 
 
-def choose_gemv_config(
-    m: int,
-    n: int,
-    k: int,
-    bits: int,
-    plane: int,
-    capability: tuple[int, int],
-    sm_count: int,
-    *,
-    group_size: int = 0,
-) -> GemvConfig:
+def choose_gemv_config(problem: Problem) -> GemvConfig:
     """The heuristic schedule of a product with few rows of x."""
     # A lane loads 16 bytes: 4 words, or 16 bytes of 8-bit codes.
     # A tile holds 4096 words and as many sums: more than that does not fit the registers.
-    block_n = 256 if bits == 8 else min(128, 4096 // plane)
-    block_k = _block_k(group_size, 32)
-    if _crosses_groups(group_size, block_k if bits == 8 else plane):
+    block_n = 256 if problem.bits == 8 else min(128, 4096 // problem.plane)
+    block_k = _block_k(problem.group_size, 32)
+    plane, tile = _plane_and_tile(problem, block_k)
+    if _crosses_groups(problem.group_size, plane):
         block_n = 32  # a scale and an address for every weight: what fits the registers
-    tile = block_k if bits == 8 else plane * values_per_word(bits)
-    blocks = m * -(-n // block_n)
-    return GemvConfig(
-        block_n=block_n, block_k=block_k, split_k=_split_k(blocks, -(-k // tile), sm_count)
-    )
+    blocks = problem.m * -(-problem.n // block_n)
+    return GemvConfig(block_n=block_n, block_k=block_k, split_k=_split_k(blocks, problem, tile))
+
+
+def _plane_and_tile(problem: Problem, block_k: int) -> tuple[int, int]:
+    plane = block_k if problem.bits == 8 else problem.plane
+    return plane, plane * values_per_word(problem.bits)
 
 
 def _next_power(value: int) -> int:
@@ -193,80 +205,58 @@ def _crosses_groups(group_size: int, plane: int) -> bool:
     return group_size % plane != 0
 
 
-def _split_k(blocks: int, tiles: int, sm_count: int) -> int:
+def _split_k(blocks: int, problem: Problem, tile: int) -> int:
     """Parts of K that give every processor two programs, while each part keeps a tile."""
-    return max(1, min(tiles, 2 * sm_count // blocks))
+    return max(1, min(-(-problem.k // tile), 2 * problem.sm_count // blocks))
 
 
 def gemm_config_for(
     kernel: str, m: int, weight: PlanarWeight, device: torch.device, x_bytes: int = 2
 ) -> GemmConfig:
     """The schedule of `kernel` for `m` rows on `device`: tuned where measured, else heuristic."""
-    name, capability, sm_count = device_facts(device)
-    n, k, bits = weight.n, weight.k, weight.bits
-    return _gemm_config(
-        name, kernel, m, n, k, bits, weight.plane, capability, sm_count, weight.group_size, x_bytes
-    )
+    return _gemm_config(*_question(kernel, m, weight, device, x_bytes))
 
 
 def gemv_config_for(kernel: str, m: int, weight: PlanarWeight, device: torch.device) -> GemvConfig:
     """Like `gemm_config_for`, of a GEMV kernel."""
-    name, capability, sm_count = device_facts(device)
-    n, k, bits = weight.n, weight.k, weight.bits
-    return _gemv_config(
-        name, kernel, m, n, k, bits, weight.plane, capability, sm_count, weight.group_size
-    )
+    return _gemv_config(*_question(kernel, m, weight, device, 2))
+
+
+def _question(
+    kernel: str, m: int, weight: PlanarWeight, device: torch.device, x_bytes: int
+) -> tuple[str, str, Problem]:
+    gpu, capability, sm_count = device_facts(device)
+    return gpu, kernel, problem_of(m, weight, x_bytes, capability, sm_count)
+
+
+def problem_of(
+    m: int, weight: PlanarWeight, x_bytes: int, capability: tuple[int, int], sm_count: int
+) -> Problem:
+    """The problem of `m` rows of x and a weight on a GPU of that kind."""
+    shape = (m, weight.n, weight.k, weight.bits, weight.plane, weight.group_size)
+    return Problem(*shape, x_bytes, capability, sm_count)
 
 
 @lru_cache(maxsize=4096)
-def _gemm_config(
-    name: str,
-    kernel: str,
-    m: int,
-    n: int,
-    k: int,
-    bits: int,
-    plane: int,
-    capability: tuple[int, int],
-    sm_count: int,
-    group_size: int,
-    x_bytes: int,
-) -> GemmConfig:
-    tuned = tuned_config(name, kernel, bits, n, k, m)
-    if tuned is not None:
-        return GemmConfig(**tuned)
-    return choose_gemm_config(
-        m, n, k, bits, plane, capability, sm_count, group_size=group_size, x_bytes=x_bytes
-    )
+def _gemm_config(gpu: str, kernel: str, problem: Problem) -> GemmConfig:
+    tuned = tuned_config(gpu, kernel, problem)
+    return choose_gemm_config(problem) if tuned is None else GemmConfig(**tuned)
 
 
 @lru_cache(maxsize=4096)
-def _gemv_config(
-    name: str,
-    kernel: str,
-    m: int,
-    n: int,
-    k: int,
-    bits: int,
-    plane: int,
-    capability: tuple[int, int],
-    sm_count: int,
-    group_size: int,
-) -> GemvConfig:
-    tuned = tuned_config(name, kernel, bits, n, k, m)
-    if tuned is not None:
-        return GemvConfig(**tuned)
-    return choose_gemv_config(m, n, k, bits, plane, capability, sm_count, group_size=group_size)
+def _gemv_config(gpu: str, kernel: str, problem: Problem) -> GemvConfig:
+    tuned = tuned_config(gpu, kernel, problem)
+    return choose_gemv_config(problem) if tuned is None else GemvConfig(**tuned)
 
 
 def tuned_config(
-    gpu: str, kernel: str, bits: int, n: int, k: int, m: int, folder: Path = TUNED_FOLDER
+    gpu: str, kernel: str, problem: Problem, folder: Path = TUNED_FOLDER
 ) -> dict[str, Any] | None:
     """The measured config of this problem with the nearest M in log space, or None."""
-    entries = _tuned_entries(gpu, folder).get((kernel, bits, n, k))
+    entries = _tuned_entries(gpu, folder).get((kernel, problem.bits, problem.n, problem.k))
     if not entries:
         return None
-    return min(entries, key=lambda entry: abs(math.log(entry["m"] / max(m, 1))))["config"]
+    return min(entries, key=lambda entry: abs(math.log(entry["m"] / max(problem.m, 1))))["config"]
 
 
 @lru_cache(maxsize=16)

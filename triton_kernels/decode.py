@@ -1,26 +1,14 @@
-"""From stored codes and scales to numbers: `w = scale * (value(code) - zero)`.
+"""From stored codes to numbers: the values of `w = scale * (value(code) - zero)`.
 
 A decode function takes an int32 tile of codes and gives the fp32 tile of their values. All have the
-signature `(code, codebook_ptr, BITS)`, so that a kernel takes one as `DECODE: tl.constexpr`.
-`DECODE` below is the table of them by name.
-
-Scales are [G, N] (N contiguous) and come in three modes:
-
-    float       fp16, bf16 or fp32
-    two_level   uint8 multiplier [G, N] times an fp32 channel scale [N]
-    nested      uint8 code [G, N]: table[code] * absmax[(n * G + g) // 256] + offset (QLoRA's double
-                quantization: blocks of 256 run along the groups of a row, then to the next row)
+signature `(code, codebook_ptr, BITS)`, so that a kernel takes one as an argument. `DECODE` below is
+the table of them by name, `CODE_BITS` says which widths each takes.
 """
 
 import triton
 import triton.language as tl
 
 from .numerics import INTERPRETED
-
-NESTED_BLOCK = 256
-"""Scales that share one nested absmax. Fixed by bitsandbytes, whose checkpoints carry it."""
-
-_NESTED_BLOCK = tl.constexpr(NESTED_BLOCK)
 
 # fp32 whose unit in the last place is 1: OR-ing a small integer into its bits adds it. That is one
 # logic operation and one subtraction, where an int-to-float conversion runs at a quarter rate.
@@ -41,18 +29,28 @@ def decode_signed(code, codebook_ptr, BITS: tl.constexpr):
 
 
 @triton.jit
-def decode_codebook(code, codebook_ptr, BITS: tl.constexpr):
-    """codebook[code], a table of 16 fp32 values that stays in L1.
+def table_entry(address):
+    """The fp32 numbers at these addresses of a table that stays in L1.
 
     Compiled, not by `tl.load`: Triton's pipeliner would keep whole tiles of it in shared memory.
     """
-    address = codebook_ptr + code
     if INTERPRETED:
         value = tl.load(address)
     else:
         value = tl.inline_asm_elementwise(
             "ld.global.nc.f32 $0, [$1];", "=f,l", [address.to(tl.int64)], tl.float32, True, 1
         )
+    return value
+
+
+@triton.jit
+def decode_codebook(code, codebook_ptr, BITS: tl.constexpr):
+    """codebook[code], of 2^BITS fp32 values."""
+    if BITS == 1:
+        # One of two values is chosen faster than it is loaded.
+        value = tl.where(code == 0, table_entry(codebook_ptr), table_entry(codebook_ptr + 1))
+    else:
+        value = table_entry(codebook_ptr + code)
     return value
 
 
@@ -83,38 +81,10 @@ DECODE = {
     "fp8e5m2": decode_fp8e5m2,
 }
 
-SCALE_MODES = ("float", "two_level", "nested")
-
-
-@triton.jit
-def load_group(
-    scales_ptr,
-    zeros_ptr,
-    channel_scales_ptr,
-    nested_table_ptr,
-    nested_absmax_ptr,
-    nested_offset_ptr,
-    n,
-    g,
-    N,
-    G,
-    mask,
-    SCALE_MODE: tl.constexpr,
-):
-    """fp32 (scale, zero) of channels `n` in groups `g`: int32 tiles, broadcast to each other."""
-    index = g.to(tl.int64) * N + n
-    stored = tl.load(scales_ptr + index, mask=mask, other=0)
-    scale = stored.to(tl.float32)
-    if SCALE_MODE == "two_level":
-        scale = scale * tl.load(channel_scales_ptr + n, mask=mask, other=0.0)
-    elif SCALE_MODE == "nested":
-        block = (n.to(tl.int64) * G + g) // _NESTED_BLOCK
-        absmax = tl.load(nested_absmax_ptr + block, mask=mask, other=0.0)
-        value = tl.load(nested_table_ptr + stored.to(tl.int32))
-        scale = value * absmax + tl.load(nested_offset_ptr)
-    else:
-        tl.static_assert(SCALE_MODE == "float", "SCALE_MODE is one of float, two_level, nested")
-    zero = 0.0
-    if zeros_ptr is not None:
-        zero = tl.load(zeros_ptr + index, mask=mask, other=0).to(tl.float32)
-    return scale, zero
+CODE_BITS = {
+    "unsigned": (2, 3, 4, 8),
+    "signed": (2, 3, 4, 8),
+    "codebook": (1, 2, 3, 4),
+    "fp8e4m3": (8,),
+    "fp8e5m2": (8,),
+}

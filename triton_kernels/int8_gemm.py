@@ -26,21 +26,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import GemmConfig, gemm_config_for
-from .launch import check_product, weight_arguments
-from .numerics import dot, grouped_block, round_to
-from .planar import PlanarWeight, values_per_word
-from .reduce import epilogue, new_partials, sum_partials, x_scale_stride
+from .launch import Launch, run
+from .numerics import dot
+from .operands import code_of, group_of, load_words, load_x
+from .partition import output_tile, tiles_of
+from .planar import PlanarWeight
+from .product import Product, new_output, plane_of, product_launches
+from .reduce import ending_of, store_product
 
 
 @triton.jit
 def int8_weight(
+    weight,
     words,
     i,
-    scales_ptr,
-    zeros_ptr,
     n,
     g,
-    N,
     mask,
     SIGNED: tl.constexpr,
     BITS: tl.constexpr,
@@ -49,35 +50,33 @@ def int8_weight(
     """Field `i` of the words as int8 [BLOCK_N, PLANE]; `g` broadcasts to its groups."""
     value = words
     if BITS != 8:
-        value = (words >> (BITS * i)) & ((1 << BITS) - 1)
-        index = g.to(tl.int64) * N + n
+        value = code_of(words, i, BITS)
+        index = g.to(tl.int64) * weight.N + n
         if SIGNED:
             value -= 1 << (BITS - 1)
-        if zeros_ptr is not None:
-            value -= tl.load(zeros_ptr + index, mask=mask, other=0).to(tl.int32)
+        if weight.zeros is not None:
+            value -= tl.load(weight.zeros + index, mask=mask, other=0).to(tl.int32)
         if EPILOGUE == "two_level":
-            value *= tl.load(scales_ptr + index, mask=mask, other=0).to(tl.int32)
+            value *= tl.load(weight.scales + index, mask=mask, other=0).to(tl.int32)
     return value.to(tl.int8)
+
+
+@triton.jit
+def scaled(weight, sums, n, g, mask):
+    """fp32 products of int32 sums with the scales of group `g`."""
+    index = g.to(tl.int64) * weight.N + n
+    scale = tl.load(weight.scales + index, mask=mask, other=0.0)
+    return scale.to(tl.float32) * sums.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["M", "G", "tiles_per_split"])
 def int8_gemm_kernel(
-    x_ptr,
-    words_ptr,
-    scales_ptr,
-    zeros_ptr,
-    channel_scales_ptr,
-    bias_ptr,
-    x_scale_ptr,
+    x,
+    weight,
+    ending,
     out_ptr,
     M,
-    N,
-    K,
     G,
-    group_size,
-    stride_xm,
-    stride_xk,
-    x_scale_stride,
     tiles_per_split,
     SIGNED: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -92,73 +91,43 @@ def int8_gemm_kernel(
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    m_block, n_block = grouped_block(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n, m_mask, n_mask = output_tile(tl.program_id(0), M, weight.N, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1)
-    m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]  # [1, BLOCK_M]
-    n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BLOCK_N, 1]
     r = tl.arange(0, PLANE)
-    m_mask = m < M
-    n_mask = n < N
-    x_rows = x_ptr + m.to(tl.int64) * stride_xm
+    x_rows = x.ptr + m.to(tl.int64) * x.stride_m
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     if EPILOGUE == "group":
         total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
 
-    first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(K, VALUES * PLANE))
+    first, last = tiles_of(split, tiles_per_split, weight.K, VALUES * PLANE)
     for tile in range(first, last):
-        row = (tile * PLANE + r)[None, :]  # [1, PLANE]
-        word_mask = n_mask if BITS != 8 or EVEN_K else n_mask & (row < K)
-        words = tl.load(words_ptr + (row.to(tl.int64) * N + n), mask=word_mask, other=0)
+        words = load_words(weight, (tile * PLANE + r)[None, :], n, n_mask, BITS, EVEN_K, "")
         if EPILOGUE == "group" and GROUPING == "tile":
             acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
         for i in tl.static_range(VALUES):
             k0 = (tile * VALUES + i) * PLANE
             k = k0 + r
-            if GROUPING == "element":
-                g = tl.minimum(k // group_size, G - 1)[None, :]
-            elif GROUPING == "channel":
-                g = n * 0
-            else:
-                g = n * 0 + tl.minimum(k0 // group_size, G - 1)
-            w = int8_weight(
-                words, i, scales_ptr, zeros_ptr, n, g, N, n_mask, SIGNED, BITS, EPILOGUE
-            )
+            g = group_of(weight, n, k[None, :] if GROUPING == "element" else k0, G, GROUPING)
+            w = int8_weight(weight, words, i, n, g, n_mask, SIGNED, BITS, EPILOGUE)
             # Padded columns: x is 0 there.
-            x_mask = m_mask if EVEN_K else m_mask & (k < K)[:, None]
-            x = tl.load(x_rows + k[:, None].to(tl.int64) * stride_xk, mask=x_mask, other=0)
+            x_tile = load_x(x, x_rows, k, m_mask, weight.K, EVEN_K)
             if EPILOGUE != "group" or GROUPING == "tile":
-                acc = dot(w, x, acc)
+                acc = dot(w, x_tile, acc)
             elif GROUPING == "plane":
-                part = dot(w, x, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32))
-                scale = tl.load(scales_ptr + (g.to(tl.int64) * N + n), mask=n_mask, other=0.0)
-                total += scale.to(tl.float32) * part.to(tl.float32)
+                part = dot(w, x_tile, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32))
+                total += scaled(weight, part, n, g, n_mask)
             else:
                 for j in range(GROUPS_PER_PLANE):
-                    one = k0 // group_size + j
-                    x_one = tl.where((k // group_size == one)[:, None], x, 0)
+                    one = k0 // weight.group_size + j
+                    x_one = tl.where((k // weight.group_size == one)[:, None], x_tile, 0)
                     part = dot(w, x_one, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32))
-                    one = n * 0 + tl.minimum(one, G - 1)
-                    scale = tl.load(scales_ptr + (one.to(tl.int64) * N + n), mask=n_mask, other=0.0)
-                    total += scale.to(tl.float32) * part.to(tl.float32)
+                    total += scaled(weight, part, n, tl.minimum(one, G - 1), n_mask)
         if EPILOGUE == "group" and GROUPING == "tile":
-            g = n * 0 + tl.minimum(tile * (VALUES * PLANE) // group_size, G - 1)
-            scale = tl.load(scales_ptr + (g.to(tl.int64) * N + n), mask=n_mask, other=0.0)
-            total += scale.to(tl.float32) * acc.to(tl.float32)
+            g = group_of(weight, n, tile * (VALUES * PLANE), G, GROUPING)
+            total += scaled(weight, acc, n, g, n_mask)
 
-    out = m.to(tl.int64) * N + n
-    mask = m_mask & n_mask
-    if SPLIT_K == 1:
-        if EPILOGUE == "group":
-            y = epilogue(total, m, n, m_mask, n_mask, x_scale_ptr, x_scale_stride, None, bias_ptr)
-        else:
-            y = epilogue(
-                acc, m, n, m_mask, n_mask, x_scale_ptr, x_scale_stride, channel_scales_ptr, bias_ptr
-            )
-        tl.store(out_ptr + out, round_to(y, out_ptr.dtype.element_ty), mask=mask)
-    else:
-        partial_ptr = out_ptr + split * (tl.cast(M, tl.int64) * N)
-        tl.store(partial_ptr + out, total if EPILOGUE == "group" else acc, mask=mask)
+    sums = total if EPILOGUE == "group" else acc
+    store_product(out_ptr, sums, m, n, m_mask, n_mask, split, M, weight.N, ending, SPLIT_K)
 
 
 def int8_gemm(
@@ -185,59 +154,51 @@ def int8_gemm(
     Raises:
         ValueError: where shapes, types or devices do not fit, with their values.
     """
+    product = int8_product(xq, x_scale, weight, bias, out_dtype)
+    if product.m:
+        config = config or gemm_config_for("int8_gemm", product.m, weight, xq.device, x_bytes=1)
+        run(*int8_launches(product, config), on=xq)
+    return product.out
+
+
+def int8_product(
+    xq: Tensor, x_scale: Tensor, weight: PlanarWeight, bias: Tensor | None, out_dtype: torch.dtype
+) -> Product:
+    """The product of int8 x and a weight, `out` not yet written; raises what `int8_gemm` does."""
     if xq.dtype != torch.int8:
         raise ValueError(f"xq is {xq.dtype}, expected torch.int8: see quantize_rows")
     _check_int8_weight(weight)
-    check_product(xq, weight, bias, x_scale, out_dtype)
-    (m, k), n = xq.shape, weight.n
-    out = torch.empty((m, n), dtype=out_dtype, device=xq.device)
-    if m == 0:
-        return out
-    config = config or gemm_config_for("int8_gemm", m, weight, xq.device, x_bytes=1)
-    plane = config.block_k if weight.bits == 8 else weight.plane
+    w_scales = {"channel": weight.scales, "two_level": weight.channel_scales, "group": None}
+    out = new_output(xq, weight, bias, x_scale, out_dtype)
+    return Product(
+        xq, weight, ending_of(x_scale, w_scales[_epilogue(weight)], bias), out, torch.int8
+    )
+
+
+def int8_launches(product: Product, config: GemmConfig) -> list[Launch]:
+    """The launches of an int8 GEMM.
+
+    Raises:
+        ValueError: for a `config` whose steps are shorter than those of the tensor core.
+    """
+    weight, plane = product.weight, plane_of(product.weight, config)
     if plane < 32:
         raise ValueError(f"block_k {plane} is too small for int8 products: use 32 or more")
-    tile = plane * values_per_word(weight.bits)
-    tiles_per_split = triton.cdiv(triton.cdiv(k, tile), config.split_k)
-    split_k = triton.cdiv(triton.cdiv(k, tile), tiles_per_split)
-    ending = _epilogue(weight)
-    target = out
-    if split_k > 1:
-        dtype = torch.float32 if ending == "group" else torch.int32
-        target = new_partials(split_k, m, n, dtype, xq)
-    channel_scales = weight.scales if ending == "channel" else weight.channel_scales
-    arguments = weight_arguments(weight, tile, plane)
-    for name in ("codebook_ptr", "nested_table_ptr", "nested_absmax_ptr", "nested_offset_ptr"):
-        del arguments[name]
-    del arguments["DECODE"], arguments["SCALE_MODE"]
-    arguments["channel_scales_ptr"] = channel_scales
-    blocks = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    with torch.cuda.device_of(xq):
-        int8_gemm_kernel[(blocks, split_k)](
-            x_ptr=xq,
-            bias_ptr=bias,
-            x_scale_ptr=x_scale,
-            out_ptr=target,
-            M=m,
-            stride_xm=xq.stride(0),
-            stride_xk=xq.stride(1),
-            x_scale_stride=x_scale_stride(x_scale),
-            tiles_per_split=tiles_per_split,
-            SIGNED=weight.decode == "signed",
-            EPILOGUE=ending,
-            GROUPS_PER_PLANE=groups_per_plane(plane, weight.group_size),
-            SPLIT_K=split_k,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            GROUP_M=config.group_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-            **arguments,
-        )
-        if split_k > 1:
-            sum_partials(target, out, x_scale, None if ending == "group" else channel_scales, bias)
-    return out
+    epilogue = _epilogue(weight)
+    blocks = triton.cdiv(product.m, config.block_m) * triton.cdiv(weight.n, config.block_n)
+    return product_launches(
+        int8_gemm_kernel,
+        (blocks,),
+        product,
+        config,
+        {"num_stages": config.num_stages, "enable_fp_fusion": True},
+        partials=torch.float32 if epilogue == "group" else torch.int32,
+        SIGNED=weight.decode == "signed",
+        EPILOGUE=epilogue,
+        GROUPS_PER_PLANE=groups_per_plane(plane, weight.group_size),
+        BLOCK_M=config.block_m,
+        GROUP_M=config.group_m,
+    )
 
 
 def groups_per_plane(plane: int, group_size: int) -> int:

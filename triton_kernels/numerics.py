@@ -30,16 +30,3 @@ def dot(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
-
-
-@triton.jit
-def grouped_block(
-    program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
-):
-    """(m_block, n_block) of a program: GROUP_M row blocks share their weights in L2 at a time."""
-    m_blocks = tl.cdiv(M, BLOCK_M)
-    n_blocks = tl.cdiv(N, BLOCK_N)
-    first = program // (GROUP_M * n_blocks) * GROUP_M
-    height = tl.minimum(m_blocks - first, GROUP_M)
-    inside = program % (GROUP_M * n_blocks)
-    return first + inside % height, inside // height

@@ -10,37 +10,50 @@ exact both ways; bits above the width of a code are dropped.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .planar import PLANES, values_per_word, word_rows
+from .config import fields_at_once
+from .launch import Launch, run
+from .operands import code_of
+from .planar import check_plane, values_per_word, word_rows
 
-_BITS = (2, 3, 4, 8)
+_BITS = (1, 2, 3, 4, 8)
 _BLOCK = 128  # words of a program along the contiguous axis: 512 bytes per warp and store
 _BLOCK_ROWS = 8
 
 
 @triton.jit
+def planar_block(PLANE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(tile, r, n) of a program: a word tile, its word rows [PLANE, 1], channels [1, BLOCK_N]."""
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    return tl.program_id(0), tl.arange(0, PLANE)[:, None], n
+
+
+@triton.jit
 def pack_planar_kernel(
-    codes_ptr,
     words_ptr,
+    codes_ptr,
     N,
     K,
     BITS: tl.constexpr,
     VALUES: tl.constexpr,
+    UNROLL: tl.constexpr,
     PLANE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
-    r = tl.arange(0, PLANE)[:, None]  # [PLANE, 1]
+    tile, r, n = planar_block(PLANE, BLOCK_N)
     words = tl.zeros((PLANE, BLOCK_N), dtype=tl.int32)
-    for i in tl.static_range(VALUES):
-        k = (tile * VALUES + i) * PLANE + r
-        code = tl.load(codes_ptr + n.to(tl.int64) * K + k, mask=(n < N) & (k < K), other=0)
-        words |= (code.to(tl.int32) & ((1 << BITS) - 1)) << (BITS * i)
+    for field in range(0, VALUES, UNROLL):
+        for j in tl.static_range(UNROLL):
+            i = field + j
+            k = (tile * VALUES + i) * PLANE + r
+            code = tl.load(codes_ptr + n.to(tl.int64) * K + k, mask=(n < N) & (k < K), other=0)
+            words |= (code.to(tl.int32) & ((1 << BITS) - 1)) << (BITS * i)
     row = (tile * PLANE + r).to(tl.int64)
     tl.store(words_ptr + row * N + n, words, mask=n < N)
 
@@ -53,37 +66,37 @@ def unpack_planar_kernel(
     K,
     BITS: tl.constexpr,
     VALUES: tl.constexpr,
+    UNROLL: tl.constexpr,
     PLANE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
-    r = tl.arange(0, PLANE)[:, None]  # [PLANE, 1]
+    tile, r, n = planar_block(PLANE, BLOCK_N)
     row = (tile * PLANE + r).to(tl.int64)
     words = tl.load(words_ptr + row * N + n, mask=n < N, other=0)
-    for i in tl.static_range(VALUES):
-        k = (tile * VALUES + i) * PLANE + r
-        code = (words >> (BITS * i)) & ((1 << BITS) - 1)
-        target = codes_ptr + n.to(tl.int64) * K + k
-        tl.store(target, code.to(tl.uint8), mask=(n < N) & (k < K))
+    for field in range(0, VALUES, UNROLL):
+        for j in tl.static_range(UNROLL):
+            i = field + j
+            k = (tile * VALUES + i) * PLANE + r
+            code = code_of(words, i, BITS).to(tl.uint8)
+            tl.store(codes_ptr + n.to(tl.int64) * K + k, code, mask=(n < N) & (k < K))
 
 
 @triton.jit
 def pack_dense_kernel(
-    codes_ptr,
     words_ptr,
+    codes_ptr,
     R,
     K,
     W,
     BITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]  # [BLOCK_R, 1]
-    w = (tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]  # [1, BLOCK_W]
+    w = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]  # [1, BLOCK]
     start = w.to(tl.int64) * 32  # the first bit of the word
     first = start // BITS
-    words = tl.zeros((BLOCK_R, BLOCK_W), dtype=tl.uint32)
+    words = tl.zeros((BLOCK_R, BLOCK), dtype=tl.uint32)
     for i in tl.static_range((32 + BITS - 1) // BITS + (1 if 32 % BITS else 0)):
         k = first + i
         shift = (k * BITS - start).to(tl.int32)  # negative where the value began in the word before
@@ -106,10 +119,10 @@ def unpack_dense_kernel(
     W,
     BITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]  # [BLOCK_R, 1]
-    k = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]  # [1, BLOCK_K]
+    k = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]  # [1, BLOCK]
     bit = k.to(tl.int64) * BITS
     w = bit // 32
     shift = (bit % 32).to(tl.uint32)
@@ -133,21 +146,11 @@ def pack_planar(codes: Tensor, bits: int, plane: int) -> Tensor:
     codes = _check_codes(codes, bits)
     if bits == 8:
         return codes.t().contiguous()
-    _check_plane(plane)
+    check_plane(plane)
     n, k = codes.shape
     words = torch.empty((word_rows(k, bits, plane), n), dtype=torch.int32, device=codes.device)
     if words.numel():
-        with torch.cuda.device_of(codes):
-            pack_planar_kernel[(words.shape[0] // plane, triton.cdiv(n, _BLOCK))](
-                codes,
-                words,
-                n,
-                k,
-                BITS=bits,
-                VALUES=values_per_word(bits),
-                PLANE=plane,
-                BLOCK_N=_BLOCK,
-            )
+        run(planar_launch(pack_planar_kernel, words, codes, bits, plane), on=codes)
     return words
 
 
@@ -159,27 +162,34 @@ def unpack_planar(words: Tensor, k: int, bits: int, plane: int) -> Tensor:
     """
     _check_bits(bits)
     if bits != 8:
-        _check_plane(plane)
+        check_plane(plane)
     dtype = torch.uint8 if bits == 8 else torch.int32
     _check_words(words, dtype, f"[{word_rows(k, bits, plane)}, N]", word_rows(k, bits, plane), 0)
     if bits == 8:
         return words.t().contiguous()
-    n = words.shape[1]
     words = words.contiguous()
-    codes = torch.empty((n, k), dtype=torch.uint8, device=words.device)
+    codes = torch.empty((words.shape[1], k), dtype=torch.uint8, device=words.device)
     if codes.numel():
-        with torch.cuda.device_of(words):
-            unpack_planar_kernel[(words.shape[0] // plane, triton.cdiv(n, _BLOCK))](
-                words,
-                codes,
-                n,
-                k,
-                BITS=bits,
-                VALUES=values_per_word(bits),
-                PLANE=plane,
-                BLOCK_N=_BLOCK,
-            )
+        run(planar_launch(unpack_planar_kernel, words, codes, bits, plane), on=words)
     return codes
+
+
+def planar_launch(kernel: Any, words: Tensor, codes: Tensor, bits: int, plane: int) -> Launch:
+    """The launch of `pack_planar_kernel` or `unpack_planar_kernel`."""
+    n, k = codes.shape
+    values = values_per_word(bits)
+    arguments = {
+        "words_ptr": words,
+        "codes_ptr": codes,
+        "N": n,
+        "K": k,
+        "BITS": bits,
+        "VALUES": values,
+        "UNROLL": fields_at_once(bits),
+        "PLANE": plane,
+        "BLOCK_N": _BLOCK,
+    }
+    return Launch(kernel, (words.shape[0] // plane, triton.cdiv(n, _BLOCK)), arguments, {})
 
 
 def pack_dense(codes: Tensor, bits: int) -> Tensor:
@@ -190,14 +200,9 @@ def pack_dense(codes: Tensor, bits: int) -> Tensor:
     """
     codes = _check_codes(codes, bits)
     rows, k = codes.shape
-    width = -(-k * bits // 32)
-    words = torch.empty((rows, width), dtype=torch.int32, device=codes.device)
+    words = torch.empty((rows, -(-k * bits // 32)), dtype=torch.int32, device=codes.device)
     if words.numel():
-        grid = (triton.cdiv(width, _BLOCK), triton.cdiv(rows, _BLOCK_ROWS))
-        with torch.cuda.device_of(codes):
-            pack_dense_kernel[grid](
-                codes, words, rows, k, width, BITS=bits, BLOCK_R=_BLOCK_ROWS, BLOCK_W=_BLOCK
-            )
+        run(dense_launch(pack_dense_kernel, words, codes, bits), on=codes)
     return words
 
 
@@ -210,26 +215,34 @@ def unpack_dense(words: Tensor, k: int, bits: int) -> Tensor:
     _check_bits(bits)
     width = -(-k * bits // 32)
     _check_words(words, torch.int32, f"[R, {width}]", width, 1)
-    rows = words.shape[0]
     words = words.contiguous()
-    codes = torch.empty((rows, k), dtype=torch.uint8, device=words.device)
+    codes = torch.empty((words.shape[0], k), dtype=torch.uint8, device=words.device)
     if codes.numel():
-        grid = (triton.cdiv(k, _BLOCK), triton.cdiv(rows, _BLOCK_ROWS))
-        with torch.cuda.device_of(words):
-            unpack_dense_kernel[grid](
-                words, codes, rows, k, width, BITS=bits, BLOCK_R=_BLOCK_ROWS, BLOCK_K=_BLOCK
-            )
+        run(dense_launch(unpack_dense_kernel, words, codes, bits), on=words)
     return codes
+
+
+def dense_launch(kernel: Any, words: Tensor, codes: Tensor, bits: int) -> Launch:
+    """The launch of `pack_dense_kernel` or `unpack_dense_kernel`."""
+    (rows, k), width = codes.shape, words.shape[1]
+    columns = width if kernel is pack_dense_kernel else k
+    arguments = {
+        "words_ptr": words,
+        "codes_ptr": codes,
+        "R": rows,
+        "K": k,
+        "W": width,
+        "BITS": bits,
+        "BLOCK_R": _BLOCK_ROWS,
+        "BLOCK": _BLOCK,
+    }
+    grid = (triton.cdiv(columns, _BLOCK), triton.cdiv(rows, _BLOCK_ROWS))
+    return Launch(kernel, grid, arguments, {})
 
 
 def _check_bits(bits: int) -> None:
     if bits not in _BITS:
-        raise ValueError(f"codes have 2, 3, 4 or 8 bits, got {bits}")
-
-
-def _check_plane(plane: int) -> None:
-    if plane not in PLANES:
-        raise ValueError(f"plane {plane} is not one of 16, 32, 64")
+        raise ValueError(f"codes have {', '.join(map(str, _BITS[:-1]))} or 8 bits, got {bits}")
 
 
 def _check_codes(codes: Tensor, bits: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The planar layout, which every GEMM and GEMV of this package reads.
 
-A word holds V = 32 // bits codes of one output channel: 16, 10 or 8 for 2, 3 or 4 bits. The columns
-of K are cut into tiles of V * P; P is the plane height. Word row r of tile t is
+A word holds V = 32 // bits codes of one output channel: 32, 16, 10 or 8 for 1 to 4 bits. The
+columns of K are cut into tiles of V * P; P is the plane height. Word row r of tile t is
 
     words[t*P + r, n]:   | code[n, k0 + (V-1)*P + r] | ... | code[n, k0 + P + r] | code[n, k0 + r] |
                            field V-1 (high bits)             field 1               field 0
@@ -22,18 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decode import DECODE, NESTED_BLOCK
+from .decode import CODE_BITS, DECODE
+from .operands import NESTED_BLOCK
 
 PLANES = (16, 32, 64)
 SMALLEST_GROUP = 16
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_DECODE_BITS = {
-    "unsigned": (2, 3, 4, 8),
-    "signed": (2, 3, 4, 8),
-    "codebook": (4,),
-    "fp8e4m3": (8,),
-    "fp8e5m2": (8,),
-}
 
 
 def values_per_word(bits: int) -> int:
@@ -48,6 +42,12 @@ def word_rows(k: int, bits: int, plane: int) -> int:
     return -(-k // (values_per_word(bits) * plane)) * plane
 
 
+def check_plane(plane: int) -> None:
+    """Raises ValueError for a plane height that is not one of PLANES."""
+    if plane not in PLANES:
+        raise ValueError(f"plane {plane} is not one of {', '.join(map(str, PLANES))}")
+
+
 @dataclass(frozen=True)
 class PlanarWeight:
     """A quantized weight [N, K] in the planar layout: `w = scale * (value(code) - zero)`.
@@ -58,11 +58,11 @@ class PlanarWeight:
             `channel_scales` (two-level) or `nested`.
         zeros: [G, N] contiguous, uint8 or floating, in code units; or None.
         n, k: output and input channels, without padding.
-        bits: 2, 3, 4 or 8.
+        bits: those of `decode.CODE_BITS`.
         plane: 16, 32 or 64; ignored for 8 bits.
         group_size: columns of K that share a scale, 16 or more; 0 for one group.
         decode: "unsigned", "signed" (code - 2^(bits-1)), "codebook", "fp8e4m3" or "fp8e5m2".
-        codebook: fp32 [16], with decode "codebook".
+        codebook: fp32 [2^bits], with decode "codebook".
         channel_scales: fp32 [N], makes the uint8 scales multipliers.
         nested: (table fp32 [256], absmax fp32 [ceil(N * G / 256)], offset fp32 [1]), makes the
             uint8 scales codes: scale = table[code] * absmax[(n * G + g) // 256] + offset.
@@ -94,7 +94,7 @@ class PlanarWeight:
 
     @property
     def scale_mode(self) -> str:
-        """The row of `decode.SCALE_MODES` that the scales follow."""
+        """How the scales are stored: "float", "two_level" or "nested", see operands.py."""
         if self.nested is not None:
             return "nested"
         return "float" if self.channel_scales is None else "two_level"
@@ -103,11 +103,11 @@ class PlanarWeight:
 def _check(weight: PlanarWeight) -> None:
     if weight.decode not in DECODE:
         raise ValueError(f"decode {weight.decode!r} is not one of {', '.join(DECODE)}")
-    if weight.bits not in _DECODE_BITS[weight.decode]:
-        accepted = ", ".join(map(str, _DECODE_BITS[weight.decode]))
+    if weight.bits not in CODE_BITS[weight.decode]:
+        accepted = ", ".join(map(str, CODE_BITS[weight.decode]))
         raise ValueError(f"{weight.decode} codes have {accepted} bits, got {weight.bits}")
-    if weight.bits != 8 and weight.plane not in PLANES:
-        raise ValueError(f"plane {weight.plane} is not one of 16, 32, 64")
+    if weight.bits != 8:
+        check_plane(weight.plane)
     if weight.n < 1 or weight.k < 1:
         raise ValueError(f"a weight has at least one row and column, got [{weight.n}, {weight.k}]")
     if weight.group_size != 0 and weight.group_size < SMALLEST_GROUP:
@@ -129,7 +129,7 @@ def _check(weight: PlanarWeight) -> None:
         has = "a" if weight.codebook is not None else "no"
         raise ValueError(f"decode {weight.decode!r} was given {has} codebook")
     if weight.codebook is not None:
-        _check_tensor("codebook", weight.codebook, (16,), (torch.float32,), weight)
+        _check_tensor("codebook", weight.codebook, (1 << weight.bits,), (torch.float32,), weight)
     if weight.channel_scales is not None:
         if weight.nested is not None:
             raise ValueError("channel_scales and nested exclude each other: give one")

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launch, run
+
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 _FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8e4m3", torch.float8_e5m2: "fp8e5m2"}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -169,27 +171,39 @@ def quantize_rows(
     if scale is not None and scale.device != x.device:
         raise ValueError(f"the scale is on {scale.device}, x is on {x.device}")
     m, k = x.shape
-    block = block or min(LARGEST_BLOCK, max(128, triton.next_power_of_2(k)))
     codes = torch.empty(
         (m, k), dtype=torch.int8 if dtype == torch.int8 else torch.uint8, device=x.device
     )
     scales = torch.empty((m,), dtype=torch.float32, device=x.device)
     if m:
-        with torch.cuda.device_of(x):
-            quantize_rows_kernel[(m,)](
-                x,
-                scale,
-                codes,
-                scales,
-                m,
-                k,
-                x.stride(0),
-                x.stride(1),
-                FORMAT=_FORMATS[dtype],
-                LARGEST=LARGEST[dtype],
-                ONE_BLOCK=k <= block,
-                BLOCK=block,
-                num_warps=8 if block >= 4096 else 4,
-                enable_fp_fusion=False,
-            )
+        run(quantize_launch(x, dtype, scale, codes, scales, block), on=x)
     return codes.view(dtype), scales
+
+
+def quantize_launch(
+    x: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    block: int | None = None,
+) -> Launch:
+    """The launch that writes `codes` [M, K], of `dtype` or its bytes, and `scales` [M]."""
+    m, k = x.shape
+    block = block or min(LARGEST_BLOCK, max(128, triton.next_power_of_2(k)))
+    arguments = {
+        "x_ptr": x,
+        "scale_ptr": scale,
+        "q_ptr": codes,
+        "s_ptr": scales,
+        "M": m,
+        "K": k,
+        "stride_xm": x.stride(0),
+        "stride_xk": x.stride(1),
+        "FORMAT": _FORMATS[dtype],
+        "LARGEST": LARGEST[dtype],
+        "ONE_BLOCK": k <= block,
+        "BLOCK": block,
+    }
+    options = {"num_warps": 8 if block >= 4096 else 4, "enable_fp_fusion": False}
+    return Launch(quantize_rows_kernel, (m,), arguments, options)

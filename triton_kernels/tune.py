@@ -26,6 +26,7 @@ from .config import (
     choose_gemm_config,
     choose_gemv_config,
     config_fields,
+    problem_of,
     tuned_path,
 )
 from .int8_gemm import int8_gemm
@@ -98,13 +99,12 @@ def tune(kernel: str, n: int, k: int, bits: int, plane: int, group: int, m: int)
     weights = [random_weight(kernel, n, k, bits, plane, group) for _ in range(rotations)]
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     candidates: Iterator[Any]
-    problem = (m, n, k, bits, plane, capability, sm_count)
+    x_bytes = 1 if kernel == "int8_gemm" else 2
+    problem = problem_of(m, weights[0], x_bytes, capability, sm_count)
     if kernel == "weight_only_gemv":
-        candidates = gemv_candidates(choose_gemv_config(*problem, group_size=group), bits)
+        candidates = gemv_candidates(choose_gemv_config(problem), bits)
     else:
-        x_bytes = 1 if kernel == "int8_gemm" else 2
-        start = choose_gemm_config(*problem, group_size=group, x_bytes=x_bytes)
-        candidates = gemm_candidates(start, bits)
+        candidates = gemm_candidates(choose_gemm_config(problem), bits)
     xq, scale = quantize_rows(x, torch.int8)
 
     def launch(config: Any, i: int) -> None:

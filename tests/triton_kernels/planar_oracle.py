@@ -77,7 +77,7 @@ def make_weight(case: Case, device: torch.device, *, int8: bool = False, seed: i
     codes = integers(0, 1 << bits, n, k).to(torch.uint8)
     codebook = None
     if case.decode == "codebook":
-        codebook = torch.randn(16, generator=generator)
+        codebook = torch.randn(1 << bits, generator=generator)
         value = codebook[codes.long()]
     elif case.decode in _FLOAT8:
         codes = torch.randn(n, k, generator=generator).to(_FLOAT8[case.decode]).view(torch.uint8)

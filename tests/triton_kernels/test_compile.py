@@ -23,14 +23,39 @@ records = compile_all(int(sys.argv[1]), only_sample=sys.argv[2] == "sample")
 print(json.dumps([dataclasses.asdict(record) for record in records]))
 """
 
+_LAUNCHED_SCRIPT = """
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import create_function_from_signature
+from qkernels.triton_kernels.compile import source_of
+from qkernels.triton_kernels.specializations import specializations
+backend = CUDABackend(GPUTarget("cuda", 90, 32))
+for spec in specializations(90):
+    kernel, _, arguments, options = spec.launch
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialized, options = binder(**arguments, **options, debug=False)
+    _, types, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialized, options
+    )
+    source = source_of(spec.launch)
+    assert source.signature == types, (spec.name, source.signature, types)
+    assert source.constants == constants, (spec.name, source.constants, constants)
+    aligned = {path: value for path, value in attributes.items() if value}
+    assert source.attrs == aligned, (spec.name, source.attrs, aligned)
+"""
 
-def compiled(capability: int, which: str) -> list[dict[str, Any]]:
-    """Records of a process of its own: the kernels of this one may be for the interpreter."""
+
+def run_script(*arguments: str) -> str:
+    """Output of a process of its own: the kernels of this one may be for the interpreter."""
     environment = {key: os.environ[key] for key in os.environ if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", _SCRIPT, str(capability), which]
+    command = [sys.executable, "-c", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return result.stdout
+
+
+def compiled(capability: int, which: str) -> list[dict[str, Any]]:
+    return json.loads(run_script(_SCRIPT, str(capability), which))
 
 
 def check(records: list[dict[str, Any]], capability: int) -> None:
@@ -50,6 +75,10 @@ def test_sample_compiles(capability: int) -> None:
     assert "wgmma" in gemm["assembly"] if capability == 90 else "mma" in gemm["assembly"]
     assert "st.shared.b16" not in gemm["assembly"]
     assert "cp.async" in gemm["assembly"]
+
+
+def test_what_is_compiled_is_what_a_launch_would_compile() -> None:
+    run_script(_LAUNCHED_SCRIPT)
 
 
 def test_everything_compiles() -> None:

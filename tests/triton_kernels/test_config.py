@@ -17,28 +17,29 @@ from qkernels.triton_kernels import (
     tune,
 )
 from qkernels.triton_kernels import config as configs
-from qkernels.triton_kernels.config import unrolled_fields
+from qkernels.triton_kernels.config import Problem, unrolled_fields
 
 
 def test_few_rows_fill_every_processor() -> None:
     for n, k in itertools.product((256, 1024, 4096), (4096, 14336)):
-        gemm = choose_gemm_config(1, n, k, 4, 32, (9, 0), 132, group_size=128)
+        problem = Problem(1, n, k, 4, 32, 128, 2, (9, 0), 132)
+        gemm = choose_gemm_config(problem)
         tiles = -(-k // 256)
         programs = -(-n // gemm.block_n) * gemm.split_k
         assert programs >= 132 or gemm.split_k == tiles
         assert gemm.split_k <= tiles
-        gemv = choose_gemv_config(1, n, k, 4, 32, (9, 0), 132, group_size=128)
+        gemv = choose_gemv_config(problem)
         assert -(-n // gemv.block_n) * gemv.split_k >= 132 or gemv.split_k == tiles
 
 
 def test_many_rows_are_not_split() -> None:
-    config = choose_gemm_config(4096, 4096, 4096, 4, 32, (9, 0), 132, group_size=128)
+    config = choose_gemm_config(Problem(4096, 4096, 4096, 4, 32, 128, 2, (9, 0), 132))
     assert (config.block_m, config.block_n, config.split_k) == (128, 128, 1)
 
 
 def test_steps_of_8_bit_weights_lie_in_one_group() -> None:
     for group_size, block_k in ((32, 32), (64, 64), (96, 32), (128, 64), (0, 64)):
-        config = choose_gemm_config(16, 4096, 4096, 8, 0, (8, 0), 108, group_size=group_size)
+        config = choose_gemm_config(Problem(16, 4096, 4096, 8, 0, group_size, 2, (8, 0), 108))
         assert config.block_k == block_k
 
 
@@ -65,7 +66,8 @@ def test_tuned_tables_are_written_and_found(
     assert [entry["microseconds"] for entry in table["entries"]] == [3.0, 5.0]
 
     def found(m: int, n: int = 64, gpu: str = "Test GPU 80GB") -> GemvConfig | None:
-        fields = configs.tuned_config(gpu, "weight_only_gemv", 4, n, 512, m, tmp_path)
+        problem = Problem(m, n, 512, 4, 32)
+        fields = configs.tuned_config(gpu, "weight_only_gemv", problem, tmp_path)
         return None if fields is None else GemvConfig(**fields)
 
     assert found(1) == found(7) == few
@@ -90,3 +92,10 @@ def test_tensor_memory_limits_what_is_unrolled() -> None:
     assert unrolled_fields(narrow, 2, 2, (10, 0)) == 4
     assert unrolled_fields(narrow, 3, 2, (10, 3)) == 2  # a divisor of 10
     assert unrolled_fields(narrow, 4, 4, (9, 0)) == 1
+
+
+def test_a_quarter_of_the_1_bit_fields_is_unrolled() -> None:
+    assert unrolled_fields(GemmConfig(), 1, 2, (9, 0)) == 8
+    assert unrolled_fields(GemmConfig(block_m=128, block_n=64), 1, 2, (10, 0)) == 2
+    # A stage holds x of what a step unrolls, 16 KiB with the words: three fit half of 99 KiB.
+    assert choose_gemm_config(Problem(16, 4096, 4096, 1, 32, 64, 2, (8, 6), 84)).num_stages == 3

@@ -29,7 +29,7 @@ def dense_words(codes: Tensor, bits: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("plane", [16, 32, 64])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_planar(bits: int, plane: int, shape: tuple[int, int], device: torch.device) -> None:
     codes = random_codes(shape, bits, device)
     words = pack_planar(codes, bits, plane)
@@ -38,7 +38,7 @@ def test_planar(bits: int, plane: int, shape: tuple[int, int], device: torch.dev
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_dense(bits: int, shape: tuple[int, int], device: torch.device) -> None:
     codes = random_codes(shape, bits, device)
     words = pack_dense(codes, bits)
@@ -46,7 +46,7 @@ def test_dense(bits: int, shape: tuple[int, int], device: torch.device) -> None:
     assert torch.equal(unpack_dense(words, shape[1], bits), codes)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_high_bits_of_codes_are_dropped(bits: int, device: torch.device) -> None:
     codes = random_codes((3, 100), 8, device)
     low = codes & ((1 << bits) - 1)
@@ -77,7 +77,7 @@ def test_views_and_empty_rows(device: torch.device) -> None:
 
 def test_wrong_operands_are_named(device: torch.device) -> None:
     codes = random_codes((4, 40), 4, device)
-    with pytest.raises(ValueError, match=r"codes have 2, 3, 4 or 8 bits, got 5"):
+    with pytest.raises(ValueError, match=r"codes have 1, 2, 3, 4 or 8 bits, got 5"):
         pack_planar(codes, 5, 16)
     with pytest.raises(ValueError, match=r"plane 8 is not one of 16, 32, 64"):
         pack_planar(codes, 4, 8)

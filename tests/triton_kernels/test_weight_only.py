@@ -36,6 +36,18 @@ CASES = (
     Case("codebook", 4, 16, 128, 32, 300),
     Case("fp8e4m3", 8, 0, 0, 48, 130, None, torch.float32),
     Case("fp8e5m2", 8, 0, 48, 30, 200, None, torch.bfloat16),
+    Case("codebook", 1, 16, 24, 33, 600, None, torch.float32),
+    Case("codebook", 1, 16, 512, 20, 540, scale_mode="two_level"),
+    Case("codebook", 1, 32, 0, 70, 300, None, torch.bfloat16),
+    Case("codebook", 1, 64, 64, 40, 130, scale_mode="nested"),
+    Case("codebook", 2, 16, 40, 33, 300),
+    Case("codebook", 2, 32, 0, 21, 600, None, torch.float32),
+    Case("codebook", 2, 16, 32, 70, 300, scale_mode="nested"),
+    Case("codebook", 3, 32, 48, 40, 330, None, torch.bfloat16),
+    Case("codebook", 3, 16, 0, 17, 200, scale_mode="nested"),
+    Case("codebook", 3, 16, 64, 130, 330),
+    # Three whole tiles, so that x is not masked: a part of K must not reach beyond them.
+    Case("signed", 4, 32, 64, 20, 768),
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAIN = CASES[0]
@@ -246,6 +258,10 @@ def test_wrong_weights_are_named(device: torch.device) -> None:
         changed(decode="fp8e4m3")
     with pytest.raises(ValueError, match=r"decode 'codebook' was given no codebook"):
         changed(decode="codebook")
+    with pytest.raises(ValueError, match=r"codebook has shape \[8\], expected \[16\]"):
+        changed(decode="codebook", codebook=torch.zeros(8, device=device))
+    with pytest.raises(ValueError, match=r"unsigned codes have 2, 3, 4, 8 bits, got 1"):
+        changed(bits=1)
     with pytest.raises(ValueError, match=r"zeros is torch.int32, expected torch.uint8 or"):
         changed(zeros=weight.zeros.int())
     with pytest.raises(ValueError, match=r"scales has strides .*: make it contiguous"):
