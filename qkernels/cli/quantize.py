@@ -49,6 +49,9 @@ def quantize(
         Path | None,
         typer.Option(help="A text to measure output errors and static activation scales on."),
     ] = None,
+    format: Annotated[
+        str, typer.Option(help="The checkpoint format to write; `qkernels formats` lists them.")
+    ] = "compressed-tensors",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing model.")] = False,
     dtype: models.PrecisionOption = models.Precision.bf16,
     device: models.DeviceOption = "auto",
@@ -67,7 +70,7 @@ def quantize(
 
     for wanted in (parsed, *overrides.values()):
         if wanted is not None:
-            check_scheme("compressed-tensors", wanted)
+            check_scheme(format, wanted)
 
     network, tokenizer = models.load(model, dtype, device, dense=True)
     before = _bytes_by_layer(network)
@@ -81,7 +84,7 @@ def quantize(
         calibration=None if text is None else calibration_batches(network, tokenizer, text),
     )
     with progress_bar(f"writing {out}"), replaced_folder(out) as folder:
-        qk.save_model(network, folder)
+        qk.save_model(network, folder, format)
         tokenizer.save_pretrained(folder)
     _print_report(report, sum(before[layer.name] for layer in report.layers), out)
 
