@@ -15,6 +15,7 @@ from qkernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qkernels.checkpoints.dense import Place, dense_places, replace_tensor
 from qkernels.checkpoints.empty import empty_model
 from qkernels.checkpoints.foreign import as_checkpoint_error
+from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.errors import CheckpointError
 from qkernels.modules.linear import WQLinear
 from qkernels.weight import QuantizedWeight
@@ -60,6 +61,8 @@ def load_model(
         if weight.bias is not None:
             weight = weight.replace(bias=cast(weight.bias))
         model.set_submodule(name, WQLinear.from_weight(weight, device=device))
+        del weight
+        give_back_free_pages()
     for names in _tied(places).values():
         tied = {name: places[name] for name in names}
         _fill(tied, checkpoint, lambda tensor: cast(tensor).to(device))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qkernels.checkpoints.atomic import new_folder
 from qkernels.checkpoints.dense import dense_places
 from qkernels.checkpoints.format import Format, WeightKind
+from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.checkpoints.store import ShardWriter, shard_bytes
 from qkernels.checkpoints.table import check_holds
 from qkernels.errors import CheckpointError
@@ -60,6 +61,7 @@ def save_model(
         for name, layer in layers.items():
             for part, tensor in row.write_layer(layer.to_weight()).items():
                 writer.add(f"{name}.{part}", tensor)
+            give_back_free_pages()
         seen: set[tuple[Any, ...]] = set()
         for name, place in dense_places(model).items():
             # Tied weights are stored once, under the first of their names.

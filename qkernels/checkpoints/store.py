@@ -108,8 +108,7 @@ class Store:
         """
         entry, dtype = self._entry(name), self.dtype(name)
         size = entry.stop - entry.start
-        if size != math.prod(entry.shape) * dtype.itemsize:
-            raise CheckpointError(f"{entry.file} is damaged: {name} has {size} bytes")
+        assert size == math.prod(entry.shape) * dtype.itemsize, entry
         # Read and not mapped: mapped pages would count beside the tensors made of them, and a file
         # that somebody cuts short would end the process.
         flat = torch.empty(size, dtype=torch.uint8)
@@ -241,7 +240,7 @@ class ShardWriter:
         self._held += tensor.nbytes
 
     def finish(self) -> None:
-        if self._shard or not self._written:
+        if self._shard:
             self._flush()
         count = len(self._written)
         if count == 1:

@@ -117,9 +117,14 @@ def test_a_folder_that_cannot_be_replaced_is_filled(tmp_path, monkeypatch, reaso
     assert contents(out) == {}
     left = out / ".out.saving-0123"
     left.mkdir()
-    number = out.stat().st_ino
-    write(out)
-    assert contents(out) == WHOLE and out.stat().st_ino == number
+    number, renamed, rename = out.stat().st_ino, [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda a, b: (renamed.append(b.name), rename(a, b)))
+    with new_folder(out) as folder:
+        for name in ("config.json", "a", "z"):
+            (folder / name).write_text("whole")
+    # Without a config.json it is no model yet.
+    assert sorted(renamed[:2]) == ["a", "z"] and renamed[2:] == ["config.json"]
+    assert contents(out) == {**WHOLE, "z": "whole"} and out.stat().st_ino == number
 
 
 def test_it_is_open_to_others_as_any_folder_is(tmp_path):

@@ -101,6 +101,9 @@ def test_a_quantized_head_is_tied_to_nothing(tmp_path):
     loaded = qk.load_model(tmp_path / "out")
     assert isinstance(loaded.lm_head, qk.WQLinear)
     assert torch.equal(logits(loaded), logits(model))
+    # qkernels 0.1.0 left the config as it was.
+    edit_config(tmp_path / "out", lambda config: config.update(tie_word_embeddings=True))
+    assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
 
 
 @pytest.mark.parametrize("head", [None, "w8a16"])

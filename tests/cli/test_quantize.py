@@ -51,6 +51,18 @@ def test_the_other_commands_take_the_folder(run, model_folder, text_file, tmp_pa
     assert "quantized model: start from the original" in err
 
 
+def test_our_own_format_holds_every_scheme(run, model_folder, tmp_path):
+    arguments = ("quantize", model_folder, "--scheme", "nf4-g32-dq", "-o", tmp_path / "out")
+    code, _, err = run(*arguments)
+    assert code == 1
+    assert "compressed-tensors has no nf4 codebooks; formats that hold it: qkernels" in err
+    assert list(tmp_path.iterdir()) == []
+    assert run(*arguments, "--format", "qkernels")[0] == 0
+    code, text, _ = run("inspect", tmp_path / "out")
+    assert code == 0
+    assert text.count("nf4-g32-dq") == 7
+
+
 def test_patterns_choose_layers_and_schemes(run, model_folder, text_file, tmp_path):
     code, text, _ = run(
         *("quantize", model_folder, "--scheme", "w4a16-g32-sym", "-o", tmp_path / "out"),
@@ -113,6 +125,7 @@ def test_the_report_says_what_calibration_did_not_reach(capsys):
         (("--override", "*=w5"), "scheme 'w5' does not parse"),
         (("--include", "nope"), "pattern 'nope' matches none of the 15 linear layers"),
         (("--exclude", "*"), "no linear layer is left"),
+        (("--format", "gguf"), "format 'gguf' is not one of compressed-tensors, qkernels"),
         (("--method", "magic"), "method 'magic' is not one of"),
         (("--calibration", "missing.txt"), "cannot read the text missing.txt"),
         (("--scheme", "w8a8-static"), "pass calibration"),
