@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -84,6 +85,35 @@ def failing_launches(error: str, file: str = "") -> Iterator[None]:
         yield
     finally:
         library().qkernels_emulator_fail_launches(b"", None)
+
+
+BLOCK_ROWS = {8: 64, 16: 64, 32: 128, 64: 256}
+"""Rows of the weight that a block of weight_only_mma computes, by its tokens."""
+
+STAGE_COLUMNS = {
+    4: {8: 512, 16: 256, 32: 128, 64: 64},
+    8: {8: 256, 16: 256, 32: 128, 64: 64},
+}
+"""Columns that a block brings to shared memory at a time, by the bits of a code and its tokens."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a product went over K, from what the emulator counted.
+
+    A test that is about parts of K, or about a pipeline that starts over, asks whether there were.
+    """
+
+    parts: float  # of K, each of another block
+    stages: float  # of all parts
+
+    @staticmethod
+    def of(counters: dict[str, Any], m: int, n: int, tokens: int) -> Way:
+        tiles = -(-n // BLOCK_ROWS[tokens]) * -(-m // tokens)
+        parts = counters["blocks"] / tiles
+        # A block meets once a stage, twice at its end, and twice to count itself as arrived.
+        ends = parts * (2 if parts == 1 else 4)
+        return Way(parts, counters["sync_threads"] / tiles - ends)
 
 
 def product(

@@ -6,16 +6,29 @@ import torch
 from qkernels.backends.cuda import weight_arguments
 from qkernels.layouts import FRAGMENT, pack
 from qkernels.quantizers import rtn
-from tests.emulated.emulator import counted, needs_emulator, product
+from tests.emulated.emulator import (
+    BLOCK_ROWS,
+    STAGE_COLUMNS,
+    Way,
+    counted,
+    needs_emulator,
+    product,
+)
 
 pytestmark = needs_emulator
 
-N, K = 512, 1024
-BLOCK_ROWS = {8: 64, 16: 64, 32: 128, 64: 256}
+N, STAGES = 512, 3
 
 
-def measured(text, m, n=N, k=K, **schedule):
-    packed = pack(rtn.quantize(torch.randn(n, k), text), FRAGMENT)
+def columns(tokens, split_k):
+    """K with which each part of it is twice as long as the pipeline."""
+    return 2 * STAGES * split_k * STAGE_COLUMNS[4][tokens]
+
+
+def measured(text, m, *, tokens, split_k):
+    schedule = {"tokens": tokens, "split_k": split_k, "stages": STAGES}
+    k = columns(tokens, split_k)
+    packed = pack(rtn.quantize(torch.randn(N, k), text), FRAGMENT)
     x = torch.randn(m, k, dtype=torch.float16)
     product(x, packed, **schedule)  # makes its scratch, which is not counted
     regions = {
@@ -25,6 +38,8 @@ def measured(text, m, n=N, k=K, **schedule):
     }
     with counted(x=x, **regions) as counters:
         product(x, packed, **schedule)
+    way = Way.of(counters, m, N, tokens)
+    assert way.parts == split_k and way.stages >= 2 * STAGES * split_k, way
     return counters
 
 
@@ -33,7 +48,7 @@ def measured(text, m, n=N, k=K, **schedule):
     ("m", "tokens", "split_k"), [(1, 8, 1), (1, 8, 2), (13, 16, 2), (32, 32, 4), (64, 64, 2)]
 )
 def test_weights_and_scales_are_read_exactly_once(text, m, tokens, split_k):
-    counters = measured(text, m, tokens=tokens, split_k=split_k, stages=3)
+    counters = measured(text, m, tokens=tokens, split_k=split_k)
     for name in ("words", "scales", "zeros"):
         if name in counters["regions"]:
             region = counters["regions"][name]
@@ -43,14 +58,14 @@ def test_weights_and_scales_are_read_exactly_once(text, m, tokens, split_k):
 
 def test_scales_that_span_all_of_k_are_read_once_for_each_part_of_it():
     for split_k in (1, 4):
-        counters = measured("w8a16", 8, tokens=8, split_k=split_k, stages=3)
+        counters = measured("w8a16", 8, tokens=8, split_k=split_k)
         read = counters["regions"]["scales"]["read"]
         assert read["least"] == read["most"] == split_k
 
 
 @pytest.mark.parametrize(("m", "tokens"), [(8, 8), (16, 16), (32, 32), (64, 64)])
 def test_activations_are_read_once_for_each_block_of_rows(m, tokens):
-    counters = measured("w4a16-g128", m, tokens=tokens, split_k=2, stages=3)
+    counters = measured("w4a16-g128", m, tokens=tokens, split_k=2)
     read = counters["regions"]["x"]["read"]
     assert read["least"] == read["most"] == N // BLOCK_ROWS[tokens]
 
@@ -58,7 +73,7 @@ def test_activations_are_read_once_for_each_block_of_rows(m, tokens):
 @pytest.mark.parametrize("text", ["w4a16-g128", "w8a16-g64"])
 @pytest.mark.parametrize(("m", "tokens"), [(1, 8), (8, 8), (16, 16), (32, 32), (64, 64)])
 def test_every_sector_is_used_and_no_bank_conflicts(text, m, tokens):
-    counters = measured(text, m, tokens=tokens, split_k=2, stages=3)
+    counters = measured(text, m, tokens=tokens, split_k=2)
     assert counters["copy_async"]["bytes"] == 32 * counters["copy_async"]["sectors"]
     # The last block of each tile clears its counter: 4 bytes by one thread.
     tiles = N // BLOCK_ROWS[tokens]
@@ -72,22 +87,24 @@ def test_every_sector_is_used_and_no_bank_conflicts(text, m, tokens):
 @pytest.mark.parametrize(("m", "tokens"), [(8, 8), (16, 16), (32, 32), (64, 64)])
 def test_tensor_core_operations(m, tokens):
     """One mma for 16 rows, 16 columns and 8 tokens; one ldmatrix for 32 columns and 8 tokens."""
-    counters = measured("w4a16-g128", m, tokens=tokens, split_k=1, stages=3)
-    assert counters["mma"] == N // 16 * (K // 16) * (tokens // 8)
+    counters = measured("w4a16-g128", m, tokens=tokens, split_k=1)
+    k = columns(tokens, 1)
+    assert counters["mma"] == N // 16 * (k // 16) * (tokens // 8)
     # Two tiles of 16 rows share each fragment of x.
-    assert counters["ldmatrix"]["instructions"] == N // 32 * (K // 32) * (tokens // 8)
+    assert counters["ldmatrix"]["instructions"] == N // 32 * (k // 32) * (tokens // 8)
 
 
 @pytest.mark.parametrize("text", ["w4a16-g128", "w8a16-g64"])
 def test_dequantizing_reads_and_writes_once(text):
-    packed = pack(rtn.quantize(torch.randn(N, K), text), FRAGMENT)
+    k = 1024
+    packed = pack(rtn.quantize(torch.randn(N, k), text), FRAGMENT)
     tensors, facts = weight_arguments(packed)
     with counted(words=packed.buffers["words"]) as counters:
         torch.ops.qkernels_emulated.dequantize(*tensors, *facts, torch.float16)
     read = counters["regions"]["words"]["read"]
     assert read["least"] == read["most"] == 1
     assert (
-        counters["global_store"]["bytes"] == N * K * 2 == 32 * counters["global_store"]["sectors"]
+        counters["global_store"]["bytes"] == N * k * 2 == 32 * counters["global_store"]["sectors"]
     )
     for site in counters["sites"]:
         if "wavefronts" in site:

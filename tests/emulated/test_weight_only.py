@@ -13,7 +13,15 @@ from qkernels.quantizers import rtn
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
 from tests.bounds import FROBENIUS_BOUND
-from tests.emulated.emulator import needs_emulator, product, set_seed
+from tests.emulated.emulator import (
+    BLOCK_ROWS,
+    STAGE_COLUMNS,
+    Way,
+    counted,
+    needs_emulator,
+    product,
+    set_seed,
+)
 
 pytestmark = needs_emulator
 
@@ -36,13 +44,23 @@ def error(y, x, weight):
 
 @pytest.mark.parametrize(("text", "tokens", "split_k", "stages"), SCHEDULES)
 def test_every_schedule(text, tokens, split_k, stages):
+    """Tails of rows, tokens and columns; the pipeline starts over, and the last part is shorter."""
     schedule = {"tokens": tokens, "split_k": split_k, "stages": stages}
-    for seed, (m, n, k) in enumerate(((1, 33, 72), (9, 130, 1000), (70, 300, 328))):
-        set_seed(seed)
-        weight = quantized(n, k, text)
-        x = torch.randn(m, k, dtype=torch.float16)
+    weight = quantized(33, 72, text)  # one stage: the pipeline never fills, nor is K split
+    x = torch.randn(1, 72, dtype=torch.float16)
+    y = product(x, pack(weight, FRAGMENT), **schedule)
+    assert error(y, x, weight) <= FROBENIUS_BOUND[torch.float16]
+
+    m, n = tokens + 1, BLOCK_ROWS[tokens] + 33
+    all_stages = (stages + 1) * split_k - (split_k > 1)
+    k = (all_stages - 1) * STAGE_COLUMNS[weight.scheme.bits][tokens] + 40
+    weight = quantized(n, k, text)
+    x = torch.randn(m, k, dtype=torch.float16)
+    set_seed(split_k)
+    with counted() as counters:
         y = product(x, pack(weight, FRAGMENT), **schedule)
-        assert error(y, x, weight) <= FROBENIUS_BOUND[torch.float16], (m, n, k)
+    assert Way.of(counters, m, n, tokens) == Way(split_k, all_stages)
+    assert error(y, x, weight) <= FROBENIUS_BOUND[torch.float16]
 
 
 @pytest.mark.parametrize("n", [1, 4, 31, 64, 97])
@@ -61,6 +79,21 @@ def test_tails(n, k):
         assert torch.equal(product(x, pack(weight, FRAGMENT)), exact.to(dtype)), m
 
 
+def of_integers(n, k, group, bits):
+    """A weight of integers, and of halves in every other group: exact in both types of x."""
+    scheme = QuantScheme.parse(f"w{bits}a16-g{group}")
+    groups = scheme.groups(k)
+    scales = torch.ones(n, groups, dtype=torch.float16)
+    scales[:, ::2] = 0.5
+    return QuantizedWeight(
+        scheme=scheme,
+        codes=torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8),
+        scales=scales,
+        # code - zero has 8 bits at most, so that bf16 holds it.
+        zeros=torch.randint(0, 1 << bits, (n, groups), dtype=torch.uint8),
+    )
+
+
 @given(
     m=st.integers(1, 80),
     n=st.integers(1, 300),
@@ -72,31 +105,44 @@ def test_tails(n, k):
 )
 @settings(deadline=None, max_examples=60)
 def test_any_shape_and_group_through_the_layer(m, n, k, group, bits, dtype, seed):
-    """Integers again, with a scale of one half for every other group."""
     torch.manual_seed(seed)
     set_seed(seed)
-    scheme = QuantScheme.parse(f"w{bits}a16-g{group}")
-    groups = scheme.groups(k)
-    scales = torch.ones(n, groups, dtype=torch.float16)
-    scales[:, ::2] = 0.5
-    weight = QuantizedWeight(
-        scheme=scheme,
-        codes=torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8),
-        scales=scales,
-        zeros=torch.randint(0, 1 << bits, (n, groups), dtype=torch.uint8),
-    )
+    weight = of_integers(n, k, group, bits)
     layer = WQLinear.from_weight(weight, backend="emulated")
     x = torch.randint(-2, 3, (m, k)).to(dtype)
-    # code - zero has 8 bits at most, and a scale of one half none: every weight is exact.
     exact = x.double() @ weight.dequantize().double().t()
     assert torch.equal(layer(x), exact.float().to(dtype))
+
+
+@given(
+    m=st.integers(1, 20),
+    n=st.integers(1, 150),
+    k=st.integers(1, 4000),
+    group=st.integers(1, 16).map(lambda steps: 16 * steps),
+    bits=st.sampled_from([4, 8]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    tokens=st.sampled_from(list(BLOCK_ROWS)),
+    split_k=st.integers(1, 6),
+    stages=st.integers(2, 6),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_shape_in_any_schedule(m, n, k, group, bits, dtype, tokens, split_k, stages, seed):
+    torch.manual_seed(seed)
+    set_seed(seed)
+    weight = of_integers(n, k, group, bits)
+    x = torch.zeros(m, -(-k // 8) * 8, dtype=dtype)
+    x[:, :k] = torch.randint(-2, 3, (m, k))
+    exact = x[:, :k].double() @ weight.dequantize().double().t()
+    y = product(x, pack(weight, FRAGMENT), tokens=tokens, split_k=split_k, stages=stages)
+    assert torch.equal(y, exact.float().to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("zero_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_real_zero_points(dtype, zero_dtype, bits):
-    n, k = 40, 256
+    n, k = 40, 2560  # more groups than a block has room for at a time
     base = quantized(n, k, f"w{bits}a16-g64")
     middle = (1 << bits) / 2
     for spread in (0.3, 3.0, 0.9 * middle):
@@ -105,26 +151,46 @@ def test_real_zero_points(dtype, zero_dtype, bits):
             scheme=base.scheme, codes=base.codes, scales=base.scales, zeros=zeros
         )
         x = torch.randn(5, k, dtype=dtype)
-        y = product(x, pack(weight, FRAGMENT))
+        y = product(x, pack(weight, FRAGMENT), tokens=8, stages=2)
         assert error(y, x, weight) <= FROBENIUS_BOUND[dtype], spread
 
 
+@pytest.mark.parametrize("split_k", [1, 3])
 @pytest.mark.parametrize("bias_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_bias_of_every_type(bias_dtype):
-    weight = quantized(70, 128)
+def test_bias_of_every_type(bias_dtype, split_k):
+    weight = quantized(70, 1536)
     bias = (100 * torch.randn(70)).to(bias_dtype)
-    x = torch.zeros(3, 128, dtype=torch.bfloat16)
-    y = product(x, pack(weight, FRAGMENT), bias, tokens=8, split_k=2)
+    x = torch.zeros(3, 1536, dtype=torch.bfloat16)
+    with counted() as counters:
+        y = product(x, pack(weight, FRAGMENT), bias, tokens=8, split_k=split_k)
+    assert Way.of(counters, 3, 70, 8).parts == split_k
     assert torch.equal(y, bias.to(torch.bfloat16).expand(3, -1))
 
 
-def test_the_same_bits_in_every_order_of_blocks_and_threads():
-    weight, x = quantized(130, 1024), torch.randn(3, 1024, dtype=torch.float16)
+@pytest.mark.parametrize("tokens", BLOCK_ROWS)
+def test_the_same_bits_in_every_order_of_blocks_and_threads(tokens):
+    """Each column comes twice, with x of either sign: the exact result is 0.
+
+    So what is left are the roundings of the sums, which another order of adding makes differ. Of
+    two parts of K it would not: a + b is b + a.
+    """
+    m, n, parts = 3, 70, 4
+    half = parts * STAGE_COLUMNS[4][tokens]
+    order = torch.randperm(2 * half)
+    codes = torch.randint(0, 16, (n, half), dtype=torch.uint8).repeat(1, 2)[:, order]
+    scales = torch.ones(n, 1, dtype=torch.float16)
+    weight = QuantizedWeight(scheme=QuantScheme.parse("w4a16-sym"), codes=codes, scales=scales)
     packed = pack(weight, FRAGMENT)
+    # Of many magnitudes: no fp32 sum of them is exact.
+    x = (torch.randn(m, half) * torch.randint(-8, 8, (m, half)).exp2()).to(torch.float16)
+    x = torch.cat([x, -x], 1)[:, order].contiguous()
     results = []
-    for seed in range(6):
+    for seed in range(16):
         set_seed(seed)
-        results.append(product(x, packed, tokens=8, split_k=4, stages=3))
+        with counted() as counters:
+            results.append(product(x, packed, tokens=tokens, split_k=parts, stages=3))
+        assert Way.of(counters, m, n, tokens) == Way(parts, 2 * parts)
+    assert results[0].count_nonzero() > results[0].numel() / 2
     assert all(torch.equal(result, results[0]) for result in results)
 
 
