@@ -109,14 +109,15 @@ void land(Thread& thread, size_t count) {
 
 unsigned char* shared_memory() { return machine.shared; }
 
-void before_shared(Kind kind, const void* address, int bytes, Place place) {
+bool before_shared(Kind kind, const void* address, int bytes, Place place) {
   Site& site = pass(kind, bytes, place);
   record(site, nullptr, checked_shared(site, address, bytes));
   if (kind != Kind::kLdmatrix) maybe_give_way();
   check_race(site, address, bytes, kind == Kind::kStoreShared);
+  return !site.disabled;
 }
 
-void before_global(Kind kind, const void* address, int bytes, Place place) {
+bool before_global(Kind kind, const void* address, int bytes, Place place) {
   Site& site = pass(kind, bytes, place);
   check_global(site, address, bytes);
   if (kind == Kind::kAtomicAdd || kind == Kind::kCountBlock) {
@@ -127,6 +128,7 @@ void before_global(Kind kind, const void* address, int bytes, Place place) {
   // Nobody writes what load_global reads, so its time does not matter.
   if (kind != Kind::kLoadGlobal) maybe_give_way();
   check_publication(site);
+  return !site.disabled;
 }
 
 void copy_async_16(void* shared, const void* global, bool valid, Place place) {

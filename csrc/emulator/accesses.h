@@ -16,9 +16,10 @@ void check_races(bool checked);
 
 unsigned char* shared_memory();
 
-// Before an access of `bytes` bytes: checks it, counts it, and may let other threads run.
-void before_shared(Kind kind, const void* address, int bytes, Place place);
-void before_global(Kind kind, const void* address, int bytes, Place place);
+// Before an access of `bytes` bytes: checks it, counts it, and may let other threads run. False
+// where the site is disabled: then the access is not to be made.
+bool before_shared(Kind kind, const void* address, int bytes, Place place);
+bool before_global(Kind kind, const void* address, int bytes, Place place);
 
 void copy_async_16(void* shared, const void* global, bool valid, Place place);
 void copy_async_commit(Place place);

@@ -122,7 +122,9 @@ QK_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
 }
 
 QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row QK_AND_SITE) {
-  emulator::before_shared(emulator::Kind::kLdmatrix, row, 16, place);
+  if (!emulator::before_shared(emulator::Kind::kLdmatrix, row, 16, place)) {
+    for (uint32_t& each : r) each = 0;
+  }
   emulator::LdmatrixOperands operands{r, row};
   emulator::meet_warp(emulator::Kind::kLdmatrix, &operands, emulator::load_matrices, place);
 }
@@ -137,17 +139,19 @@ constexpr bool kIsAccess = sizeof(V) <= 16 && (sizeof(V) & (sizeof(V) - 1)) == 0
 template <class V>
 QK_DEVICE V load_shared(const void* address QK_AND_SITE) {
   static_assert(kIsAccess<V>);
-  emulator::before_shared(emulator::Kind::kLoadShared, address, sizeof(V), place);
-  V value;
-  std::memcpy(&value, address, sizeof(V));
+  V value{};
+  if (emulator::before_shared(emulator::Kind::kLoadShared, address, sizeof(V), place)) {
+    std::memcpy(&value, address, sizeof(V));
+  }
   return value;
 }
 
 template <class V>
 QK_DEVICE void store_shared(void* address, const V& value QK_AND_SITE) {
   static_assert(kIsAccess<V>);
-  emulator::before_shared(emulator::Kind::kStoreShared, address, sizeof(V), place);
-  std::memcpy(address, &value, sizeof(V));
+  if (emulator::before_shared(emulator::Kind::kStoreShared, address, sizeof(V), place)) {
+    std::memcpy(address, &value, sizeof(V));
+  }
 }
 
 // --- Global memory
@@ -155,26 +159,29 @@ QK_DEVICE void store_shared(void* address, const V& value QK_AND_SITE) {
 template <class V>
 QK_DEVICE V load_global(const void* address QK_AND_SITE) {
   static_assert(kIsAccess<V>);
-  emulator::before_global(emulator::Kind::kLoadGlobal, address, sizeof(V), place);
-  V value;
-  std::memcpy(&value, address, sizeof(V));
+  V value{};
+  if (emulator::before_global(emulator::Kind::kLoadGlobal, address, sizeof(V), place)) {
+    std::memcpy(&value, address, sizeof(V));
+  }
   return value;
 }
 
 template <class V>
 QK_DEVICE V load_global_written(const void* address QK_AND_SITE) {
   static_assert(kIsAccess<V>);
-  emulator::before_global(emulator::Kind::kLoadGlobalWritten, address, sizeof(V), place);
-  V value;
-  std::memcpy(&value, address, sizeof(V));
+  V value{};
+  if (emulator::before_global(emulator::Kind::kLoadGlobalWritten, address, sizeof(V), place)) {
+    std::memcpy(&value, address, sizeof(V));
+  }
   return value;
 }
 
 template <class V>
 QK_DEVICE void store_global(void* address, const V& value QK_AND_SITE) {
   static_assert(kIsAccess<V>);
-  emulator::before_global(emulator::Kind::kStoreGlobal, address, sizeof(V), place);
-  std::memcpy(address, &value, sizeof(V));
+  if (emulator::before_global(emulator::Kind::kStoreGlobal, address, sizeof(V), place)) {
+    std::memcpy(address, &value, sizeof(V));
+  }
 }
 
 // --- Asynchronous copies
@@ -201,14 +208,18 @@ QK_DEVICE void sync_warp(QK_SITE) {
 QK_DEVICE void thread_fence(QK_SITE) { emulator::thread_fence(place); }
 
 QK_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value QK_AND_SITE) {
-  emulator::before_global(emulator::Kind::kAtomicAdd, address, sizeof(*address), place);
+  if (!emulator::before_global(emulator::Kind::kAtomicAdd, address, sizeof(*address), place)) {
+    return 0;
+  }
   const uint32_t before = *address;
   *address = before + value;
   return before;
 }
 
 QK_DEVICE uint32_t count_block(uint32_t* counter QK_AND_SITE) {
-  emulator::before_global(emulator::Kind::kCountBlock, counter, sizeof(*counter), place);
+  if (!emulator::before_global(emulator::Kind::kCountBlock, counter, sizeof(*counter), place)) {
+    return 0;
+  }
   return (*counter)++;
 }
 

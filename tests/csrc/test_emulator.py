@@ -243,24 +243,29 @@ def test_totals(emulator: Emulator) -> None:
         ("copy_async_wait", "copy", {"mode": 1, "n": 20}),
         ("within", "copy", {"mode": 1, "n": 20}),
         ("copy_async_16", "copy", {"mode": 1, "n": 20}),
+        ("load_shared", "neighbour", {}),
+        ("store_shared", "neighbour", {}),
+        ("store_global", "neighbour", {}),
+        ("atomic_add", "order", {"words": 33}),
     ],
 )
 def test_a_disabled_site_changes_the_result(
     emulator: Emulator, kind: str, case: str, options: dict[str, int]
 ) -> None:
-    right = emulator.run(case, words=32, **options)
+    options = {"words": 32, **options}
+    right = emulator.run(case, **options)
     sites = right["sites"][kind]
     lines = [site["line"] for site in sites if site["file"].endswith(SOURCE)]
     passed = [site["line"] for site in sites if site["passes"] == 32]
     assert lines == passed and len(lines) == 1
     disabled = {"disable": kind, "line": lines[0]}
-    wrong = emulator.launches(case, words=32, launches=3, **disabled, **options)
+    wrong = emulator.launches(case, launches=3, **disabled, **options)
     assert all(launch["error"] == "" for launch in wrong)
     assert any(launch["out"] != right["out"] for launch in wrong)
     assert [site["disabled"] for site in wrong[0]["sites"][kind]] == [1]
     # Neither another line, nor another file, nor another kind.
-    for other in ({"line": lines[0] + 1}, {"file": "other.cu"}, {"disable": "store_global"}):
-        again = emulator.run(case, words=32, **{**disabled, **other}, **options)
+    for other in ({"line": lines[0] + 1}, {"file": "other.cu"}, {"disable": "mma"}):
+        again = emulator.run(case, **{**disabled, **other}, **options)
         assert again["out"] == right["out"]
 
 

@@ -1,15 +1,17 @@
-"""The emulator catches faults: without any one barrier, wait or mask, the tests turn red.
+"""The emulator catches faults: without any one barrier, wait, mask, load or store, tests turn red.
 
-Every place where a kernel waits, or masks an access, is taken away on its own, in a forked process,
-since a sanitizer ends the process that reads out of bounds.
+Every place where a kernel waits, masks an access, loads, stores or multiplies is taken away on its
+own, in a forked process, since a sanitizer ends the process that reads out of bounds.
 """
 
 import multiprocessing
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from qkernels.backends.cuda import weight_arguments
 from qkernels.layouts import FRAGMENT, pack
@@ -24,27 +26,39 @@ from tests.emulated.emulator import (
 
 pytestmark = needs_emulator
 
-FILES = ("mma.cuh", "dequantize.cu", "pack.cu")
-KINDS = ("sync_threads", "sync_warp", "thread_fence", "copy_async_wait", "within")
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+SOURCES = [path for path in CUDA.rglob("*.cu*") if path.name != "ptx.cuh"]
+
+FUNCTIONS = {  # of ptx.cuh, and what the emulator calls them
+    **{name: name for name in ("sync_threads", "sync_warp", "thread_fence", "copy_async_wait")},
+    **{name: name for name in ("load_global", "load_global_written", "load_shared")},
+    **{name: name for name in ("store_global", "store_shared", "count_block", "within")},
+    "ldmatrix_x4": "ldmatrix",
+    "mma_m16n8k16": "mma",
+}
 SEEDS = range(12)
 
 
 def exercise(check):
-    """Runs every kernel on shapes with tails, and gives each result to `check(name, result)`."""
+    """Runs every kernel on shapes with tails, and gives each result to `check(name, result)`.
+
+    Two products of different shapes split K: each finds in its scratch what the other left.
+    """
     torch.manual_seed(0)
     for text, m, n, k, schedule in (
         ("w4a16-g32", 3, 30, 584, {"tokens": 8, "split_k": 2, "stages": 2}),
-        ("w4a16-g32", 5, 90, 1096, {"tokens": 8, "split_k": 1, "stages": 3}),
-        ("w8a16-g64", 9, 97, 1096, {"tokens": 16, "split_k": 1, "stages": 2}),
+        ("w4a16-g32", 5, 90, 1093, {"tokens": 8, "split_k": 1, "stages": 3}),
+        ("w8a16-g64", 9, 97, 1096, {"tokens": 16, "split_k": 3, "stages": 2}),
         ("w4a16-g64", 9, 97, 1096, {"tokens": 16, "split_k": 1, "stages": 4}),
-        ("w4a16-g64", 3, 36, 2600, {"tokens": 8, "split_k": 1, "stages": 5}),
+        ("nf4-g64", 3, 36, 2600, {"tokens": 8, "split_k": 1, "stages": 5}),
         ("w4a16-g64", 3, 36, 2600, {"tokens": 8, "split_k": 1, "stages": 6}),
     ):
         weight = rtn.quantize(torch.randn(n, k), text, bias=torch.randn(n))
         # Heap memory of exactly the right size, so that a sanitizer sees what lies beyond it.
-        x = torch.randn(m, k, dtype=torch.float16)
+        x = F.pad(torch.randn(m, k, dtype=torch.float16), (0, -k % 8))
         packed = pack(weight, FRAGMENT)
-        check("product", product(x, packed, weight.bias, **schedule))
+        bias = weight.bias.to(torch.float16 if m == 9 else torch.float32)
+        check("product", product(x, packed, bias, **schedule))
         tensors, facts = weight_arguments(packed)
         operators = torch.ops.qkernels_emulated
         check("weight", operators.dequantize(*tensors, *facts, torch.float16))
@@ -53,21 +67,44 @@ def exercise(check):
         operators.pack_fragment(weight.codes, None, words, n, k, 0, n, bits, "codes")
         check("words", words)
         check("codes", operators.unpack_fragment(words, n, k, 0, n, bits))
+    n, k = 40, 96
+    any_words = torch.randint(-(2**31), 2**31, (n * k // 8,)).int()
+    perm = torch.randperm(k).int()
+    for kind, shape in (("awq", (k, n // 8)), ("gptq", (k // 8, n))):
+        words = torch.empty(4, 2, 32, 4, dtype=torch.int32)
+        operators.pack_fragment(any_words.view(shape), perm, words, n, k, 0, n, 4, kind)
+        check(kind, words)
+
+
+def short(path):
+    """weight_only/mma.cuh"""
+    return "/".join(Path(path).parts[-2:])
 
 
 @lru_cache(maxsize=1)
 def truth():
-    """What every kernel gives, in order, and where the kernels wait and mask."""
+    """What every kernel gives, in order, and where in the sources of the kernels it passed."""
     results = []
     with sites() as found:
         exercise(lambda name, result: results.append(result))
-    places = [
-        (kind, Path(site["file"]).name, site["line"])
-        for kind in KINDS
-        for site in found.get(kind, [])
-        if Path(site["file"]).name in FILES
+    names = {short(path) for path in SOURCES}
+    passed = [
+        (kind, short(site["file"]), site["line"])
+        for kind in FUNCTIONS.values()
+        for site in found[kind]
     ]
-    return results, places
+    return results, [place for place in dict.fromkeys(passed) if place[1] in names]
+
+
+def written():
+    """Where the sources of the kernels call these functions."""
+    return {
+        (FUNCTIONS[name], short(path), number)
+        for path in SOURCES
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        for name in re.findall(r"ptx::(\w+)", line.split("//")[0])
+        if name in FUNCTIONS
+    }
 
 
 def run_without(place):
@@ -96,9 +133,13 @@ def is_caught(place):
     return process.exitcode != 0
 
 
-def test_every_barrier_wait_and_mask_is_needed():
+def test_every_place_is_exercised():
+    assert set(truth()[1]) == written()
+    assert {kind for kind, _, _ in written()} == set(FUNCTIONS.values())
+
+
+def test_every_place_is_needed():
     _, places = truth()
-    assert {kind for kind, _, _ in places} == set(KINDS)
     assert not is_caught(("within", "no_such_file.cu", 1))
     missed = [place for place in places if not is_caught(place)]
     assert not missed
