@@ -15,6 +15,8 @@ from qkernels.backends import cpu
 from qkernels.errors import NoKernelError
 from qkernels.layouts import VNNI, pack
 from qkernels.select import KERNELS, make_problem
+from tests import truth
+from tests.bounds import FROBENIUS_BOUND
 
 SCHEMES = ("w4a16-g64", "nf4-g64", "w8a8", "w4a8-g64", "w4a8-g64-flat")
 LARGE = (600, 1024)  # enough work for threads, and a split of K for the first
@@ -90,6 +92,8 @@ def test_the_same_bits_for_every_number_of_threads(scheme, m):
         finally:
             torch.set_num_threads(before)
         assert all(torch.equal(result, results[0]) for result in results)
+        exact = truth.product(layer.to_weight(), x)
+        assert truth.error(results[0], exact) <= FROBENIUS_BOUND[torch.bfloat16]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -1,0 +1,81 @@
+"""What a quantized layer must give: formulas in float64 that share no code with what they judge."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from qkernels import QuantizedWeight
+from qkernels.weight import nested_table
+
+WEIGHT_BOUND = 2**-22
+"""|W - exact| / |exact| of each element of a dequantized weight: two roundings of fp32."""
+
+
+def with_order(weight: QuantizedWeight, perm: Tensor) -> QuantizedWeight:
+    """Another weight of the same codes: column j of them is its column perm[j]."""
+    return dataclasses.replace(weight, perm=perm)
+
+
+def _scales(weight: QuantizedWeight) -> Tensor:
+    """[N, G]; or [1, 1], of the whole tensor."""
+    scales = weight.scales
+    if weight.scheme.scale_levels == "double":
+        # Blocks of 256 follow each other through all rows.
+        block = torch.arange(scales.numel()) // 256
+        top = weight.nested.absmax[block].view(scales.shape)
+        return nested_table(scales.device)[scales.long()] * top + weight.nested.offset
+    if weight.scheme.scale_levels == "two":
+        return scales.double() * weight.channel_scales.double()[:, None]
+    return scales
+
+
+def _values(weight: QuantizedWeight) -> Tensor:
+    kind = weight.scheme.weight
+    if kind.kind == "codebook":
+        return torch.tensor(kind.values, dtype=torch.float64)[weight.codes.long()]
+    if kind.kind == "float8":
+        return weight.codes.view(kind.float_dtype).double()
+    return weight.codes.double() - (2 ** (kind.bits - 1) if weight.zeros is None else 0)
+
+
+def dense(weight: QuantizedWeight) -> Tensor:
+    """The weight itself, float64 [N, K], in its own column order."""
+    n, k = weight.codes.shape
+    group = torch.arange(k) // (weight.scheme.group_size or k)
+
+    def spread(groups: Tensor) -> Tensor:
+        return groups.double().expand(n, int(group[-1]) + 1)[:, group]
+
+    values = _values(weight)
+    if weight.zeros is not None:
+        values = values - spread(weight.zeros)
+    values = values * spread(_scales(weight))
+    return values if weight.perm is None else values[:, weight.perm.argsort()]
+
+
+def rounded(weight: QuantizedWeight, x: Tensor) -> Tensor:
+    """x [M, K] as its scheme multiplies it, float64: what 8 bits leave of it."""
+    activation = weight.scheme.activation
+    if activation.dtype == "none":
+        return x.double()
+    largest = {"int8": 127.0, "fp8": 448.0}[activation.dtype]
+    tops = {"token": x.float().abs().amax(1, keepdim=True), "tensor": x.float().abs().amax()}
+    if activation.granularity == "static":
+        scale = weight.activation_scale
+    else:
+        scale = tops[activation.granularity] / largest
+    codes = (x.float() / scale).clamp(-largest, largest)
+    codes = codes.round() if activation.dtype == "int8" else codes.to(torch.float8_e4m3fn)
+    return codes.double() * scale.double()
+
+
+def product(weight: QuantizedWeight, x: Tensor) -> Tensor:
+    """y, float64 [M, N], for x [M, K]."""
+    y = rounded(weight, x) @ dense(weight).t()
+    return y if weight.bias is None else y + weight.bias.double()
+
+
+def error(y: Tensor, exact: Tensor) -> float:
+    """|y - exact| / |exact|, Frobenius."""
+    return float((y.double() - exact).norm() / exact.norm())
