@@ -193,6 +193,16 @@ def test_the_same_bits_in_every_order_of_blocks_and_threads(tokens):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_rows_of_x_that_lie_apart():
+    """Slices of a wider x, such as what a fused projection leaves for one of its layers."""
+    weight = quantized(40, 136)
+    wide = torch.full((5, 200), torch.nan, dtype=torch.float16)
+    wide[:, 8:144] = torch.randn(5, 136)
+    x = wide[:, 8:144]
+    packed = pack(weight, FRAGMENT)
+    assert torch.equal(product(x, packed), product(x.contiguous(), packed))
+
+
 def test_no_rows():
     assert product(
         torch.empty(0, 128, dtype=torch.float16), pack(quantized(8, 128), FRAGMENT)
