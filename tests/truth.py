@@ -1,7 +1,5 @@
 """What a quantized layer must give: formulas in float64 that share no code with what they judge."""
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ WEIGHT_BOUND = 2**-22
 
 def with_order(weight: QuantizedWeight, perm: Tensor) -> QuantizedWeight:
     """Another weight of the same codes: column j of them is its column perm[j]."""
-    return dataclasses.replace(weight, perm=perm)
+    return weight.replace(perm=perm)
 
 
 def _scales(weight: QuantizedWeight) -> Tensor:
@@ -23,8 +21,8 @@ def _scales(weight: QuantizedWeight) -> Tensor:
     if weight.scheme.scale_levels == "double":
         # Blocks of 256 follow each other through all rows.
         block = torch.arange(scales.numel()) // 256
-        top = weight.nested.absmax[block].view(scales.shape)
-        return nested_table(scales.device)[scales.long()] * top + weight.nested.offset
+        top = weight.nested_absmax[block].view(scales.shape)
+        return nested_table(scales.device)[scales.long()] * top + weight.nested_offset
     if weight.scheme.scale_levels == "two":
         return scales.double() * weight.channel_scales.double()[:, None]
     return scales
