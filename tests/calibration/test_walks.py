@@ -1,6 +1,7 @@
 """Block by block gives what the whole model gives, and holds the inputs of one block."""
 
 import contextlib
+import signal
 import threading
 import weakref
 from typing import ClassVar
@@ -332,6 +333,23 @@ def test_errors_of_the_model_and_interrupts_end_every_forward():
         qk.quantize_model(model, scheme="w8a16", calibration=[{"ids": TOKENS}])
     unchanged(model, before)
     assert no_forward_is_left()
+
+
+def test_ctrl_c_while_a_forward_runs_between_blocks():
+    class Interrupted(Model):
+        def forward(self, tokens):
+            x = self.blocks[0](self.embed(tokens))
+            # The handler runs in the main thread, which waits for this one.
+            signal.raise_signal(signal.SIGINT)
+            return self.blocks[1](x)
+
+    model = Interrupted()
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        qk.quantize_model(model, scheme="w8a16", calibration=BATCHES)
+    unchanged(model, before)
+    assert no_forward_is_left()
+    assert "forward" not in vars(model.blocks[0])
 
 
 def test_one_batch_alone_goes_behind_the_last_block():
