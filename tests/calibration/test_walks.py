@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 import qkernels as qk
+from qkernels import rounding
 from qkernels.calibration.blocks import find_blocks
 from qkernels.calibration.forwards import CannotFollow
+from qkernels.calibration.statistics import Needs
 from qkernels.calibration.walks import DENSE, BlockByBlock, WholeModel
 from qkernels.errors import LayerError
+from qkernels.quantizers.method import Method
+from qkernels.quantizers.methods import METHODS
 from tests.plain_model import TOKENS, Block, Model, no_forward_is_left, snapshot, unchanged
 
 BATCHES = [TOKENS, TOKENS[:1, :5], TOKENS.flip(0), TOKENS[:, 3:]]
@@ -123,6 +127,28 @@ def test_what_passes_between_blocks_is_followed():
     report = quantized(model, batches=batches)
     assert report.whole_model is None and not report.unreached
     check_scales(model, batches, ["project", *(f"blocks.{i}.up" for i in range(3))])
+
+
+def test_what_passes_between_blocks_is_followed_in_the_dense_chain(monkeypatch):
+    kept = {}
+
+    def look(task, parameters):
+        kept[task.name] = task.inputs
+        return rounding.fit(task.weight, task.scheme)
+
+    method = Method(
+        name="look",
+        title="",
+        quantize=look,
+        statistics=lambda scheme, parameters: Needs(dense=("largest",)),
+    )
+    monkeypatch.setitem(METHODS, "look", method)
+    torch.manual_seed(0)
+    model = Talkative()
+    names = ["project", *(f"blocks.{i}.{part}" for i in range(3) for part in ("up", "down"))]
+    dense = {name: float(max(seen(model, name))) for name in names}
+    qk.quantize_model(model, "look", "w4a16-g24", calibration=BATCHES)
+    assert {name: float(kept[name].dense["largest"].value) for name in names} == dense
 
 
 def test_batches_are_tensors_tuples_or_dicts():
