@@ -107,8 +107,7 @@ class BlockByBlock:
         if block is not None:
             self._left.remove(block)
             if DENSE in self._forwards:
-                numbers = self.batches(DENSE)
-                self._dense_outputs = {number: self.run(number, DENSE) for number in numbers}
+                self._run_dense()
         return block
 
     def batches(self, chain: str = QUANTIZED) -> list[int]:
@@ -163,6 +162,16 @@ class BlockByBlock:
                 forward.cancel()
         while self._undo:
             self._undo.pop()()
+
+    def _run_dense(self) -> None:
+        """Makes the dense outputs while the block is as it was, and keeps its inputs for `run`."""
+        for number in self.batches(DENSE):
+            call = self._forwards[DENSE][number].call
+            assert call is not None
+            kept = _copied((call.args, call.kwargs), {})
+            # What the block writes to its arguments is seen by the blocks after it.
+            self._dense_outputs[number] = self._call(call.block, call.args, call.kwargs)
+            call.args, call.kwargs = kept
 
     def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._running = name

@@ -81,13 +81,13 @@ def drive(
     try:
         with calibrating(model):
             try:
-                return _Run(model, plan, changes, progress, folder, whole).outcome
+                return _Run(model, plan, changes, progress, folder, whole).through()
             except CannotFollow as reason:
                 whole = str(reason)
             changes.undo()
             if folder is not None:
                 folder.take_whole_model(whole)
-            return _Run(model, plan, changes, progress, folder, whole).outcome
+            return _Run(model, plan, changes, progress, folder, whole).through()
     except BaseException:
         changes.undo()
         raise
@@ -112,27 +112,33 @@ class _Run:
     ) -> None:
         self._model, self._plan, self._changes = model, plan, changes
         self._progress, self._folder = progress, folder
-        self.outcome = Outcome(whole)
-        blocks, batches = find_blocks(model, plan.schemes), plan.batches or ()
+        self._outcome = Outcome(whole)
+        self._blocks = find_blocks(model, plan.schemes)
         self._walk: Walk
+        batches = plan.batches or ()
         if batches and whole is None:
             dense = changes.dense_layers if _asks_for_dense(plan) else None
-            self._walk = BlockByBlock(model, blocks, batches, dense)
+            self._walk = BlockByBlock(model, self._blocks, batches, dense)
         else:
-            self._walk = WholeModel(model, blocks, batches, changes.originals)
+            self._walk = WholeModel(model, self._blocks, batches, changes.originals)
+
+    def through(self) -> Outcome:
+        """Takes every block, and leaves the walk behind."""
         try:
             while (block := self._walk.next()) is not None:
-                self._take(block, blocks.index(block))
+                self._take(block)
                 self._walk.advance()
         finally:
             self._walk.close()
         self._tell("")
+        return self._outcome
 
     def _tell(self, name: str) -> None:
-        self._progress(len(self.outcome.layers), len(self._plan.schemes), name)
+        self._progress(len(self._outcome.layers), len(self._plan.schemes), name)
 
-    def _take(self, block: Block, number: int) -> None:
+    def _take(self, block: Block) -> None:
         """Takes a block from the folder, or quantizes it."""
+        number = self._blocks.index(block)
         layers = {name: cast(nn.Linear, self._model.get_submodule(name)) for name in block.layers}
         self._changes.begin(block)
         if self._folder is None:
@@ -141,32 +147,32 @@ class _Run:
         finished = self._folder.load(number, self._model, self._plan.backend)
         if finished is None:
             own = {id(layer): name for name, layer in reversed(layers.items())}
-            own = {key: name for key, name in own.items() if key not in self.outcome.made}
+            own = {key: name for key, name in own.items() if key not in self._outcome.made}
             self._quantize(block, layers)
-            made = {name: self.outcome.made[key] for key, name in own.items()}
+            made = {name: self._outcome.made[key] for key, name in own.items()}
             self._folder.save(number, self._finished(block, made))
             return
         for name, values in finished.rewritten.items():
             self._changes.rewrite(name, values)
         for name, packed in finished.layers.items():
-            self.outcome.made[id(layers[name])] = packed
-        self.outcome.unreached.update(finished.unreached)
+            self._outcome.made[id(layers[name])] = packed
+        self._outcome.unreached.update(finished.unreached)
         for report in finished.reports:
             self._tell(report.name)
             self._install(layers[report.name], report)
 
     def _finished(self, block: Block, made: dict[str, WQLinear]) -> FinishedBlock:
-        unreached = self.outcome.unreached
+        unreached = self._outcome.unreached
         return FinishedBlock(
             layers=made,
             rewritten=self._changes.rewritten(),
-            reports=[self.outcome.layers[name] for name in block.layers],
+            reports=[self._outcome.layers[name] for name in block.layers],
             unreached={name: unreached[name] for name in block.layers if name in unreached},
         )
 
     def _install(self, layer: nn.Linear, report: LayerReport) -> None:
-        self._changes.replace(report.name, self.outcome.made[id(layer)])
-        self.outcome.layers[report.name] = report
+        self._changes.replace(report.name, self._outcome.made[id(layer)])
+        self._outcome.layers[report.name] = report
 
     def _quantize(self, block: Block, layers: Mapping[str, nn.Linear]) -> None:
         parts = self._plan.recipe.parts
@@ -218,10 +224,10 @@ class _Run:
     def _quantize_layer(
         self, name: str, layer: nn.Linear, part: Part, inputs: LayerInputs | None
     ) -> None:
-        scheme, made = self._plan.schemes[name], self.outcome.made
+        scheme, made = self._plan.schemes[name], self._outcome.made
         if inputs is not None and not inputs.rows:
             inputs, part = None, Part(METHODS[LAST], METHODS[LAST].parameters())
-            scheme, self.outcome.unreached[name] = _without_inputs(scheme)
+            scheme, self._outcome.unreached[name] = _without_inputs(scheme)
         if id(layer) not in made:
             task = LayerTask(
                 name=name,

@@ -1,6 +1,7 @@
 """Block by block gives what the whole model gives, and holds the inputs of one block."""
 
 import contextlib
+import signal
 import threading
 import weakref
 from typing import ClassVar
@@ -10,10 +11,14 @@ import torch
 from torch import nn
 
 import qkernels as qk
+from qkernels import rounding
 from qkernels.calibration.blocks import find_blocks
 from qkernels.calibration.forwards import CannotFollow
+from qkernels.calibration.statistics import Needs
 from qkernels.calibration.walks import DENSE, BlockByBlock, WholeModel
 from qkernels.errors import LayerError
+from qkernels.quantizers.method import Method
+from qkernels.quantizers.methods import METHODS
 from tests.plain_model import TOKENS, Block, Model, no_forward_is_left, snapshot, unchanged
 
 BATCHES = [TOKENS, TOKENS[:1, :5], TOKENS.flip(0), TOKENS[:, 3:]]
@@ -122,6 +127,28 @@ def test_what_passes_between_blocks_is_followed():
     report = quantized(model, batches=batches)
     assert report.whole_model is None and not report.unreached
     check_scales(model, batches, ["project", *(f"blocks.{i}.up" for i in range(3))])
+
+
+def test_what_passes_between_blocks_is_followed_in_the_dense_chain(monkeypatch):
+    kept = {}
+
+    def look(task, parameters):
+        kept[task.name] = task.inputs
+        return rounding.fit(task.weight, task.scheme)
+
+    method = Method(
+        name="look",
+        title="",
+        quantize=look,
+        statistics=lambda scheme, parameters: Needs(dense=("largest",)),
+    )
+    monkeypatch.setitem(METHODS, "look", method)
+    torch.manual_seed(0)
+    model = Talkative()
+    names = ["project", *(f"blocks.{i}.{part}" for i in range(3) for part in ("up", "down"))]
+    dense = {name: float(max(seen(model, name))) for name in names}
+    qk.quantize_model(model, "look", "w4a16-g24", calibration=BATCHES)
+    assert {name: float(kept[name].dense["largest"].value) for name in names} == dense
 
 
 def test_batches_are_tensors_tuples_or_dicts():
@@ -332,6 +359,23 @@ def test_errors_of_the_model_and_interrupts_end_every_forward():
         qk.quantize_model(model, scheme="w8a16", calibration=[{"ids": TOKENS}])
     unchanged(model, before)
     assert no_forward_is_left()
+
+
+def test_ctrl_c_while_a_forward_runs_between_blocks():
+    class Interrupted(Model):
+        def forward(self, tokens):
+            x = self.blocks[0](self.embed(tokens))
+            # The handler runs in the main thread, which waits for this one.
+            signal.raise_signal(signal.SIGINT)
+            return self.blocks[1](x)
+
+    model = Interrupted()
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        qk.quantize_model(model, scheme="w8a16", calibration=BATCHES)
+    unchanged(model, before)
+    assert no_forward_is_left()
+    assert "forward" not in vars(model.blocks[0])
 
 
 def test_one_batch_alone_goes_behind_the_last_block():

@@ -8,6 +8,7 @@ from qkernels.calibration.statistics import Needs
 from qkernels.errors import LayerError, QuantizationError, SchemeError, WeightError
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.methods import METHODS
+from tests import schemes
 from tests.plain_model import TOKENS, Block, Model, no_forward_is_left, snapshot, unchanged
 
 
@@ -37,6 +38,23 @@ def test_report_and_replacement():
     assert [s[0] for s in seen] == list(range(7)) and seen[-1][:2] == (6, 6)
 
 
+@pytest.mark.parametrize("scheme", [text for text in schemes.ALL if "static" not in text])
+def test_rounding_a_model_is_rounding_its_layers(scheme):
+    model = Model()
+    alone = {
+        name: qk.WQLinear.from_linear(module, scheme, name=name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    qk.quantize_model(model, scheme=scheme, include=["*"])
+    for name, expected in alone.items():
+        got = model.get_submodule(name)
+        assert got.extra_repr() == expected.extra_repr()
+        state, wanted = got.state_dict(), expected.state_dict()
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[key], wanted[key]) for key in state)
+
+
 def test_mixed_precision_include_and_exclude():
     model = Model()
     report = qk.quantize_model(
@@ -60,20 +78,18 @@ def test_mixed_precision_include_and_exclude():
     assert [r.name for r in report.layers] == ["lm_head"]
 
 
-@pytest.mark.parametrize("schemes", [("w8a8", "w8a16"), ("w8a16", "w8a8"), (None, "w8a16")])
-def test_the_first_pattern_that_matches_counts(schemes):
+@pytest.mark.parametrize("chosen", [("w8a8", "w8a16"), ("w8a16", "w8a8"), (None, "w8a16")])
+def test_the_first_pattern_that_matches_counts(chosen):
     patterns = "*.down", "blocks.1.*"
     for order in ((0, 1), (1, 0)):
-        overrides = {patterns[i]: schemes[i] for i in order}
+        overrides = {patterns[i]: chosen[i] for i in order}
         report = qk.quantize_model(Model(), scheme="w4a16-g24", overrides=overrides)
-        chosen = {r.name: r.scheme for r in report.layers}
-        assert chosen.get("blocks.1.down") == schemes[order[0]]
-        assert chosen.get("blocks.0.down") == chosen.get("blocks.2.down") == schemes[0]
-        assert chosen["blocks.1.up"] == schemes[1]
+        found = {r.name: r.scheme for r in report.layers}
+        assert found.get("blocks.1.down") == chosen[order[0]]
+        assert found.get("blocks.0.down") == found.get("blocks.2.down") == chosen[0]
+        assert found["blocks.1.up"] == chosen[1]
         left_alone = "left alone by the override '*.down'"
-        assert (report.skipped.get("blocks.1.down") == left_alone) == (
-            "blocks.1.down" not in chosen
-        )
+        assert (report.skipped.get("blocks.1.down") == left_alone) == ("blocks.1.down" not in found)
 
 
 @pytest.mark.parametrize(("scheme", "largest"), [("w8a8-static", 127), ("fp8-a8-static", 448)])
