@@ -47,8 +47,12 @@ def table_entry(address):
 def decode_codebook(code, codebook_ptr, BITS: tl.constexpr):
     """codebook[code], of 2^BITS fp32 values."""
     if BITS == 1:
-        # One of two values is chosen faster than it is loaded.
+        # One of a few values is chosen faster than it is loaded, and in fewer registers.
         value = tl.where(code == 0, table_entry(codebook_ptr), table_entry(codebook_ptr + 1))
+    elif BITS == 2:
+        low = tl.where(code == 0, table_entry(codebook_ptr), table_entry(codebook_ptr + 1))
+        high = tl.where(code == 2, table_entry(codebook_ptr + 2), table_entry(codebook_ptr + 3))
+        value = tl.where(code < 2, low, high)
     else:
         value = table_entry(codebook_ptr + code)
     return value

@@ -29,6 +29,7 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     dtype: torch.dtype | None = None,
+    check_kernels: bool = True,
 ) -> Any:
     """The Transformers model in `folder`, with `WQLinear` layers packed for `device`.
 
@@ -38,6 +39,7 @@ def load_model(
     Args:
         dtype: for what is not quantized and stored in the folder's own type; None keeps that. What
             is stored in another type, such as fp32 norms of a bf16 model, keeps its own.
+        check_kernels: check a kernel on the device before it runs there first.
 
     Raises:
         CheckpointError: for files that are missing or damaged, formats that are not known, and
@@ -60,7 +62,9 @@ def load_model(
         _check_layer(checkpoint, name, linear, weight)
         if weight.bias is not None:
             weight = weight.replace(bias=cast(weight.bias))
-        model.set_submodule(name, WQLinear.from_weight(weight, device=device))
+        model.set_submodule(
+            name, WQLinear.from_weight(weight, device=device, check_kernels=check_kernels)
+        )
         del weight
         give_back_free_pages()
     for names in _tied(places).values():

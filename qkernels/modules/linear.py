@@ -110,16 +110,43 @@ class WQLinear(nn.Module):
         weight = linear.weight.detach()
         try:
             parameters = rounding.fit(weight, scheme, activation_scale=activation_scale)
-            layout = _layout_for(parameters, weight.device, backend, batch_invariant, check_kernels)
-            packed = allocate(layout, parameters, weight.device)
+            return cls.from_parameters(
+                parameters,
+                weight,
+                linear.bias,
+                backend=backend,
+                batch_invariant=batch_invariant,
+                check_kernels=check_kernels,
+            )
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from None
+
+    @classmethod
+    def from_parameters(
+        cls,
+        parameters: WeightParameters,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        backend: str | None = None,
+        batch_invariant: bool = False,
+        check_kernels: bool = True,
+    ) -> WQLinear:
+        """A layer of the values nearest to `weight` [N, K] under parameters that someone found.
+
+        Codes are made and packed a slice of rows at a time. The layer has a copy of the bias.
+
+        Raises:
+            WeightError: for parameters that do not fit their scheme.
+            NoKernelError: where `backend` cannot run it.
+        """
+        layout = _layout_for(parameters, weight.device, backend, batch_invariant, check_kernels)
+        packed = allocate(layout, parameters, weight.device)
         for start, stop in row_slices(*weight.shape):
             write_rows(packed, start, rounding.encode_rows(weight[start:stop], parameters, start))
-        bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(
             packed,
-            bias,
+            None if bias is None else bias.detach().clone(),
             backend=backend,
             batch_invariant=batch_invariant,
             check_kernels=check_kernels,

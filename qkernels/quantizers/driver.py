@@ -14,14 +14,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from qkernels import rounding
 from qkernels.calibration.blocks import Block, find_blocks
 from qkernels.calibration.forwards import CannotFollow
 from qkernels.calibration.observe import calibrating, observe, stages
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.calibration.walks import BlockByBlock, Walk, WholeModel
 from qkernels.errors import LayerError, QuantizationError
-from qkernels.layouts import allocate, write_rows
 from qkernels.modules import WQLinear
 from qkernels.quantizers.changes import Changes
 from qkernels.quantizers.method import BlockTask, LayerTask
@@ -30,8 +28,7 @@ from qkernels.quantizers.recipe import Part, Recipe
 from qkernels.quantizers.report import LayerReport, compare
 from qkernels.quantizers.resume import FinishedBlock, ResumeFolder
 from qkernels.scheme import Activation, QuantScheme
-from qkernels.select import layout_for
-from qkernels.weight import QuantizedWeight, WeightParameters, row_slices
+from qkernels.weight import QuantizedWeight
 
 Progress = Callable[[int, int, str], None]
 
@@ -49,6 +46,12 @@ class Plan:
     schemes: Mapping[str, QuantScheme]
     batches: Sequence[Any] | None
     backend: str | None
+    check_kernels: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every layer is made with."""
+        return {"backend": self.backend, "check_kernels": self.check_kernels}
 
     def needs(self, part: Part, name: str) -> Needs:
         """What `part` of the recipe asks to know of a layer."""
@@ -144,7 +147,7 @@ class _Run:
         if self._folder is None:
             self._quantize(block, layers)
             return
-        finished = self._folder.load(number, self._model, self._plan.backend)
+        finished = self._folder.load(number, self._model, self._plan.options)
         if finished is None:
             own = {id(layer): name for name, layer in reversed(layers.items())}
             own = {key: name for key, name in own.items() if key not in self._outcome.made}
@@ -237,7 +240,7 @@ class _Run:
                 inputs=inputs,
                 activation_scale=_activation_scale(name, scheme, inputs),
             )
-            made[id(layer)] = _build(task, part, self._plan.backend)
+            made[id(layer)] = _build(task, part, self._plan.options)
         rows = None if inputs is None else inputs.quantized["rows"].rows
         self._install(layer, compare(name, layer, made[id(layer)], rows, str(part)))
 
@@ -261,26 +264,14 @@ def _activation_scale(name: str, scheme: QuantScheme, inputs: LayerInputs | None
     return largest / scheme.activation.largest or 1.0
 
 
-def _build(task: LayerTask, part: Part, backend: str | None) -> WQLinear:
+def _build(task: LayerTask, part: Part, options: Mapping[str, Any]) -> WQLinear:
     assert part.method.quantize is not None
     try:
         made = part.method.quantize(task, part.parameters)
         assert (made.n, made.k) == tuple(task.weight.shape), part.method.name
         if isinstance(made, QuantizedWeight):
             weight = made.replace(bias=task.bias)
-            return WQLinear.from_weight(weight, backend=backend, device=task.weight.device)
-        return _rounded(task, made, backend)
+            return WQLinear.from_weight(weight, device=task.weight.device, **options)
+        return WQLinear.from_parameters(made, task.weight, task.bias, **options)
     except QuantizationError as error:
         raise type(error)(f"{task.name}: {error}") from None
-
-
-def _rounded(task: LayerTask, parameters: WeightParameters, backend: str | None) -> WQLinear:
-    """The layer whose codes are nearest under `parameters`; they are never held whole."""
-    weight, device = task.weight, task.weight.device
-    n, k, fields = parameters.n, parameters.k, parameters.fields
-    layout = layout_for(parameters.scheme, n, k, device, backend, fields)
-    packed = allocate(layout, parameters, device)
-    for start, stop in row_slices(*weight.shape):
-        write_rows(packed, start, rounding.encode_rows(weight[start:stop], parameters, start))
-    bias = None if task.bias is None else task.bias.clone()
-    return WQLinear(packed, bias, backend=backend)

@@ -39,6 +39,7 @@ def quantize_model(
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, QuantScheme | str | None] | None = None,
     backend: str | None = None,
+    check_kernels: bool = True,
     resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
@@ -57,6 +58,7 @@ def quantize_model(
         exclude: patterns of layers to leave alone.
         overrides: pattern -> scheme, or None to leave the layer alone; the first match counts. A
             pattern here includes an output head.
+        check_kernels: check a kernel on this device before it runs there first.
         resume: a folder, empty or of an interrupted run with the same arguments. Each block is
             stored there when it is finished, and taken from there by the next run, whose result is
             the same bit for bit. It may be removed afterwards.
@@ -90,7 +92,7 @@ def quantize_model(
     batches = None if calibration is None else list(calibration)
     if batches is not None and not batches:
         raise LayerError("calibration holds no batch")
-    plan = Plan(recipe, schemes, batches, backend)
+    plan = Plan(recipe, schemes, batches, backend, check_kernels)
     folder = None if resume is None else _open_folder(resume, model, plan)
     outcome = drive(model, plan, progress or (lambda done, total, name: None), folder)
     report.layers.extend(outcome.layers[name] for name in schemes)

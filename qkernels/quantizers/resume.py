@@ -117,7 +117,9 @@ class ResumeFolder:
         save_file(tensors, aside, metadata={"block": json.dumps(about)})
         _rename(aside, path)
 
-    def load(self, number: int, model: nn.Module, backend: str | None) -> FinishedBlock | None:
+    def load(
+        self, number: int, model: nn.Module, options: Mapping[str, Any]
+    ) -> FinishedBlock | None:
         """Block `number`, its layers on the devices of the model's; None where it is not finished.
 
         A file that was truncated counts as not finished.
@@ -135,7 +137,7 @@ class ResumeFolder:
         schemes = {report.name: QuantScheme.parse(report.scheme) for report in reports}
         return FinishedBlock(
             layers={
-                name: _layer(model.get_submodule(name), schemes[name], f"{name}.", tensors, backend)
+                name: _layer(model.get_submodule(name), schemes[name], f"{name}.", tensors, options)
                 for name in about["layers"]
             },
             rewritten={name: tensors[f"rewritten.{name}"] for name in about["rewritten"]},
@@ -213,7 +215,7 @@ def _layer(
     scheme: QuantScheme,
     prefix: str,
     tensors: Mapping[str, Tensor],
-    backend: str | None,
+    options: Mapping[str, Any],
 ) -> WQLinear:
     weight = original.weight
     assert isinstance(weight, Tensor)
@@ -222,7 +224,7 @@ def _layer(
     n, k = weight.shape
     packed = PackedWeight(scheme, PLAIN, n, k, buffers)
     hub = packed.unpack(tensors.get(prefix + "bias"))
-    return WQLinear.from_weight(hub, backend=backend, device=weight.device)
+    return WQLinear.from_weight(hub, device=weight.device, **options)
 
 
 def _rename(aside: Path, path: Path) -> None:

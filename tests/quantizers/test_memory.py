@@ -21,6 +21,9 @@ def test_codes_are_made_in_slices(monkeypatch):
     monkeypatch.setattr(rounding, "encode_rows", encode_rows)
     monkeypatch.setattr(weight.QuantizedWeight, "__init__", whole)
     model = nn.Sequential(nn.Linear(64, 1000))
-    report = qk.quantize_model(model, scheme="w4a16-g32", calibration=[torch.randn(3, 64)])
+    # Kernels are checked on small weights that are held whole.
+    report = qk.quantize_model(
+        model, scheme="w4a16-g32", calibration=[torch.randn(3, 64)], check_kernels=False
+    )
     assert rows == [256, 256, 256, 232]
     assert report.layers[0].weight_error < 0.1
