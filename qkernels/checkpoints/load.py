@@ -81,10 +81,12 @@ def load_model(
 def _find_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
     """The layers of the model that quantized ones are to take the place of."""
     found = {}
-    for name in checkpoint.layers:
+    for name, stored in checkpoint.layers.items():
         try:
             layer = model.get_submodule(name)
         except AttributeError:
+            if all(_is_unused(model, tensor) for tensor in stored.tensors):
+                continue
             raise CheckpointError(
                 f"{checkpoint.folder}: the model has no layer {name}, which is in the file"
             ) from None
@@ -100,11 +102,10 @@ def _find_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Line
 def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
     """Each tensor of the folder has a place, each place a tensor, and of the same shape."""
     store, dense = checkpoint.store, set(checkpoint.dense)
-    passed_over = (*UNUSED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
     # The code of the model says that it computes these itself.
     computed = tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
     unexpected = [
-        name for name in checkpoint.dense if name not in places and not _matches(name, passed_over)
+        name for name in checkpoint.dense if name not in places and not _is_unused(model, name)
     ]
     missing = [
         names[0]
@@ -124,6 +125,12 @@ def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]
                 f"{checkpoint.folder}: {name} is {list(stored)} in the file and {list(wanted)} in "
                 "the model's config"
             )
+
+
+def _is_unused(model: Any, name: str) -> bool:
+    """Whether a tensor that the model has no place for changes nothing, by our list or its own."""
+    own = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return _matches(name, (*UNUSED, *own))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -12,7 +12,7 @@ from qkernels.checkpoints.atomic import new_folder
 from qkernels.checkpoints.dense import dense_places
 from qkernels.checkpoints.format import Format, WeightKind
 from qkernels.checkpoints.memory import give_back_free_pages
-from qkernels.checkpoints.store import ShardWriter, shard_bytes
+from qkernels.checkpoints.store import ShardWriter
 from qkernels.checkpoints.table import check_holds
 from qkernels.errors import CheckpointError
 from qkernels.modules.linear import WQLinear
@@ -40,7 +40,6 @@ def save_model(
         CheckpointError: for a folder with files in it, an unknown format, or a weight that the
             format does not hold. Nothing is written then.
     """
-    shard_bytes(max_shard_size)
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)

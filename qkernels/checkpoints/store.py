@@ -284,7 +284,7 @@ def shard_bytes(size: int | str) -> int:
     Raises:
         CheckpointError: for anything else.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", str(size))
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?) *([KMGT]i?)?B?", str(size))
     number = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if number < 1:
         raise CheckpointError(f"max_shard_size {size!r} is no size: give bytes, or such as '5GB'")

@@ -106,6 +106,21 @@ def test_a_quantized_head_is_tied_to_nothing(tmp_path):
     assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
 
 
+def test_what_a_model_says_it_does_not_use_is_passed_over(tmp_path, monkeypatch):
+    class ShortLlama(transformers.LlamaForCausalLM):
+        _keys_to_ignore_on_load_unexpected = (r"layers\.1\.",)
+
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    qk.save_model(model, tmp_path / "out")
+    edit_config(tmp_path / "out", lambda config: config.update(num_hidden_layers=1))
+    with pytest.raises(CheckpointError, match=r"no layer model.layers.1"):
+        qk.load_model(tmp_path / "out")
+    monkeypatch.setattr(transformers, "ShortLlama", ShortLlama, raising=False)
+    edit_config(tmp_path / "out", lambda config: config.update(architectures=["ShortLlama"]))
+    assert len(qk.load_model(tmp_path / "out").model.layers) == 1
+
+
 @pytest.mark.parametrize("head", [None, "w8a16"])
 def test_one_embedding_under_several_names(tmp_path, head):
     config = transformers.BartConfig(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import qkernels as qk
 from qkernels.checkpoints import is_quantized
 from qkernels.errors import CheckpointError
 from qkernels.models.loading import load_dense, load_model_and_tokenizer
@@ -126,6 +127,19 @@ def test_a_quantized_folder_is_no_dense_model(folder, tmp_path):
     assert not is_quantized(tmp_path / "missing")
     with pytest.raises(CheckpointError, match="quantized model: start from the original"):
         load_dense(copy)
+
+
+def test_a_folder_without_a_tokenizer_says_so(folder, tmp_path):
+    model = tiny_model(torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    qk.quantize_model(model, scheme="w4a16-g32")
+    qk.save_model(model, tmp_path / "quantized")
+    for name in ("dense", "quantized"):
+        with pytest.raises(CheckpointError, match=f"{name} holds no tokenizer: write it there by"):
+            load_model_and_tokenizer(tmp_path / name)
+        loaded, tokenizer = load_model_and_tokenizer(tmp_path / name, tokenizer=False)
+        assert len(linears(loaded)) == (1 if name == "quantized" else LINEAR_LAYERS + 1)
+        assert tokenizer is None
 
 
 def test_layers_that_transformers_keeps_packed(folder, monkeypatch):
