@@ -76,7 +76,7 @@ def _write_config(model: Any, row: Format, kinds: dict[str, WeightKind], folder:
     dense = [
         name
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and not isinstance(module, WQLinear)
     ]
     config = model.config.to_dict()
     head = getattr(model, "get_output_embeddings", lambda: None)()
