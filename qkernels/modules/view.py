@@ -200,9 +200,13 @@ def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
 
 
 def _matmul(input: Any, other: Any, **options: Any) -> Any:
-    if options or not isinstance(other, WeightView) or not other.transposed:
+    if options or (isinstance(input, WeightView) and isinstance(other, WeightView)):
         return NotImplemented
-    if isinstance(input, WeightView) or other.ndim != 2 or input.ndim < 1:
+    if isinstance(input, WeightView):
+        if input.transposed or input.ndim != 2:
+            return NotImplemented
+        return input.product(other) if other.ndim == 1 else input.product(other.mT).mT
+    if not other.transposed or other.ndim != 2 or input.ndim < 1:
         return NotImplemented
     return other.product(input)
 

@@ -12,7 +12,7 @@ from torch import nn
 from qkernels.errors import LayerError
 from qkernels.modules.awq import _AwqLinear
 from qkernels.modules.experts import FusedExperts, WQExperts, find_fused_experts
-from qkernels.modules.kinds import is_linear_kind, why_not_plain
+from qkernels.modules.kinds import is_linear_kind, linear_parts, why_not_plain
 from qkernels.modules.linear import WQLinear
 from qkernels.scheme import QuantScheme
 
@@ -132,7 +132,7 @@ def find_candidates(model: nn.Module) -> dict[str, Candidate]:
         if is_linear_kind(module):
             candidates[name] = Candidate(
                 size=sum(p.numel() for p in module._parameters.values() if p is not None),
-                why_not=why_not_plain(module),
+                why_not=why_not_plain(module) or _why_not_empty(module),
                 hint=hints.get(id(module)) or _hint_by_name(name),
             )
         for fused in find_fused_experts(module):
@@ -144,6 +144,10 @@ def _experts(stack: str, fused: FusedExperts) -> dict[str, Candidate]:
     experts = len(fused.parameter)
     candidate = Candidate(fused.parameter.numel() // max(1, experts), stack, fused.why_not())
     return {f"{stack}.{number}": candidate for number in range(experts)}
+
+
+def _why_not_empty(module: nn.Module) -> str | None:
+    return None if linear_parts(module).weight.numel() else "it has no weights"
 
 
 def _hint_by_name(name: str) -> str | None:
