@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qkernels.checkpoints.compressed_tensors import COMPRESSED_TENSORS
@@ -67,6 +68,28 @@ def check_holds(format: str, weights: Mapping[str, WeightKind]) -> Format:
                 f"{name} is {weight.scheme}, and {format} {reason}; formats that hold it: {able}"
             )
     return row
+
+
+def first_holding(weights: Mapping[str, WeightKind]) -> str:
+    """The name of the first format of the table that is written and holds all weights."""
+    return next(
+        name
+        for name, row in FORMATS.items()
+        if row.writes and all(row.why_not(weight) is None for weight in weights.values())
+    )
+
+
+def check_planned(format: str, layers: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> None:
+    """Raises CheckpointError where `format` will not hold a layer of this scheme and shape (N, K),
+    naming it.
+
+    What a method finds out on its way, such as an order of columns, is not known yet.
+    """
+    kinds = {
+        name: replace(WeightKind.of_scheme(scheme), shape=shape)
+        for name, (scheme, shape) in layers.items()
+    }
+    check_holds(format, kinds)
 
 
 def check_scheme(format: str, scheme: QuantScheme) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import nn
 
 from qkernels import rounding
+from qkernels.checkpoints import check_planned, mark_quantized
 from qkernels.errors import LayerError, SchemeError
 from qkernels.modules.awq import _AwqLinear
 from qkernels.modules.linear import WQLinear
@@ -41,6 +42,7 @@ def quantize_model(
     backend: str | None = None,
     check_kernels: bool = True,
     resume: str | Path | None = None,
+    format: str | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Replaces the `nn.Linear` layers of `model`, in place, by `WQLinear`.
@@ -62,6 +64,8 @@ def quantize_model(
         resume: a folder, empty or of an interrupted run with the same arguments. Each block is
             stored there when it is finished, and taken from there by the next run, whose result is
             the same bit for bit. It may be removed afterwards.
+        format: the format that the model will be saved in; what that does not hold is refused
+            before the first layer is quantized.
         progress: called as progress(done, total, layer name).
 
     Returns:
@@ -72,7 +76,8 @@ def quantize_model(
         LayerError: where nothing is left to quantize, a pattern matches no layer, a layer is
             quantized already, or calibration is missing.
         SchemeError, WeightError, NoKernelError: naming the layer.
-        CheckpointError: for a `resume` folder of another run.
+        CheckpointError: for a `resume` folder of another run, or layers that `format` does not
+            hold.
 
     The model is unchanged where anything is raised, an interrupt included.
     """
@@ -86,6 +91,8 @@ def quantize_model(
     report = QuantizationReport(str(recipe))
     schemes = _plan(model, default, include, exclude, parsed, report)
     _check_methods(recipe, schemes, calibrated=calibration is not None)
+    if format is not None:
+        check_planned(format, _sizes(model, schemes))
     for name in schemes:
         weight = cast(nn.Linear, model.get_submodule(name)).weight
         rounding.check_weight(weight.detach(), f"{name}.weight")
@@ -97,7 +104,18 @@ def quantize_model(
     outcome = drive(model, plan, progress or (lambda done, total, name: None), folder)
     report.layers.extend(outcome.layers[name] for name in schemes)
     report.unreached.update(outcome.unreached)
+    mark_quantized(model)
     return replace(report, whole_model=outcome.whole_model)
+
+
+def _sizes(
+    model: nn.Module, schemes: Mapping[str, QuantScheme]
+) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
+    layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in schemes}
+    return {
+        name: (schemes[name], (layer.out_features, layer.in_features))
+        for name, layer in layers.items()
+    }
 
 
 def _open_folder(folder: str | Path, model: nn.Module, plan: Plan) -> ResumeFolder:
