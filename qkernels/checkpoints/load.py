@@ -16,6 +16,7 @@ from qkernels.checkpoints.dense import Place, dense_places, replace_tensor
 from qkernels.checkpoints.empty import empty_model
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.memory import give_back_free_pages
+from qkernels.checkpoints.pretrained import mark_quantized
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import fused_experts, unfuse
 from qkernels.modules.kinds import is_plain_linear, linear_parts
@@ -81,6 +82,7 @@ def load_model(
         transformers = importlib.import_module("transformers")
         with as_checkpoint_error(path, "cannot be read"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    mark_quantized(model)
     return model.to(device).eval()
 
 

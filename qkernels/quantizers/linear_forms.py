@@ -51,6 +51,13 @@ class LinearForms:
         self._undo.append(restore)
         self._stacks.append((experts, restore))
 
+    def instead_of(self, name: str) -> str | None:
+        """What a layer was before, where it was no nn.Linear: see `checkpoints.WeightKind`."""
+        if is_conv1d(self._before[name]):
+            return "a Conv1D"
+        holder = self._model.get_submodule(name.rpartition(".")[0])
+        return "an expert of a fused parameter" if isinstance(holder, WQExperts) else None
+
     def undo(self) -> None:
         """Makes the model what it was, where its layers are those that were made here."""
         for name, before in self._before.items():

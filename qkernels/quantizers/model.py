@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
 from qkernels import rounding
+from qkernels.checkpoints import mark_quantized
+from qkernels.checkpoints.format import WeightKind
+from qkernels.checkpoints.table import check_holds
 from qkernels.errors import LayerError, SchemeError
 from qkernels.modules.kinds import become, is_plain_linear
 from qkernels.quantizers.driver import Plan, Progress, drive
@@ -37,6 +41,7 @@ def quantize_model(
     backend: str | None = None,
     check_kernels: bool = True,
     resume: str | Path | None = None,
+    format: str | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Replaces the linear layers of `model`, in place, by `WQLinear`.
@@ -65,6 +70,8 @@ def quantize_model(
         resume: a folder, empty or of an interrupted run with the same arguments. Each block is
             stored there when it is finished, and taken from there by the next run, whose result is
             the same bit for bit. It may be removed afterwards.
+        format: the format that the model will be saved in; what that does not hold is refused
+            before the first layer is quantized.
         progress: called as progress(done, total, layer name).
 
     Returns:
@@ -75,7 +82,8 @@ def quantize_model(
         LayerError: where nothing is left to quantize, a pattern matches no layer, a layer is
             quantized already, or calibration is missing.
         SchemeError, WeightError, NoKernelError: naming the layer.
-        CheckpointError: for a `resume` folder of another run.
+        CheckpointError: for a `resume` folder of another run, or layers that `format` does not
+            hold.
 
     The model is unchanged where anything is raised, an interrupt included.
     """
@@ -100,6 +108,7 @@ def quantize_model(
             backend=backend,
             check_kernels=check_kernels,
             resume=resume,
+            format=format,
             progress=progress,
         )
         become(model, holder[0])
@@ -112,6 +121,8 @@ def quantize_model(
     plan = Plan(recipe, layers.schemes, batches, backend, check_kernels)
     forms = LinearForms(model, plan.schemes)
     try:
+        if format is not None:
+            check_holds(format, _kinds(model, plan.schemes, forms))
         for name in plan.schemes:
             weight = cast(nn.Linear, model.get_submodule(name)).weight
             rounding.check_weight(weight.detach(), f"{name}.weight")
@@ -121,6 +132,7 @@ def quantize_model(
         forms.undo()
         raise
     forms.finish()
+    mark_quantized(model)
     return QuantizationReport(
         str(recipe),
         layers=[outcome.layers[name] for name in plan.schemes],
@@ -129,6 +141,21 @@ def quantize_model(
         unreached=outcome.unreached,
         whole_model=outcome.whole_model,
     )
+
+
+def _kinds(
+    model: nn.Module, schemes: Mapping[str, QuantScheme], forms: LinearForms
+) -> dict[str, WeightKind]:
+    """What is known of the layers before they are quantized."""
+    layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in schemes}
+    return {
+        name: replace(
+            WeightKind.of_scheme(schemes[name]),
+            shape=(layer.out_features, layer.in_features),
+            instead_of=forms.instead_of(name),
+        )
+        for name, layer in layers.items()
+    }
 
 
 def _open_folder(folder: str | Path, model: nn.Module, plan: Plan) -> ResumeFolder:
