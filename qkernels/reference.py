@@ -179,14 +179,14 @@ def linear(
         row_scale = scale[:, None]
     y = torch.empty(x.shape[0], packed.n, dtype=x.dtype, device=x.device)
     parameters = packed.parameters()
-    # Adjacent rows, so that the same numbers give the same bits wherever they lie.
-    left = (x if row_scale is None else quantized).float().contiguous()
+    left = (x if row_scale is None else quantized).float()
     for start, stop in row_slices(packed.n, packed.k):
         weight = parameters.dequantize_rows(packed.codes(start, stop), start).t()
         if batch_invariant:
             part = torch.empty(x.shape[0], stop - start, dtype=torch.float32, device=x.device)
             for i in range(x.shape[0]):
-                part[i] = left[i] @ weight
+                # A copy: products round a row differently where it begins elsewhere in memory.
+                part[i] = left[i].clone(memory_format=torch.contiguous_format) @ weight
         else:
             part = left @ weight
         if row_scale is not None:

@@ -67,7 +67,8 @@ def test_a_layer_takes_x_and_gradients_of_all_strides(data, m, k, backend):
     x = data.draw(views((m, k), lambda count: torch.randn(count).to(dtype)))
     y = layer(x)
     assert y.shape == (m, n) and y.dtype == dtype
-    assert torch.equal(y, layer(same_rows(x)))
+    if backend != "reference":  # the products of torch, whose sums depend on strides
+        assert torch.equal(y, layer(same_rows(x)))
     if m:
         assert truth.error(y, truth.product(weight, same_rows(x))) <= FROBENIUS_BOUND[dtype]
     given_x = same_rows(x).requires_grad_()

@@ -1,6 +1,5 @@
 """Tensors that lie in memory in every way: transposed, apart, on top of each other, or nowhere."""
 
-import torch
 from hypothesis import strategies as st
 
 
