@@ -61,9 +61,9 @@ def test_groups_that_do_not_divide_k_are_refused_where_they_cannot_be_read(forma
     if format == "compressed-tensors":
         with pytest.raises(CheckpointError, match=r"up is .*; formats that hold it: qkernels"):
             check_holds(format, kinds)
+        planned = replace(WeightKind.of_scheme(weights["up"].scheme), shape=weights["up"].shape)
         with pytest.raises(CheckpointError, match=r"up is .*; formats that hold it: qkernels"):
-            planned = WeightKind.of_scheme(weights["up"].scheme)
-            check_holds(format, {"up": replace(planned, shape=weights["up"].shape)})
+            check_holds(format, {"up": planned})
         return
     read = read_weights(write_layers(tmp_path / "out", format, weights))
     assert same_weight(read["up"], weights["up"])
