@@ -58,7 +58,7 @@ def inspect(
     every: Annotated[
         bool, typer.Option("--all", help="A row for every layer, not one for all like it.")
     ] = False,
-    dtype: models.PrecisionOption = models.Precision.bf16,
+    dtype: models.StoredPrecisionOption = None,
 ) -> None:
     """List the linear layers of a model: schemes, shapes, bits per weight and sizes."""
     network, _ = models.load(path, dtype, "cpu", tokenizer=False)
