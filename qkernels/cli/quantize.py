@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -188,6 +189,19 @@ def check_output(out: Path, model: Path, force: bool) -> None:
         raise QuantizationError(f"{out} holds the model to quantize: choose another output")
 
 
+def _left_alone(report: qk.QuantizationReport) -> list[tuple[str, str]]:
+    """Names and reasons, those alike in one line: "blocks.*.router (24 of them)"."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, reason in report.skipped.items():
+        alike.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)
+    lines = []
+    for (pattern, reason), names in alike.items():
+        share = sum(report.shares[name] for name in names)
+        label = names[0] if len(names) == 1 else f"{pattern} ({len(names)} of them)"
+        lines.append((f"{label}, {share:.1%} of the parameters", reason))
+    return lines or [("nothing", "every parameter is a linear layer's or small")]
+
+
 def print_report(report: qk.QuantizationReport, dense_bytes: int, out: Path) -> None:
     """Prints what was done to the layers, whose weights had `dense_bytes` before."""
     layers = report.layers
@@ -198,7 +212,8 @@ def print_report(report: qk.QuantizationReport, dense_bytes: int, out: Path) -> 
     rows.add_row("written to", str(out))
     rows.add_row("quantized layers", f"{len(layers)} ({', '.join(schemes)})")
     rows.add_row("method", report.method)
-    rows.add_row("left alone", ", ".join(report.skipped) or "none")
+    for name, reason in _left_alone(report):
+        rows.add_row("left alone", f"{name}: {reason}")
     size = models.mebibytes(report.weight_bytes)
     rows.add_row("their weights", f"{size}, before {models.mebibytes(dense_bytes)}")
     rows.add_row("bits per weight", f"{report.bits_per_weight:.3f}")
