@@ -23,12 +23,14 @@ class WeightKind:
         fields: the names of all hub fields that it has.
         shape: (N, K), or None where it is not known yet.
         real_zeros: its zero points are floating numbers.
+        negative_scales: some of its scales are below zero.
     """
 
     scheme: QuantScheme
     fields: frozenset[str]
     shape: tuple[int, int] | None = None
     real_zeros: bool = False
+    negative_scales: bool = False
 
     @classmethod
     def of_scheme(cls, scheme: QuantScheme) -> WeightKind:
@@ -37,12 +39,13 @@ class WeightKind:
 
     @classmethod
     def of(cls, weight: WeightParameters) -> WeightKind:
-        zeros = weight.fields.get("zeros")
+        zeros, scales = weight.fields.get("zeros"), weight.fields["scales"]
         return cls(
             weight.scheme,
             frozenset(weight.fields),
             (weight.n, weight.k),
             zeros is not None and zeros.is_floating_point(),
+            not scales.is_meta and bool((scales < 0).any()),
         )
 
 
