@@ -130,7 +130,7 @@ def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]
 
 
 def _check_shapes(checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
-    for name in set(checkpoint.dense) & set(places):
+    for name in (name for name in checkpoint.dense if name in places):
         wanted, stored = places[name].tensor, checkpoint.store.shape(name)
         if tuple(wanted.shape) != stored:
             raise CheckpointError(
