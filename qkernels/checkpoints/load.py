@@ -26,6 +26,10 @@ from qkernels.weight import QuantizedWeight
 UNUSED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
 """Tensors that some versions of Transformers store and others compute: they change nothing."""
 
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OTHER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Types that may take each other's place in a file."""
+
 
 def load_model(
     folder: str | Path,
@@ -50,7 +54,9 @@ def load_model(
     """
     device = torch.device(device)
     checkpoint = open_checkpoint(folder)
-    model, own = empty_model(checkpoint, dtype)
+    model, own = empty_model(
+        checkpoint, dtype, lambda model: _check_shapes(checkpoint, dense_places(model))
+    )
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor if dtype is None or tensor.dtype != own else tensor.to(dtype)
@@ -120,7 +126,7 @@ def _find_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Modu
 
 def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
     """Each tensor of the folder has a place, each place a tensor, and of the same shape."""
-    store, dense = checkpoint.store, set(checkpoint.dense)
+    dense = set(checkpoint.dense)
     # The code of the model says that it computes these itself.
     computed = tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
     unexpected = [
@@ -137,12 +143,22 @@ def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]
             f"{checkpoint.folder} does not fit the model: missing {missing[:3]}, "
             f"unexpected {unexpected[:3]}"
         )
-    for name in dense & set(places):
-        wanted, stored = tuple(places[name].tensor.shape), store.shape(name)
-        if wanted != stored:
+    _check_shapes(checkpoint, places)
+
+
+def _check_shapes(checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
+    for name in (name for name in checkpoint.dense if name in places):
+        wanted, stored = places[name].tensor, checkpoint.store.shape(name)
+        if tuple(wanted.shape) != stored:
             raise CheckpointError(
-                f"{checkpoint.folder}: {name} is {list(stored)} in the file and {list(wanted)} in "
-                "the model's config"
+                f"{checkpoint.folder}: {name} is {list(stored)} in the file and "
+                f"{list(wanted.shape)} in the model's config"
+            )
+        dtype = checkpoint.store.dtype(name)
+        if dtype not in (_FLOATING if wanted.is_floating_point() else _OTHER):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is {dtype} in the file, and in the "
+                f"model {wanted.dtype}"
             )
 
 

@@ -91,8 +91,8 @@ def _load(
     from qkernels.scheme import QuantScheme
 
     parsed = None if scheme is None else QuantScheme.parse(scheme)
+    require_causal(path)
     network, tokenizer = models.load(path, dtype, device, dense=parsed is not None)
-    require_causal(network, path)
     if parsed is not None:
         models.quantize_with_bar(network, parsed)
     return network, tokenizer

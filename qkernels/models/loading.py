@@ -108,13 +108,25 @@ def has_tokenizer(path: str | Path) -> bool:
     return gguf_file is not None or any((folder / name).exists() for name in _TOKENIZER_FILES)
 
 
-def require_causal(model: Any, path: str | Path) -> None:
-    """Raises CheckpointError unless the model of `path` predicts the next token of a text."""
-    config = getattr(model, "config", None)
-    if not model.can_generate() or getattr(config, "is_encoder_decoder", False):
+def require_causal(path: str | Path) -> None:
+    """Raises CheckpointError where the model at `path` does not predict the next token of a text.
+
+    Reads its config alone.
+    """
+    folder, gguf_file = _locate(Path(path))
+    _require_packages(gguf=False)
+    kind = None if gguf_file is not None else _model_class(folder)
+    if kind is None:
+        # It will be loaded as a causal language model or not at all.
+        return
+    from transformers import AutoConfig
+
+    with as_checkpoint_error(path, _DAMAGED):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if not kind.can_generate() or getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(
-            f"{path} holds a {type(model).__name__}, which does not continue a text: this needs a "
-            "causal language model"
+            f"{path} holds a {kind.__name__}, which does not continue a text: this needs a causal "
+            "language model"
         )
 
 
@@ -177,7 +189,7 @@ def _tokenizer(folder: Path, gguf_file: str | None) -> Any:
     return tokenizer
 
 
-def _model_class(folder: Path) -> type | None:
+def _model_class(folder: Path) -> Any:
     """The class of Transformers that a folder's config.json names, or None."""
     import transformers
 

@@ -312,6 +312,30 @@ DAMAGES = {
         put("model.norm.weight", torch.ones(63)),
         r"model.norm.weight is \[63\] in the file and \[64\] in the model's config",
     ),
+    "norm of integers": (
+        put("model.norm.weight", torch.ones(64, dtype=torch.int32)),
+        r"model.norm.weight is torch.int32 in the file, and in the model torch.float32",
+    ),
+    "norm of 8 bits": (
+        put("model.norm.weight", torch.ones(64).to(torch.float8_e4m3fn)),
+        r"model.norm.weight is torch.float8_e4m3fn in the file",
+    ),
+    "negative scale": (
+        put(UP + ".weight_scale", -torch.ones(96, 2).half()),
+        r"up_proj.weight_scale is negative, which the format has no use for",
+    ),
+    "layers without end": (
+        change(num_hidden_layers=10**30),
+        r"config.json says num_hidden_layers=10+, and the files hold 59 tensors",
+    ),
+    "layers too many": (
+        change(num_hidden_layers=999),
+        "a model with more than 1236 parameters, many more than the files hold",
+    ),
+    "words without end": (
+        change(vocab_size=10**15),
+        r"(embed_tokens|lm_head).weight is \[128, 64\] in the file and \[10+, 64\]",
+    ),
     "bias gone": (
         drop(LAYER + "self_attn.q_proj.bias"),
         "q_proj has a bias in the model, and none in the file",
@@ -367,6 +391,51 @@ def test_what_changes_nothing_is_passed_over(saved):
         saved
     )
     assert torch.equal(logits(qk.load_model(saved)), want)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_scales_of_zero_are_weights_of_zero(tmp_path, format):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32", overrides={"*.down_proj": "w8a8"})
+    for name in (UP, LAYER + "mlp.down_proj"):
+        weight = model.get_submodule(name).to_weight()
+        scales = weight.scales.clone()
+        scales[3] = 0
+        model.set_submodule(name, qk.WQLinear.from_weight(weight.replace(scales=scales)))
+    qk.save_model(model, tmp_path / "out", format=format)
+    loaded = qk.load_model(tmp_path / "out")
+    assert not loaded.get_submodule(UP).dequantize()[3].any()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_our_own_format_holds_negative_scales(tmp_path):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    weight = model.get_submodule(UP).to_weight()
+    weight = weight.replace(scales=-weight.scales)
+    model.set_submodule(UP, qk.WQLinear.from_weight(weight))
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
+    with pytest.raises(CheckpointError, match=f"{UP} is .*-tensors has no negative scales"):
+        qk.save_model(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_buffers_without_end_are_refused(tmp_path, monkeypatch):
+    class LongLlama(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            mask = torch.zeros(config.max_position_embeddings, dtype=torch.bool)
+            self.register_buffer("mask", mask, persistent=False)
+
+    monkeypatch.setattr(transformers, "LongLlama", LongLlama, raising=False)
+    model = LongLlama(tiny_model().config)
+    qk.quantize_model(model, scheme="w4a16-g32")
+    qk.save_model(model, tmp_path / "out")
+    assert qk.load_model(tmp_path / "out").mask.shape == (2048,)
+    edit_config(tmp_path / "out", lambda config: config.update(max_position_embeddings=10**14))
+    with pytest.raises(CheckpointError, match=r"asks for 1.00e\+14 bytes that the model computes"):
+        qk.load_model(tmp_path / "out")
 
 
 def test_the_old_name_of_the_section_counts(saved):
