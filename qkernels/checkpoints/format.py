@@ -45,9 +45,9 @@ class WeightKind:
         return cls(
             weight.scheme,
             frozenset(weight.fields),
-            (weight.n, weight.k),
-            zeros is not None and zeros.is_floating_point(),
-            not scales.is_meta and bool((scales < 0).any()),
+            shape=(weight.n, weight.k),
+            real_zeros=zeros is not None and zeros.is_floating_point(),
+            negative_scales=not scales.is_meta and bool((scales < 0).any()),
         )
 
 
