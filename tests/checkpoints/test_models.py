@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import stat
 
 import pytest
@@ -503,6 +504,32 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_written(saved, tmp_path):
     with pytest.raises(CheckpointError, match="max_shard_size 'big'"):
         qk.save_model(model, tmp_path / "x", format="qkernels", max_shard_size="big")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("most", [100, 5000, 20_000])
+def test_a_limit_on_files_leaves_nothing_and_the_model_can_be_saved_again(tmp_path, most):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*File too large"):
+            qk.save_model(model, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    qk.save_model(model, tmp_path / "out")
+    assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
+
+
+def test_a_place_where_no_folder_can_be_is_named(tmp_path):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        CheckpointError, match=r"file/out cannot be written: (Not a directory|File exists)"
+    ):
+        qk.save_model(model, tmp_path / "file" / "out")
 
 
 def test_an_error_while_saving_leaves_no_folder_and_the_model_as_it_was(tmp_path, monkeypatch):
