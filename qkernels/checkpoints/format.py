@@ -45,7 +45,7 @@ class WeightKind:
         return cls(
             weight.scheme,
             frozenset(weight.fields),
-            (weight.n, weight.k),
+            shape=(weight.n, weight.k),
             real_zeros=zeros is not None and zeros.is_floating_point(),
             negative_scales=not scales.is_meta and bool((scales < 0).any()),
         )

@@ -17,6 +17,7 @@ from qkernels.checkpoints.empty import empty_model
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.checkpoints.pretrained import mark_quantized
+from qkernels.checkpoints.ties import tie_beside_head
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import fused_experts, unfuse
 from qkernels.modules.kinds import is_plain_linear, linear_parts
@@ -67,6 +68,7 @@ def load_model(
     places = {n: place for n, place in dense_places(model).items() if place.module not in replaced}
     # Whatever can be wrong without the tensors' data is checked before they are read.
     _check_names(model, checkpoint, places)
+    made: dict[int, WQLinear] = {}
     for name, linear in linears.items():
         weight = checkpoint.read(name)
         _check_layer(checkpoint, name, linear, weight)
@@ -77,12 +79,17 @@ def load_model(
             weight, device=device, check_kernels=check_kernels, dtype=parts.weight.dtype
         )
         layer.transposed = parts.transposed
-        model.set_submodule(name, layer)
-        del weight
+        # One layer under several names stays one.
+        first = made.setdefault(id(linear), layer)
+        if first is not layer:
+            _check_same(checkpoint, name, layer, first)
+        model.set_submodule(name, first)
+        del weight, layer
         give_back_free_pages()
     for names in _tied(places).values():
         tied = {name: places[name] for name in names}
         _fill(tied, checkpoint, lambda tensor: cast(tensor).to(device))
+    tie_beside_head(model, places, set(linears))
     path = checkpoint.folder / "generation_config.json"
     if path.is_file():
         transformers = importlib.import_module("transformers")
@@ -192,6 +199,15 @@ def _check_layer(
     if (parts.bias is None) != (weight.bias is None):
         there, not_there = ("model", "file") if weight.bias is None else ("file", "model")
         raise CheckpointError(f"{where} has a bias in the {there}, and none in the {not_there}")
+
+
+def _check_same(checkpoint: Checkpoint, name: str, layer: WQLinear, first: WQLinear) -> None:
+    held, wanted = layer.state_dict(), first.state_dict()
+    if held.keys() != wanted.keys() or not all(torch.equal(held[n], wanted[n]) for n in held):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} is one layer with another by the model's code, and "
+            "differs from it in the file"
+        )
 
 
 def _fill(

@@ -118,6 +118,11 @@ class SavePlan:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor to store, by its name, one layer at a time."""
+        with as_loaded(self.model) as changed:
+            for name, tensor in self._tensors():
+                yield name, tensor.clone() if changed else tensor
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         assert self.row.write_layer is not None
         for name, layer in self.layers.items():
             for part, tensor in self.row.write_layer(layer.to_weight()).items():
@@ -130,6 +135,25 @@ class SavePlan:
             if self.untied or key not in seen:
                 seen.add(key)
                 yield name, place.tensor
+
+
+@contextlib.contextmanager
+def as_loaded(model: nn.Module) -> Iterator[bool]:
+    """Within, weights are as a model has them that was just loaded; gives whether that changes any.
+
+    RWKV in Transformers divides some in place when it first runs for inference, and would divide
+    them again.
+    """
+    scaled: list[Any] = [m for m in model.modules() if getattr(m, "layers_are_rescaled", False)]
+    for module in scaled:
+        training, module.training = module.training, True
+        module._rescale_layers()
+        module.training = training
+    try:
+        yield bool(scaled)
+    finally:
+        for module in scaled:
+            module._rescale_layers()
 
 
 def quantized_layers(model: nn.Module) -> dict[str, WQLinear]:

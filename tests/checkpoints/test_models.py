@@ -146,7 +146,52 @@ def test_one_embedding_under_several_names(tmp_path, head):
     loaded = qk.load_model(tmp_path / "out")
     assert torch.equal(logits(loaded, decoder_input_ids=TOKENS), want)
     shared = loaded.model.shared.weight
-    assert (loaded.model.encoder.embed_tokens.weight is shared) == (head is None)
+    # Beside a quantized head as well, where the config cannot say so.
+    assert loaded.model.encoder.embed_tokens.weight is shared
+    assert loaded.model.decoder.embed_tokens.weight is shared
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "nf4-g32"])
+def test_weights_that_a_model_divides_in_place_are_saved_as_they_were(scheme, tmp_path):
+    config = transformers.RwkvConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=3, rescale_every=1, context_length=32
+    )
+    model = transformers.RwkvForCausalLM(config).eval()
+    dense = logits(model)
+    assert model.rwkv.layers_are_rescaled
+    exclude = ["rwkv.blocks.1.*"]
+    qk.quantize_model(model, scheme=scheme, exclude=exclude)
+    want = logits(model)
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    assert torch.equal(logits(model), want) and (want - dense).norm() / dense.norm() < 0.5
+    loaded = qk.load_model(tmp_path / "out")
+    assert not loaded.rwkv.layers_are_rescaled
+    assert torch.equal(logits(loaded), want) and loaded.rwkv.layers_are_rescaled
+    model.save_pretrained(tmp_path / "by transformers")
+    assert torch.equal(logits(qk.load_model(tmp_path / "by transformers")), want)
+
+
+def test_a_layer_under_two_names_stays_one(tmp_path, monkeypatch):
+    class SharedLlama(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[1].mlp.up_proj = self.model.layers[0].mlp.up_proj
+
+    monkeypatch.setattr(transformers, "SharedLlama", SharedLlama, raising=False)
+    model = SharedLlama(tiny_model().config).eval()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    want = logits(model)
+    qk.save_model(model, tmp_path / "out")
+    loaded = qk.load_model(tmp_path / "out")
+    assert torch.equal(logits(loaded), want)
+    assert loaded.model.layers[1].mlp.up_proj is loaded.model.layers[0].mlp.up_proj
+
+    def another(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight_scale"] *= 2
+
+    edit_tensors(tmp_path / "out", another)
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.up_proj is one layer with another"):
+        qk.load_model(tmp_path / "out")
 
 
 def test_buffers_that_are_not_saved_are_those_of_a_new_model(tmp_path):
