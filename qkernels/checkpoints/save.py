@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.atomic import new_folder
 from qkernels.checkpoints.dense import dense_places
 from qkernels.checkpoints.format import Format, WeightKind
@@ -183,6 +184,12 @@ def _config_text(model: Any, plan: SavePlan) -> str:
         for section in tying_sections(config):
             section["tie_word_embeddings"] = False
     config["quantization_config"] = plan.quantization_config()
+    # As Transformers does, which may have been told another type when the model was made.
+    config["dtype"] = model.dtype
+    config.pop(layer_types.KEY, None)
+    others = layer_types.written(plan.layers, model.dtype)
+    if others:
+        config[layer_types.KEY] = others
     config["architectures"] = [type(model).__name__]
     text = json.dumps(config, indent=2, default=lambda value: str(value).removeprefix("torch."))
     return text + "\n"

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import stat
 
 import pytest
@@ -216,6 +217,36 @@ def test_buffers_that_are_not_saved_are_those_of_a_new_model(tmp_path):
         assert loaded.config.dtype == (dtype or torch.bfloat16)
 
 
+@pytest.mark.parametrize("way", ["compressed-tensors", "qkernels", "save_pretrained"])
+def test_layers_keep_the_types_that_they_stand_for(tmp_path, way):
+    # In fp16 T5 keeps a layer in fp32, and takes its inputs to that type.
+    config = transformers.T5Config(
+        d_model=64, d_ff=96, num_layers=1, num_heads=4, d_kv=16, vocab_size=128
+    )
+    dense = transformers.T5ForConditionalGeneration(config)
+    dense.save_pretrained(tmp_path / "dense")
+    model = transformers.T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "dense", dtype=torch.float16
+    )
+    qk.quantize_model(model, scheme="w8a16")
+    want = logits(model, decoder_input_ids=TOKENS)
+    if way == "save_pretrained":
+        model.save_pretrained(tmp_path / "out")
+    else:
+        qk.save_model(model, tmp_path / "out", format=way)
+    types = config_of(tmp_path / "out")["qkernels_layer_dtypes"]
+    assert list(types) == ["float32"] and all(name.endswith(".wo") for name in types["float32"])
+    for _ in range(2):
+        loaded = qk.load_model(tmp_path / "out")
+        for name, layer in loaded.named_modules():
+            if isinstance(layer, qk.WQLinear):
+                assert layer.dtype == (torch.float32 if name.endswith("wo") else torch.float16)
+        assert torch.equal(logits(loaded, decoder_input_ids=TOKENS), want)
+        shutil.rmtree(tmp_path / "out")
+        qk.save_model(loaded, tmp_path / "out")
+        assert config_of(tmp_path / "out")["qkernels_layer_dtypes"] == types
+
+
 class OddLlama(transformers.LlamaForCausalLM):
     """A model with a buffer that is made of a parameter's values when it is built."""
 
@@ -382,6 +413,15 @@ DAMAGES = {
         change(vocab_size=10**15),
         r"(embed_tokens|lm_head).weight is \[128, 64\] in the file and \[10+, 64\]",
     ),
+    "type of no layer": (
+        change(qkernels_layer_dtypes={"float32": ["model.norm"]}),
+        "qkernels_layer_dtypes names 'model.norm', which is no quantized layer",
+    ),
+    "type that is none": (
+        change(qkernels_layer_dtypes={"int8": [UP]}),
+        "qkernels_layer_dtypes names 'int8', which is not one of float16",
+    ),
+    "types a list": (change(qkernels_layer_dtypes=[UP]), "qkernels_layer_dtypes must be an obj"),
     "bias gone": (
         drop(LAYER + "self_attn.q_proj.bias"),
         "q_proj has a bias in the model, and none in the file",
