@@ -94,18 +94,42 @@ def test_the_package_that_defines_the_format_reads_it():
     assert torch.equal(codes.int() + 8, weight.codes.int())
 
 
-def test_a_quantized_head_is_tied_to_nothing(tmp_path):
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_quantized_head_is_tied_to_nothing(tmp_path, format):
     model = tiny_model()
     qk.quantize_model(model, scheme="w4a16-g32", overrides={"lm_head": "w8a16"})
-    qk.save_model(model, tmp_path / "out")
-    assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
+    qk.save_model(model, tmp_path / "out", format=format)
+    # Readers of compressed-tensors would make the head the embedding again.
+    tied = format == "qkernels"
+    assert config_of(tmp_path / "out")["tie_word_embeddings"] is tied
     assert model.config.tie_word_embeddings is True
     loaded = qk.load_model(tmp_path / "out")
-    assert isinstance(loaded.lm_head, qk.WQLinear)
+    assert isinstance(loaded.lm_head, qk.WQLinear) and loaded.config.tie_word_embeddings is tied
     assert torch.equal(logits(loaded), logits(model))
     # qkernels 0.1.0 left the config as it was.
     edit_config(tmp_path / "out", lambda config: config.update(tie_word_embeddings=True))
     assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
+
+
+def test_code_that_asks_whether_embeddings_are_tied_hears_what_it_heard(tmp_path):
+    """T5's relatives scale what goes into the head where they are."""
+    config = transformers.UMT5Config(
+        vocab_size=128,
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=1,
+        num_heads=4,
+        tie_word_embeddings=True,
+        decoder_start_token_id=0,
+    )
+    model = transformers.UMT5ForConditionalGeneration(config).eval()
+    qk.quantize_model(model, scheme="w8a16", overrides={"lm_head": "w8a16"})
+    want = logits(model, decoder_input_ids=TOKENS)
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    assert torch.equal(logits(qk.load_model(tmp_path / "out"), decoder_input_ids=TOKENS), want)
+    with pytest.raises(CheckpointError, match="computes something else where embeddings are not"):
+        qk.save_model(model, tmp_path / "other")
 
 
 def test_what_a_model_says_it_does_not_use_is_passed_over(tmp_path, monkeypatch):
@@ -123,8 +147,9 @@ def test_what_a_model_says_it_does_not_use_is_passed_over(tmp_path, monkeypatch)
     assert len(qk.load_model(tmp_path / "out").model.layers) == 1
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("head", [None, "w8a16"])
-def test_one_embedding_under_several_names(tmp_path, head):
+def test_one_embedding_under_several_names(tmp_path, head, format):
     config = transformers.BartConfig(
         vocab_size=128,
         d_model=64,
@@ -140,10 +165,10 @@ def test_one_embedding_under_several_names(tmp_path, head):
     model.final_logits_bias += 1
     qk.quantize_model(model, scheme="w8a16", overrides={"lm_head": head})
     want = logits(model, decoder_input_ids=TOKENS)
-    qk.save_model(model, tmp_path / "out", format="qkernels")
+    qk.save_model(model, tmp_path / "out", format=format)
     names = load_file(tmp_path / "out" / "model.safetensors")
     stored = [name for name in names if "embed_tokens" in name]
-    assert len(stored) == (2 if head else 0)
+    assert len(stored) == (2 if head and format != "qkernels" else 0)
     loaded = qk.load_model(tmp_path / "out")
     assert torch.equal(logits(loaded, decoder_input_ids=TOKENS), want)
     shared = loaded.model.shared.weight
