@@ -184,6 +184,14 @@ class CpuRoute final : public Route {
       weight.zeros = buffers.zeros->const_data_ptr();
       weight.zero_type = group_type("zeros", buffers.zeros->scalar_type());
     }
+    if (buffers.offsets != nullptr) {
+      require(!integers_ && !schedule_.tiles && buffers.zeros != nullptr,
+              "offsets go with zeros, and with products of floats without tiles");
+      check("offsets", *buffers.offsets, at::kCPU, {panels, groups, cpu::kLanes});
+      weight.offsets = buffers.offsets->const_data_ptr();
+      weight.offset_type = group_type("offsets", buffers.offsets->scalar_type());
+      require(weight.offset_type != cpu::GroupType::kUint8, "offsets must be floats");
+    }
     if (buffers.channel_scales != nullptr) {
       check("channel_scales", *buffers.channel_scales, at::kCPU, {weight.n}, at::kFloat);
       weight.channel_scales = buffers.channel_scales->const_data_ptr<float>();
