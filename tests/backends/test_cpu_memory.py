@@ -15,7 +15,7 @@ import torch
 import qkernels as qk
 
 torch.set_num_threads(3)
-N, K, M = 16, 1 << 18, 8
+N, K, M = 16, 1 << 20, 8
 scheme = sys.argv[1]
 scale = 0.02 if scheme.endswith("static") else None
 layer = qk.WQLinear.from_linear(torch.nn.Linear(K, N), scheme, activation_scale=scale)
@@ -27,7 +27,7 @@ failures = 0
 results = {}
 for name, call in calls.items():
     for step in range(400):
-        resource.setrlimit(resource.RLIMIT_AS, (used + (step << 17), resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (used + (step << 20), resource.RLIM_INFINITY))
         try:
             results[name] = call()
             break
@@ -43,7 +43,7 @@ print(failures)
 
 @pytest.mark.skipif(compiled.extension() is None, reason="needs the compiled part")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("text", ["w8a8", "w8a8-tensor", "w8a8-static", "w4a16-g128", "w4a8-g64"])
+@pytest.mark.parametrize("text", ["w8a8", "w8a8-static", "w4a16-g128", "w4a8-g64"])
 def test_too_little_memory_is_an_error(text):
     done = subprocess.run([sys.executable, "-c", SCRIPT, text], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
