@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <string>
 
 #include "bindings/cpu/cpu.h"
@@ -94,7 +95,12 @@ class CpuRoute final : public Route {
     require(call.x.device().is_cpu(), "x must be on the CPU, got ", call.x.device());
     require(call.x.size(-1) == preparation_.k, "x must have shape [..., ", preparation_.k,
             "], got ", call.x.sizes());
-    return integers_ ? integers(call) : floats(call);
+    try {
+      return integers_ ? integers(call) : floats(call);
+    } catch (const std::bad_alloc&) {
+      TORCH_CHECK_WITH(OutOfMemoryError, false, "no memory for the work of ", torch_pool().threads,
+                       " threads on x of shape ", call.x.sizes());
+    }
   }
 
   bool takes_quantized() const override { return integers_ && scale_of_ == cpu::ScaleOf::kRow; }
