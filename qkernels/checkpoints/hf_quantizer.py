@@ -12,8 +12,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qkernels.checkpoints import layer_types
+from qkernels.checkpoints.dense import quantized_layers
 from qkernels.checkpoints.native import NATIVE
-from qkernels.checkpoints.save import SavePlan, quantized_layers
+from qkernels.checkpoints.save import SavePlan
 from qkernels.errors import CheckpointError
 
 

@@ -10,15 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.atomic import new_folder
-from qkernels.checkpoints.dense import dense_places
+from qkernels.checkpoints.dense import dense_places, quantized_layers
 from qkernels.checkpoints.format import Format, WeightKind
 from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.checkpoints.store import ShardWriter
 from qkernels.checkpoints.table import check_holds, first_holding
+from qkernels.checkpoints.ties import ties
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import WQExperts
 from qkernels.modules.heads import output_heads
@@ -97,8 +99,8 @@ class SavePlan:
         """The plan of saving `model` in `format`; None chooses the first that holds all layers.
 
         Raises:
-            CheckpointError: where no layer is quantized, one is not held by `format`, or a tensor
-                is offloaded.
+            CheckpointError: where no layer is quantized, one is not held by `format`, a tensor is
+                offloaded, or the config says that two are one which are not.
         """
         layers = quantized_layers(model)
         if not layers:
@@ -106,6 +108,7 @@ class SavePlan:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_meta:
                 raise CheckpointError(f"{name} is offloaded: move the model to one device to save")
+        _check_ties(model)
         kinds = {name: _kind(model, name, layer) for name, layer in layers.items()}
         row = check_holds(format or first_holding(kinds), kinds)
         heads = {id(head) for head in output_heads(model)}
@@ -142,10 +145,12 @@ class SavePlan:
             for part, tensor in self.row.write_layer(layer.to_weight()).items():
                 yield f"{name}.{part}", tensor
             give_back_free_pages()
+        places, sources = dense_places(self.model), ties(self.model)
         seen: set[tuple[Any, ...]] = set()
-        for name, place in dense_places(self.model).items():
-            # Tied weights are stored once, under the first of their names.
-            key = _identity(place.tensor)
+        for name, place in places.items():
+            # What the model's code ties when it is loaded is stored once, under its first name.
+            source = places.get(sources.get(name, name), place)
+            key = (*_identity(place.tensor), id(source.module), source.name)
             if self.untied or key not in seen:
                 seen.add(key)
                 yield name, place.tensor
@@ -175,10 +180,22 @@ def as_loaded(model: nn.Module) -> Iterator[bool]:
             module._rescale_layers()
 
 
-def quantized_layers(model: nn.Module) -> dict[str, WQLinear]:
-    """The `WQLinear` layers of a model by name; one with several names is there under each."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, WQLinear)}
+def _check_ties(model: nn.Module) -> None:
+    places = dense_places(model)
+    for name, source in ties(model).items():
+        if name not in places or source not in places:
+            continue
+        first, second = places[source].tensor, places[name].tensor
+        same = (first.shape, first.dtype, first.device) == (
+            second.shape,
+            second.dtype,
+            second.device,
+        )
+        if first is not second and not (same and torch.equal(first, second)):
+            raise CheckpointError(
+                f"{source} and {name} are one tensor by the model's config, and differ: tie them "
+                "by model.tie_weights(), or set config.tie_word_embeddings = False"
+            )
 
 
 def _kind(model: nn.Module, name: str, layer: WQLinear) -> WeightKind:

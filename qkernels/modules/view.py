@@ -341,7 +341,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.mT.__get__: _turn_last,  # type: ignore[attr-defined]
     torch.Tensor.data.__get__: _same,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-    torch.Tensor.grad.__set__: _set_grad,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
     torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad_: _set_requires_grad,
     torch.Tensor.detach: _same,

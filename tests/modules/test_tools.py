@@ -155,3 +155,47 @@ def test_peft_reaches_experts():
     adapted(input_ids=IDS, labels=IDS).loss.backward()
     trained = [n for n, p in adapted.named_parameters() if p.grad is not None and p.grad.any()]
     assert any("experts" in name for name in trained)
+
+
+def with_biases(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def test_drawing_new_weights_leaves_quantized_layers_alone():
+    transformers = pytest.importorskip("transformers", reason="models come from transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    config = transformers.Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    model = with_biases(transformers.Qwen2Model(config)).eval()
+    qk.quantize_model(model, scheme="w8a16")
+
+    class Classifier(transformers.PreTrainedModel):
+        config_class, _supports_sdpa = transformers.Qwen2Config, True
+
+        def __init__(self, config, model):
+            super().__init__(config)
+            self.model, self.score = model, nn.Linear(32, 2)
+            self.post_init()
+
+    with torch.no_grad():
+        want = model(IDS)[0]
+        model.init_weights()
+        assert torch.equal(model(IDS)[0], want)
+        assert torch.equal(Classifier(config, model).model(IDS)[0], want)
+
+
+def test_drawing_new_weights_leaves_experts_alone():
+    transformers = pytest.importorskip("transformers", reason="models come from transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    config = transformers.MixtralConfig(
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=3, **sizes
+    )
+    model = transformers.MixtralModel(config).eval()
+    # One of them is left as it was.
+    qk.quantize_model(model, scheme="w8a16", exclude=["*gate_up_proj.expert_1"])
+    with torch.no_grad():
+        want = model(IDS)[0]
+        model.init_weights()
+        assert torch.equal(model(IDS)[0], want)
