@@ -9,7 +9,8 @@ x comes with its columns already in the order of the codes (see `WeightParameter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -162,6 +163,24 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate.float()) * up.float()
 
 
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """fp32 products in fp32, also where torch is set to bf16 or TF32 for them."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by each backend's own name, which has no one answer
+        before = "highest"
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@_full_precision()
 def linear(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, *, batch_invariant: bool = False
 ) -> Tensor:
@@ -197,6 +216,7 @@ def linear(
     return y
 
 
+@_full_precision()
 def linear_quantized(
     quantized: Tensor, scale: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -246,6 +266,7 @@ def _integer_columns(
     return row_scale * total
 
 
+@_full_precision()
 def grad_input(grad: Tensor, packed: PackedWeight) -> Tensor:
     """grad_x [M, K] = grad [M, N] @ W, in the weight's own column order and grad's dtype.
 

@@ -60,7 +60,7 @@ def nested_table(device: torch.device) -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)).tolist()
         values += middles + [-value for value in middles]
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
