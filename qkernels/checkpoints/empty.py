@@ -45,7 +45,7 @@ def empty_model(
         raise CheckpointError(f"loading needs {error.name}: pip install qkernels[models]") from None
     ours = (*QUANTIZATION_KEYS, layer_types.KEY)
     raw = {key: value for key, value in checkpoint.config.items() if key not in ours}
-    path, most = checkpoint.folder / "config.json", 4 * len(checkpoint.store) + 1000
+    path, most = checkpoint.store.config_path, 4 * len(checkpoint.store) + 1000
     with as_checkpoint_error(path, "describes no known model"):
         _check_depth(raw, checkpoint)
         config = transformers.AutoConfig.for_model(**raw)

@@ -63,6 +63,7 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.config_path = self.folder / "config.json"
         self._entries: dict[str, _Entry] = {}
         index = self.folder / INDEX_FILE
         if not index.exists():

@@ -8,12 +8,13 @@ from pathlib import Path
 from qkernels.checkpoints.compressed_tensors import COMPRESSED_TENSORS
 from qkernels.checkpoints.config import Config, quantization_of, read_config
 from qkernels.checkpoints.format import Format, WeightKind
+from qkernels.checkpoints.gguf import GGUF, gguf_file, has_quantized_tensors
 from qkernels.checkpoints.native import NATIVE
 from qkernels.checkpoints.store import Store
 from qkernels.errors import CheckpointError
 from qkernels.scheme import WEIGHT_TYPES, QuantScheme
 
-FORMATS: dict[str, Format] = {row.name: row for row in (COMPRESSED_TENSORS, NATIVE)}
+FORMATS: dict[str, Format] = {row.name: row for row in (COMPRESSED_TENSORS, NATIVE, GGUF)}
 
 
 def find_format(config: Config, store: Store) -> Format:
@@ -37,6 +38,9 @@ def find_format(config: Config, store: Store) -> Format:
 def is_quantized(folder: str | Path) -> bool:
     """Whether `folder` holds a quantized model, of whatever format; False for what is no model."""
     try:
+        file = gguf_file(folder)
+        if file is not None:
+            return has_quantized_tensors(file)
         config = read_config(folder)
         if quantization_of(config) is not None:
             return True
