@@ -47,7 +47,7 @@ class Checkpoint:
         except CheckpointError:
             raise
         except QuantizationError as error:
-            raise CheckpointError(f"{self.folder}: {name}: {error}") from None
+            raise CheckpointError(f"{self.store.where}: {name}: {error}") from None
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

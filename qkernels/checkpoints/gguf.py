@@ -38,13 +38,20 @@ _HOLDS_FACTORS = "rope_freqs.weight"
 
 
 def gguf_file(path: str | Path) -> Path | None:
-    """The GGUF file that `path` is, or the only one of a folder without config.json; or None."""
+    """The GGUF file that `path` is, or the one of a folder without config.json; or None.
+
+    Raises:
+        CheckpointError: where a folder without config.json holds several.
+    """
     path = Path(path)
     if path.is_dir():
         if (path / "config.json").exists():
             return None
         found = sorted(path.glob("*.gguf"))
-        path = found[0] if len(found) == 1 else path
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise CheckpointError(f"{path} holds several GGUF files ({names}): give one of them")
+        path = found[0] if found else path
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -136,7 +143,8 @@ class GgufStore(Store):
     """
 
     def __init__(self, path: Path) -> None:
-        self.folder, self.config_path = path.parent, path
+        self.folder = path.parent
+        self.where = self.config_path = path
         gguf = _package("gguf")
         transformers, reading = _package("transformers"), _transformers_reading()
         with as_checkpoint_error(path, _DAMAGED), gguf_read_once():

@@ -53,7 +53,8 @@ class _Entry:
 class Store:
     """The tensors of a model folder by name; nothing but headers is read until one is asked for.
 
-    They are those of model.safetensors.index.json and the files it names, else of
+    `where` is what errors name. The tensors are those of model.safetensors.index.json and the
+    files it names, else of
     model.safetensors, else of the only .safetensors file.
 
     Raises:
@@ -62,7 +63,7 @@ class Store:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = self.where = Path(folder)
         self.config_path = self.folder / "config.json"
         self._entries: dict[str, _Entry] = {}
         index = self.folder / INDEX_FILE
