@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import qkernels as qk
-from qkernels.checkpoints import FORMATS
 from qkernels.errors import CheckpointError
+from tests.checkpoints.folders import WRITTEN, holding
 from tests.tiny_model import tiny_model
 
 pytest.importorskip("transformers", reason="models come from transformers")
@@ -28,10 +28,12 @@ VALUES = st.sampled_from(
 )
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+@pytest.fixture(scope="module", params=WRITTEN)
 def saved(request, tmp_path_factory):
     model = tiny_model()
-    qk.quantize_model(model, scheme="w4a16-g32", overrides={"*.0.mlp.*": "w8a8"})
+    others = [text for text in ("w8a8", "w8a16") if request.param in holding("w4a16-g32", text)]
+    overrides = {"*.0.mlp.*": others[0]} if others else None
+    qk.quantize_model(model, scheme="w4a16-g32", overrides=overrides)
     folder = tmp_path_factory.mktemp("saved") / request.param
     qk.save_model(model, folder, format=request.param)
     return folder
