@@ -68,11 +68,7 @@ def _read_plan(config: Config, store: Store, rows_of_words: int) -> dict[str, St
             )
         rows, words = matrix(store, f"{name}.qweight")
         k = words if rows_of_words > 1 else 8 * words
-        if size != -1 and (size < 1 or k % size):
-            raise CheckpointError(
-                f"{store.folder}: {name} has {k} columns, and the config says group_size={size}"
-            )
-        groups = 1 if size == -1 else k // size
+        groups = 1 if size < 1 else -(-k // size)
         scheme = scheme_of(store, name, said, 4, k, groups)
         parts = tuple(f"{name}.{part}" for part in _PARTS if f"{name}.{part}" in store)
         layers[name] = StoredLayer(scheme, parts, (said, rows_of_words * rows, k))

@@ -105,7 +105,7 @@ def _read_plan(config: Config, store: Store, version: int) -> dict[str, StoredLa
                 f"{store.folder}: {name} has {bits} bits; 2, 3, 4 and 8 are supported"
             )
         k = 32 * rows // bits
-        scheme = scheme_of(store, name, said, bits, k, groups)
+        scheme = scheme_of(store, name, said, bits, k, groups, ragged=True)
         parts = tuple(f"{name}.{part}" for part in _PARTS if f"{name}.{part}" in store)
         layers[name] = StoredLayer(scheme, parts, _Details(said, n, k, less_one))
     return layers
@@ -118,7 +118,7 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     rows, width = dense_words(k, bits), dense_words(n, bits)
     words = take(store, f"{name}.qzeros", (groups, width), (torch.int32,), said)
     zeros = unpack_gptq_zeros(words, n, bits, details.less_one)
-    if said.bits is None and (zeros == scheme.implied_zero + 1).all():
+    if said.bits is None and (zeros == (1 << bits - 1) + 1).all():
         raise CheckpointError(
             f"{store.folder}: {name}.qzeros are those of symmetric weights in gptq_v2, and no "
             "config says the version: add a quantize_config.json with bits, group_size, sym and "

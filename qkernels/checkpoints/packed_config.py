@@ -293,9 +293,8 @@ def _changed(settings: Settings, section: Mapping[str, Any], where: str) -> Sett
             if section.get(key) is not None:
                 said[field] = typed(section[key], kind, f"{where}: {key}")
     if section.get("zero_point") is not None:
-        symmetric = not typed(section["zero_point"], bool, f"{where}: zero_point")
-        if said.setdefault("symmetric", symmetric) != symmetric:
-            raise CheckpointError(f"{where} says both sym and zero_point={not symmetric}")
+        # Transformers writes sym=true beside it, whatever it is.
+        said["symmetric"] = not typed(section["zero_point"], bool, f"{where}: zero_point")
     return replace(settings, **said)
 
 
@@ -313,10 +312,10 @@ def _extra(
     named: dict[str, Changes | None] = {}
     patterns: list[tuple[str, Changes | None]] = []
     for text, value in typed(section.get("extra_config") or {}, dict, "extra_config").items():
-        changes: Changes | None = _changes(value, f"extra_config[{brief(text)}]")
-        bits = (changes or {}).get("bits")
-        if isinstance(bits, int) and bits >= 16:
-            changes = None
+        where = f"extra_config[{brief(text)}]"
+        bits = typed(value, dict, where).get("bits")
+        dense = isinstance(bits, int) and bits >= 16
+        changes = None if dense else _changes(value, where)
         if _IS_PATTERN.search(text):
             patterns.append((f".*(?:{text})", changes))
         else:

@@ -70,8 +70,13 @@ def scheme_of(
     groups: int,
     *,
     scales: str = "scales",
+    ragged: bool = False,
 ) -> QuantScheme:
     """The scheme of a layer with `k` columns and `groups` scales a row, in the type of its scales.
+
+    Args:
+        scales: what the format calls them.
+        ragged: its last group may be short.
 
     Raises:
         CheckpointError: where the settings say something else, or no scheme holds it.
@@ -86,6 +91,10 @@ def scheme_of(
         raise CheckpointError(
             f"{where} has scales for {groups} groups, and {k} columns make {wanted}; "
             f"the config says {said}"
+        )
+    if not ragged and size != -1 and k % size:
+        raise CheckpointError(
+            f"{where} has {k} columns, which are no groups of {size}; the config says {said}"
         )
     weight = WEIGHT_TYPES.get(f"int{bits}")
     if weight is None:
