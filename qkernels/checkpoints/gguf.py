@@ -295,7 +295,8 @@ def gguf_read_once() -> Iterator[None]:
 
 
 def _why_not(kind: WeightKind) -> str | None:
-    return "is only read"
+    integers = kind.scheme.weight.kind == "linear" and kind.scheme.weight_only
+    return None if integers else "has blocks of integers alone, without quantized activations"
 
 
 def _detect(config: Config, store: Store) -> bool:

@@ -53,9 +53,8 @@ class _Entry:
 class Store:
     """The tensors of a model folder by name; nothing but headers is read until one is asked for.
 
-    `where` is what errors name. The tensors are those of model.safetensors.index.json and the
-    files it names, else of
-    model.safetensors, else of the only .safetensors file.
+    They are those of model.safetensors.index.json and the files it names, else of
+    model.safetensors, else of the only .safetensors file. Errors name `where`.
 
     Raises:
         CheckpointError: for a file that is missing, damaged or truncated, and an index that names

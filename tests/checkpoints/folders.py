@@ -10,7 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from qkernels.checkpoints import FORMATS
 from qkernels.checkpoints.format import WeightKind
+from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
+
+WRITTEN = [name for name, row in FORMATS.items() if row.writes]
+
+
+def holding(*schemes: str) -> list[str]:
+    """The formats that are written and hold layers of these schemes side by side."""
+    kinds = {text: WeightKind.of_scheme(QuantScheme.parse(text)) for text in schemes}
+    return [name for name in WRITTEN if FORMATS[name].why_not_all(kinds) is None]
 
 
 def write_layers(folder: Path, format: str, weights: Mapping[str, QuantizedWeight]) -> Path:

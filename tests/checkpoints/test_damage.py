@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import qkernels as qk
-from qkernels.checkpoints import FORMATS
+from qkernels.checkpoints import read_weights
 from qkernels.errors import CheckpointError
+from tests.checkpoints.folders import WRITTEN, holding
+from tests.checkpoints.test_golden import GOLDEN
 from tests.tiny_model import tiny_model
 
 pytest.importorskip("transformers", reason="models come from transformers")
@@ -28,23 +30,38 @@ VALUES = st.sampled_from(
 )
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+OF_OTHERS = ("awq-autoawq-gemv-g64", "gptq-4bit-g32-asym-desc-act")
+LAYERS = (
+    *("words-awq-gemv_fast-g64", "words-awq-marlin-channel", "words-gptq-3bit"),
+    *("words-auto_round-4bit", "words-auto_round-auto_awq-sym"),
+)
+
+
+@pytest.fixture(scope="module", params=[*WRITTEN, *OF_OTHERS])
 def saved(request, tmp_path_factory):
+    if request.param in OF_OTHERS:
+        folder = tmp_path_factory.mktemp("saved") / request.param
+        shutil.copytree(GOLDEN / request.param, folder)
+        (folder / "oracle.safetensors").unlink()
+        (folder / "generation_config.json").write_text('{"max_new_tokens": 7, "do_sample": true}')
+        return folder
     model = tiny_model()
-    qk.quantize_model(model, scheme="w4a16-g32", overrides={"*.0.mlp.*": "w8a8"})
+    others = [text for text in ("w8a8", "w8a16") if request.param in holding("w4a16-g32", text)]
+    overrides = {"*.0.mlp.*": others[0]} if others else None
+    qk.quantize_model(model, scheme="w4a16-g32", overrides=overrides)
     folder = tmp_path_factory.mktemp("saved") / request.param
     qk.save_model(model, folder, format=request.param)
     return folder
 
 
-def load_damaged(saved, tmp_path, damage):
+def load_damaged(saved, tmp_path, damage, load=qk.load_model):
     """Whether a copy still loads after `damage(folder)`."""
     folder = tmp_path / "damaged"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(saved, folder)
     damage(folder)
     try:
-        qk.load_model(folder)
+        load(folder)
     except CheckpointError:
         return False
     return True
@@ -71,7 +88,13 @@ def nested(depth):
     data=st.data(), file=st.sampled_from(["config.json", "config.json", "generation_config.json"])
 )
 def test_values_of_a_config(saved, tmp_path, data, file):
-    content = json.loads((saved / file).read_text())
+    content = changed_config(saved / file, data)
+    load_damaged(saved, tmp_path, lambda folder: (folder / file).write_text(json.dumps(content)))
+
+
+def changed_config(file, data):
+    """What a JSON file says, with one value changed, removed or added."""
+    content = json.loads(file.read_text())
     path = data.draw(st.sampled_from(list(places(content))), label="path")
     value = data.draw(st.one_of(VALUES, st.sampled_from([20, 900]).map(nested)), label="value")
     owner = content
@@ -84,7 +107,7 @@ def test_values_of_a_config(saved, tmp_path, data, file):
         owner["more"] = value
     else:
         owner[path[-1]] = value
-    load_damaged(saved, tmp_path, lambda folder: (folder / file).write_text(json.dumps(content)))
+    return content
 
 
 @FUZZ
@@ -122,14 +145,7 @@ TENSORS = {
 @FUZZ
 @given(data=st.data(), damage=st.sampled_from(sorted(TENSORS)))
 def test_tensors(saved, tmp_path, data, damage):
-    tensors = load_file(saved / "model.safetensors")
-    name = data.draw(st.sampled_from(sorted(tensors)), label="tensor")
-    tensor = tensors.pop(name)
-    other = TENSORS[damage](tensor)
-    more = data.draw(st.sampled_from(["", "", "perm", "weight_g_idx", "bias", "input_scale"]))
-    target = f"{name.rpartition('.')[0]}.{more}" if more else name
-    if other is not None:
-        tensors[target] = other.contiguous()
+    name, tensor, tensors, other, more = changed_tensors(saved, data, damage)
 
     def write(folder):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -137,7 +153,50 @@ def test_tensors(saved, tmp_path, data, damage):
     loads = load_damaged(saved, tmp_path, write)
     same = other is not None and other.shape == tensor.shape and other.dtype == tensor.dtype
     if damage in ("gone", "flat", "shorter", "empty", "deeper", "fp8") and not more and not same:
-        assert not loads
+        # Columns that are in order need no index.
+        assert not loads or (damage == "gone" and name.endswith("g_idx"))
+
+
+def changed_tensors(saved, data, damage):
+    """The tensors of a folder with one of them damaged, and put under another name at times."""
+    tensors = load_file(saved / "model.safetensors")
+    name = data.draw(st.sampled_from(sorted(tensors)), label="tensor")
+    tensor = tensors.pop(name)
+    other = TENSORS[damage](tensor)
+    more = data.draw(
+        st.sampled_from(["", "", "perm", "weight_g_idx", "g_idx", "bias", "input_scale"])
+    )
+    target = f"{name.rpartition('.')[0]}.{more}" if more else name
+    if other is not None:
+        tensors[target] = other.contiguous()
+    return name, tensor, tensors, other, more
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def words(request):
+    return GOLDEN / request.param
+
+
+@FUZZ
+@given(data=st.data())
+def test_values_of_a_config_of_layers(words, tmp_path, data):
+    content = changed_config(words / "config.json", data)
+
+    def write(folder):
+        (folder / "config.json").write_text(json.dumps(content))
+
+    load_damaged(words, tmp_path, write, read_weights)
+
+
+@FUZZ
+@given(data=st.data(), damage=st.sampled_from(sorted(TENSORS)))
+def test_tensors_of_layers(words, tmp_path, data, damage):
+    *_, tensors, _, _ = changed_tensors(words, data, damage)
+
+    def write(folder):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    load_damaged(words, tmp_path, write, read_weights)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "generation_config.json"])
