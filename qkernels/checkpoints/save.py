@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,11 @@ def save_model(
 def write_model(plan: SavePlan, folder: Path, max_shard_size: int | str = "5GB") -> None:
     """Writes the files of a model to `folder`, which is there and holds none of them."""
     # The small files come first: what is wrong with them shows before the weights are written.
+    for part in (plan.model, plan.model.config):
+        # Code beside the model, which its config names.
+        if getattr(part, "_auto_class", None) is not None:
+            code = importlib.import_module("transformers.dynamic_module_utils")
+            code.custom_object_save(part, folder, config=plan.model.config)
     (folder / "config.json").write_text(_config_text(plan.model, plan))
     if getattr(plan.model, "generation_config", None) is not None:
         # Without the checks of save_pretrained, which refuses what the model came with.
