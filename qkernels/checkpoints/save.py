@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,9 +106,11 @@ class SavePlan:
         """The plan of saving `model` in `format`; None chooses the first that holds all layers.
 
         Raises:
-            CheckpointError: where no layer is quantized, one is not held by `format`, a tensor is
-                offloaded, or the config says that two are one which are not.
+            CheckpointError: for what is no Transformers model, or one with adapters; where no layer
+                is quantized, one is not held by `format`, a tensor is offloaded, or the config says
+                that two are one which are not.
         """
+        _check_model(model)
         layers = quantized_layers(model)
         if not layers:
             raise CheckpointError("the model has no WQLinear layer: quantize it first")
@@ -184,6 +187,21 @@ def as_loaded(model: nn.Module) -> Iterator[bool]:
     finally:
         for module in scaled:
             module._rescale_layers()
+
+
+def _check_model(model: Any) -> None:
+    """Raises for what no reader would find its way in again."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        raise CheckpointError(
+            f"a {type(model).__name__} is no model of Transformers: save the model that it holds"
+        )
+    adapted = next((n for n, m in model.named_modules() if hasattr(m, "adapter_layer_names")), None)
+    if adapted is not None:
+        raise CheckpointError(
+            f"{adapted} has an adapter, which no format holds: save adapters by save_pretrained of "
+            "PEFT, and the model from before they were put on"
+        )
 
 
 def _check_ties(model: nn.Module) -> None:

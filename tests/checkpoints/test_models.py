@@ -10,6 +10,7 @@ import stat
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import qkernels as qk
 from qkernels import rounding
@@ -662,3 +663,29 @@ def test_code_beside_a_model_goes_with_it(tmp_path, monkeypatch):
     # It is not run.
     with pytest.raises(CheckpointError, match="Own is no model of Transformers but code"):
         qk.load_model(tmp_path / "out")
+
+
+def with_adapter(model):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+WRAPPED = {
+    "compiled": (lambda model: torch.compile(model, backend="eager"), "a OptimizedModule is no"),
+    "parallel": (nn.DataParallel, "a DataParallel is no model of Transformers"),
+    "adapted": (with_adapter, "a PeftModel is no model"),
+    "inside of an adapted one": (
+        lambda model: with_adapter(model).base_model.model,
+        r"layers\.0\.self_attn\.q_proj has an adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_would_not_load_again_is_refused(name, tmp_path):
+    wrap, message = WRAPPED[name]
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w8a16")
+    with pytest.raises(CheckpointError, match=message):
+        qk.save_model(wrap(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
