@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +59,11 @@ def save_model(
 def write_model(plan: SavePlan, folder: Path, max_shard_size: int | str = "5GB") -> None:
     """Writes the files of a model to `folder`, which is there and holds none of them."""
     # The small files come first: what is wrong with them shows before the weights are written.
+    for part in (plan.model, plan.model.config):
+        # Code beside the model, which its config names.
+        if getattr(part, "_auto_class", None) is not None:
+            code = importlib.import_module("transformers.dynamic_module_utils")
+            code.custom_object_save(part, folder, config=plan.model.config)
     (folder / "config.json").write_text(_config_text(plan.model, plan))
     if getattr(plan.model, "generation_config", None) is not None:
         # Without the checks of save_pretrained, which refuses what the model came with.
@@ -99,9 +106,11 @@ class SavePlan:
         """The plan of saving `model` in `format`; None chooses the first that holds all layers.
 
         Raises:
-            CheckpointError: where no layer is quantized, one is not held by `format`, a tensor is
-                offloaded, or the config says that two are one which are not.
+            CheckpointError: for what is no Transformers model, or one with adapters; where no layer
+                is quantized, one is not held by `format`, a tensor is offloaded, or the config says
+                that two are one which are not.
         """
+        _check_model(model)
         layers = quantized_layers(model)
         if not layers:
             raise CheckpointError("the model has no WQLinear layer: quantize it first")
@@ -178,6 +187,21 @@ def as_loaded(model: nn.Module) -> Iterator[bool]:
     finally:
         for module in scaled:
             module._rescale_layers()
+
+
+def _check_model(model: Any) -> None:
+    """Raises for what no reader would find its way in again."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        raise CheckpointError(
+            f"a {type(model).__name__} is no model of Transformers: save the model that it holds"
+        )
+    adapted = next((n for n, m in model.named_modules() if hasattr(m, "adapter_layer_names")), None)
+    if adapted is not None:
+        raise CheckpointError(
+            f"{adapted} has an adapter, which no format holds: save adapters by save_pretrained of "
+            "PEFT, and the model from before they were put on"
+        )
 
 
 def _check_ties(model: nn.Module) -> None:

@@ -367,6 +367,16 @@ class WQLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
         current = self.packed
         layout = self._layout_of(state_dict, prefix)
         expected = empty_like(current, layout, torch.device("meta")).buffers

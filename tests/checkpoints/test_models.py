@@ -1,5 +1,6 @@
 """`save_model` and `load_model`: whole models, bit for bit, and what is said of damaged ones."""
 
+import importlib
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import stat
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import qkernels as qk
 from qkernels import rounding
@@ -678,3 +680,75 @@ def test_an_error_while_saving_leaves_no_folder_and_the_model_as_it_was(tmp_path
     monkeypatch.undo()
     qk.save_model(model, tmp_path / "out")
     assert torch.equal(logits(qk.load_model(tmp_path / "out")), want)
+
+
+@pytest.mark.parametrize("way", ["save_model", "save_pretrained"])
+def test_an_offloaded_model_is_refused(way, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = tiny_model(False)
+    qk.quantize_model(model, scheme="w4a16-g32")
+    where = {"execution_device": torch.device("cpu"), "offload_buffers": True}
+    accelerate.cpu_offload(model, **where)
+    save = model.save_pretrained if way == "save_pretrained" else lambda f: qk.save_model(model, f)
+    with pytest.raises(CheckpointError, match="is offloaded"):
+        save(tmp_path / "out")
+    accelerate.hooks.remove_hook_from_submodules(model)
+    save(tmp_path / "again")
+    assert torch.equal(logits(qk.load_model(tmp_path / "again")), logits(model))
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+
+OwnConfig.register_for_auto_class()
+Own.register_for_auto_class("AutoModelForCausalLM")
+"""
+
+
+def test_code_beside_a_model_goes_with_it(tmp_path, monkeypatch):
+    (tmp_path / "own_code.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_code")
+    model = own.Own(own.OwnConfig(**tiny_model().config.to_diff_dict()))
+    qk.quantize_model(model, scheme="w8a16")
+    qk.save_model(model, tmp_path / "out")
+    assert (tmp_path / "out" / "own_code.py").read_text() == CODE
+    assert config_of(tmp_path / "out")["auto_map"] == {
+        "AutoConfig": "own_code.OwnConfig",
+        "AutoModelForCausalLM": "own_code.Own",
+    }
+    # It is not run.
+    with pytest.raises(CheckpointError, match="Own is no model of Transformers but code"):
+        qk.load_model(tmp_path / "out")
+
+
+def with_adapter(model):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+WRAPPED = {
+    "compiled": (lambda model: torch.compile(model, backend="eager"), "a OptimizedModule is no"),
+    "parallel": (nn.DataParallel, "a DataParallel is no model of Transformers"),
+    "adapted": (with_adapter, "a PeftModel is no model"),
+    "inside of an adapted one": (
+        lambda model: with_adapter(model).base_model.model,
+        r"layers\.0\.self_attn\.q_proj has an adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_would_not_load_again_is_refused(name, tmp_path):
+    wrap, message = WRAPPED[name]
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w8a16")
+    with pytest.raises(CheckpointError, match=message):
+        qk.save_model(wrap(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
