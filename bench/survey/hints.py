@@ -1,0 +1,2 @@
+CONFIGS = {}
+INPUTS = {}
