@@ -55,7 +55,7 @@ def cpu_cases() -> Iterator[Case]:
     yield "WQLinear, w4a16-g64, with a gradient", _call(layer, x.clone().requires_grad_())
     quantized, int8 = qk.quantize_activation(x), _layer("w8a8")
     yield "WQLinear, w8a8, x quantized before", lambda: int8(quantized)
-    buffers = [layer._buffers[name] for name in layer._names]
+    buffers = list(layer.packed.buffers.values())
     operator = torch.ops.qkernels.linear.default
     yield (
         "the operator alone, w4a16-g64",

@@ -94,9 +94,18 @@ def _cpu_multiplies_int8() -> bool:
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """int8 [M, K] @ int8 [N, K].T -> int32 [M, N], exact."""
-    if a.device.type == "cpu" and a.shape[0] and a.shape[1] and _cpu_multiplies_int8():
-        return torch._int_mm(a, b.t())
+    # `_int_mm` leaves its result unwritten where strides do not tell rows from columns: those of 0,
+    # and all of a single column.
+    if a.device.type == "cpu" and a.shape[0] and a.shape[1] > 1 and _cpu_multiplies_int8():
+        return torch._int_mm(_in_rows(a), _in_rows(b).t())
     return integer_product_in_floats(a, b)
+
+
+def _in_rows(matrix: Tensor) -> Tensor:
+    """`matrix` with the strides of a newly made one, also in dimensions of one."""
+    if matrix.stride() == (matrix.shape[1], 1):
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def integer_product_in_floats(a: Tensor, b: Tensor) -> Tensor:
@@ -170,13 +179,14 @@ def linear(
         row_scale = scale[:, None]
     y = torch.empty(x.shape[0], packed.n, dtype=x.dtype, device=x.device)
     parameters = packed.parameters()
+    left = (x if row_scale is None else quantized).float()
     for start, stop in row_slices(packed.n, packed.k):
-        left = x.float() if row_scale is None else quantized.float()
         weight = parameters.dequantize_rows(packed.codes(start, stop), start).t()
         if batch_invariant:
             part = torch.empty(x.shape[0], stop - start, dtype=torch.float32, device=x.device)
             for i in range(x.shape[0]):
-                part[i] = left[i] @ weight
+                # A copy: products round a row differently where it begins elsewhere in memory.
+                part[i] = left[i].clone(memory_format=torch.contiguous_format) @ weight
         else:
             part = left @ weight
         if row_scale is not None:

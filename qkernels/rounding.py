@@ -105,7 +105,7 @@ def encode_rows(rows: Tensor, parameters: WeightParameters, start: int) -> Tenso
     if parameters.perm is not None:
         rows = rows.index_select(1, parameters.perm)
     length = scheme.group_length(parameters.k)
-    scaled = rows.float() if rows.dtype != torch.float32 else rows.clone()
+    scaled = rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     apply_by_group(scaled, parameters.group_scales(start, stop), length, Tensor.div_)
     if scheme.weight.kind == "codebook":
         return _nearest(scaled, scheme.weight)

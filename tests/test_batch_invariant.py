@@ -74,3 +74,20 @@ def test_a_row_does_not_depend_on_the_others(text, backend, dtype):
         assert torch.equal(layer(x[rows]), together[rows])
         alone = qk.linear(x[rows], layer.packed, layer.bias, backend=backend, batch_invariant=True)
         assert torch.equal(alone, together[rows])
+
+
+@pytest.mark.parametrize("text", ["w4a16-g64", "fp8-a8", "w8a8", "w8a8-g64"])
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("k", [33, 100, 184])
+def test_a_row_does_not_depend_on_where_it_lies(text, backend, k):
+    for n in (2, 7, 21):
+        linear = torch.nn.Linear(k, n)
+        layer = qk.WQLinear.from_linear(linear, text, backend=backend, batch_invariant=True)
+        x = torch.randn(9, k)
+        together = layer(x)
+        for shift in range(8):
+            moved = torch.empty(8 + x.numel())[shift : shift + x.numel()].view_as(x).copy_(x)
+            assert torch.equal(layer(moved), together)
+        assert torch.equal(layer(x.t().contiguous().t()), together)
+        apart = torch.stack([x, x], dim=-1)[..., 0]
+        assert all(torch.equal(layer(apart[i : i + 1])[0], together[i]) for i in range(len(x)))

@@ -395,7 +395,7 @@ def test_wrong_input_is_named():
     ):
         with pytest.raises(WeightError, match=message):
             layer(x) if x.device.type != "meta" else ops._linear(
-                x, [layer.words, layer.scales, layer.zeros], None, layer._spec
+                x, list(layer.packed.buffers.values()), None, layer._spec
             )
     with pytest.raises(NoKernelError, match="nonesuch"):
         WQLinear.from_linear(torch.nn.Linear(64, 8), "w4a16", backend="nonesuch")

@@ -27,7 +27,7 @@ TESTS = (
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(text, requires_grad, device):
     layer = WQLinear.from_linear(torch.nn.Linear(200, 48, device=device), text)
-    buffers = [layer._buffers[name] for name in layer._names]
+    buffers = list(layer.packed.buffers.values())
     x = torch.randn(2, 3, 200, device=device, requires_grad=requires_grad)
     ops = torch.ops.qkernels
     opcheck(ops.linear, (x, buffers, layer.bias, layer._spec), test_utils=TESTS)

@@ -43,7 +43,7 @@ def layer_of(text, optional, k=K):
 
 def in_python(layer, x):
     """The same kernel with x prepared in Python: flattened, scaled and permuted."""
-    buffers = [layer._buffers[name] for name in layer._names]
+    buffers = list(layer.packed.buffers.values())
     return ops._linear(x, buffers, layer.bias, layer._spec)
 
 

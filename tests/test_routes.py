@@ -89,7 +89,7 @@ def test_a_choice_that_changed_is_asked_for_again():
 
 def test_what_is_wrong_is_said_by_python_also_after_calls_that_were_right():
     layer = layer_of()
-    buffers = [layer._buffers[name] for name in layer._names]
+    buffers = list(layer.packed.buffers.values())
     x = reading(2)
     for _ in range(2):
         for wrong, message in (

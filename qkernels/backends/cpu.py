@@ -246,8 +246,9 @@ def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
     x, other = (None if t is None else _adjacent(t) for t in (inputs.x, inputs.other))
     if problem.kind == "rms_norm" and other is not None:
         other = other.contiguous()
+    gain = None if inputs.gain is None else inputs.gain.contiguous()
     values, scale, zero, total = _compiled().quantize_rows_cpu(
-        *(x, problem.kind, other, inputs.gain, inputs.epsilon, problem.scale_of, inputs.scale),
+        *(x, problem.kind, other, gain, inputs.epsilon, problem.scale_of, inputs.scale),
         best_isa(),
     )
     if inputs.scale is not None:

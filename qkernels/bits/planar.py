@@ -52,7 +52,7 @@ def pack_planar_torch(codes: Tensor, bits: int, plane: int) -> Tensor:
     """`pack_planar` in plain torch."""
     n, k = codes.shape
     values, rows = 32 // bits, planar_rows(k, bits, plane)
-    planes = F.pad(codes, (0, rows * values - k)).view(n, rows // plane, values, plane)
+    planes = F.pad(codes, (0, rows * values - k)).reshape(n, rows // plane, values, plane)
     words = torch.zeros(n, rows // plane, plane, dtype=torch.int32, device=codes.device)
     for i in range(values):
         words |= planes[:, :, i].int() << (bits * i)

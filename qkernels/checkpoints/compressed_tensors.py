@@ -34,7 +34,7 @@ from qkernels.checkpoints.config import Config, quantization_of
 from qkernels.checkpoints.format import Format, StoredLayer, WeightKind, says_method
 from qkernels.checkpoints.store import Store
 from qkernels.errors import CheckpointError, SchemeError
-from qkernels.scheme import QuantScheme
+from qkernels.scheme import SMALLEST_GROUP, QuantScheme
 from qkernels.weight import QuantizedWeight
 
 _FIELDS = frozenset(("scales", "zeros", "activation_scale"))
@@ -49,6 +49,8 @@ _PARTS = (*_SIGNS, "weight", "input_scale", "input_zero_point", "bias")
 
 def _why_not(kind: WeightKind) -> str | None:
     scheme = kind.scheme
+    if kind.instead_of is not None:
+        return f"is read into nn.Linear alone, and this takes the place of {kind.instead_of}"
     if scheme.weight.kind == "codebook":
         return f"has no {scheme.weight.name} codebooks"
     if scheme.weight.name == "fp8e5m2":
@@ -58,7 +60,13 @@ def _why_not(kind: WeightKind) -> str | None:
     beyond = sorted(kind.fields - _FIELDS)
     if beyond:
         return f"has no tensor for {', '.join(beyond)}"
-    return "has no zero points that are no integers" if kind.real_zeros else None
+    if kind.real_zeros:
+        return "has no zero points that are no integers"
+    if kind.shape is not None and scheme.group_size is not None:
+        k, size = kind.shape[1], scheme.group_size
+        if k > size and k % size:
+            return f"reads no groups of {size} where K is {k}: use a group size that divides K"
+    return None
 
 
 def _read_plan(config: Config, store: Store) -> dict[str, StoredLayer]:
@@ -200,7 +208,19 @@ def _write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _write_config(layers: Mapping[str, WeightKind], dense: Sequence[str]) -> dict[str, Any]:
-    return write_section({name: kind.scheme for name, kind in layers.items()}, dense)
+    return write_section({name: _scheme_as_read(kind) for name, kind in layers.items()}, dense)
+
+
+def _scheme_as_read(kind: WeightKind) -> QuantScheme:
+    """The scheme with the same numbers that the format's readers take.
+
+    They refuse groups that are larger than K, of which a row has one.
+    """
+    scheme = kind.scheme
+    if kind.shape is None or scheme.group_size is None or scheme.group_size <= kind.shape[1]:
+        return scheme
+    k = kind.shape[1]
+    return replace(scheme, group_size=k if k >= SMALLEST_GROUP else None)
 
 
 COMPRESSED_TENSORS = Format(

@@ -8,12 +8,12 @@ documentation.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qkernels.checkpoints.config import Config, brief, only, strings, typed
+from qkernels.checkpoints.patterns import Pattern, pattern
 from qkernels.errors import CheckpointError, SchemeError
 from qkernels.scheme import WEIGHT_TYPES, Activation, QuantScheme
 
@@ -51,12 +51,35 @@ class Group:
     kind: str
 
 
+class Targets:
+    """Which layers are named, in the order in which names count, and what is said of them."""
+
+    def __init__(self, said: Iterable[tuple[str, Any]]) -> None:
+        self._names: dict[str, Any] = {}
+        self._patterns: list[tuple[Pattern, Any]] = []
+        self._linear: list[Any] = []
+        for target, value in said:
+            if target.startswith("re:"):
+                self._patterns.append((pattern(target[3:]), value))
+            elif target == "Linear":
+                self._linear.append(value)
+            else:
+                self._names.setdefault(target, value)
+
+    def find(self, layer: str) -> Any:
+        """What is said of a linear layer, or None."""
+        if layer in self._names:
+            return self._names[layer]
+        matching = (value for made, value in self._patterns if made.matches(layer))
+        return next(matching, self._linear[0] if self._linear else None)
+
+
 @dataclass(frozen=True)
 class Section:
-    """A quantization_config: its groups, in the order of the file, and what it leaves dense."""
+    """A quantization_config: its groups, by their targets, and what it leaves dense."""
 
-    groups: tuple[Group, ...]
-    ignore: tuple[str, ...]
+    groups: Targets
+    ignored: Targets
 
     def group_of(self, layer: str) -> Group:
         """The group of a quantized linear layer.
@@ -64,29 +87,15 @@ class Section:
         Raises:
             CheckpointError: where no group has it, or the layer is to stay dense.
         """
-        ignored = [target for target in self.ignore if _rank(target, layer) in (0, 1)]
-        if ignored:
+        ignored = self.ignored.find(layer)
+        if ignored is not None:
             raise CheckpointError(
-                f"{layer} is quantized in the file, and the config ignores {ignored[0]!r}"
+                f"{layer} is quantized in the file, and the config ignores {ignored!r}"
             )
-        found = [
-            (rank, i)
-            for i, group in enumerate(self.groups)
-            for rank in (_rank(target, layer) for target in group.targets)
-            if rank is not None
-        ]
-        if not found:
+        group: Group | None = self.groups.find(layer)
+        if group is None:
             raise CheckpointError(f"{layer} is quantized, but no config group names it")
-        return self.groups[min(found)[1]]
-
-
-def _rank(target: str, layer: str) -> int | None:
-    """How early a target counts that names `layer`; None where it names others."""
-    if target == layer:
-        return 0
-    if target.startswith("re:"):
-        return 1 if re.match(target[3:], layer) else None
-    return 2 if target == "Linear" else None
+        return group
 
 
 def kind_of(scheme: QuantScheme) -> str:
@@ -142,9 +151,14 @@ def read_section(section: Config) -> Section:
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(f"quantization_config has no config_groups, but {brief(groups)}")
     read = [_read_group(name, entry, section.get("format")) for name, entry in groups.items()]
-    ignore = strings(section.get("ignore") or [], "ignore")
-    _check_patterns(ignore)
-    return Section(tuple(group for group in read if group is not None), tuple(ignore))
+    said = [(target, group) for group in read if group is not None for target in group.targets]
+    # A class of modules is in there for those that were left dense.
+    ignored = [
+        (target, target)
+        for target in strings(section.get("ignore") or [], "ignore")
+        if target != "Linear"
+    ]
+    return Section(Targets(said), Targets(ignored))
 
 
 def _read_group(name: str, entry: object, file_format: object) -> Group | None:
@@ -161,18 +175,8 @@ def _read_group(name: str, entry: object, file_format: object) -> Group | None:
             raise CheckpointError(f"{where} has no weights entry: {brief(group)}")
         return None
     targets = strings(group.get("targets"), f"targets of {where}")
-    _check_patterns(targets)
     scheme = _read_scheme(group, where)
     return Group(name, tuple(targets), scheme, _read_kind(group, file_format, scheme, where))
-
-
-def _check_patterns(targets: Iterable[str]) -> None:
-    for target in targets:
-        if target.startswith("re:"):
-            try:
-                re.compile(target[3:])
-            except re.error as error:
-                raise CheckpointError(f"{target!r} is no regular expression: {error}") from None
 
 
 def _read_kind(group: Config, file_format: object, scheme: QuantScheme, where: str) -> str:

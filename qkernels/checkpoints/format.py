@@ -23,12 +23,14 @@ class WeightKind:
         fields: the names of all hub fields that it has.
         shape: (N, K), or None where it is not known yet.
         real_zeros: its zero points are floating numbers.
+        instead_of: what its layer takes the place of, as in "a Conv1D"; None for an nn.Linear.
     """
 
     scheme: QuantScheme
     fields: frozenset[str]
     shape: tuple[int, int] | None = None
     real_zeros: bool = False
+    instead_of: str | None = None
 
     @classmethod
     def of_scheme(cls, scheme: QuantScheme) -> WeightKind:

@@ -16,7 +16,10 @@ from qkernels.checkpoints.dense import Place, dense_places, replace_tensor
 from qkernels.checkpoints.empty import empty_model
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.memory import give_back_free_pages
+from qkernels.checkpoints.pretrained import mark_quantized
 from qkernels.errors import CheckpointError
+from qkernels.modules.experts import fused_experts, unfuse
+from qkernels.modules.kinds import is_plain_linear, linear_parts
 from qkernels.modules.linear import WQLinear
 from qkernels.weight import QuantizedWeight
 
@@ -52,6 +55,7 @@ def load_model(
     def cast(tensor: Tensor) -> Tensor:
         return tensor if dtype is None or tensor.dtype != own else tensor.to(dtype)
 
+    _unfuse_experts(model, checkpoint)
     linears = _find_linears(model, checkpoint)
     replaced = set(linears.values())
     places = {n: place for n, place in dense_places(model).items() if place.module not in replaced}
@@ -62,9 +66,12 @@ def load_model(
         _check_layer(checkpoint, name, linear, weight)
         if weight.bias is not None:
             weight = weight.replace(bias=cast(weight.bias))
-        model.set_submodule(
-            name, WQLinear.from_weight(weight, device=device, check_kernels=check_kernels)
+        parts = linear_parts(linear)
+        layer = WQLinear.from_weight(
+            weight, device=device, check_kernels=check_kernels, dtype=parts.weight.dtype
         )
+        layer.transposed = parts.transposed
+        model.set_submodule(name, layer)
         del weight
         give_back_free_pages()
     for names in _tied(places).values():
@@ -75,10 +82,22 @@ def load_model(
         transformers = importlib.import_module("transformers")
         with as_checkpoint_error(path, "cannot be read"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    mark_quantized(model)
     return model.to(device).eval()
 
 
-def _find_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
+def _unfuse_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Takes apart the experts that are stored one by one."""
+    stored = {name.rpartition(".")[0] for name in checkpoint.layers}
+    for name, fused in fused_experts(model).items():
+        if name in stored and fused.name in fused.owner._parameters:
+            reason = fused.why_not()
+            if reason is not None:
+                raise CheckpointError(f"{checkpoint.folder}: {name} is not supported: {reason}")
+            unfuse(fused)
+
+
+def _find_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module]:
     """The layers of the model that quantized ones are to take the place of."""
     found = {}
     for name, stored in checkpoint.layers.items():
@@ -90,7 +109,7 @@ def _find_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Line
             raise CheckpointError(
                 f"{checkpoint.folder}: the model has no layer {name}, which is in the file"
             ) from None
-        if not isinstance(layer, nn.Linear):
+        if not is_plain_linear(layer):
             raise CheckpointError(
                 f"{checkpoint.folder}: {name} is quantized in the file, and in the model a "
                 f"{type(layer).__name__}, which is not supported"
@@ -146,15 +165,15 @@ def _tied(places: Mapping[str, Place]) -> dict[int, list[str]]:
 
 
 def _check_layer(
-    checkpoint: Checkpoint, name: str, linear: nn.Linear, weight: QuantizedWeight
+    checkpoint: Checkpoint, name: str, linear: nn.Module, weight: QuantizedWeight
 ) -> None:
-    where = f"{checkpoint.folder}: {name}"
-    if tuple(linear.weight.shape) != weight.shape:
+    where, parts = f"{checkpoint.folder}: {name}", linear_parts(linear)
+    if tuple(parts.weight.shape) != weight.shape:
         raise CheckpointError(
-            f"{where} is {list(weight.shape)} in the file and {list(linear.weight.shape)} in the "
+            f"{where} is {list(weight.shape)} in the file and {list(parts.weight.shape)} in the "
             "model's config"
         )
-    if (linear.bias is None) != (weight.bias is None):
+    if (parts.bias is None) != (weight.bias is None):
         there, not_there = ("model", "file") if weight.bias is None else ("file", "model")
         raise CheckpointError(f"{where} has a bias in the {there}, and none in the {not_there}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from qkernels.checkpoints.dense import dense_places
 from qkernels.checkpoints.format import Format, WeightKind
 from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.checkpoints.store import ShardWriter
-from qkernels.checkpoints.table import check_holds
+from qkernels.checkpoints.table import check_holds, first_holding
 from qkernels.errors import CheckpointError
+from qkernels.modules.experts import WQExperts
 from qkernels.modules.linear import WQLinear
 
 
@@ -40,59 +43,114 @@ def save_model(
         CheckpointError: for a folder with files in it, an unknown format, or a weight that the
             format does not hold. Nothing is written then.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, WQLinear)
-    }
-    if not layers:
-        raise CheckpointError("the model has no WQLinear layer: quantize it first")
-    kinds = {name: WeightKind.of(layer.packed.parameters()) for name, layer in layers.items()}
-    row = check_holds(format, kinds)
-    with new_folder(Path(folder)) as aside:
-        # The small files come first: what is wrong with them shows before the weights are written.
-        untied = _write_config(model, row, kinds, aside)
-        if getattr(model, "generation_config", None) is not None:
-            # Without the checks of save_pretrained, which refuses what the model came with.
-            model.generation_config.to_json_file(aside / "generation_config.json")
-        writer = ShardWriter(aside, max_shard_size)
-        assert row.write_layer is not None
-        for name, layer in layers.items():
-            for part, tensor in row.write_layer(layer.to_weight()).items():
-                writer.add(f"{name}.{part}", tensor)
+    plan = SavePlan.of(model, format)
+    folder = Path(folder)
+    try:
+        with new_folder(folder) as aside:
+            # The small files come first: what is wrong with them shows before the weights are
+            # written.
+            (aside / "config.json").write_text(_config_text(model, plan))
+            if getattr(model, "generation_config", None) is not None:
+                # Without the checks of save_pretrained, which refuses what the model came with.
+                model.generation_config.to_json_file(aside / "generation_config.json")
+            writer = ShardWriter(aside, max_shard_size)
+            for name, tensor in plan.tensors():
+                writer.add(name, tensor)
+            writer.finish()
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """What a model is saved as, known before its tensors are.
+
+    Attributes:
+        row: the format, which holds all layers.
+        layers: the quantized layers, by name.
+        kinds: what the format must know of each.
+        untied: the head is quantized and was tied to the embedding.
+    """
+
+    model: Any
+    row: Format
+    layers: Mapping[str, WQLinear]
+    kinds: Mapping[str, WeightKind]
+    untied: bool
+
+    @classmethod
+    def of(cls, model: Any, format: str | None) -> SavePlan:
+        """The plan of saving `model` in `format`; None chooses the first that holds all layers.
+
+        Raises:
+            CheckpointError: where no layer is quantized, or one is not held by `format`.
+        """
+        layers = quantized_layers(model)
+        if not layers:
+            raise CheckpointError("the model has no WQLinear layer: quantize it first")
+        kinds = {name: _kind(model, name, layer) for name, layer in layers.items()}
+        row = check_holds(format or first_holding(kinds), kinds)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        # A quantized head shares nothing with the embedding any more.
+        untied = isinstance(head, WQLinear) and any(tying_sections(model.config.to_dict()))
+        return cls(model, row, layers, kinds, untied)
+
+    def quantization_config(self) -> dict[str, Any]:
+        """What config.json says under this name."""
+        dense = [
+            name
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if isinstance(module, nn.Linear) and name not in self.layers
+        ]
+        assert self.row.write_config is not None
+        return self.row.write_config(self.kinds, dense)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor to store, by its name, one layer at a time."""
+        assert self.row.write_layer is not None
+        for name, layer in self.layers.items():
+            for part, tensor in self.row.write_layer(layer.to_weight()).items():
+                yield f"{name}.{part}", tensor
             give_back_free_pages()
         seen: set[tuple[Any, ...]] = set()
-        for name, place in dense_places(model).items():
+        for name, place in dense_places(self.model).items():
             # Tied weights are stored once, under the first of their names.
             key = _identity(place.tensor)
-            if untied or key not in seen:
+            if self.untied or key not in seen:
                 seen.add(key)
-                writer.add(name, place.tensor)
-        writer.finish()
+                yield name, place.tensor
 
 
-def _write_config(model: Any, row: Format, kinds: dict[str, WeightKind], folder: Path) -> bool:
-    """Writes config.json. Returns whether it says that embeddings are not tied, and they were."""
-    dense = [
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear)
-    ]
+def quantized_layers(model: nn.Module) -> dict[str, WQLinear]:
+    """The `WQLinear` layers of a model by name; one with several names is there under each."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, WQLinear)}
+
+
+def _kind(model: nn.Module, name: str, layer: WQLinear) -> WeightKind:
+    of_experts = isinstance(model.get_submodule(name.rpartition(".")[0]), WQExperts)
+    instead_of = "an expert of a fused parameter" if of_experts else None
+    if layer.transposed:
+        instead_of = "a Conv1D"
+    return replace(WeightKind.of(layer.packed.parameters()), instead_of=instead_of)
+
+
+def tying_sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parts of a config.json that say that embeddings are tied."""
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if section.get("tie_word_embeddings"):
+            yield section
+
+
+def _config_text(model: Any, plan: SavePlan) -> str:
     config = model.config.to_dict()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
-    tied = [section for section in sections if section.get("tie_word_embeddings")]
-    # A quantized head shares nothing with the embedding any more.
-    untied = bool(tied) and isinstance(head, WQLinear)
-    if untied:
-        for section in tied:
+    if plan.untied:
+        for section in tying_sections(config):
             section["tie_word_embeddings"] = False
-    assert row.write_config is not None
-    config["quantization_config"] = row.write_config(kinds, dense)
+    config["quantization_config"] = plan.quantization_config()
     config["architectures"] = [type(model).__name__]
     text = json.dumps(config, indent=2, default=lambda value: str(value).removeprefix("torch."))
-    (folder / "config.json").write_text(text + "\n")
-    return untied
+    return text + "\n"
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -69,6 +69,15 @@ def check_holds(format: str, weights: Mapping[str, WeightKind]) -> Format:
     return row
 
 
+def first_holding(weights: Mapping[str, WeightKind]) -> str:
+    """The name of the first format of the table that is written and holds all weights."""
+    return next(
+        name
+        for name, row in FORMATS.items()
+        if row.writes and all(row.why_not(weight) is None for weight in weights.values())
+    )
+
+
 def check_scheme(format: str, scheme: QuantScheme) -> None:
     """Raises CheckpointError where `format` cannot be written or holds no weights of `scheme`."""
     check_holds(format, {"the weight": WeightKind.of_scheme(scheme)})

@@ -86,19 +86,19 @@ def inspect(
 
 def linear_layers(network: Any) -> list[LayerSize]:
     """All linear layers of a model, in its order."""
-    from torch import nn
-
     from qkernels.modules import WQLinear
+    from qkernels.modules.kinds import is_plain_linear, linear_parts
 
     found = []
     for name, layer in network.named_modules():
         if isinstance(layer, WQLinear):
             n, k, stored = layer.out_features, layer.in_features, str(layer.scheme)
             found.append(LayerSize(name, stored, n, k, layer.packed.nbytes))
-        elif isinstance(layer, nn.Linear):
-            n, k = layer.weight.shape
-            stored = str(layer.weight.dtype).removeprefix("torch.")
-            found.append(LayerSize(name, stored, n, k, layer.weight.nbytes))
+        elif is_plain_linear(layer):
+            weight = linear_parts(layer).weight
+            n, k = weight.shape
+            stored = str(weight.dtype).removeprefix("torch.")
+            found.append(LayerSize(name, stored, n, k, weight.nbytes))
     return found
 
 

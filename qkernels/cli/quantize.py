@@ -97,6 +97,7 @@ def quantize(
         overrides=overrides,
         calibration=None if text is None else calibration_batches(network, tokenizer, text),
         resume=resume,
+        format=format,
     )
     with progress_bar(f"writing {out}"), replaced_folder(out) as folder:
         qk.save_model(network, folder, format=format)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qkernels.errors import QuantizationError
 from qkernels.models.loading import output_head
 from qkernels.modules import WQLinear
+from qkernels.modules.kinds import is_linear_kind
 
 SHIPPED_TEXT = Path(__file__).parent / "data" / "persuasion.txt"
 """English prose in the public domain; data/README.md says where it comes from."""
@@ -203,8 +204,8 @@ def weight_bytes(model: nn.Module) -> int:
             continue
         if isinstance(layer, WQLinear):
             total += layer.packed.nbytes
-        elif isinstance(layer, nn.Linear):
-            total += layer.weight.nbytes
+        elif is_linear_kind(layer):
+            total += sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
     return total
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from qkernels.checkpoints import is_quantized, load_model
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.errors import CheckpointError
+from qkernels.modules.kinds import is_linear_kind
 
 _GGUF_MAGIC = b"GGUF"
 _DAMAGED = "cannot be loaded, it may be damaged or of an unsupported kind"
@@ -145,7 +146,7 @@ def _tokenizer(folder: Path, gguf_file: str | None) -> Any:
 
 def _check_dense(model: nn.Module, path: str | Path, version: str) -> None:
     head = output_head(model)
-    if not any(isinstance(layer, nn.Linear) and layer is not head for layer in model.modules()):
+    if not any(is_linear_kind(layer) and layer is not head for layer in model.modules()):
         kinds = sorted({type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__})
         raise CheckpointError(
             f"{path} was loaded by transformers {version} without any nn.Linear layer "

@@ -41,7 +41,9 @@ class QuantizationReport:
     Attributes:
         method: the recipe, in its canonical spelling.
         layers: the quantized ones, in the model's order.
-        skipped: layers that were left alone -> the reason.
+        skipped: linear layers that were left alone, and whatever else has more than a small share
+            of the model's parameters -> the reason.
+        shares: name in `skipped` -> its part of the model's parameters, from 0 to 1.
         unreached: layers that got no calibration input -> what was done instead of the recipe.
         whole_model: why each block was calibrated by running all of the model, or None where it
             could be taken block by block.
@@ -50,6 +52,7 @@ class QuantizationReport:
     method: str
     layers: list[LayerReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
     unreached: dict[str, str] = field(default_factory=dict)
     whole_model: str | None = None
 
@@ -71,6 +74,7 @@ class QuantizationReport:
             "weight_bytes": self.weight_bytes,
             "layers": [asdict(report) for report in self.layers],
             "skipped": dict(self.skipped),
+            "shares": dict(self.shares),
             "unreached": dict(self.unreached),
             "whole_model": self.whole_model,
         }

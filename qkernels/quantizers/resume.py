@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qkernels.errors import CheckpointError
 from qkernels.fields import FIELDS
-from qkernels.layouts import PLAIN, PackedWeight
+from qkernels.layouts import PLAIN, PackedWeight, pack
 from qkernels.modules import WQLinear
 from qkernels.quantizers.report import LayerReport
 from qkernels.scheme import QuantScheme
@@ -100,7 +100,7 @@ class ResumeFolder:
         tensors = {
             f"{name}.{part}": tensor.cpu().contiguous()
             for name, layer in block.layers.items()
-            for part, tensor in layer.state_dict().items()
+            for part, tensor in _tensors(layer).items()
         }
         tensors |= {
             f"rewritten.{name}": tensor.cpu().contiguous()
@@ -210,6 +210,13 @@ def _hash(parts: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
+def _tensors(layer: WQLinear) -> dict[str, Tensor]:
+    """A layer in the layout that is the same on every machine."""
+    weight = layer.to_weight()
+    bias = {} if weight.bias is None else {"bias": weight.bias}
+    return {**pack(weight, PLAIN).buffers, **bias}
+
+
 def _layer(
     original: nn.Module,
     scheme: QuantScheme,
@@ -224,7 +231,7 @@ def _layer(
     n, k = weight.shape
     packed = PackedWeight(scheme, PLAIN, n, k, buffers)
     hub = packed.unpack(tensors.get(prefix + "bias"))
-    return WQLinear.from_weight(hub, device=weight.device, **options)
+    return WQLinear.from_weight(hub, device=weight.device, dtype=weight.dtype, **options)
 
 
 def _rename(aside: Path, path: Path) -> None:

@@ -118,12 +118,14 @@ def test_static_scales_are_those_of_the_finished_model(name):
             lambda _, args, kwargs: caches.append(kwargs.get("past_key_values")), with_kwargs=True
         )
     report = qk.quantize_model(model, "rtn", "w8a8-static", calibration=batches, include=["*"])
-    assert report.whole_model is None and not report.unreached and not report.skipped
+    assert report.whole_model is None and not report.unreached
+    left = [model.get_submodule(name) for name in report.skipped]
+    assert all(isinstance(module, torch.nn.Embedding) for module in left)
     assert getattr(model.config, "use_cache", None) == cached
     # A cache would hold keys and values of every block.
     assert caches and not any(cache is not None for cache in caches)
     blocks = find_blocks(model, [layer.name for layer in report.layers])
-    assert len(blocks) > len(report.layers) / 8
+    assert len(blocks) >= model.config.num_hidden_layers
     firsts = first_inputs(model, blocks, batches)
     assert len(firsts) == len(blocks)
     for layer, largest in firsts.values():

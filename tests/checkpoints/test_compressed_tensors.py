@@ -196,7 +196,15 @@ WRONG = {
     ),
     "targets a string": (lambda s: group(s).update(targets="Linear"), "targets of .* a list"),
     "target a number": (lambda s: group(s).update(targets=[1]), r"group_0\[0\] must be a string"),
-    "pattern": (lambda s: group(s).update(targets=["re:("]), "'re:\\(' is no regular expression"),
+    "pattern": (lambda s: group(s).update(targets=["re:("]), r"'\(' is no regular expression"),
+    "pattern with a memory": (
+        lambda s: group(s).update(targets=[r"re:(a)\1"]),
+        r"has \\1, which is not supported in a pattern",
+    ),
+    "pattern that never ends": (
+        lambda s: group(s).update(targets=["re:(([a-z]+)+)+!"]),
+        r"a\.up is quantized, but no config group names it",
+    ),
     "ignore a string": (lambda s: s.update(ignore="lm_head"), "ignore must be a list"),
     "ignored": (lambda s: s.update(ignore=["re:a.*"]), "a.up is quantized in the file, and the"),
     "format": (lambda s: group(s).update(format="marlin-24"), "the format 'marlin-24'; supported"),

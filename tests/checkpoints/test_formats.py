@@ -1,5 +1,6 @@
 """The table of formats: every row over every scheme, and rows, types and fields added by a test."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -32,7 +33,11 @@ def quantized(text: str, n: int = 40, k: int = 72, bias: bool = True) -> Quantiz
 @pytest.mark.parametrize("text", ALL)
 @pytest.mark.parametrize("format", FORMATS)
 def test_each_scheme_comes_back_exactly_or_is_refused(format, text, tmp_path):
-    weights = {"a.up": quantized(text), "a.down": quantized(text, 33, 100, bias=False)}
+    size = QuantScheme.parse(text).group_size or 16
+    weights = {
+        "a.up": quantized(text, 40, 3 * size),
+        "a.down": quantized(text, 33, 5 * size, bias=False),
+    }
     reason = FORMATS[format].why_not(WeightKind.of(weights["a.up"]))
     assert reason == FORMATS[format].why_not(WeightKind.of_scheme(weights["a.up"].scheme))
     if reason is not None:
@@ -42,6 +47,60 @@ def test_each_scheme_comes_back_exactly_or_is_refused(format, text, tmp_path):
     read = read_weights(write_layers(tmp_path / "out", format, weights))
     assert read.keys() == weights.keys()
     assert all(same_weight(read[name], weights[name]) for name in weights)
+
+
+GROUPED = [text for text in ALL if QuantScheme.parse(text).group_size]
+
+
+@pytest.mark.parametrize("text", GROUPED)
+@pytest.mark.parametrize("format", FORMATS)
+def test_groups_that_do_not_divide_k_are_refused_where_they_cannot_be_read(format, text, tmp_path):
+    size = QuantScheme.parse(text).group_size
+    weights = {"up": quantized(text, k=2 * size + 5)}
+    kinds = {"up": WeightKind.of(weights["up"])}
+    if format == "compressed-tensors":
+        with pytest.raises(CheckpointError, match=r"up is .*; formats that hold it: qkernels"):
+            check_holds(format, kinds)
+        planned = replace(WeightKind.of_scheme(weights["up"].scheme), shape=weights["up"].shape)
+        with pytest.raises(CheckpointError, match=r"up is .*; formats that hold it: qkernels"):
+            check_holds(format, {"up": planned})
+        return
+    read = read_weights(write_layers(tmp_path / "out", format, weights))
+    assert same_weight(read["up"], weights["up"])
+
+
+def test_groups_that_are_refused_name_the_layer_the_sizes_and_the_remedy():
+    weight = quantized("w4a16-g24", k=64)
+    named = (
+        r"up is w4a16-g24, and compressed-tensors reads no groups of 24 where K is 64: use a group "
+        r"size that divides K; formats that hold it: qkernels"
+    )
+    with pytest.raises(CheckpointError, match=named):
+        check_holds("compressed-tensors", {"up": WeightKind.of(weight)})
+
+
+def held_by_compressed_tensors(text: str) -> bool:
+    kind = WeightKind.of_scheme(QuantScheme.parse(text))
+    return FORMATS["compressed-tensors"].why_not(kind) is None
+
+
+@pytest.mark.parametrize("k", [8, 16, 20])
+@pytest.mark.parametrize("text", filter(held_by_compressed_tensors, GROUPED))
+def test_one_group_that_is_larger_than_k_is_written_as_its_readers_take_it(text, k, tmp_path):
+    weight = quantized(text, k=k)
+    assert weight.scheme.group_size > k
+    folder = write_layers(tmp_path / "out", "compressed-tensors", {"up": weight})
+    written = json.loads((folder / "config.json").read_text())["quantization_config"]
+    arguments = written["config_groups"]["group_0"]["weights"]
+    assert (arguments["strategy"], arguments["group_size"]) == (
+        ("group", k) if k >= 16 else ("channel", None)
+    )
+    read = read_weights(folder)["up"]
+    assert torch.equal(read.dequantize(), weight.dequantize())
+    for m, dtype in ((1, torch.float32), (5, torch.bfloat16), (40, torch.float16)):
+        x = torch.randn(m, k).to(dtype)
+        layers = (qk.WQLinear.from_weight(w) for w in (weight, read))
+        assert torch.equal(*(layer(x) for layer in layers))
 
 
 def test_our_own_format_holds_every_scheme_and_compressed_tensors_those_without_tables():

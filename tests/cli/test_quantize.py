@@ -63,6 +63,20 @@ def test_our_own_format_holds_every_scheme(run, model_folder, tmp_path):
     assert text.count("nf4-g32-dq") == 7
 
 
+def test_layers_that_the_format_does_not_hold_stop_it_before_the_work(
+    run, model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("qkernels.quantizers.model.drive", lambda *a: pytest.fail("quantizes"))
+    arguments = ("quantize", model_folder, "--scheme", "w4a16-g24", "-o", tmp_path / "out")
+    code, _, err = run(*arguments)
+    assert code == 1
+    assert "q_proj is w4a16-g24, and compressed-tensors reads no groups of 24 where K is 64" in err
+    assert "use a group size that divides K; formats that hold it: qkernels" in err
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    assert run(*arguments, "--format", "qkernels")[0] == 0
+
+
 def test_patterns_choose_layers_and_schemes(run, model_folder, text_file, tmp_path):
     code, text, _ = run(
         *("quantize", model_folder, "--scheme", "w4a16-g32-sym", "-o", tmp_path / "out"),

@@ -97,6 +97,6 @@ def test_what_is_wrong_is_named():
         with pytest.raises(NotImplementedError, match="takes x of fp16 or bf16"):
             layer(x.float())
         layer(x)
-    buffers = [layer._buffers[name] for name in layer._names]
+    buffers = list(layer.packed.buffers.values())
     with pytest.raises(ValueError, match="scales must have shape"):
         torch.ops.qkernels.linear(x, [buffers[0], buffers[1][:1], *buffers[2:]], None, layer._spec)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import qkernels as qk
-from qkernels import rounding
+from qkernels import WQLinear, rounding
 from qkernels.calibration.statistics import Needs
 from qkernels.errors import LayerError, QuantizationError, SchemeError, WeightError
 from qkernels.quantizers.method import Method
@@ -69,7 +69,7 @@ def test_mixed_precision_include_and_exclude():
         "blocks.2.down": "w8a8",
         "lm_head": "w8a16",
     }
-    assert set(report.skipped) == {"blocks.0.up", "blocks.0.down", "blocks.1.up"}
+    assert set(report.skipped) == {"blocks.0.up", "blocks.0.down", "blocks.1.up", "embed"}
     # The embedding shared its weight with the head and keeps it.
     assert isinstance(model.embed.weight, nn.Parameter)
     assert report.layers[0].output_error is None
@@ -235,8 +235,23 @@ def test_an_interrupt_at_any_layer_leaves_the_model_alone(calibration):
 
 
 def test_a_model_that_is_a_linear_layer():
-    with pytest.raises(LayerError, match=r"use WQLinear\.from_linear"):
-        qk.quantize_model(nn.Linear(72, 72), scheme="w8a16")
+    model, x = nn.Linear(72, 72), torch.randn(3, 72)
+    calls: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, args, y: calls.append(y))
+    holder, want = (
+        nn.Sequential(model),
+        WQLinear.from_linear(model, "w8a8-static", activation_scale=x.abs().max() / 127),
+    )
+    report = qk.quantize_model(model, scheme="w8a8-static", calibration=[x])
+    assert [layer.name for layer in report.layers] == ["layer"] and not report.unreached
+    calls.clear()
+    assert isinstance(holder[0], WQLinear) and torch.equal(holder(x), want(x))
+    assert len(calls) == 1
+    assert not model.state_dict().keys() ^ want.state_dict().keys()
+    model = nn.Linear(72, 72)
+    with pytest.raises(LayerError, match="pass calibration"):
+        qk.quantize_model(model, scheme="w8a8-static")
+    assert type(model) is nn.Linear and isinstance(model.weight, nn.Parameter)
 
 
 def test_a_model_without_blocks():

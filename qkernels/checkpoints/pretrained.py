@@ -1,0 +1,27 @@
+"""`save_pretrained` of Transformers, for models with quantized layers."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from torch import nn
+
+from qkernels.checkpoints.save import quantized_layers
+
+
+def mark_quantized(model: nn.Module) -> None:
+    """Makes `save_pretrained` write what `save_model` writes.
+
+    Takes each Transformers model in `model` that has `WQLinear` layers, `model` itself included.
+    Without this Transformers would write their buffers as if they were parameters of its own, and
+    read them back as random weights.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        # Then no model is one of its own.
+        return
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel) and quantized_layers(module):
+            hook = importlib.import_module("qkernels.checkpoints.hf_quantizer")
+            module.hf_quantizer = hook.QKernelsHfQuantizer(hook.QKernelsConfig())

@@ -1,0 +1,103 @@
+"""Which modules are linear layers, and can be replaced by one that computes the same product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+_LINEAR_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, NonDynamicallyQuantizableLinear)
+"""x @ weight.T + bias, and nothing else. A subclass may compute something else, as LoRA layers and
+routers do."""
+
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+"""x @ weight + bias: GPT-2's linear layer, whose weight is [K, N]."""
+
+
+@dataclass(frozen=True)
+class LinearParts:
+    """What a linear layer consists of.
+
+    Attributes:
+        weight: [N, K], a view of the layer's own.
+        bias: [N] or None.
+        transposed: the layer has its weight as [K, N].
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    transposed: bool
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the Conv1D of Transformers."""
+    return (type(module).__module__, type(module).__name__) == _CONV1D
+
+
+def is_linear_kind(module: nn.Module) -> bool:
+    """Whether it has the class of a linear layer, or a subclass of it."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def why_not_plain(module: nn.Module) -> str | None:
+    """Why another module with the same product cannot take the place of a linear layer, or None."""
+    if type(module) not in _LINEAR_CLASSES and not is_conv1d(module):
+        kind = type(module).__name__
+        return f"a {kind}, a subclass of nn.Linear that may compute something else"
+    if "forward" in vars(module):
+        return "its forward has been replaced"
+    expected = {"weight", "bias"}
+    if set(module._parameters) != expected or module._parameters["weight"] is None:
+        return "its weight is computed from other parameters"
+    if module._buffers or any(True for _ in module.children()):
+        return "it has buffers or modules of its own"
+    if (
+        not isinstance(module._parameters["weight"], nn.Parameter)
+        or type(module._parameters["weight"].data) is not torch.Tensor
+    ):
+        return f"its weight is a {type(module._parameters['weight'].data).__name__}"
+    return None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module with the same product can take its place."""
+    return is_linear_kind(module) and why_not_plain(module) is None
+
+
+def linear_parts(module: nn.Module) -> LinearParts:
+    """Of a module that `is_linear_kind`."""
+    layer: Any = module
+    weight, transposed = layer.weight.detach(), is_conv1d(module)
+    return LinearParts(weight.t() if transposed else weight, layer.bias, transposed)
+
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)
+
+
+def take_place_of(module: nn.Module, before: nn.Module) -> None:
+    """Gives `module` what others have put on the layer whose place it takes.
+
+    These are its hooks, in the same dictionaries, so that handles still remove them; whether it
+    trains; and attributes that are neither the layer's own nor private.
+    """
+    for name in _HOOKS:
+        vars(module)[name] = vars(before)[name]
+    module._is_full_backward_hook = before._is_full_backward_hook
+    module.training = before.training
+    for name, value in vars(before).items():
+        if not name.startswith("_") and not hasattr(module, name):
+            setattr(module, name, value)
+
+
+def become(module: nn.Module, other: nn.Module) -> None:
+    """Makes `module`, wherever it is held, the same as `other`."""
+    module.__class__ = type(other)
+    vars(module).clear()
+    vars(module).update(vars(other))

@@ -1,0 +1,263 @@
+"""What of a model is quantized, and why the rest is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from qkernels.errors import LayerError
+from qkernels.modules.awq import _AwqLinear
+from qkernels.modules.experts import FusedExperts, WQExperts, find_fused_experts
+from qkernels.modules.kinds import is_linear_kind, linear_parts, why_not_plain
+from qkernels.modules.linear import WQLinear
+from qkernels.scheme import QuantScheme
+
+OUTPUT_HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_projection")
+"""Names of output heads in models that do not say which layer theirs is. Heads stay in 16 bits
+unless they are included by name: they are the most sensitive layer, and their weight often is that
+of the embedding."""
+
+MENTIONED_SHARE = 0.01
+"""What is no linear layer is mentioned from this part of all parameters on."""
+
+_HEAD = "the output head, which stays in 16 bits unless it is included by name"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A linear layer.
+
+    Attributes:
+        size: numbers in its own parameters.
+        stack: the name of the fused parameter that it is an entry of, or None.
+        why_not: why it can not be quantized, or None.
+        hint: why it is not quantized unless it is included by name, or None.
+    """
+
+    size: int
+    stack: str | None = None
+    why_not: str | None = None
+    hint: str | None = None
+
+
+@dataclass
+class LayerPlan:
+    """Attributes:
+    schemes: of each layer to quantize, by name, in the model's order.
+    skipped: what is left alone -> the reason.
+    shares: name in `skipped` -> its part of the model's parameters.
+    """
+
+    schemes: dict[str, QuantScheme] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+
+
+def plan_layers(
+    model: nn.Module,
+    default: QuantScheme,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    overrides: Mapping[str, QuantScheme | None],
+) -> LayerPlan:
+    """Arguments as for `quantize_model`, with their schemes parsed.
+
+    Raises:
+        LayerError: where nothing is left to quantize, a pattern matches no layer, or a layer is
+            quantized already.
+    """
+    candidates = find_candidates(model)
+    for pattern in (*(include or ()), *(exclude or ()), *overrides):
+        if not any(_matches(name, c, (pattern,)) for name, c in candidates.items()):
+            raise LayerError(
+                f"pattern {pattern!r} matches none of the {len(candidates)} linear layers, "
+                f"for example {list(candidates)[:3]}"
+            )
+    plan = LayerPlan()
+    reasons: dict[str, str] = {}
+    for name, candidate in candidates.items():
+        override = next((p for p in overrides if _matches(name, candidate, (p,))), None)
+        chosen = default if override is None else overrides[override]
+        if candidate.why_not is not None:
+            reasons[name] = candidate.why_not
+        elif _matches(name, candidate, exclude or ()):
+            reasons[name] = "excluded"
+        elif override is None and include is not None and not _matches(name, candidate, include):
+            reasons[name] = "not included"
+        elif override is None and include is None and candidate.hint is not None:
+            reasons[name] = candidate.hint
+        elif chosen is None:
+            reasons[name] = f"left alone by the override {override!r}"
+        else:
+            plan.schemes[name] = chosen
+    if not plan.schemes:
+        raise LayerError(_nothing_left(model, candidates, reasons))
+    _tell(plan, model, candidates, reasons)
+    return plan
+
+
+def _matches(name: str, candidate: Candidate, patterns: Iterable[str]) -> bool:
+    names = (name,) if candidate.stack is None else (name, candidate.stack)
+    return any(fnmatchcase(n, pattern) for pattern in patterns for n in names)
+
+
+def _nothing_left(
+    model: nn.Module, candidates: Mapping[str, Candidate], reasons: Mapping[str, str]
+) -> str:
+    if candidates:
+        name = next(iter(candidates))
+        return (
+            f"no linear layer is left to quantize out of {len(candidates)}: {name}, for example, "
+            f"is left alone ({reasons[name]})"
+        )
+    kinds = sorted({type(m).__name__ for m in model.modules() if m._parameters})
+    return f"the model has no linear layer; its parameters are in {', '.join(kinds) or 'nothing'}"
+
+
+def find_candidates(model: nn.Module) -> dict[str, Candidate]:
+    """Every linear layer by name, in the model's order; experts of a fused parameter one by one.
+
+    Raises:
+        LayerError: where a layer is quantized already.
+    """
+    hints = _hints(model)
+    candidates: dict[str, Candidate] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, WQLinear | WQExperts | _AwqLinear):
+            raise LayerError(f"{name} is quantized already: start from the original model")
+        if is_linear_kind(module):
+            candidates[name] = Candidate(
+                size=sum(p.numel() for p in module._parameters.values() if p is not None),
+                why_not=why_not_plain(module) or _why_not_empty(module),
+                hint=hints.get(id(module)) or _hint_by_name(name),
+            )
+        for fused in find_fused_experts(module):
+            candidates |= _experts(f"{name}.{fused.name}".lstrip("."), fused)
+    return candidates
+
+
+def _experts(stack: str, fused: FusedExperts) -> dict[str, Candidate]:
+    experts = len(fused.parameter)
+    candidate = Candidate(fused.parameter.numel() // max(1, experts), stack, fused.why_not())
+    return {f"{stack}.{number}": candidate for number in range(experts)}
+
+
+def _why_not_empty(module: nn.Module) -> str | None:
+    return None if linear_parts(module).weight.numel() else "it has no weights"
+
+
+def _hint_by_name(name: str) -> str | None:
+    return _HEAD if any(fnmatchcase(name, pattern) for pattern in OUTPUT_HEADS) else None
+
+
+def _hints(model: nn.Module) -> dict[int, str]:
+    """Why layers are not quantized unless they are included by name, by their id."""
+    embeddings = {
+        id(module._parameters["weight"]): name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    hints: dict[int, str] = {}
+    for module in model.modules():
+        for head in output_heads(module):
+            hints[id(head)] = _HEAD
+        weight = module._parameters.get("weight")
+        if is_linear_kind(module) and id(weight) in embeddings:
+            hints[id(module)] = (
+                f"its weight is that of the embedding {embeddings[id(weight)]}, which stays in 16 "
+                "bits unless it is included by name"
+            )
+        if isinstance(module, nn.MultiheadAttention):
+            hints[id(module.out_proj)] = (
+                "nn.MultiheadAttention multiplies by its weight without calling it: included by "
+                "name, it is dequantized for each call"
+            )
+    return hints
+
+
+def output_heads(module: Any) -> list[nn.Module]:
+    """What a Transformers model says makes its logits; nothing for other modules."""
+    find = getattr(module, "get_output_embeddings", None)
+    if find is None:
+        return []
+    try:
+        found = find()
+    except (NotImplementedError, AttributeError):
+        # Of models that have none, or only in some of their forms.
+        return []
+    heads = found if isinstance(found, list | tuple | nn.ModuleList) else [found]
+    return [head for head in heads if isinstance(head, nn.Module)]
+
+
+def _tell(
+    plan: LayerPlan,
+    model: nn.Module,
+    candidates: Mapping[str, Candidate],
+    reasons: Mapping[str, str],
+) -> None:
+    """Fills `skipped` and `shares`, in the model's order."""
+    unique = {id(p): p.numel() for p in model.parameters()}
+    total = max(1, sum(unique.values()))
+    whole = _by_stack(candidates)
+    told: dict[str, tuple[str, int]] = {}
+    for name, reason in reasons.items():
+        stack = candidates[name].stack
+        entries = () if stack is None else whole[stack]
+        if stack is not None and all(reasons.get(entry) == reason for entry in entries):
+            told[stack] = reason, candidates[name].size * len(entries)
+        else:
+            told[name] = reason, candidates[name].size
+    for name, module, size in _others(model):
+        if size >= MENTIONED_SHARE * total and name not in told:
+            told[name] = _why_no_linear(module), size
+    order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+
+    def place(name: str) -> int:
+        # Of fused experts, that of the module that has them.
+        return order[next(n for n in _outward(name) if n in order)]
+
+    for name in sorted(told, key=place):
+        reason, size = told[name]
+        plan.skipped[name] = reason
+        plan.shares[name] = size / total
+
+
+def _by_stack(candidates: Mapping[str, Candidate]) -> dict[str, list[str]]:
+    stacks: dict[str, list[str]] = {}
+    for name, candidate in candidates.items():
+        if candidate.stack is not None:
+            stacks.setdefault(candidate.stack, []).append(name)
+    return stacks
+
+
+def _outward(name: str) -> Iterator[str]:
+    """The name, and those of all that it is inside of."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+def _others(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Modules with parameters that are no weights of linear layers, and how many numbers these
+    have."""
+    for name, module in model.named_modules():
+        if not is_linear_kind(module):
+            fused = {stack.name for stack in find_fused_experts(module)}
+            own = (p for key, p in module._parameters.items() if p is not None and key not in fused)
+            yield name, module, sum(p.numel() for p in own)
+
+
+def _why_no_linear(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return "an embedding, which is not quantized"
+    if "Conv" in kind:
+        return f"a {kind}: convolutions are not quantized"
+    if isinstance(module, nn.MultiheadAttention):
+        return "the fused projections of nn.MultiheadAttention, which are no linear layers"
+    return f"parameters of a {kind}, which is no linear layer"
