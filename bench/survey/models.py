@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,12 +88,10 @@ def run(model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:
     """The floating tensors that a forward gives, by their place in its output."""
     torch.manual_seed(2)
     with torch.no_grad():
-        return dict(_tensors("", model(**inputs)))
+        return dict(_tensors("", model(**copy.deepcopy(inputs))))
 
 
-def _parameters(model: PreTrainedModel) -> Any:
-    import inspect
-
+def _parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(model.forward).parameters
 
 
@@ -100,7 +101,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _tensors(place: str, value: Any) -> Any:
+def _tensors(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.numel():
             yield place, value
@@ -114,8 +115,6 @@ def _tensors(place: str, value: Any) -> Any:
 
 def _build(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
-    import copy
-
     model = cls._from_config(copy.deepcopy(config), dtype=dtype)
     with torch.no_grad():
         for module in model.modules():

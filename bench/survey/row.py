@@ -22,6 +22,7 @@ class Row:
         inputs: the names of what its forward was given.
         quantized: share of the parameters outside of embeddings that are quantized.
         error: largest relative error of its outputs.
+        tipped: that error is past the bound, since rounding tips a choice of the model.
         skipped: layer or parameter -> why it is not quantized, as the report says.
         head: what came of its output head where that was asked for; None without one.
         generates: None where it does; why not, else.
@@ -39,6 +40,7 @@ class Row:
     inputs: list[str] = field(default_factory=list)
     quantized: float | None = None
     error: float | None = None
+    tipped: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     head: str | None = None
     generates: str | None = None

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from bench.survey.hints import NESTED
+
 WIDTH, HEADS, HEAD_DIM, LAYERS = 64, 4, 16, 2
 VOCABULARY = 128
 """Token ids from here on are moved below, one new id for each old one."""
@@ -29,10 +31,11 @@ def _exactly(size: int) -> Callable[[int], int]:
 RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     # No sizes, although they are named like some.
     (r".*(chunk_size_feed_forward|_labels|kernel.*|stride|_conv|padding|mult|multiple_of)", int),
+    (r"vocab_size", lambda value: VOCABULARY),
     (r".*vocab(_size)?.*|.*codebook_size|num_embeddings|num_embeds", _at_most(VOCABULARY)),
     (r"(max|n)_.*(positions?|position_embeddings|ctx|seq_len|length)|n_ctx|seq_length", _at_most(256)),
-    (r".*(key_value|kv)_(attention_)?heads", _at_most(2)),
     (r"(.*_)?n(um)?_(\w+_)?heads|(.*_)?heads|n_head|.*attention_heads|.*attn_heads", _at_most(HEADS)),
+    (r"num_encoder_blocks|num_conv_layers|.*num_feature_levels", int),
     (r"(.*_)?(n|num)_(\w+_)?(layers?|blocks)|(.*_)?layers|(.*_)?depth", _at_most(LAYERS)),
     (r"attn_layer_period|.*_interval|.*sparse_step|sliding_window_pattern|.*_every_n_layers", _at_most(2)),
     (r"attn_layer_offset|first_k_dense_replace|num_dense_layers", _at_most(1)),
@@ -61,12 +64,6 @@ class TokenIds:
         return self.known.setdefault(value, VOCABULARY - 1 - len(self.known))
 
 
-def tiny_for(cls: Any, model_class: Any) -> PreTrainedConfig:
-    from bench.survey.hints import CONFIGS
-    kind = getattr(cls, "config_class", None) or CONFIG_MAPPING[model_class.model_type]
-    return tiny_config(kind, CONFIGS.get(kind.__name__, {}) | CONFIGS.get(cls.__name__, {}))
-
-
 def tiny_config(kind: type[PreTrainedConfig], hints: dict[str, Any]) -> PreTrainedConfig:
     """The smallest config of this type that its models are likely to run with.
 
@@ -75,6 +72,8 @@ def tiny_config(kind: type[PreTrainedConfig], hints: dict[str, Any]) -> PreTrain
     """
     sizes = _tiny(kind(), TokenIds()) if not getattr(kind, "has_no_defaults_at_init", False) else {}
     for path, value in hints.items():
+        if isinstance(value, str) and path in NESTED:
+            value = {"model_type": value, **_tiny(CONFIG_MAPPING[value](), TokenIds())}
         target = sizes
         *parents, name = path.split(".")
         for parent in parents:
@@ -86,6 +85,8 @@ def tiny_config(kind: type[PreTrainedConfig], hints: dict[str, Any]) -> PreTrain
 def _tiny(config: PreTrainedConfig, ids: TokenIds) -> dict[str, Any]:
     """The arguments of the constructor for a small one of these."""
     default = type(config)()
+    for one in (config, default):
+        one.allow_global_per_layer_attribute_access = True
     layers = _chosen_layers(config)
     sizes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -94,6 +95,13 @@ def _tiny(config: PreTrainedConfig, ids: TokenIds) -> dict[str, Any]:
         if isinstance(value, PreTrainedConfig):
             sizes[name] = {"model_type": value.model_type, **_tiny(value, ids)}
             continue
+        if re.fullmatch(r".*(key_value|kv)_(attention_)?heads", name) and isinstance(value, int):
+            heads = re.sub("(key_value|kv)_(attention_)?heads", "attention_heads", name)
+            grouped = value < (getattr(config, heads, None) or HEADS)
+            sizes[name] = (min(value, 2) if grouped else HEADS) if value else value
+            continue
+        if name == "head_dim" and value is None:
+            sizes[name] = HEAD_DIM
         set_by_parent = value != getattr(default, name, None)
         computed = field.default is None or field.default is dataclasses.MISSING
         small = _small(name, value, layers, ids)
@@ -143,14 +151,14 @@ def _small_list(name: str, value: Any, layers: list[int] | None, ids: TokenIds) 
             return [_small(name, value[i], None, ids) for i in layers]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         return value
-    if re.fullmatch(r".*(indexes|indices|idxs|_layers|_blocks)", name):
+    if re.fullmatch(r".*(indexes|indices|idxs|_layers|attention_blocks)", name):
         return [1]
     if re.fullmatch(r"depths?|.*num_blocks|num_block_repeats|blocks_per_stage|block_sizes", name):
         return [min(v, 1) for v in value]
     if re.fullmatch(r".*heads(_per_stage)?", name):
         return [max(1, v // min(value)) for v in value]
     if re.fullmatch(r".*(hidden_sizes|embed_dims?|embed_dim_per_stage|channels)", name):
-        return [v * 16 // min(value) for v in value]
+        return [max(1, v * 2 // min(value)) * 8 for v in value]
     if re.fullmatch(r"conv_dim|tdnn_dim", name):
         return [32 for _ in value]
     if re.fullmatch(r"image_size", name):

@@ -1,0 +1,88 @@
+"""Models and outputs side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import qkernels as qk
+
+
+def relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """The largest relative Frobenius error of an output, where `want` is finite.
+
+    Infinite where shapes differ, or where what is finite there is not.
+    """
+    worst = 0.0
+    for name, exact in want.items():
+        if got[name].shape != exact.shape:
+            return float("inf")
+        finite = exact.isfinite()
+        wanted, have = exact[finite].double(), got[name][finite].double()
+        if not have.isfinite().all():
+            return float("inf")
+        norm = float(wanted.norm())
+        worst = max(worst, float((have - wanted).norm()) / norm if norm else 0.0)
+    return worst
+
+
+def same_weights(
+    dense: PreTrainedModel, model: PreTrainedModel, report: qk.QuantizationReport
+) -> PreTrainedModel:
+    """`dense` with the dequantized weights of `model` in place of its own."""
+    for layer in report.layers:
+        weight = model.get_submodule(layer.name).dequantize()  # type: ignore[operator]
+        owner = _layer(dense, layer.name)
+        if owner is None:
+            parameter, _, index = layer.name.rpartition(".")
+            experts = dense.get_parameter(parameter).data
+            one = experts[int(index)]
+            one.copy_(weight if one.shape == weight.shape else weight.T)
+            continue
+        own = owner.weight
+        assert isinstance(own, Tensor)
+        # A parameter of its own, since that of a head may be the embedding's.
+        values = weight if _is_linear(owner) else weight.T
+        owner.weight = nn.Parameter(values.to(own.dtype).contiguous())
+    return dense
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear)
+
+
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> each parameter and buffer, those that are not saved included."""
+    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    named.update(model.named_buffers(remove_duplicate=False))
+    return named
+
+
+def shared(tensors: dict[str, Tensor]) -> set[tuple[str, ...]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            names.setdefault(id(tensor), []).append(name)
+    return {tuple(sorted(group)) for group in names.values() if len(group) > 1}
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same bit for bit, NaN included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
