@@ -6,6 +6,10 @@ rows, `encode_rows` the codes of some of them. Methods of quantization reuse bot
     symmetric     s = max|w| / ((2^b - 1) / 2), codes clamped to [0, 2^b - 1]
     asymmetric    s = (max(w, 0) - min(w, 0)) / (2^b - 1), z = round(-min(w, 0) / s)
     codebook, fp8 s = max|w| / the type's largest value; binary: s = mean |w|
+
+A group of zeros stays zero: its codes stand for zero, under the least scale that its type has, so
+that a kernel which takes zero points off its sums leaves nothing either. Where no code stands for
+zero, as in binary weights, that scale is zero itself.
 """
 
 from __future__ import annotations
@@ -84,7 +88,7 @@ def fit(
             full = scales.float()
         if not scheme.symmetric:
             largest = (1 << scheme.bits) - 1
-            fields["zeros"] = (-low / full).round_().clamp_(0, largest).to(torch.uint8)
+            fields["zeros"] = (-low / _nonzero(full)).round_().clamp_(0, largest).to(torch.uint8)
     if activation_scale is not None:
         fields["activation_scale"] = torch.as_tensor(
             activation_scale, dtype=torch.float32, device=weight.device
@@ -106,7 +110,8 @@ def encode_rows(rows: Tensor, parameters: WeightParameters, start: int) -> Tenso
         rows = rows.index_select(1, parameters.perm)
     length = scheme.group_length(parameters.k)
     scaled = rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    apply_by_group(scaled, parameters.group_scales(start, stop), length, Tensor.div_)
+    scales = _nonzero(parameters.group_scales(start, stop))
+    apply_by_group(scaled, scales, length, Tensor.div_)
     if scheme.weight.kind == "codebook":
         return _nearest(scaled, scheme.weight)
     if scheme.weight.kind == "float8":
@@ -170,14 +175,12 @@ def _ranges(weight: Tensor, scheme: QuantScheme, perm: Tensor | None) -> tuple[T
 
 
 def _step(low: Tensor, high: Tensor, scheme: QuantScheme) -> Tensor:
-    """The scale that spreads the codes over [low, high]; 1 where the group is all zero."""
+    """The scale that spreads the codes over [low, high]; 0 where the group is all zero."""
     if scheme.weight.kind != "linear":
-        step = torch.maximum(-low, high) / scheme.weight.max_value
-    elif scheme.symmetric:
-        step = torch.maximum(-low, high) / (((1 << scheme.bits) - 1) / 2)
-    else:
-        step = (high - low) / ((1 << scheme.bits) - 1)
-    return torch.where(step == 0, torch.ones_like(step), step)
+        return torch.maximum(-low, high) / scheme.weight.max_value
+    if scheme.symmetric:
+        return torch.maximum(-low, high) / (((1 << scheme.bits) - 1) / 2)
+    return (high - low) / ((1 << scheme.bits) - 1)
 
 
 def _round_scales(scales: Tensor, scheme: QuantScheme) -> Tensor:
@@ -190,11 +193,14 @@ def _round_scales(scales: Tensor, scheme: QuantScheme) -> Tensor:
     # A scale that rounds to zero would divide by zero; the smallest number keeps such a group at
     # (almost) zero, which it is.
     smallest = torch.finfo(scheme.scale_dtype).smallest_normal * torch.finfo(scheme.scale_dtype).eps
-    return rounded.clamp_(min=smallest)
+    rounded.clamp_(min=smallest)
+    if scheme.weight.values is not None and 0 not in scheme.weight.values:
+        rounded.masked_fill_(scales == 0, 0)
+    return rounded
 
 
 def _mean_magnitudes(weight: Tensor, scheme: QuantScheme, perm: Tensor | None) -> Tensor:
-    """Mean |w| of every group, fp32 [N, G], or [1, 1] per tensor; 1 where all are zero.
+    """Mean |w| of every group, fp32 [N, G], or [1, 1] per tensor.
 
     It is the scale that leaves the least squared error between w and scale * sign(w) (XNOR-Net,
     Rastegari et al. 2016, section 3.1).
@@ -210,7 +216,7 @@ def _mean_magnitudes(weight: Tensor, scheme: QuantScheme, perm: Tensor | None) -
         torch.sum(padded.unflatten(1, (groups, length)), dim=2, out=sums[start:stop])
     if scheme.per_tensor:
         sums, counts = sums.sum(dim=0, keepdim=True), counts * n
-    return _nonzero(sums / counts)
+    return sums / counts
 
 
 def _two_level(low: Tensor, high: Tensor, scheme: QuantScheme) -> dict[str, Tensor | None]:

@@ -10,6 +10,7 @@
 #include "cpu/faults.h"
 #include "cpu/groups.h"
 #include "cpu/kernels.h"
+#include "cpu/zero_groups.h"
 
 namespace qkernels::cpu {
 
@@ -89,7 +90,7 @@ struct FloatBlock {
     for (int64_t g = range.begin; g < range.end; ++g) {
       multiply_group(g * weight.group, weight.group_end(g));
       QK_UNROLL for (int p = 0; p < kPanels; ++p) {
-        const F scale = group_scales<V>(weight, panel + p, g);
+        const F scale = scales_without_zero_groups<V>(weight, panel + p, g);
         QK_UNROLL for (int r = 0; r < kRows; ++r) {
           F part = parts[0][r][p];
           if constexpr (V::kSplit == 2) part = V::add(part, parts[1][r][p]);

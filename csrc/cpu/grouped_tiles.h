@@ -9,6 +9,7 @@
 #include "cpu/decode.h"
 #include "cpu/faults.h"
 #include "cpu/tiles.h"
+#include "cpu/zero_groups.h"
 
 namespace qkernels::cpu {
 namespace {
@@ -245,7 +246,7 @@ void run_exact(const FloatTileJob& job, const Decoder& decoder, int64_t begin, i
                        sizeof scratch.tiles[0], prefetch);
         for (int64_t s = 0; s < chunk.span_count; ++s) {
           const int64_t g = chunk.spans[s].group;
-          V::store(scratch.scales[s][p], group_scales<V>(weight, panel + p, g));
+          V::store(scratch.scales[s][p], scales_without_zero_groups<V>(weight, panel + p, g));
           V::store(scratch.zeros[s][p], group_zeros<V>(weight, panel + p, g, decoder.offset));
         }
       }

@@ -132,6 +132,20 @@ struct Avx2 {
     return {_mm256_srai_epi32(x.a, kBy), _mm256_srai_epi32(x.b, kBy)};
   }
 
+  static QK_INLINE __m256i is_zero(__m256i x) {
+    return _mm256_cmpeq_epi32(x, _mm256_setzero_si256());
+  }
+  // Whether no lane is zero.
+  static QK_INLINE bool all(I x) {
+    const __m256i zeros = _mm256_or_si256(is_zero(x.a), is_zero(x.b));
+    return _mm256_testz_si256(zeros, zeros) != 0;
+  }
+  // y in the lanes where x is not zero, and zero in the others.
+  static QK_INLINE F where(I x, F y) {
+    return {_mm256_andnot_ps(_mm256_castsi256_ps(is_zero(x.a)), y.a),
+            _mm256_andnot_ps(_mm256_castsi256_ps(is_zero(x.b)), y.b)};
+  }
+
   static QK_INLINE F low_half_to_float(I x) {
     const __m256i mask = _mm256_set1_epi32(0xffff);
     const __m256i both = _mm256_permute4x64_epi64(

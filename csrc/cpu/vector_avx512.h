@@ -91,6 +91,13 @@ struct Avx512 {
     return _mm512_srai_epi32(x, kBy);
   }
 
+  // Whether no lane is zero.
+  static QK_INLINE bool all(I x) { return _mm512_test_epi32_mask(x, x) == 0xffff; }
+  // y in the lanes where x is not zero, and zero in the others.
+  static QK_INLINE F where(I x, F y) {
+    return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(x, x), y);
+  }
+
   static QK_INLINE F low_half_to_float(I x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
 
   using Table = __m512;

@@ -208,6 +208,17 @@ struct Portable {
     return make_i([&](int i) { return a.lane[i] >> kBy; });
   }
 
+  // Whether no lane is zero.
+  static bool all(I a) {
+    bool all = true;
+    for (int i = 0; i < 16; ++i) all = all && a.lane[i] != 0;
+    return all;
+  }
+  // b in the lanes where a is not zero, and zero in the others.
+  static F where(I a, F b) {
+    return make_f([&](int i) { return a.lane[i] != 0 ? b.lane[i] : 0.0f; });
+  }
+
   // fp16 numbers in the low halves of the lanes.
   static F low_half_to_float(I a) {
     return make_f([&](int i) { return half_to_float(static_cast<uint16_t>(a.lane[i])); });

@@ -57,8 +57,9 @@ enum class GroupType {
 
 struct Weight {
   const uint32_t* words;
-  int64_t n, k;   // k with the columns that pad groups
-  int64_t group;  // columns of a group: a multiple of 8, or all of K
+  int64_t n, k;    // k with the columns that pad groups
+  int64_t group;   // columns of a group: a multiple of 8, or all of K
+  int64_t filled;  // of them, those that do not pad the group
   Code code;
   const void* scales;
   GroupType scale_type;
@@ -87,6 +88,8 @@ struct Weight {
   int64_t group_end(int64_t g) const {
     return g + 1 == group_count ? column_count : (g + 1) * group;
   }
+  // The columns of group g that do not pad it, nor K.
+  int64_t codes_of_group(int64_t g) const { return g + 1 == group_count ? k - g * group : filled; }
   int64_t step_columns() const { return is_nibble(code) ? 8 : 4; }
   // Whether zero points are to be taken off: without, decoders take off the implied zero
   // themselves.

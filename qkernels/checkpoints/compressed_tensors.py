@@ -9,6 +9,10 @@ float-quantized  weight float8 [N, K], weight_scale
 weight_scale is [N, 1] per channel and [1] per tensor; a zero point per tensor is never packed, but
 int8 [1] = zero - 2^(b-1). input_scale [1] goes with static activations. Weights without activation
 quantization are packed, others are not.
+
+Scales are never negative, since they come from max |w| or max w - min w. They may be zero: some
+writers keep them from that by a smallest scale and some do not, and one of fp16 may be too small
+for its type. All weights of such a group are zero.
 Source: the compressed-tensors package (Neural Magic, Apache-2.0), read as documentation.
 """
 
@@ -62,6 +66,8 @@ def _why_not(kind: WeightKind) -> str | None:
         return f"has no tensor for {', '.join(beyond)}"
     if kind.real_zeros:
         return "has no zero points that are no integers"
+    if kind.negative_scales:
+        return "has no negative scales"
     if kind.shape is not None and scheme.group_size is not None:
         k, size = kind.shape[1], scheme.group_size
         if k > size and k % size:
@@ -97,6 +103,8 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     _check_columns(store, name, scheme, k)
     shape = (1,) if scheme.per_tensor else (n, scheme.groups(k))
     scales = _one_or(store, f"{name}.weight_scale", shape, (scheme.scale_dtype,))
+    if (scales < 0).any():
+        raise CheckpointError(f"{name}.weight_scale is negative, which the format has no use for")
     zeros = None
     if not scheme.symmetric:
         zeros = _read_zeros(store, name, scheme, kind, n, shape)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -14,15 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.checkpoints.checkpoint import Checkpoint
-from qkernels.checkpoints.config import QUANTIZATION_KEYS
+from qkernels.checkpoints.config import QUANTIZATION_KEYS, brief
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.errors import CheckpointError
 
+_BUFFER_BYTES = 4 << 30
+"""What a model may compute at least and not save, such as masks for long texts."""
 
-def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, torch.dtype]:
+
+def empty_model(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, check_shapes: Callable[[Any], None]
+) -> tuple[Any, torch.dtype]:
     """The model of a folder: parameters on the meta device, buffers as its code computes them.
 
     Returns the model and the type that is the folder's own, in whose place `dtype` stands.
+
+    Args:
+        check_shapes: is called with the model, all of it on the meta device, before anything is
+            given memory, and raises where it is not that of the tensors.
 
     Raises:
         CheckpointError: where Transformers is missing, or does not know the model.
@@ -32,20 +43,61 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any,
     except ImportError as error:
         raise CheckpointError(f"loading needs {error.name}: pip install qkernels[models]") from None
     raw = {key: v for key, v in checkpoint.config.items() if key not in QUANTIZATION_KEYS}
-    with as_checkpoint_error(checkpoint.folder / "config.json", "describes no known model"):
+    path, most = checkpoint.folder / "config.json", 4 * len(checkpoint.store) + 1000
+    with as_checkpoint_error(path, "describes no known model"):
+        _check_depth(raw, checkpoint)
         config = transformers.AutoConfig.for_model(**raw)
         architecture = getattr(transformers, raw["architectures"][0])
         own = getattr(config, "dtype", None) or _common_type(checkpoint)
 
-        def build() -> Any:
-            return architecture._from_config(config, dtype=dtype or own)
+    def build() -> Any:
+        with as_checkpoint_error(path, "describes no known model"), _parameters_on_meta(most):
+            return architecture._from_config(copy.deepcopy(config), dtype=dtype or own)
 
-        with _parameters_on_meta():
-            model = build()
-        if any(buffer.is_meta for buffer in _unsaved_buffers(model)):
-            # Its code makes them of parameters, which must have values for that.
-            model = build()
+    _check_memory(build, checkpoint, check_shapes)
+    model = build()
+    if any(buffer.is_meta for buffer in _unsaved_buffers(model)):
+        # Its code makes them of parameters, which must have values for that.
+        with as_checkpoint_error(path, "describes no known model"):
+            model = architecture._from_config(config, dtype=dtype or own)
     return model, own
+
+
+def _check_depth(section: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raises where the config asks for more layers than there can be: lists of that length are
+    made before the first layer is."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            _check_depth(value, checkpoint)
+            continue
+        counts = key.endswith(("layer", "layers")) and isinstance(value, int)
+        if counts and value > max(len(checkpoint.store), 1000):
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'} says {key}={brief(value)}, and the files "
+                f"hold {len(checkpoint.store)} tensors"
+            )
+
+
+def _check_memory(
+    build: Callable[[], Any], checkpoint: Checkpoint, check_shapes: Callable[[Any], None]
+) -> None:
+    """Raises where the model would need memory that its files give no reason for."""
+    try:
+        with torch.device("meta"):
+            model = build()
+    except _TooManyParametersError:
+        raise
+    except CheckpointError:
+        # Code that asks for values cannot be tried like this, and what is wrong comes up again.
+        return
+    check_shapes(model)
+    stored = sum(checkpoint.store.nbytes(name) for name in checkpoint.store)
+    extra = sum(b.nbytes for name, b in model.named_buffers() if name not in checkpoint.store)
+    if extra > max(stored, _BUFFER_BYTES):
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'} asks for {extra:.2e} bytes that the model "
+            f"computes, and the files hold {stored:.2e}"
+        )
 
 
 def _common_type(checkpoint: Checkpoint) -> torch.dtype:
@@ -57,15 +109,24 @@ def _common_type(checkpoint: Checkpoint) -> torch.dtype:
     return floating[0] if floating else torch.get_default_dtype()
 
 
+class _TooManyParametersError(CheckpointError):
+    pass
+
+
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Within, a parameter that a module registers goes to the meta device.
+def _parameters_on_meta(most: int) -> Iterator[None]:
+    """Within, a parameter that a module registers goes to the meta device; up to `most` may.
 
     Under `torch.device("meta")` buffers would go there too, and those that are not saved be lost.
     """
-    register = nn.Module.register_parameter
+    register, numbers = nn.Module.register_parameter, itertools.count(1)
 
     def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and next(numbers) > most:
+            raise _TooManyParametersError(
+                f"config.json describes a model with more than {most} parameters, many more than "
+                "the files hold"
+            )
         if type(param) is nn.Parameter and not param.is_meta:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)

@@ -24,6 +24,7 @@ class WeightKind:
         shape: (N, K), or None where it is not known yet.
         real_zeros: its zero points are floating numbers.
         instead_of: what its layer takes the place of, as in "a Conv1D"; None for an nn.Linear.
+        negative_scales: some of its scales are below zero.
     """
 
     scheme: QuantScheme
@@ -31,6 +32,7 @@ class WeightKind:
     shape: tuple[int, int] | None = None
     real_zeros: bool = False
     instead_of: str | None = None
+    negative_scales: bool = False
 
     @classmethod
     def of_scheme(cls, scheme: QuantScheme) -> WeightKind:
@@ -39,12 +41,13 @@ class WeightKind:
 
     @classmethod
     def of(cls, weight: WeightParameters) -> WeightKind:
-        zeros = weight.fields.get("zeros")
+        zeros, scales = weight.fields.get("zeros"), weight.fields["scales"]
         return cls(
             weight.scheme,
             frozenset(weight.fields),
-            (weight.n, weight.k),
-            zeros is not None and zeros.is_floating_point(),
+            shape=(weight.n, weight.k),
+            real_zeros=zeros is not None and zeros.is_floating_point(),
+            negative_scales=not scales.is_meta and bool((scales < 0).any()),
         )
 
 

@@ -17,6 +17,7 @@ from qkernels.checkpoints.empty import empty_model
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.checkpoints.pretrained import mark_quantized
+from qkernels.checkpoints.ties import tie_beside_head
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import fused_experts, unfuse
 from qkernels.modules.kinds import is_plain_linear, linear_parts
@@ -25,6 +26,10 @@ from qkernels.weight import QuantizedWeight
 
 UNUSED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
 """Tensors that some versions of Transformers store and others compute: they change nothing."""
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OTHER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Types that may take each other's place in a file."""
 
 
 def load_model(
@@ -50,7 +55,9 @@ def load_model(
     """
     device = torch.device(device)
     checkpoint = open_checkpoint(folder)
-    model, own = empty_model(checkpoint, dtype)
+    model, own = empty_model(
+        checkpoint, dtype, lambda model: _check_shapes(checkpoint, dense_places(model))
+    )
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor if dtype is None or tensor.dtype != own else tensor.to(dtype)
@@ -61,6 +68,7 @@ def load_model(
     places = {n: place for n, place in dense_places(model).items() if place.module not in replaced}
     # Whatever can be wrong without the tensors' data is checked before they are read.
     _check_names(model, checkpoint, places)
+    made: dict[int, WQLinear] = {}
     for name, linear in linears.items():
         weight = checkpoint.read(name)
         _check_layer(checkpoint, name, linear, weight)
@@ -71,12 +79,17 @@ def load_model(
             weight, device=device, check_kernels=check_kernels, dtype=parts.weight.dtype
         )
         layer.transposed = parts.transposed
-        model.set_submodule(name, layer)
-        del weight
+        # One layer under several names stays one.
+        first = made.setdefault(id(linear), layer)
+        if first is not layer:
+            _check_same(checkpoint, name, layer, first)
+        model.set_submodule(name, first)
+        del weight, layer
         give_back_free_pages()
     for names in _tied(places).values():
         tied = {name: places[name] for name in names}
         _fill(tied, checkpoint, lambda tensor: cast(tensor).to(device))
+    tie_beside_head(model, places, set(linears))
     path = checkpoint.folder / "generation_config.json"
     if path.is_file():
         transformers = importlib.import_module("transformers")
@@ -120,7 +133,7 @@ def _find_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Modu
 
 def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
     """Each tensor of the folder has a place, each place a tensor, and of the same shape."""
-    store, dense = checkpoint.store, set(checkpoint.dense)
+    dense = set(checkpoint.dense)
     # The code of the model says that it computes these itself.
     computed = tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
     unexpected = [
@@ -137,12 +150,22 @@ def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]
             f"{checkpoint.folder} does not fit the model: missing {missing[:3]}, "
             f"unexpected {unexpected[:3]}"
         )
-    for name in dense & set(places):
-        wanted, stored = tuple(places[name].tensor.shape), store.shape(name)
-        if wanted != stored:
+    _check_shapes(checkpoint, places)
+
+
+def _check_shapes(checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
+    for name in (name for name in checkpoint.dense if name in places):
+        wanted, stored = places[name].tensor, checkpoint.store.shape(name)
+        if tuple(wanted.shape) != stored:
             raise CheckpointError(
-                f"{checkpoint.folder}: {name} is {list(stored)} in the file and {list(wanted)} in "
-                "the model's config"
+                f"{checkpoint.folder}: {name} is {list(stored)} in the file and "
+                f"{list(wanted.shape)} in the model's config"
+            )
+        dtype = checkpoint.store.dtype(name)
+        if dtype not in (_FLOATING if wanted.is_floating_point() else _OTHER):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is {dtype} in the file, and in the "
+                f"model {wanted.dtype}"
             )
 
 
@@ -176,6 +199,15 @@ def _check_layer(
     if (parts.bias is None) != (weight.bias is None):
         there, not_there = ("model", "file") if weight.bias is None else ("file", "model")
         raise CheckpointError(f"{where} has a bias in the {there}, and none in the {not_there}")
+
+
+def _check_same(checkpoint: Checkpoint, name: str, layer: WQLinear, first: WQLinear) -> None:
+    held, wanted = layer.state_dict(), first.state_dict()
+    if held.keys() != wanted.keys() or not all(torch.equal(held[n], wanted[n]) for n in held):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} is one layer with another by the model's code, and "
+            "differs from it in the file"
+        )
 
 
 def _fill(

@@ -5,6 +5,9 @@
 
     "quantization_config": {"quant_method": "qkernels", "version": 1, "groups": [
         {"scheme": "w4a16-g128", "shape": [N, K], "layers": [name, ...]}, ...]}
+
+Scales may be any finite numbers, as in the hub: where all weights are zero, other packages write
+zeros (bitsandbytes, GGUF), and some types of GGUF have negative scales.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -41,24 +42,34 @@ def save_model(
 
     Raises:
         CheckpointError: for a folder with files in it, an unknown format, or a weight that the
-            format does not hold. Nothing is written then.
+            format does not hold. Nothing is written then. Also for a full disk and the like.
     """
-    plan = SavePlan.of(model, format)
-    folder = Path(folder)
+    plan, folder = SavePlan.of(model, format), Path(folder)
+    with as_written(folder), new_folder(folder) as aside:
+        write_model(plan, aside, max_shard_size)
+
+
+def write_model(plan: SavePlan, folder: Path, max_shard_size: int | str = "5GB") -> None:
+    """Writes the files of a model to `folder`, which is there and holds none of them."""
+    # The small files come first: what is wrong with them shows before the weights are written.
+    (folder / "config.json").write_text(_config_text(plan.model, plan))
+    if getattr(plan.model, "generation_config", None) is not None:
+        # Without the checks of save_pretrained, which refuses what the model came with.
+        plan.model.generation_config.to_json_file(folder / "generation_config.json")
+    writer = ShardWriter(folder, max_shard_size)
+    for name, tensor in plan.tensors():
+        writer.add(name, tensor)
+    writer.finish()
+
+
+@contextlib.contextmanager
+def as_written(folder: Path) -> Iterator[None]:
+    """Within, an error of the system becomes a CheckpointError that names `folder`."""
     try:
-        with new_folder(folder) as aside:
-            # The small files come first: what is wrong with them shows before the weights are
-            # written.
-            (aside / "config.json").write_text(_config_text(model, plan))
-            if getattr(model, "generation_config", None) is not None:
-                # Without the checks of save_pretrained, which refuses what the model came with.
-                model.generation_config.to_json_file(aside / "generation_config.json")
-            writer = ShardWriter(aside, max_shard_size)
-            for name, tensor in plan.tensors():
-                writer.add(name, tensor)
-            writer.finish()
+        yield
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from None
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{folder} cannot be written: {reason}") from None
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,11 @@ class SavePlan:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor to store, by its name, one layer at a time."""
+        with as_loaded(self.model) as changed:
+            for name, tensor in self._tensors():
+                yield name, tensor.clone() if changed else tensor
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         assert self.row.write_layer is not None
         for name, layer in self.layers.items():
             for part, tensor in self.row.write_layer(layer.to_weight()).items():
@@ -119,6 +135,25 @@ class SavePlan:
             if self.untied or key not in seen:
                 seen.add(key)
                 yield name, place.tensor
+
+
+@contextlib.contextmanager
+def as_loaded(model: nn.Module) -> Iterator[bool]:
+    """Within, weights are as a model has them that was just loaded; gives whether that changes any.
+
+    RWKV in Transformers divides some in place when it first runs for inference, and would divide
+    them again.
+    """
+    scaled: list[Any] = [m for m in model.modules() if getattr(m, "layers_are_rescaled", False)]
+    for module in scaled:
+        training, module.training = module.training, True
+        module._rescale_layers()
+        module.training = training
+    try:
+        yield bool(scaled)
+    finally:
+        for module in scaled:
+            module._rescale_layers()
 
 
 def quantized_layers(model: nn.Module) -> dict[str, WQLinear]:

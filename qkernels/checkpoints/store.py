@@ -89,6 +89,10 @@ class Store:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
+    def nbytes(self, name: str) -> int:
+        entry = self._entry(name)
+        return entry.stop - entry.start
+
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor.
 
@@ -106,8 +110,7 @@ class Store:
         Raises:
             CheckpointError: for a tensor that is missing, or a file that changed under us.
         """
-        entry, dtype = self._entry(name), self.dtype(name)
-        size = entry.stop - entry.start
+        entry, dtype, size = self._entry(name), self.dtype(name), self.nbytes(name)
         assert size == math.prod(entry.shape) * dtype.itemsize, entry
         # Read and not mapped: mapped pages would count beside the tensors made of them, and a file
         # that somebody cuts short would end the process.

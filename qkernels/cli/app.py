@@ -34,6 +34,21 @@ class _Commands(TyperGroup):
             else:
                 complain(_one_line(error))
             raise typer.Exit(1) from None
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error) or ctx.params.get("debug"):
+                raise
+            complain(f"out of memory: {_first_line(error)}")
+            raise typer.Exit(1) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or torch on the CPU or a GPU, got no memory."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no more can be had"])[0]
 
 
 def _one_line(error: Exception) -> str:

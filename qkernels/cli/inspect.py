@@ -58,7 +58,7 @@ def inspect(
     every: Annotated[
         bool, typer.Option("--all", help="A row for every layer, not one for all like it.")
     ] = False,
-    dtype: models.PrecisionOption = models.Precision.bf16,
+    dtype: models.StoredPrecisionOption = None,
 ) -> None:
     """List the linear layers of a model: schemes, shapes, bits per weight and sizes."""
     network, _ = models.load(path, dtype, "cpu", tokenizer=False)
@@ -103,10 +103,11 @@ def linear_layers(network: Any) -> list[LayerSize]:
 
 
 def group_alike(layers: list[LayerSize]) -> list[tuple[str, list[LayerSize]]]:
-    """Layers that differ by their block number alone, under a name with the blocks' range."""
+    """Layers that differ by the numbers of their block and expert alone, under one name."""
     groups: dict[tuple[str, str, int, int], list[LayerSize]] = {}
     for layer in layers:
         pattern = re.sub(r"\.\d+\.", ".*.", layer.name)
+        pattern = re.sub(r"\.expert_\d+$", ".*", pattern)
         groups.setdefault((pattern, layer.stored, layer.n, layer.k), []).append(layer)
     return [(key[0] if len(alike) > 1 else alike[0].name, alike) for key, alike in groups.items()]
 

@@ -26,7 +26,7 @@ def evaluate(
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
-    dtype: models.PrecisionOption = models.Precision.bf16,
+    dtype: models.StoredPrecisionOption = None,
     device: models.DeviceOption = "auto",
 ) -> None:
     """Measure the perplexity of a model on a text."""
@@ -40,7 +40,7 @@ def evaluate(
             network, ids, window=window, batch=batch, max_windows=windows, progress=update
         )
     rows = table("what", "value")
-    rows.add_row("model", f"{model}, {_kind(network, dtype)}")
+    rows.add_row("model", f"{model}, {_kind(network)}")
     rows.add_row("text", str(text) if text else f"shipped: {evaluation.SHIPPED_TEXT.name}")
     rows.add_row("perplexity", f"{result.perplexity:.4f}")
     rows.add_row(
@@ -63,7 +63,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask it as a chat message instead of continuing it.")
     ] = False,
-    dtype: models.PrecisionOption = models.Precision.bf16,
+    dtype: models.StoredPrecisionOption = None,
     device: models.DeviceOption = "auto",
 ) -> None:
     """Continue a text, or answer a chat message, greedily."""
@@ -80,22 +80,27 @@ def generate(
     output().print(result.text, soft_wrap=True)
     note(
         f"{result.tokens} tokens in {result.seconds:.1f} s, "
-        f"{result.tokens_per_second:.1f} tokens a second, {_kind(network, dtype)}"
+        f"{result.tokens_per_second:.1f} tokens a second, {_kind(network)}"
     )
 
 
-def _load(path: Path, scheme: str | None, dtype: models.Precision, device: str) -> tuple[Any, Any]:
+def _load(
+    path: Path, scheme: str | None, dtype: models.Precision | None, device: str
+) -> tuple[Any, Any]:
+    from qkernels.models.loading import require_causal
     from qkernels.scheme import QuantScheme
 
     parsed = None if scheme is None else QuantScheme.parse(scheme)
+    require_causal(path)
     network, tokenizer = models.load(path, dtype, device, dense=parsed is not None)
     if parsed is not None:
         models.quantize_with_bar(network, parsed)
     return network, tokenizer
 
 
-def _kind(network: Any, dtype: models.Precision) -> str:
+def _kind(network: Any) -> str:
     from qkernels.modules import WQLinear
 
     schemes = {str(m.scheme) for m in network.modules() if isinstance(m, WQLinear)}
-    return ", ".join(sorted(schemes)) or dtype.value
+    names = {precision.dtype: precision.value for precision in models.Precision}
+    return ", ".join(sorted(schemes)) or names[network.dtype]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkernels.cli.console import progress_bar
+from qkernels.cli.console import note, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,15 @@ ModelArgument = Annotated[
 ]
 PrecisionOption = Annotated[
     Precision, typer.Option("--dtype", help="Of the layers that are not quantized.")
+]
+StoredPrecisionOption = Annotated[
+    Precision | None,
+    typer.Option(
+        "--dtype",
+        help="Of the layers that are not quantized. [default: bf16, and what a quantized model was "
+        "saved in]",
+        show_default=False,
+    ),
 ]
 DeviceOption = Annotated[
     str,
@@ -67,16 +77,33 @@ def find_device(name: str) -> torch.device:
 
 
 def load(
-    path: Path, precision: Precision, device: str, *, dense: bool = False, tokenizer: bool = True
+    path: Path,
+    precision: Precision | None,
+    device: str,
+    *,
+    dense: bool = False,
+    tokenizer: bool = True,
 ) -> tuple[Any, Any]:
     """The model at `path` on a device, and its tokenizer; `dense` refuses quantized models."""
     target = find_device(device)
-    from qkernels.models.loading import load_dense, load_model_and_tokenizer
+    from qkernels.models import loading
 
-    with progress_bar(f"loading {path}"):
-        loader = load_dense if dense else load_model_and_tokenizer
-        model, encoder = loader(path, precision.dtype, tokenizer=tokenizer)
-        return model.to(target), encoder
+    with progress_bar(f"loading {path}"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", loading.UnusedTensorsWarning)
+        if dense:
+            dtype = (precision or Precision.bf16).dtype
+            model, encoder = loading.load_dense(path, dtype, tokenizer=tokenizer)
+        else:
+            stored = None if precision is None else precision.dtype
+            model, encoder = loading.load_model_and_tokenizer(path, stored, tokenizer=tokenizer)
+    for warning in caught:
+        if issubclass(warning.category, loading.UnusedTensorsWarning):
+            note(f"note: {warning.message}")
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return model.to(target), encoder
 
 
 def quantize_with_bar(model: Any, scheme: qk.QuantScheme, **options: Any) -> qk.QuantizationReport:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qkernels.cli import models
-from qkernels.cli.console import output, progress_bar, table
+from qkernels.cli.console import note, output, progress_bar, table
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +22,12 @@ if TYPE_CHECKING:
 CALIBRATION_WINDOW = 512
 CALIBRATION_WINDOWS = 16
 """Calibration runs this many windows of text, evenly spaced: 8,192 tokens."""
+
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("audio_tokenizer_config.json", "chat_template.json", "chat_template.jinja"),
+)
+"""What prepares images and sound for a model, and messages for its tokenizer."""
 
 Patterns = list[str] | None
 
@@ -79,30 +84,53 @@ def quantize(
     parsed, recipe = QuantScheme.parse(scheme), Recipe.parse(method)
     overrides = parse_overrides(override or [])
     text = None if calibration is None else read_text(calibration)
-    import qkernels as qk
     from qkernels.checkpoints import check_scheme
+    from qkernels.checkpoints.atomic import new_folder
+    from qkernels.checkpoints.save import SavePlan, as_written, write_model
+    from qkernels.models.loading import has_tokenizer
 
     for wanted in (parsed, *overrides.values()):
         if wanted is not None:
             check_scheme(format, wanted)
+    reads = text is not None or has_tokenizer(model)
+    network, tokenizer = models.load(model, dtype, device, dense=True, tokenizer=reads)
+    if tokenizer is None:
+        note(f"note: {model} holds no tokenizer, so {out} will hold none")
+    batches = None if text is None else calibration_batches(network, tokenizer, text)
+    with tempfile.TemporaryDirectory() as temporary:
+        companions = Path(temporary) / "companions"
+        # Before the work, so that it is not lost where these cannot be written.
+        write_companions(model, tokenizer, companions)
+        report = models.quantize_with_bar(
+            network,
+            parsed,
+            method=recipe,
+            include=include,
+            exclude=exclude,
+            overrides=overrides,
+            calibration=batches,
+            resume=resume,
+            format=format,
+        )
+        with progress_bar(f"writing {out}"), as_written(out), new_folder(out, replace=force) as new:
+            write_model(SavePlan.of(network, format), new)
+            # The contents alone: a file made here has the mode that the umask leaves.
+            shutil.copytree(companions, new, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    numbers = sum(layer.n * layer.k for layer in report.layers)
+    print_report(report, numbers * dtype.dtype.itemsize, out)
 
-    network, tokenizer = models.load(model, dtype, device, dense=True)
-    before = _bytes_by_layer(network)
-    report = models.quantize_with_bar(
-        network,
-        parsed,
-        method=recipe,
-        include=include,
-        exclude=exclude,
-        overrides=overrides,
-        calibration=None if text is None else calibration_batches(network, tokenizer, text),
-        resume=resume,
-        format=format,
-    )
-    with progress_bar(f"writing {out}"), replaced_folder(out) as folder:
-        qk.save_model(network, folder, format=format)
-        tokenizer.save_pretrained(folder)
-    print_report(report, sum(before[layer.name] for layer in report.layers), out)
+
+def write_companions(model: Path, tokenizer: Any, folder: Path) -> None:
+    """Makes `folder` of what belongs to the model at `model` beside its weights and its config."""
+    from qkernels.checkpoints.foreign import as_checkpoint_error
+
+    folder.mkdir()
+    if tokenizer is not None:
+        with as_checkpoint_error(model, "has a tokenizer that cannot be saved"):
+            tokenizer.save_pretrained(folder)
+    for name in PROCESSOR_FILES:
+        if (model / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(model / name, folder / name)
 
 
 def parse_overrides(texts: list[str]) -> dict[str, qk.QuantScheme | None]:
@@ -123,8 +151,15 @@ def parse_overrides(texts: list[str]) -> dict[str, qk.QuantScheme | None]:
 
 def calibration_batches(model: Any, tokenizer: Any, text: str) -> list[torch.Tensor]:
     """Token ids [1, 512] of windows spread evenly over a text."""
+    from qkernels.errors import QuantizationError
     from qkernels.models.evaluation import encode, windows_of
 
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False) or model.main_input_name != "input_ids":
+        raise QuantizationError(
+            f"a {name} takes more than a text: calibrate it in Python, by "
+            "qkernels.quantize_model(model, calibration=batches)"
+        )
     device = next(model.parameters()).device
     windows = windows_of(encode(tokenizer, text), CALIBRATION_WINDOW, CALIBRATION_WINDOWS)
     return [ids[None].to(device) for ids in windows]
@@ -134,9 +169,12 @@ def check_output(out: Path, model: Path, force: bool) -> None:
     """Raises where `out` must not be written to: it is there, or holds the model that is read."""
     from qkernels.errors import QuantizationError
 
+    parent = out.absolute().parent
     if not os.path.lexists(out):
-        if not out.absolute().parent.is_dir():
-            raise QuantizationError(f"the folder {out.absolute().parent} does not exist: make it")
+        if not parent.is_dir():
+            raise QuantizationError(f"the folder {parent} does not exist: make it")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise QuantizationError(f"the folder {parent} cannot be written to: choose another")
         return
     if not out.is_dir() or out.is_symlink():
         raise QuantizationError(f"{out} is there and is no folder: choose another output")
@@ -151,42 +189,17 @@ def check_output(out: Path, model: Path, force: bool) -> None:
         raise QuantizationError(f"{out} holds the model to quantize: choose another output")
 
 
-@contextlib.contextmanager
-def replaced_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place when the block ends, and goes if it fails.
-
-    So `out` never holds half a model, and an older model is there until the new one is whole.
-    """
-    parent = out.absolute().parent
-    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=parent))
-    try:
-        # mkdtemp makes folders that are closed to everyone else.
-        umask = os.umask(0)
-        os.umask(umask)
-        new.chmod(0o777 & ~umask)
-        yield new
-        old = None
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=parent))
-            # Onto an empty folder, which rename replaces.
-            out.rename(old)
-        try:
-            new.rename(out)
-        except OSError:
-            if old is not None:
-                old.rename(out)
-            raise
-        if old is not None:
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _bytes_by_layer(model: Any) -> dict[str, int]:
-    from torch import nn
-
-    linears = model.named_modules(remove_duplicate=False)
-    return {name: m.weight.nbytes for name, m in linears if isinstance(m, nn.Linear)}
+def _left_alone(report: qk.QuantizationReport) -> list[tuple[str, str]]:
+    """Names and reasons, those alike in one line: "blocks.*.router (24 of them)"."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, reason in report.skipped.items():
+        alike.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)
+    lines = []
+    for (pattern, reason), names in alike.items():
+        share = sum(report.shares[name] for name in names)
+        label = names[0] if len(names) == 1 else f"{pattern} ({len(names)} of them)"
+        lines.append((f"{label}, {share:.1%} of the parameters", reason))
+    return lines or [("nothing", "every parameter is a linear layer's or small")]
 
 
 def print_report(report: qk.QuantizationReport, dense_bytes: int, out: Path) -> None:
@@ -199,7 +212,8 @@ def print_report(report: qk.QuantizationReport, dense_bytes: int, out: Path) -> 
     rows.add_row("written to", str(out))
     rows.add_row("quantized layers", f"{len(layers)} ({', '.join(schemes)})")
     rows.add_row("method", report.method)
-    rows.add_row("left alone", ", ".join(report.skipped) or "none")
+    for name, reason in _left_alone(report):
+        rows.add_row("left alone", f"{name}: {reason}")
     size = models.mebibytes(report.weight_bytes)
     rows.add_row("their weights", f"{size}, before {models.mebibytes(dense_bytes)}")
     rows.add_row("bits per weight", f"{report.bits_per_weight:.3f}")

@@ -9,7 +9,8 @@ import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from qkernels.checkpoints import is_quantized, load_model
+from qkernels.checkpoints.config import read_config
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.errors import CheckpointError
 from qkernels.modules.kinds import is_linear_kind
@@ -31,22 +33,27 @@ _TOKENIZER_FILES = (
 """A folder without any of these holds no tokenizer."""
 
 
+class UnusedTensorsWarning(UserWarning):
+    """A folder holds tensors that its model does not use."""
+
+
 def load_model_and_tokenizer(
-    path: str | Path, dtype: torch.dtype = torch.bfloat16, *, tokenizer: bool = True
+    path: str | Path, dtype: torch.dtype | None = None, *, tokenizer: bool = True
 ) -> tuple[nn.Module, Any]:
     """The model at `path`, quantized or not, in evaluation mode, and its tokenizer.
 
     Args:
         path: a Hugging Face folder, a folder written by `qkernels.save_model`, a `.gguf` file, or
             a folder with exactly one of those.
-        dtype: of the layers that are not quantized.
+        dtype: of the layers that are not quantized; None is bf16, and what a quantized model was
+            saved in.
         tokenizer: False loads the model alone, and None in place of the tokenizer.
 
     Raises:
         CheckpointError: for a path that is missing or holds no model or no tokenizer, naming it.
     """
     if not is_quantized(path):
-        return load_dense(path, dtype, tokenizer=tokenizer)
+        return load_dense(path, dtype or torch.bfloat16, tokenizer=tokenizer)
     _require_packages(gguf=False)
     with _quiet_transformers():
         # The tokenizer comes first: where it is missing, nobody has waited for the model.
@@ -57,13 +64,18 @@ def load_model_and_tokenizer(
 def load_dense(
     path: str | Path, dtype: torch.dtype = torch.bfloat16, *, tokenizer: bool = True
 ) -> tuple[nn.Module, Any]:
-    """The model at `path` with plain `nn.Linear` layers in `dtype`, and its tokenizer.
+    """The model at `path` with plain layers in `dtype`, and its tokenizer.
 
-    A GGUF file is dequantized. Arguments as in `load_model_and_tokenizer`.
+    Of the class that the folder's config.json names, or else a causal language model. A GGUF file
+    is dequantized. Arguments as in `load_model_and_tokenizer`.
 
     Raises:
         CheckpointError: for a path that is missing, holds no model or a quantized one, for a
-            damaged file, or where the packages that read it are not installed.
+            damaged file, for tensors that are missing, or where the packages that read it are not
+            installed.
+
+    Warns:
+        UnusedTensorsWarning: for tensors that the model does not use.
     """
     folder, gguf_file = _locate(Path(path))
     if is_quantized(path):
@@ -80,9 +92,42 @@ def load_dense(
     with _quiet_transformers(), _gguf_read_once(gguf_file):
         encoder = _tokenizer(folder, gguf_file) if tokenizer else None
         with as_checkpoint_error(path, _DAMAGED):
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-    _check_dense(model, path, transformers.__version__)
+            kind: Any = transformers.AutoModelForCausalLM
+            if gguf_file is None:
+                kind = _model_class(folder) or kind
+            model, info = kind.from_pretrained(folder, **options, output_loading_info=True)
+    _check_tensors(model, path, info)
+    if gguf_file is not None:
+        _check_unpacked(model, path, transformers.__version__)
     return model.eval(), encoder
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether the folder or GGUF file at `path` holds a tokenizer."""
+    folder, gguf_file = _locate(Path(path))
+    return gguf_file is not None or any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
+def require_causal(path: str | Path) -> None:
+    """Raises CheckpointError where the model at `path` does not predict the next token of a text.
+
+    Reads its config alone.
+    """
+    folder, gguf_file = _locate(Path(path))
+    _require_packages(gguf=False)
+    kind = None if gguf_file is not None else _model_class(folder)
+    if kind is None:
+        # It will be loaded as a causal language model or not at all.
+        return
+    from transformers import AutoConfig
+
+    with as_checkpoint_error(path, _DAMAGED):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if not kind.can_generate() or getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{path} holds a {kind.__name__}, which does not continue a text: this needs a causal "
+            "language model"
+        )
 
 
 def output_head(model: Any) -> nn.Module | None:
@@ -132,7 +177,7 @@ def _require_packages(*, gguf: bool) -> None:
 def _tokenizer(folder: Path, gguf_file: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    if gguf_file is None and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    if gguf_file is None and not has_tokenizer(folder):
         raise CheckpointError(
             f"{folder} holds no tokenizer: write it there by tokenizer.save_pretrained(folder)"
         )
@@ -144,14 +189,46 @@ def _tokenizer(folder: Path, gguf_file: str | None) -> Any:
     return tokenizer
 
 
-def _check_dense(model: nn.Module, path: str | Path, version: str) -> None:
+def _model_class(folder: Path) -> Any:
+    """The class of Transformers that a folder's config.json names, or None."""
+    import transformers
+
+    named = read_config(folder).get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    found = getattr(transformers, first, None) if isinstance(first, str) else None
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if known else None
+
+
+def _check_tensors(model: Any, path: str | Path, info: Mapping[str, Any]) -> None:
+    """Raises for tensors that Transformers did not find, and warns of those it did not use."""
+    missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {_some(missing)} of a {type(model).__name__}, which would be random "
+            "numbers: the files are incomplete, or config.json names another model"
+        )
+    if unused:
+        warnings.warn(
+            f"{path} holds {_some(unused)}, which a {type(model).__name__} does not use",
+            UnusedTensorsWarning,
+            stacklevel=3,
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three of `names`, and how many there are in all."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check_unpacked(model: nn.Module, path: str | Path, version: str) -> None:
     head = output_head(model)
     if not any(is_linear_kind(layer) and layer is not head for layer in model.modules()):
         kinds = sorted({type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__})
         raise CheckpointError(
             f"{path} was loaded by transformers {version} without any nn.Linear layer "
             f"(found: {', '.join(kinds) or 'no linear layer'}), so there is nothing to quantize; "
-            "for a GGUF file use transformers 5.17, which unpacks its weights"
+            "use transformers 5.17, which unpacks the weights of GGUF files"
         )
 
 

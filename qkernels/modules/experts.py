@@ -19,8 +19,16 @@ from torch.utils._pytree import tree_map
 from qkernels.modules.view import Source, WeightView
 
 
+def expert_name(number: int) -> str:
+    """The name of an expert's layer in its `WQExperts`.
+
+    No bare number: tools that look for the ends of names, as PEFT does, would find blocks by it.
+    """
+    return f"expert_{number}"
+
+
 class WQExperts(nn.Module):
-    """E linear layers [N, K] without biases, quantized or not, under the names "0", "1", ...
+    """E linear layers [N, K] without biases, quantized or not: expert_0, expert_1, ...
 
     Code that treats it as the parameter it stands for gets a `WeightView`: `experts[e]` in
     `F.linear` or `@`, and the whole in `torch.bmm` and `F.grouped_mm`, run the layers; an expert
@@ -34,7 +42,7 @@ class WQExperts(nn.Module):
         super().__init__()
         self.transposed = transposed
         for number, layer in enumerate(layers):
-            self.add_module(str(number), layer)
+            self.add_module(expert_name(number), layer)
 
     @property
     def layers(self) -> list[nn.Linear]:

@@ -47,8 +47,8 @@ def quantize_model(
     """Replaces the linear layers of `model`, in place, by `WQLinear`.
 
     These are its `nn.Linear`s, the Conv1Ds of Transformers, and the experts that Transformers holds
-    in one parameter, each a layer of its own: `<parameter>.<number>`. A subclass of `nn.Linear` may
-    compute something else, and is left alone.
+    in one parameter, each a layer of its own: `<parameter>.expert_<number>`. A subclass of
+    `nn.Linear` may compute something else, and is left alone.
 
     Args:
         model: its linear layers hold fp16, bf16 or fp32 weights. A model that is an `nn.Linear`

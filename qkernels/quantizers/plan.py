@@ -11,7 +11,7 @@ from torch import nn
 
 from qkernels.errors import LayerError
 from qkernels.modules.awq import _AwqLinear
-from qkernels.modules.experts import FusedExperts, WQExperts, find_fused_experts
+from qkernels.modules.experts import FusedExperts, WQExperts, expert_name, find_fused_experts
 from qkernels.modules.kinds import is_linear_kind, linear_parts, why_not_plain
 from qkernels.modules.linear import WQLinear
 from qkernels.scheme import QuantScheme
@@ -143,7 +143,7 @@ def find_candidates(model: nn.Module) -> dict[str, Candidate]:
 def _experts(stack: str, fused: FusedExperts) -> dict[str, Candidate]:
     experts = len(fused.parameter)
     candidate = Candidate(fused.parameter.numel() // max(1, experts), stack, fused.why_not())
-    return {f"{stack}.{number}": candidate for number in range(experts)}
+    return {f"{stack}.{expert_name(number)}": candidate for number in range(experts)}
 
 
 def _why_not_empty(module: nn.Module) -> str | None:

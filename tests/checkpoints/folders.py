@@ -23,7 +23,7 @@ def write_layers(folder: Path, format: str, weights: Mapping[str, QuantizedWeigh
         for part, tensor in row.write_layer(weight).items()
     }
     folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {"quantization_config": row.write_config(kinds, [])}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -51,4 +51,4 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -54,6 +54,17 @@ def test_a_name_counts_before_a_pattern_and_a_pattern_before_a_class(folder, wei
     assert all(same_weight(read[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize("first", ["fp8e4m3-a16", "fp8-a8"])
+def test_what_inputs_are_quantized_to_is_that_of_the_named_group(first, tmp_path):
+    weight = rounding.quantize(torch.randn(40, 64), "fp8e4m3-a16-sfp32")
+    other = rounding.quantize(torch.randn(40, 64), "fp8-a8")
+    folder = write_layers(tmp_path / "out", "compressed-tensors", {"a": weight, "b": other})
+    targets = (["Linear"], ["b"]) if first == "fp8e4m3-a16" else (["a"], ["Linear"])
+    retarget(folder, targets, (0, 1) if first == "fp8e4m3-a16" else (1, 0))
+    read = read_weights(folder)
+    assert same_weight(read["a"], weight) and same_weight(read["b"], other)
+
+
 def test_of_two_patterns_the_first_counts(folder):
     retarget(folder, (["a.up"], ["re:a.*"], ["re:a.gate"], ["b.up"]), (0, 1, 2, 3))
     with pytest.raises(CheckpointError, match=r"a\.gate has an input_scale, and its config no"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import stat
 
 import pytest
@@ -145,7 +146,52 @@ def test_one_embedding_under_several_names(tmp_path, head):
     loaded = qk.load_model(tmp_path / "out")
     assert torch.equal(logits(loaded, decoder_input_ids=TOKENS), want)
     shared = loaded.model.shared.weight
-    assert (loaded.model.encoder.embed_tokens.weight is shared) == (head is None)
+    # Beside a quantized head as well, where the config cannot say so.
+    assert loaded.model.encoder.embed_tokens.weight is shared
+    assert loaded.model.decoder.embed_tokens.weight is shared
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "nf4-g32"])
+def test_weights_that_a_model_divides_in_place_are_saved_as_they_were(scheme, tmp_path):
+    config = transformers.RwkvConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=3, rescale_every=1, context_length=32
+    )
+    model = transformers.RwkvForCausalLM(config).eval()
+    dense = logits(model)
+    assert model.rwkv.layers_are_rescaled
+    exclude = ["rwkv.blocks.1.*"]
+    qk.quantize_model(model, scheme=scheme, exclude=exclude)
+    want = logits(model)
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    assert torch.equal(logits(model), want) and (want - dense).norm() / dense.norm() < 0.5
+    loaded = qk.load_model(tmp_path / "out")
+    assert not loaded.rwkv.layers_are_rescaled
+    assert torch.equal(logits(loaded), want) and loaded.rwkv.layers_are_rescaled
+    model.save_pretrained(tmp_path / "by transformers")
+    assert torch.equal(logits(qk.load_model(tmp_path / "by transformers")), want)
+
+
+def test_a_layer_under_two_names_stays_one(tmp_path, monkeypatch):
+    class SharedLlama(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[1].mlp.up_proj = self.model.layers[0].mlp.up_proj
+
+    monkeypatch.setattr(transformers, "SharedLlama", SharedLlama, raising=False)
+    model = SharedLlama(tiny_model().config).eval()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    want = logits(model)
+    qk.save_model(model, tmp_path / "out")
+    loaded = qk.load_model(tmp_path / "out")
+    assert torch.equal(logits(loaded), want)
+    assert loaded.model.layers[1].mlp.up_proj is loaded.model.layers[0].mlp.up_proj
+
+    def another(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight_scale"] *= 2
+
+    edit_tensors(tmp_path / "out", another)
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.up_proj is one layer with another"):
+        qk.load_model(tmp_path / "out")
 
 
 def test_buffers_that_are_not_saved_are_those_of_a_new_model(tmp_path):
@@ -312,6 +358,30 @@ DAMAGES = {
         put("model.norm.weight", torch.ones(63)),
         r"model.norm.weight is \[63\] in the file and \[64\] in the model's config",
     ),
+    "norm of integers": (
+        put("model.norm.weight", torch.ones(64, dtype=torch.int32)),
+        r"model.norm.weight is torch.int32 in the file, and in the model torch.float32",
+    ),
+    "norm of 8 bits": (
+        put("model.norm.weight", torch.ones(64).to(torch.float8_e4m3fn)),
+        r"model.norm.weight is torch.float8_e4m3fn in the file",
+    ),
+    "negative scale": (
+        put(UP + ".weight_scale", -torch.ones(96, 2).half()),
+        r"up_proj.weight_scale is negative, which the format has no use for",
+    ),
+    "layers without end": (
+        change(num_hidden_layers=10**30),
+        r"config.json says num_hidden_layers=10+, and the files hold 59 tensors",
+    ),
+    "layers too many": (
+        change(num_hidden_layers=999),
+        "a model with more than 1236 parameters, many more than the files hold",
+    ),
+    "words without end": (
+        change(vocab_size=10**15),
+        r"(embed_tokens|lm_head).weight is \[128, 64\] in the file and \[10+, 64\]",
+    ),
     "bias gone": (
         drop(LAYER + "self_attn.q_proj.bias"),
         "q_proj has a bias in the model, and none in the file",
@@ -369,6 +439,51 @@ def test_what_changes_nothing_is_passed_over(saved):
     assert torch.equal(logits(qk.load_model(saved)), want)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_scales_of_zero_are_weights_of_zero(tmp_path, format):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32", overrides={"*.down_proj": "w8a8"})
+    for name in (UP, LAYER + "mlp.down_proj"):
+        weight = model.get_submodule(name).to_weight()
+        scales = weight.scales.clone()
+        scales[3] = 0
+        model.set_submodule(name, qk.WQLinear.from_weight(weight.replace(scales=scales)))
+    qk.save_model(model, tmp_path / "out", format=format)
+    loaded = qk.load_model(tmp_path / "out")
+    assert not loaded.get_submodule(UP).dequantize()[3].any()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_our_own_format_holds_negative_scales(tmp_path):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    weight = model.get_submodule(UP).to_weight()
+    weight = weight.replace(scales=-weight.scales)
+    model.set_submodule(UP, qk.WQLinear.from_weight(weight))
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
+    with pytest.raises(CheckpointError, match=f"{UP} is .*-tensors has no negative scales"):
+        qk.save_model(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_buffers_without_end_are_refused(tmp_path, monkeypatch):
+    class LongLlama(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            mask = torch.zeros(config.max_position_embeddings, dtype=torch.bool)
+            self.register_buffer("mask", mask, persistent=False)
+
+    monkeypatch.setattr(transformers, "LongLlama", LongLlama, raising=False)
+    model = LongLlama(tiny_model().config)
+    qk.quantize_model(model, scheme="w4a16-g32")
+    qk.save_model(model, tmp_path / "out")
+    assert qk.load_model(tmp_path / "out").mask.shape == (2048,)
+    edit_config(tmp_path / "out", lambda config: config.update(max_position_embeddings=10**14))
+    with pytest.raises(CheckpointError, match=r"asks for 1.00e\+14 bytes that the model computes"):
+        qk.load_model(tmp_path / "out")
+
+
 def test_the_old_name_of_the_section_counts(saved):
     edit_config(saved, lambda c: c.update(compression_config=c.pop("quantization_config")))
     assert len(read_weights(saved)) == 14
@@ -389,6 +504,32 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_written(saved, tmp_path):
     with pytest.raises(CheckpointError, match="max_shard_size 'big'"):
         qk.save_model(model, tmp_path / "x", format="qkernels", max_shard_size="big")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("most", [100, 5000, 20_000])
+def test_a_limit_on_files_leaves_nothing_and_the_model_can_be_saved_again(tmp_path, most):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*File too large"):
+            qk.save_model(model, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    qk.save_model(model, tmp_path / "out")
+    assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
+
+
+def test_a_place_where_no_folder_can_be_is_named(tmp_path):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        CheckpointError, match=r"file/out cannot be written: (Not a directory|File exists)"
+    ):
+        qk.save_model(model, tmp_path / "file" / "out")
 
 
 def test_an_error_while_saving_leaves_no_folder_and_the_model_as_it_was(tmp_path, monkeypatch):

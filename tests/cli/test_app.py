@@ -1,6 +1,7 @@
 """What holds for every command: help, errors as one line, exit codes, clean output."""
 
 import builtins
+import os
 import re
 import subprocess
 import sys
@@ -113,9 +114,18 @@ def test_doctor_names_every_backend_with_a_reason(run):
         assert re.search(rf"│ {re.escape(name)}[^│]*│[^│]*\w", out), name
 
 
-def test_doctor_says_why_the_extension_is_missing(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "qkernels._C", None)
-    _, out, _ = run("doctor")
+def test_doctor_says_why_the_extension_is_missing():
+    # In a process of its own, which has not found the extension yet.
+    program = (
+        "import sys; sys.modules['qkernels._C'] = None; sys.argv[1:] = ['doctor']; "
+        "from qkernels.cli import main; main()"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    ).stdout
     line = next(line for line in out.splitlines() if "_C (C++)" in line)
     assert "│ no" in line
     assert "the CPU runs the reference" in line

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import transformers
 
 import qkernels as qk
 from qkernels.models import evaluation
@@ -86,6 +87,68 @@ def test_inspect_groups_layers_of_all_blocks(run, model_folder):
     assert re.search(r"│ all linear layers +│ +15 │", out)
     _, out, _ = run("inspect", model_folder, "--all")
     assert out.count("down_proj") == 2
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+
+
+def tiny_bert():
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, num_attention_heads=4))
+
+
+def tiny_llama_without_a_head():
+    return transformers.LlamaModel(transformers.LlamaConfig(**SIZES, num_attention_heads=4))
+
+
+def tiny_t5():
+    sizes = {"d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
+    config = transformers.T5Config(**sizes, d_kv=16, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def tiny_vit():
+    sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    config = transformers.ViTConfig(**sizes, num_attention_heads=4, image_size=32, patch_size=8)
+    return transformers.ViTForImageClassification(config)
+
+
+@pytest.mark.parametrize("make", [tiny_bert, tiny_llama_without_a_head, tiny_t5, tiny_vit])
+def test_models_that_continue_no_text(run, tmp_path, text_file, make):
+    model = make()
+    folder, out, name = tmp_path / "dense", tmp_path / "out", type(model).__name__
+    model.save_pretrained(folder)
+    if make is not tiny_vit:
+        tiny_tokenizer().save_pretrained(folder)
+    code, text, _ = run("quantize", folder, "--scheme", "w8a16", "-o", out, "--dtype", "fp32")
+    assert code == 0 and "quantized layers" in text
+    code, text, _ = run("inspect", out)
+    assert code == 0 and text.startswith(f"{out}: {name}\n") and "w8a16" in text
+    assert type(qk.load_model(out)) is type(model)
+    for path in (folder, out):
+        for command in (("eval", path), ("generate", path, "-p", "a")):
+            code, _, err = run(*command)
+            assert code == 1
+            assert f"holds a {name}, which does not continue a text: this needs a causal" in err
+    arguments = ("quantize", folder, "--scheme", "w8a16", "-o", tmp_path / "calibrated")
+    code, text, err = run(*arguments, "--calibration", text_file)
+    if make in (tiny_bert, tiny_llama_without_a_head):
+        assert code == 0 and "relative output error" in text
+    else:
+        assert code == 1 and ("takes more than a text" in err or "holds no tokenizer" in err)
+
+
+def test_a_quantized_model_is_loaded_as_it_was_saved(run, model_folder, text_file, tmp_path):
+    arguments = ("quantize", model_folder, "--scheme", "w4a16-g32", "-o", tmp_path / "out")
+    assert run(*arguments, "--dtype", "fp32")[0] == 0
+    arguments = ("eval", tmp_path / "out", "--text", text_file, "--window", 64, "--windows", 2)
+    ids = evaluation.encode(tiny_tokenizer(), text_file.read_text())
+    model = tiny_model()
+    qk.quantize_model(model, "rtn", "w4a16-g32")
+    for options, dtype in (((), None), (("--dtype", "bf16"), torch.bfloat16)):
+        network = qk.load_model(tmp_path / "out", dtype=dtype) if dtype else model
+        expected = evaluation.perplexity(network, ids, window=64, max_windows=2)
+        code, out, _ = run(*arguments, *options)
+        assert code == 0 and cell(out, "perplexity") == f"{expected.perplexity:.4f}"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """`qkernels quantize`: what it writes, and that nothing half-written or overwritten remains."""
 
 import json
+import os
 import re
+import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +12,11 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.cli.quantize import print_report, replaced_folder
-from qkernels.errors import QuantizationError
+from qkernels.checkpoints.store import ShardWriter
+from qkernels.cli.quantize import print_report
 from qkernels.models.loading import load_dense, load_model_and_tokenizer
 from qkernels.quantizers.resume import ResumeFolder
+from tests.checkpoints.folders import edit_tensors
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -201,25 +205,126 @@ def test_an_empty_folder_is_as_good_as_none(run, model_folder, tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, QuantizationError])
-def test_a_failure_while_writing_keeps_the_old_folder(tmp_path, error):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_failure_while_writing_keeps_the_old_folder(
+    run, model_folder, tmp_path, error, monkeypatch
+):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("old")
+    arguments = ("quantize", model_folder, "-o", out, "--scheme")
+    assert run(*arguments, "w8a16-sym")[0] == 0
+    before = contents(out)
 
-    def write() -> None:
-        with replaced_folder(out) as folder:
-            (folder / "config.json").write_text("half")
-            raise error("while writing")
+    def fail(writer):
+        raise error
 
-    with pytest.raises(error):
-        write()
-    assert contents(out) == {"config.json": b"old"}
+    monkeypatch.setattr(ShardWriter, "finish", fail)
+    code, _, err = run(*arguments, "w4a16-g32-sym", "--force")
+    if error is KeyboardInterrupt:
+        assert (code, err) == (130, "qkernels: interrupted\n")
+    else:
+        assert (code, err) == (1, f"qkernels: {out} cannot be written: No space left on device\n")
+    assert contents(out) == before
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_the_new_folder_is_open_to_others_as_any_folder_is(tmp_path):
-    (tmp_path / "plain").mkdir()
-    with replaced_folder(tmp_path / "out"):
-        pass
-    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+def test_everything_is_open_to_others_as_any_file_is(run, model_folder, tmp_path):
+    before = os.umask(0o027)
+    try:
+        code, _, _ = run("quantize", model_folder, "--scheme", "w8a16", "-o", tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert code == 0
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert {path.name for path in modes} > {"tokenizer.json", "config.json", "model.safetensors"}
+    assert set(modes.values()) == {0o640}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+
+
+def test_a_tokenizer_that_cannot_be_saved_stops_it_before_the_work(
+    run, model_folder, tmp_path, monkeypatch
+):
+    def fail(*arguments):
+        raise TypeError("not serializable")
+
+    monkeypatch.setattr("qkernels.quantizers.model.drive", lambda *a: pytest.fail("quantizes"))
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
+    code, _, err = run("quantize", model_folder, "--scheme", "w8a16", "-o", tmp_path / "out")
+    assert code == 1
+    assert "has a tokenizer that cannot be saved (TypeError: not serializable)" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_prepares_a_models_inputs_comes_along(run, model_folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(model_folder, source)
+    (source / "preprocessor_config.json").write_text('{"size": 224}')
+    assert run("quantize", source, "--scheme", "w8a16", "-o", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 224}'
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (source / name).unlink()
+    code, _, err = run("quantize", source, "--scheme", "w8a16", "-o", tmp_path / "without")
+    assert (code, err) == (
+        0,
+        f"note: {source} holds no tokenizer, so {tmp_path / 'without'} will hold none\n",
+    )
+    code, _, err = run("eval", tmp_path / "without")
+    assert code == 1 and "without holds no tokenizer: write it there by tokenizer.save_pre" in err
+
+
+def test_a_generation_config_that_transformers_finds_wrong_is_carried_along(
+    run, model_folder, tmp_path
+):
+    source = tmp_path / "source"
+    shutil.copytree(model_folder, source)
+    settings = {"do_sample": False, "temperature": 0.5, "top_p": 0.25}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    code, _, err = run("quantize", source, "--scheme", "w8a16", "-o", tmp_path / "out")
+    assert (code, err) == (0, "")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings.items() <= written.items()
+    assert run("generate", tmp_path / "out", "-p", "a", "--max-new-tokens", 1)[0] == 0
+
+
+def test_random_weights_are_never_quantized(run, model_folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(model_folder, source)
+    edit_tensors(source, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    for command in (
+        ("quantize", source, "--scheme", "w8a16", "-o", tmp_path / "out"),
+        ("eval", source, "--scheme", "w8a16"),
+        ("inspect", source),
+    ):
+        code, out, err = run(*command)
+        assert (code, out) == (1, "")
+        assert "source lacks model.layers.1.mlp.up_proj.weight of a LlamaForCausalLM" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_tensors_that_are_not_used_are_named(run, model_folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(model_folder, source)
+    more = {f"model.layers.1.mlp.extra{i}": torch.ones(2) for i in range(5)}
+    edit_tensors(source, lambda tensors: tensors.update(more))
+    code, _, err = run("quantize", source, "--scheme", "w8a16", "-o", tmp_path / "out")
+    assert code == 0
+    assert err == (
+        f"note: {source} holds model.layers.1.mlp.extra0, model.layers.1.mlp.extra1, "
+        "model.layers.1.mlp.extra2 and 2 more, which a LlamaForCausalLM does not use\n"
+    )
+
+
+def test_no_memory_is_said_in_a_line(run, model_folder, tmp_path, monkeypatch):
+    text = "[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried 12 bytes"
+    for error, said in ((RuntimeError(text), text), (MemoryError(), "no more can be had")):
+        monkeypatch.setattr("qkernels.quantizers.model.drive", raiser(error))
+        code, _, err = run("quantize", model_folder, "--scheme", "w8a16", "-o", tmp_path / "out")
+        assert code == 1
+        assert err == f"qkernels: out of memory: {said}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def raiser(error):
+    def fail(*arguments):
+        raise error
+
+    return fail

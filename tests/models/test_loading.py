@@ -13,7 +13,12 @@ from torch import nn
 import qkernels as qk
 from qkernels.checkpoints import is_quantized
 from qkernels.errors import CheckpointError
-from qkernels.models.loading import load_dense, load_model_and_tokenizer
+from qkernels.models.loading import (
+    UnusedTensorsWarning,
+    load_dense,
+    load_model_and_tokenizer,
+)
+from tests.checkpoints.folders import edit_config, edit_tensors
 from tests.tiny_model import LINEAR_LAYERS, tiny_model, write_folder, write_gguf
 
 
@@ -142,7 +147,40 @@ def test_a_folder_without_a_tokenizer_says_so(folder, tmp_path):
         assert tokenizer is None
 
 
-def test_layers_that_transformers_keeps_packed(folder, monkeypatch):
+def edited(folder, target, change):
+    """A copy of a folder with other tensors."""
+    shutil.copytree(folder, target)
+    edit_tensors(target, change)
+    return target
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.0.mlp.up"])
+def test_a_folder_that_lacks_tensors(folder, tmp_path, name):
+    def remove(tensors):
+        for key in [key for key in tensors if key.startswith(name)]:
+            del tensors[key]
+
+    named = rf"copy lacks {name}\S* of a LlamaForCausalLM, which would be random numbers"
+    with pytest.raises(CheckpointError, match=named):
+        load_dense(edited(folder, tmp_path / "copy", remove))
+
+
+def test_a_folder_with_more_tensors_than_the_model_has(folder, tmp_path):
+    more = {"model.layers.0.mlp.up_proj.bias": torch.ones(96)}
+    copy = edited(folder, tmp_path / "copy", lambda tensors: tensors.update(more))
+    with pytest.warns(UnusedTensorsWarning, match=r"copy holds \S*up_proj.bias, which a Llama"):
+        load_dense(copy)
+
+
+@pytest.mark.parametrize("named", [None, [], ["NoSuchClass"], ["pipeline"]])
+def test_a_config_that_names_no_class_is_a_causal_language_model(folder, tmp_path, named):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    edit_config(copy, lambda config: config.update(architectures=named))
+    assert type(load_dense(copy)[0]).__name__ == "LlamaForCausalLM"
+
+
+def test_layers_that_transformers_keeps_packed(gguf_file, monkeypatch):
     class GgufLinear(nn.Module):
         pass
 
@@ -151,11 +189,11 @@ def test_layers_that_transformers_keeps_packed(folder, monkeypatch):
         for name, layer in list(model.named_modules()):
             if isinstance(layer, nn.Linear) and layer is not model.lm_head:
                 model.set_submodule(name, GgufLinear())
-        return model
+        return model, {"missing_keys": set(), "unexpected_keys": set()}
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", packed)
     with pytest.raises(CheckpointError, match=r"without any nn.Linear .*found: GgufLinear.*5\.17"):
-        load_dense(folder)
+        load_dense(gguf_file)
 
 
 @pytest.mark.parametrize("missing", ["transformers", "accelerate", "gguf"])

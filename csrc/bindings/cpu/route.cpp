@@ -62,6 +62,7 @@ class CpuRoute final : public Route {
     weight_.n = n;
     weight_.k = preparation_.columns();
     weight_.group = std::min(padded_group, weight_.k);
+    weight_.filled = std::min(group, k);
     require(padded_group >= weight_.k || padded_group % 16 == 0,
             "padded_group must be a multiple of 16, or all columns, got ", padded_group);
     weight_.code = code_of(code);

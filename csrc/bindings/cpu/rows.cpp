@@ -18,8 +18,8 @@ namespace {
 void check_rows(const char* name, const at::Tensor& x, int64_t k) {
   require(x.device().is_cpu(), name, " must be on the CPU, got ", x.device());
   require(x.dim() == 2 && x.size(1) == k, name, " must have shape [M, ", k, "], got ", x.sizes());
-  require(x.stride(1) == 1 || x.numel() == 0 || k == 1, name, " must have adjacent columns, got strides ",
-          x.strides());
+  require(x.stride(1) == 1 || x.numel() == 0 || k == 1, name,
+          " must have adjacent columns, got strides ", x.strides());
 }
 
 // kind: "plain"; "rms_norm" with residual and gain; "silu_mul" with up.

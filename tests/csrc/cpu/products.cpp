@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 
 #include "cases.h"
@@ -36,8 +37,11 @@ enum class Numbers {
   kRandom,
   kIntegers,  // of floats: every sum is exact, and many results lie between two numbers of y's type
   kOneHot,    // of floats: a row of x picks a column of the weight, whose codes are all there are
+  kZeroGroups,  // of floats: groups of codes that are all, or all but the last, their zero point
 };
-constexpr const char* kNumbersNames[] = {"", " of integers", " of every code"};
+constexpr const char* kNumbersNames[] = {"", " of integers", " of every code", " of zero groups"};
+// Of the columns of a group, those that pad it where groups are padded.
+constexpr int64_t kPadding = 5;
 
 struct Format {
   Code code;
@@ -67,6 +71,8 @@ class Product {
     weight_.n = size.n;
     weight_.k = size.k;
     weight_.group = std::min(format.group, size.k);
+    weight_.filled = weight_.group;
+    if (numbers == Numbers::kZeroGroups && weight_.group < size.k) weight_.filled -= kPadding;
     weight_.code = format.code;
     const bool two_levels = format.scales == GroupType::kUint8;
     int64_t codes = is_nibble(weight_.code) ? 16 : 256;
@@ -78,6 +84,8 @@ class Product {
     weight_.prepare();
     fill_codes(codes, random);
     fill_groups(format, codes, random);
+    if (numbers == Numbers::kZeroGroups) fill_zero_groups(codes, random);
+    pack();
     fill_rows(random);
   }
 
@@ -151,6 +159,9 @@ class Product {
       if (weight_.code == Code::kFp8E4M3 && (code & 0x7f) == 0x7f) code = 0x7e;
       if (weight_.code == Code::kFp8E5M2 && (code & 0x7f) >= 0x7c) code = 0x3c;
     }
+  }
+
+  void pack() {
     words_.assign(static_cast<size_t>(weight_.panels() * weight_.panel_words()), 0);
     pack_vnni(codes_.data(), words_.data(), weight_.n, weight_.k, is_nibble(weight_.code),
               pool_of(1));
@@ -187,6 +198,31 @@ class Product {
     weight_.nested_absmax = or_null(nested_absmax_);
   }
 
+  // Codes of a group are its zero point: all, all but the last, or all but some others. A third of
+  // real zero points are beyond or between codes. Padding has a code that is none.
+  void fill_zero_groups(int64_t codes, Random& random) {
+    const bool real = weight_.zero_type == GroupType::kFp16;
+    for (int64_t row = 0; row < weight_.n; ++row) {
+      for (int64_t g = 0; g < weight_.groups(); ++g) {
+        const int64_t first = g * weight_.group, count = weight_.codes_of_group(g);
+        const int64_t place = (row / kLanes * weight_.groups() + g) * kLanes + row % kLanes;
+        const auto zero = static_cast<uint8_t>(random.below(codes));
+        uint8_t* at = codes_.data() + row * weight_.k + first;
+        const int64_t end = std::min(first + weight_.group, weight_.k) - first;
+        if (random.below(4) > 0) std::memset(at, zero, static_cast<size_t>(count));
+        if (random.below(4) == 0) at[count - 1] = static_cast<uint8_t>(random.below(codes));
+        std::memset(at + count, zero ^ 1, static_cast<size_t>(end - count));
+        if (!real) {
+          zeros_[static_cast<size_t>(place)] = zero;
+          continue;
+        }
+        constexpr double kNoCodes[] = {0.25, 16, 256};
+        const double beyond = random.below(3) > 0 ? 0 : kNoCodes[random.below(3)];
+        truth::store_at(zeros_.data(), FloatType::kFp16, place, zero + beyond);
+      }
+    }
+  }
+
   void fill_rows(Random& random) {
     const int64_t elements = m_ == 0 ? 0 : (m_ - 1) * stride() + weight_.k;
     if (rows_ == Rows::kQuantized)
@@ -194,6 +230,15 @@ class Product {
     else
       x_ = random.numbers(elements, x_type_, -3, 3);
     bias_type_ = kFloatTypes[random.below(3)];
+    if (numbers_ == Numbers::kZeroGroups) {
+      // Padding has no x, and the others enough for roundings to tell.
+      for (int64_t i = 0; i < elements; ++i) {
+        const int64_t g = i % stride() / weight_.group, column = i % stride() % weight_.group;
+        const bool pads = g < weight_.groups() && column >= weight_.codes_of_group(g);
+        if (pads) truth::store_at(x_.data(), x_type_, i, 0.0);
+      }
+      return;
+    }
     if (!is_random()) {
       for (int64_t i = 0; i < elements; ++i) {
         const int64_t integer = random.below(201) - 100, picked = i / stride();
@@ -294,6 +339,14 @@ class Products {
         add(format, {33, 72, 16}, type, FloatType::kFp32, Numbers::kOneHot);
       }
       for (Code code : {Code::kInt4, Code::kInt8}) {
+        for (GroupType zeros : {GroupType::kUint8, GroupType::kFp16}) {
+          for (int64_t group : {int64_t{32}, int64_t{112}, kWholeK}) {
+            for (int64_t m : {1, 6, 17}) {
+              const Format format{code, group, GroupType::kFp32, zeros, Rows::kFloats};
+              add(format, {33, 135, m}, type, type, Numbers::kZeroGroups);
+            }
+          }
+        }
         for (GroupType zeros : {GroupType::kNone, GroupType::kUint8}) {
           const Format format{code, 64, GroupType::kFp16, zeros, Rows::kFloats};
           add(format, {33, 320, 17}, type, type, Numbers::kIntegers);

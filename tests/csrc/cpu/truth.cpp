@@ -80,8 +80,19 @@ double bias_at(const Output& out, int64_t n) {
   return out.bias == nullptr ? 0 : number_at(out.bias, out.bias_type, n);
 }
 
+// Whether stored zero points leave nothing of a group of integers.
+bool is_zero_group(const Weight& weight, const uint8_t* row_codes, int64_t row, int64_t g,
+                   int64_t k) {
+  const bool integers = weight.code == Code::kInt4 || weight.code == Code::kInt8;
+  if (!integers || !weight.has_zeros()) return false;
+  const int64_t first = g * weight.group, last = first + weight.codes_of_group(g);
+  const double zero = zero_at(weight, row, g);
+  return std::all_of(row_codes + first, row_codes + std::min(last, k),
+                     [&](uint8_t code) { return code == zero; });
+}
+
 // A row of the weight, and the magnitudes that a kernel may add up in place of its numbers: it may
-// take zero points off the sums alone.
+// take zero points off the sums alone, but for groups of which they leave nothing.
 struct WeightRow {
   std::vector<double> numbers, magnitudes;
 
@@ -93,12 +104,16 @@ struct WeightRow {
       const double zero = zero_at(weight, row, g);
       double code = code_number(weight, codes[row * k + c]);
       if (table_terms > 0) code = in_bf16_terms(code, table_terms);
+      const double size = is_zero_group(weight, codes + row * k, row, g, k) ? 0 : 1;
       if (schedule.rounds_weights) {
         numbers.push_back(nearest(static_cast<float>(code - zero) * scale, kBf16));
         magnitudes.push_back(std::fabs(numbers.back()));
       } else {
         numbers.push_back((code - zero) * scale);
-        magnitudes.push_back((std::fabs(code) + std::fabs(zero)) * std::fabs(scale));
+        // Both are taken less the middle of the codes.
+        const double middle = weight.implied_zero;
+        const double apart = std::fabs(code - middle) + std::fabs(zero - middle);
+        magnitudes.push_back(apart * std::fabs(scale) * size);
       }
     }
   }

@@ -1,0 +1,64 @@
+"""Embeddings that stay one tensor beside a quantized output head.
+
+A head that is quantized shares its weight with no embedding any more, so config.json says
+`tie_word_embeddings: false`. In encoder-decoder models that unties the embeddings of the two sides
+from each other as well, which they are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from qkernels.checkpoints.dense import Place
+
+
+def tie_beside_head(model: Any, places: Mapping[str, Place], quantized: set[str]) -> None:
+    """Makes tensors one that the model's code can tie, and that are equal, where the head is not.
+
+    Args:
+        places: of the tensors outside of quantized layers, which are filled.
+        quantized: the names of quantized layers.
+    """
+    ties = _possible_ties(model)
+    heads = {f"{name}.weight" for name in quantized}
+    if heads.isdisjoint(ties) and heads.isdisjoint(ties.values()):
+        return
+    groups: dict[str, list[str]] = {}
+    for name, source in ties.items():
+        groups.setdefault(source, [source]).append(name)
+    for names in groups.values():
+        held = [places[name] for name in names if name in places]
+        for place in held[1:]:
+            if torch.equal(place.tensor, held[0].tensor):
+                setattr(place.module, place.name, held[0].tensor)
+
+
+def _possible_ties(model: Any) -> dict[str, str]:
+    """Tensor -> the one that it is, by the model's code and whatever its config says."""
+    expand = getattr(model, "get_expanded_tied_weights_keys", None)
+    if expand is None:
+        return {}
+    with _said_to_be_tied(model):
+        try:
+            found: dict[str, str] = expand(all_submodels=True)
+        except ValueError:
+            # Of names that quantized layers do not have any more.
+            return {}
+    return found
+
+
+@contextlib.contextmanager
+def _said_to_be_tied(model: Any) -> Iterator[None]:
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    untied = [c for c in configs.values() if getattr(c, "tie_word_embeddings", True) is False]
+    try:
+        for config in untied:
+            config.tie_word_embeddings = True
+        yield
+    finally:
+        for config in untied:
+            config.tie_word_embeddings = False

@@ -1,0 +1,157 @@
+"""Whatever is wrong with a folder, it loads or there is a CheckpointError; nothing else."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import qkernels as qk
+from qkernels.checkpoints import FORMATS
+from qkernels.errors import CheckpointError
+from tests.tiny_model import tiny_model
+
+pytest.importorskip("transformers", reason="models come from transformers")
+
+FUZZ = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+VALUES = st.sampled_from(
+    [
+        *(None, True, False, 0, 1, -1, 3, 31, 65, 2**31, 2**63, 10**9, 10**100),
+        *(32.0, -0.5, float("nan"), float("inf"), "32", "", "x", "Linear", "re:(", "re:(a+)+$"),
+        *([], [1], ["x"], [[]], [None], [2**70], {}, {"a": 1}, {"x": {}}, "../x", "float16"),
+    ]
+)
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def saved(request, tmp_path_factory):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32", overrides={"*.0.mlp.*": "w8a8"})
+    folder = tmp_path_factory.mktemp("saved") / request.param
+    qk.save_model(model, folder, format=request.param)
+    return folder
+
+
+def load_damaged(saved, tmp_path, damage):
+    """Whether a copy still loads after `damage(folder)`."""
+    folder = tmp_path / "damaged"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(saved, folder)
+    damage(folder)
+    try:
+        qk.load_model(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def places(value, path=()):
+    """The path of each value within a JSON object."""
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2])
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*path, key))
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@FUZZ
+@given(
+    data=st.data(), file=st.sampled_from(["config.json", "config.json", "generation_config.json"])
+)
+def test_values_of_a_config(saved, tmp_path, data, file):
+    content = json.loads((saved / file).read_text())
+    path = data.draw(st.sampled_from(list(places(content))), label="path")
+    value = data.draw(st.one_of(VALUES, st.sampled_from([20, 900]).map(nested)), label="value")
+    owner = content
+    for key in path[:-1]:
+        owner = owner[key]
+    action = data.draw(st.sampled_from(["change", "change", "remove", "add"]), label="action")
+    if action == "remove":
+        del owner[path[-1]]
+    elif action == "add" and isinstance(owner, dict):
+        owner["more"] = value
+    else:
+        owner[path[-1]] = value
+    load_damaged(saved, tmp_path, lambda folder: (folder / file).write_text(json.dumps(content)))
+
+
+@FUZZ
+@given(
+    cut=st.none() | st.integers(0, 3000),
+    flips=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 7)), max_size=3),
+    file=st.sampled_from(["model.safetensors", "model.safetensors", "config.json"]),
+)
+@example(cut=None, flips=[(7, 6)], file="model.safetensors")
+def test_bytes_of_a_file(saved, tmp_path, cut, flips, file):
+    content = bytearray((saved / file).read_bytes())
+    for place, bit in flips:
+        content[place % len(content)] ^= 1 << bit
+    content = content[:cut]
+    load_damaged(saved, tmp_path, lambda folder: (folder / file).write_bytes(content))
+
+
+TENSORS = {
+    "gone": lambda x: None,
+    "flat": lambda x: x.reshape(-1),
+    "shorter": lambda x: x.reshape(-1)[:-1],
+    "empty": lambda x: x.reshape(-1)[:0],
+    "scalar": lambda x: x.reshape(-1)[:1].reshape(()),
+    "deeper": lambda x: x[None],
+    "doubles": lambda x: x.double(),
+    "integers": lambda x: x.to(torch.int32),
+    "bytes": lambda x: x.to(torch.uint8),
+    "fp8": lambda x: x.float().to(torch.float8_e4m3fn),
+    "largest": lambda x: torch.full_like(x, 127),
+    "negative": lambda x: torch.full_like(x, -1),
+    "NaN": lambda x: torch.full_like(x, float("nan")) if x.is_floating_point() else x[:0],
+}
+
+
+@FUZZ
+@given(data=st.data(), damage=st.sampled_from(sorted(TENSORS)))
+def test_tensors(saved, tmp_path, data, damage):
+    tensors = load_file(saved / "model.safetensors")
+    name = data.draw(st.sampled_from(sorted(tensors)), label="tensor")
+    tensor = tensors.pop(name)
+    other = TENSORS[damage](tensor)
+    more = data.draw(st.sampled_from(["", "", "perm", "weight_g_idx", "bias", "input_scale"]))
+    target = f"{name.rpartition('.')[0]}.{more}" if more else name
+    if other is not None:
+        tensors[target] = other.contiguous()
+
+    def write(folder):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    loads = load_damaged(saved, tmp_path, write)
+    same = other is not None and other.shape == tensor.shape and other.dtype == tensor.dtype
+    if damage in ("gone", "flat", "shorter", "empty", "deeper", "fp8") and not more and not same:
+        assert not loads
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize("what", ["gone", "a folder", "a link to nothing", "empty"])
+def test_files(saved, tmp_path, file, what):
+    def damage(folder):
+        (folder / file).unlink()
+        if what == "a folder":
+            (folder / file).mkdir()
+        elif what == "a link to nothing":
+            (folder / file).symlink_to(folder / "nothing")
+        elif what == "empty":
+            (folder / file).write_bytes(b"")
+
+    loads = load_damaged(saved, tmp_path, damage)
+    # A model needs no settings for generation.
+    assert loads == (file == "generation_config.json" and what != "empty")
