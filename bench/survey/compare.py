@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import qkernels as qk
+from qkernels.modules.experts import WQExperts
 
 
 def relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
@@ -34,31 +35,21 @@ def same_weights(
 ) -> PreTrainedModel:
     """`dense` with the dequantized weights of `model` in place of its own."""
     for layer in report.layers:
-        weight = model.get_submodule(layer.name).dequantize()  # type: ignore[operator]
-        owner = _layer(dense, layer.name)
-        if owner is None:
-            parameter, _, index = layer.name.rpartition(".")
-            experts = dense.get_parameter(parameter).data
-            one = experts[int(index)]
-            one.copy_(weight if one.shape == weight.shape else weight.T)
-            continue
-        own = owner.weight
-        assert isinstance(own, Tensor)
-        # A parameter of its own, since that of a head may be the embedding's.
-        values = weight if _is_linear(owner) else weight.T
-        owner.weight = nn.Parameter(values.to(own.dtype).contiguous())
+        packed = model.get_submodule(layer.name)
+        assert isinstance(packed, qk.WQLinear)
+        weight = packed.dequantize()
+        whole, _, number = layer.name.rpartition(".")
+        experts = model.get_submodule(whole)
+        if isinstance(experts, WQExperts):
+            stack = dense.get_parameter(whole).data
+            stack[int(number)] = weight.T if experts.transposed else weight
+        else:
+            owner = dense.get_submodule(layer.name)
+            assert isinstance(owner.weight, Tensor)
+            weight = (weight.T if packed.transposed else weight).to(owner.weight.dtype)
+            # A parameter of its own, since that of a head may be the embedding's.
+            owner.weight = nn.Parameter(weight.contiguous())
     return dense
-
-
-def _layer(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear)
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class Row:
         error: largest relative error of its outputs.
         tipped: that error is past the bound, since rounding tips a choice of the model.
         skipped: layer or parameter -> why it is not quantized, as the report says.
+        shares: layer or parameter -> its part of all parameters.
         head: what came of its output head where that was asked for; None without one.
         generates: None where it does; why not, else.
         seconds: for everything.
@@ -42,6 +43,7 @@ class Row:
     error: float | None = None
     tipped: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
     head: str | None = None
     generates: str | None = None
     seconds: float = 0.0

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from bench.survey.hints import NESTED
 
-WIDTH, HEADS, HEAD_DIM, LAYERS = 64, 4, 16, 2
+WIDTH, INNER, HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 16, 2
 VOCABULARY = 128
 """Token ids from here on are moved below, one new id for each old one."""
 
@@ -47,6 +47,7 @@ RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r".*lora_rank|time_step_rank|.*dt_rank", _at_most(16)),
     (r".*image_size|resolution|.*img_size|.*crop_size", _exactly(32)),
     (r"patch_size|encoder_stride|tubelet_size", _at_most(8)),
+    (r".*(intermediate_(size|dim)|ffn_(hidden_)?(size|dim)|d_ff|dff|mlp_dim)", _at_most(INNER)),
     (r".*(size|dim|width|channels|d_model|n_embd|d_ff|d_inner|ffn|units|filters|dff|rank|features|feats|bins)", _at_most(WIDTH)),
 )
 """(pattern of a whole name, the small size for a default one); the first that fits counts."""
