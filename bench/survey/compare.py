@@ -59,12 +59,14 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def shared(tensors: dict[str, Tensor]) -> set[tuple[str, ...]]:
-    """The names of each parameter that has several."""
+def shared(model: nn.Module) -> set[tuple[str, ...]]:
+    """The names of each parameter, and of each quantized layer, that has several."""
     names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, nn.Parameter):
-            names.setdefault(id(tensor), []).append(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, qk.WQLinear):
+            names.setdefault(id(module), []).append(name)
     return {tuple(sorted(group)) for group in names.values() if len(group) > 1}
 
 

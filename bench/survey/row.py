@@ -21,8 +21,9 @@ class Row:
         parameters: of the tiny model.
         inputs: the names of what its forward was given.
         quantized: share of the parameters outside of embeddings that are quantized.
-        error: largest relative error of its outputs.
-        tipped: that error is past the bound, since rounding tips a choice of the model.
+        error: largest relative error of its outputs; None where they have another shape.
+        sensitive: that error is past the bound, and a dense model with the same rounded weights errs
+            alike: rounding tips a choice (of an expert, of a length), or weighs heavily.
         skipped: layer or parameter -> why it is not quantized, as the report says.
         shares: layer or parameter -> its part of all parameters.
         head: what came of its output head where that was asked for; None without one.
@@ -41,7 +42,7 @@ class Row:
     inputs: list[str] = field(default_factory=list)
     quantized: float | None = None
     error: float | None = None
-    tipped: bool = False
+    sensitive: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     head: str | None = None

@@ -53,10 +53,12 @@ _COLUMNS = (
 def _cells(row: Row) -> list[str]:
     if row.outcome == LEFT_ALONE:
         return [row.name, row.kind, "0%", "", "", "", row.reason or ""]
-    assert row.quantized is not None and row.error is not None
+    assert row.quantized is not None
     generates = "yes" if row.generates is None else "no: " + row.generates
     alone = "; ".join(f"{names}: {reason}" for reason, names in _grouped(row.skipped).items())
-    share, error = f"{row.quantized:.0%}", f"{row.error:.1e}"
+    share = f"{row.quantized:.0%}"
+    error = "other shape" if row.error is None else f"{row.error:.1e}"
+    error += " (sensitive)" if row.sensitive else ""
     return [row.name, row.kind, share, error, row.head or "none", generates, alone]
 
 
