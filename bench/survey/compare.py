@@ -42,7 +42,8 @@ def same_weights(
         experts = model.get_submodule(whole)
         if isinstance(experts, WQExperts):
             stack = dense.get_parameter(whole).data
-            stack[int(number)] = weight.T if experts.transposed else weight
+            place = [name for name, _ in experts.named_children()].index(number)
+            stack[place] = weight.T if experts.transposed else weight
         else:
             owner = dense.get_submodule(layer.name)
             assert isinstance(owner.weight, Tensor)

@@ -72,7 +72,7 @@ def try_class(
         row.outcome, row.reason = LEFT_ALONE, str(error)
         return row
     row.skipped, row.shares = dict(report.skipped), dict(report.shares)
-    row.quantized = _share(made, report)
+    row.quantized = _share(made, model)
     _round_trip(model, report, made, row, folder, step)
     step("head left alone")
     if isinstance(model.get_output_embeddings(), qk.WQLinear):
@@ -185,13 +185,14 @@ def _why_not_generate(model: PreTrainedModel, inputs: Inputs) -> str | None:
     return None
 
 
-def _share(made: Example, report: qk.QuantizationReport) -> float:
-    model = made.model()
+def _share(made: Example, model: PreTrainedModel) -> float:
+    dense = made.model()
     embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+        id(module.weight) for module in dense.modules() if isinstance(module, nn.Embedding)
     }
-    total = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
-    return sum(layer.n * layer.k for layer in report.layers) / total
+    total = sum(p.numel() for p in dense.parameters() if id(p) not in embeddings)
+    layers = [module for module in model.modules() if isinstance(module, qk.WQLinear)]
+    return sum(layer.in_features * layer.out_features for layer in layers) / total
 
 
 def _head_name(model: PreTrainedModel) -> str | None:
