@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.checkpoint import Checkpoint
 from qkernels.checkpoints.config import QUANTIZATION_KEYS, brief
 from qkernels.checkpoints.foreign import as_checkpoint_error
@@ -42,7 +43,8 @@ def empty_model(
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise CheckpointError(f"loading needs {error.name}: pip install qkernels[models]") from None
-    raw = {key: v for key, v in checkpoint.config.items() if key not in QUANTIZATION_KEYS}
+    ours = (*QUANTIZATION_KEYS, layer_types.KEY)
+    raw = {key: value for key, value in checkpoint.config.items() if key not in ours}
     path, most = checkpoint.folder / "config.json", 4 * len(checkpoint.store) + 1000
     with as_checkpoint_error(path, "describes no known model"):
         _check_depth(raw, checkpoint)

@@ -82,6 +82,8 @@ class Format:
             that is only read.
         write_config: (quantized layers, names of dense linear layers) -> quantization_config.
         unused: patterns (`re.search`) of tensors that belong to no layer and change nothing here.
+        head_beside_tie: its readers take a quantized head in a model whose config says that the
+            head's weight is the embedding's; else the config has to say otherwise.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Format:
     write_layer: Callable[[QuantizedWeight], dict[str, Tensor]] | None = None
     write_config: Callable[[Mapping[str, WeightKind], Sequence[str]], dict[str, Any]] | None = None
     unused: tuple[str, ...] = ()
+    head_beside_tie: bool = False
 
     @property
     def writes(self) -> bool:

@@ -11,6 +11,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.native import NATIVE
 from qkernels.checkpoints.save import SavePlan, quantized_layers
 from qkernels.errors import CheckpointError
@@ -72,6 +73,10 @@ class QKernelsHfQuantizer(HfQuantizer):
             storages.add(kept.untyped_storage().data_ptr())
             tensors[name] = kept
         model.config.quantization_config = plan.quantization_config()
+        vars(model.config).pop(layer_types.KEY, None)
+        others = layer_types.written(plan.layers, model.dtype)
+        if others:
+            setattr(model.config, layer_types.KEY, others)
         if plan.untied:
             for section in (model.config, *vars(model.config).values()):
                 if getattr(section, "tie_word_embeddings", None) is True:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qkernels.checkpoints.dense import Place, dense_places, replace_tensor
 from qkernels.checkpoints.empty import empty_model
@@ -64,6 +65,7 @@ def load_model(
 
     _unfuse_experts(model, checkpoint)
     linears = _find_linears(model, checkpoint)
+    types = layer_types.read(checkpoint.config, checkpoint.layers)
     replaced = set(linears.values())
     places = {n: place for n, place in dense_places(model).items() if place.module not in replaced}
     # Whatever can be wrong without the tensors' data is checked before they are read.
@@ -76,7 +78,10 @@ def load_model(
             weight = weight.replace(bias=cast(weight.bias))
         parts = linear_parts(linear)
         layer = WQLinear.from_weight(
-            weight, device=device, check_kernels=check_kernels, dtype=parts.weight.dtype
+            weight,
+            device=device,
+            check_kernels=check_kernels,
+            dtype=types.get(name, parts.weight.dtype),
         )
         layer.transposed = parts.transposed
         # One layer under several names stays one.

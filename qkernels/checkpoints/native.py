@@ -108,4 +108,5 @@ NATIVE = Format(
     read_layer=_read_layer,
     write_layer=_write_layer,
     write_config=_write_config,
+    head_beside_tie=True,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.atomic import new_folder
 from qkernels.checkpoints.dense import dense_places
 from qkernels.checkpoints.format import Format, WeightKind
@@ -19,6 +21,7 @@ from qkernels.checkpoints.store import ShardWriter
 from qkernels.checkpoints.table import check_holds, first_holding
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import WQExperts
+from qkernels.modules.heads import output_heads
 from qkernels.modules.linear import WQLinear
 
 
@@ -80,7 +83,7 @@ class SavePlan:
         row: the format, which holds all layers.
         layers: the quantized layers, by name.
         kinds: what the format must know of each.
-        untied: the head is quantized and was tied to the embedding.
+        untied: config.json says that embeddings are not tied, and they were.
     """
 
     model: Any
@@ -101,9 +104,16 @@ class SavePlan:
             raise CheckpointError("the model has no WQLinear layer: quantize it first")
         kinds = {name: _kind(model, name, layer) for name, layer in layers.items()}
         row = check_holds(format or first_holding(kinds), kinds)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        heads = {id(head) for head in output_heads(model)}
         # A quantized head shares nothing with the embedding any more.
-        untied = isinstance(head, WQLinear) and any(tying_sections(model.config.to_dict()))
+        apart = any(id(layer) in heads for layer in layers.values()) and not row.head_beside_tie
+        untied = apart and any(tying_sections(model.config.to_dict()))
+        if untied and _asks_for_ties(model):
+            raise CheckpointError(
+                f"the code of {type(model).__name__} computes something else where embeddings are "
+                f"not tied, and {row.name} cannot say that they are beside a quantized head: use "
+                "the format qkernels, or leave the head alone"
+            )
         return cls(model, row, layers, kinds, untied)
 
     def quantization_config(self) -> dict[str, Any]:
@@ -135,6 +145,11 @@ class SavePlan:
             if self.untied or key not in seen:
                 seen.add(key)
                 yield name, place.tensor
+
+
+def _asks_for_ties(model: nn.Module) -> bool:
+    """Whether its forward depends on `tie_word_embeddings`, as that of T5's relatives does."""
+    return "tie_word_embeddings" in inspect.getsource(type(model).forward)
 
 
 @contextlib.contextmanager
@@ -183,6 +198,12 @@ def _config_text(model: Any, plan: SavePlan) -> str:
         for section in tying_sections(config):
             section["tie_word_embeddings"] = False
     config["quantization_config"] = plan.quantization_config()
+    # As Transformers does, which may have been told another type when the model was made.
+    config["dtype"] = model.dtype
+    config.pop(layer_types.KEY, None)
+    others = layer_types.written(plan.layers, model.dtype)
+    if others:
+        config[layer_types.KEY] = others
     config["architectures"] = [type(model).__name__]
     text = json.dumps(config, indent=2, default=lambda value: str(value).removeprefix("torch."))
     return text + "\n"

@@ -22,6 +22,7 @@ from qkernels.checkpoints import is_quantized, load_model
 from qkernels.checkpoints.config import read_config
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.errors import CheckpointError
+from qkernels.modules.heads import output_heads
 from qkernels.modules.kinds import is_linear_kind
 
 _GGUF_MAGIC = b"GGUF"
@@ -132,8 +133,7 @@ def require_causal(path: str | Path) -> None:
 
 def output_head(model: Any) -> nn.Module | None:
     """The layer that makes logits of a transformers model, or None where there is none."""
-    find = getattr(model, "get_output_embeddings", None)
-    return None if find is None else find()
+    return next(iter(output_heads(model)), None)
 
 
 def _locate(path: Path) -> tuple[Path, str | None]:

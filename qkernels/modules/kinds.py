@@ -13,6 +13,16 @@ _LINEAR_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, NonDynamicallyQuantiz
 """x @ weight.T + bias, and nothing else. A subclass may compute something else, as LoRA layers and
 routers do."""
 
+_EQUIVALENTS = frozenset(
+    (
+        # Rounds before it adds the bias.
+        ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
+        # Has initial values of its own.
+        ("transformers.models.esm.modeling_esmfold", "EsmFoldLinear"),
+    )
+)
+"""Subclasses, by module and name, that were read and compute the same."""
+
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 """x @ weight + bias: GPT-2's linear layer, whose weight is [K, N]."""
 
@@ -34,7 +44,11 @@ class LinearParts:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is the Conv1D of Transformers."""
-    return (type(module).__module__, type(module).__name__) == _CONV1D
+    return _class_of(module) == _CONV1D
+
+
+def _class_of(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__, type(module).__name__
 
 
 def is_linear_kind(module: nn.Module) -> bool:
@@ -44,7 +58,8 @@ def is_linear_kind(module: nn.Module) -> bool:
 
 def why_not_plain(module: nn.Module) -> str | None:
     """Why another module with the same product cannot take the place of a linear layer, or None."""
-    if type(module) not in _LINEAR_CLASSES and not is_conv1d(module):
+    known = type(module) in _LINEAR_CLASSES or _class_of(module) in _EQUIVALENTS
+    if not known and not is_conv1d(module):
         kind = type(module).__name__
         return f"a {kind}, a subclass of nn.Linear that may compute something else"
     if "forward" in vars(module):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
 from qkernels.errors import LayerError
 from qkernels.modules.awq import _AwqLinear
 from qkernels.modules.experts import FusedExperts, WQExperts, expert_name, find_fused_experts
+from qkernels.modules.heads import output_heads
 from qkernels.modules.kinds import is_linear_kind, linear_parts, why_not_plain
 from qkernels.modules.linear import WQLinear
 from qkernels.scheme import QuantScheme
@@ -177,20 +177,6 @@ def _hints(model: nn.Module) -> dict[int, str]:
                 "name, it is dequantized for each call"
             )
     return hints
-
-
-def output_heads(module: Any) -> list[nn.Module]:
-    """What a Transformers model says makes its logits; nothing for other modules."""
-    find = getattr(module, "get_output_embeddings", None)
-    if find is None:
-        return []
-    try:
-        found = find()
-    except (NotImplementedError, AttributeError):
-        # Of models that have none, or only in some of their forms.
-        return []
-    heads = found if isinstance(found, list | tuple | nn.ModuleList) else [found]
-    return [head for head in heads if isinstance(head, nn.Module)]
 
 
 def _tell(

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import stat
 
 import pytest
@@ -93,18 +94,42 @@ def test_the_package_that_defines_the_format_reads_it():
     assert torch.equal(codes.int() + 8, weight.codes.int())
 
 
-def test_a_quantized_head_is_tied_to_nothing(tmp_path):
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_quantized_head_is_tied_to_nothing(tmp_path, format):
     model = tiny_model()
     qk.quantize_model(model, scheme="w4a16-g32", overrides={"lm_head": "w8a16"})
-    qk.save_model(model, tmp_path / "out")
-    assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
+    qk.save_model(model, tmp_path / "out", format=format)
+    # Readers of compressed-tensors would make the head the embedding again.
+    tied = format == "qkernels"
+    assert config_of(tmp_path / "out")["tie_word_embeddings"] is tied
     assert model.config.tie_word_embeddings is True
     loaded = qk.load_model(tmp_path / "out")
-    assert isinstance(loaded.lm_head, qk.WQLinear)
+    assert isinstance(loaded.lm_head, qk.WQLinear) and loaded.config.tie_word_embeddings is tied
     assert torch.equal(logits(loaded), logits(model))
     # qkernels 0.1.0 left the config as it was.
     edit_config(tmp_path / "out", lambda config: config.update(tie_word_embeddings=True))
     assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
+
+
+def test_code_that_asks_whether_embeddings_are_tied_hears_what_it_heard(tmp_path):
+    """T5's relatives scale what goes into the head where they are."""
+    config = transformers.UMT5Config(
+        vocab_size=128,
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=1,
+        num_heads=4,
+        tie_word_embeddings=True,
+        decoder_start_token_id=0,
+    )
+    model = transformers.UMT5ForConditionalGeneration(config).eval()
+    qk.quantize_model(model, scheme="w8a16", overrides={"lm_head": "w8a16"})
+    want = logits(model, decoder_input_ids=TOKENS)
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    assert torch.equal(logits(qk.load_model(tmp_path / "out"), decoder_input_ids=TOKENS), want)
+    with pytest.raises(CheckpointError, match="computes something else where embeddings are not"):
+        qk.save_model(model, tmp_path / "other")
 
 
 def test_what_a_model_says_it_does_not_use_is_passed_over(tmp_path, monkeypatch):
@@ -122,8 +147,9 @@ def test_what_a_model_says_it_does_not_use_is_passed_over(tmp_path, monkeypatch)
     assert len(qk.load_model(tmp_path / "out").model.layers) == 1
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("head", [None, "w8a16"])
-def test_one_embedding_under_several_names(tmp_path, head):
+def test_one_embedding_under_several_names(tmp_path, head, format):
     config = transformers.BartConfig(
         vocab_size=128,
         d_model=64,
@@ -139,10 +165,10 @@ def test_one_embedding_under_several_names(tmp_path, head):
     model.final_logits_bias += 1
     qk.quantize_model(model, scheme="w8a16", overrides={"lm_head": head})
     want = logits(model, decoder_input_ids=TOKENS)
-    qk.save_model(model, tmp_path / "out", format="qkernels")
+    qk.save_model(model, tmp_path / "out", format=format)
     names = load_file(tmp_path / "out" / "model.safetensors")
     stored = [name for name in names if "embed_tokens" in name]
-    assert len(stored) == (2 if head else 0)
+    assert len(stored) == (2 if head and format != "qkernels" else 0)
     loaded = qk.load_model(tmp_path / "out")
     assert torch.equal(logits(loaded, decoder_input_ids=TOKENS), want)
     shared = loaded.model.shared.weight
@@ -214,6 +240,36 @@ def test_buffers_that_are_not_saved_are_those_of_a_new_model(tmp_path):
         ):
             assert tensor.dtype == (dtype or torch.bfloat16)
         assert loaded.config.dtype == (dtype or torch.bfloat16)
+
+
+@pytest.mark.parametrize("way", ["compressed-tensors", "qkernels", "save_pretrained"])
+def test_layers_keep_the_types_that_they_stand_for(tmp_path, way):
+    # In fp16 T5 keeps a layer in fp32, and takes its inputs to that type.
+    config = transformers.T5Config(
+        d_model=64, d_ff=96, num_layers=1, num_heads=4, d_kv=16, vocab_size=128
+    )
+    dense = transformers.T5ForConditionalGeneration(config)
+    dense.save_pretrained(tmp_path / "dense")
+    model = transformers.T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "dense", dtype=torch.float16
+    )
+    qk.quantize_model(model, scheme="w8a16")
+    want = logits(model, decoder_input_ids=TOKENS)
+    if way == "save_pretrained":
+        model.save_pretrained(tmp_path / "out")
+    else:
+        qk.save_model(model, tmp_path / "out", format=way)
+    types = config_of(tmp_path / "out")["qkernels_layer_dtypes"]
+    assert list(types) == ["float32"] and all(name.endswith(".wo") for name in types["float32"])
+    for _ in range(2):
+        loaded = qk.load_model(tmp_path / "out")
+        for name, layer in loaded.named_modules():
+            if isinstance(layer, qk.WQLinear):
+                assert layer.dtype == (torch.float32 if name.endswith("wo") else torch.float16)
+        assert torch.equal(logits(loaded, decoder_input_ids=TOKENS), want)
+        shutil.rmtree(tmp_path / "out")
+        qk.save_model(loaded, tmp_path / "out")
+        assert config_of(tmp_path / "out")["qkernels_layer_dtypes"] == types
 
 
 class OddLlama(transformers.LlamaForCausalLM):
@@ -382,6 +438,15 @@ DAMAGES = {
         change(vocab_size=10**15),
         r"(embed_tokens|lm_head).weight is \[128, 64\] in the file and \[10+, 64\]",
     ),
+    "type of no layer": (
+        change(qkernels_layer_dtypes={"float32": ["model.norm"]}),
+        "qkernels_layer_dtypes names 'model.norm', which is no quantized layer",
+    ),
+    "type that is none": (
+        change(qkernels_layer_dtypes={"int8": [UP]}),
+        "qkernels_layer_dtypes names 'int8', which is not one of float16",
+    ),
+    "types a list": (change(qkernels_layer_dtypes=[UP]), "qkernels_layer_dtypes must be an obj"),
     "bias gone": (
         drop(LAYER + "self_attn.q_proj.bias"),
         "q_proj has a bias in the model, and none in the file",

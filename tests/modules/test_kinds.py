@@ -125,3 +125,16 @@ def test_an_error_gives_a_model_its_conv1d_back():
     with pytest.raises(qk.QuantizationError, match=r"1\.weight"):
         qk.quantize_model(model, scheme="w8a16")
     assert list(model) == before
+
+
+def test_a_subclass_that_is_known_to_compute_the_same_is_replaced():
+    transformers = pytest.importorskip("transformers", reason="FalconLinear is of transformers")
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, bias=True
+    )
+    model, ids = transformers.FalconForCausalLM(config).eval(), torch.arange(9)[None]
+    want = model(ids).logits
+    report = qk.quantize_model(model, scheme="w8a16")
+    assert len(report.layers) == 4
+    assert (model(ids).logits - want).norm() / want.norm() < 0.05
