@@ -132,6 +132,12 @@ struct Avx2 {
     return {_mm256_srai_epi32(x.a, kBy), _mm256_srai_epi32(x.b, kBy)};
   }
 
+  // The lowest byte of a lane in all four.
+  static QK_INLINE I spread_byte(I x) {
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    return {_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
+  }
   static QK_INLINE __m256i is_zero(__m256i x) {
     return _mm256_cmpeq_epi32(x, _mm256_setzero_si256());
   }

@@ -91,6 +91,11 @@ struct Avx512 {
     return _mm512_srai_epi32(x, kBy);
   }
 
+  // The lowest byte of a lane in all four.
+  static QK_INLINE I spread_byte(I x) {
+    return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8,
+                                                                       8, 8, 12, 12, 12, 12)));
+  }
   // Whether no lane is zero.
   static QK_INLINE bool all(I x) { return _mm512_test_epi32_mask(x, x) == 0xffff; }
   // y in the lanes where x is not zero, and zero in the others.

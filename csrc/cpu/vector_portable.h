@@ -208,6 +208,10 @@ struct Portable {
     return make_i([&](int i) { return a.lane[i] >> kBy; });
   }
 
+  // The lowest byte of a lane in all four.
+  static I spread_byte(I a) {
+    return make_i([&](int i) { return (uint32_t(a.lane[i]) & 0xff) * 0x01010101u; });
+  }
   // Whether no lane is zero.
   static bool all(I a) {
     bool all = true;

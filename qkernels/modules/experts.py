@@ -165,8 +165,27 @@ class FusedExperts:
         return None
 
 
-def find_fused_experts(module: nn.Module) -> list[FusedExperts]:
-    """The fused experts that `module` itself has, not those of modules inside."""
+def fused_experts(model: nn.Module) -> dict[str, FusedExperts]:
+    """All fused experts of a model by the names of their parameters."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, FusedExperts] = {}
+    for name, module in modules.items():
+        around = [modules[outer] for outer in _outward(name)]
+        for fused in _of_module(module, around):
+            found[f"{name}.{fused.name}".lstrip(".")] = fused
+    return found
+
+
+def _outward(name: str) -> Iterator[str]:
+    """The name, and those of all modules that it is inside of."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+def _of_module(module: nn.Module, around: Sequence[nn.Module]) -> list[FusedExperts]:
+    """The fused experts that `module` itself has; `around` are it and the modules it is in."""
     marked = isinstance(getattr(module, "is_transposed", None), bool)
     if not marked and "experts" not in type(module).__name__.lower():
         return []
@@ -179,17 +198,8 @@ def find_fused_experts(module: nn.Module) -> list[FusedExperts]:
         transposed: bool | None = module.is_transposed  # type: ignore[assignment]
     else:
         shapes = {name: parameter.shape for name, parameter in stacks.items()}
-        transposed = _orientation(module, shapes)
+        transposed = _orientation(module, around, shapes)
     return [FusedExperts(module, name, transposed) for name in stacks]
-
-
-def fused_experts(model: nn.Module) -> dict[str, FusedExperts]:
-    """All fused experts of a model by the names of their parameters."""
-    return {
-        f"{name}.{fused.name}".lstrip("."): fused
-        for name, module in model.named_modules(remove_duplicate=False)
-        for fused in find_fused_experts(module)
-    }
 
 
 _INPUT_SIZES, _OUTPUT_SIZES = ("in_features", "input_size"), ("out_features", "output_size")
@@ -198,17 +208,21 @@ _DOWN = re.compile(r"(^|_)(down|out|output|w2|fc2|wo)(_|$)")
 """Projections back to the hidden size; all others start from it."""
 
 
-def _orientation(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> bool | None:
+def _orientation(
+    module: nn.Module, around: Sequence[nn.Module], shapes: Mapping[str, Sequence[int]]
+) -> bool | None:
     """Whether a module's stacks are [E, K, N], by the sizes that it remembers; None if unknown."""
+    # The module itself may call something else its hidden size than the model's config does.
+    places = [module, *(getattr(outer, "config", None) for outer in around)]
+    hidden = _first(places, _HIDDEN_SIZES)
+    sizes = _first([module], _INPUT_SIZES), _first([module], _OUTPUT_SIZES)
     votes = set()
     for name, (_, rows, columns) in shapes.items():
-        sizes = _first(module, _INPUT_SIZES), _first(module, _OUTPUT_SIZES)
         if None not in sizes:
-            votes |= {way for way in (True, False) if sizes == _ends(rows, columns, way)}
-            continue
-        hidden = _first(module, _HIDDEN_SIZES)
-        side = 1 if _DOWN.search(name) else 0
-        ways = {way for way in (True, False) if _ends(rows, columns, way)[side] == hidden}
+            ways = {way for way in (True, False) if sizes == _ends(rows, columns, way)}
+        else:
+            side = 1 if _DOWN.search(name) else 0
+            ways = {way for way in (True, False) if _ends(rows, columns, way)[side] == hidden}
         # A square stack goes either way, and leaves the answer to the others.
         votes |= ways if len(ways) == 1 else set()
     return votes.pop() if len(votes) == 1 else None
@@ -219,9 +233,8 @@ def _ends(rows: int, columns: int, transposed: bool) -> tuple[int, int]:
     return (rows, columns) if transposed else (columns, rows)
 
 
-def _first(module: nn.Module, names: Sequence[str]) -> int | None:
-    """The first of the sizes that a module, or its configuration, has."""
-    places = (module, getattr(module, "config", None))
+def _first(places: Sequence[object], names: Sequence[str]) -> int | None:
+    """The first of the sizes of these names that the places have, one after the other."""
     found = (getattr(place, name, None) for place in places for name in names)
     return next((size for size in found if isinstance(size, int)), None)
 

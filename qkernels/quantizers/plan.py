@@ -10,7 +10,7 @@ from torch import nn
 
 from qkernels.errors import LayerError
 from qkernels.modules.awq import _AwqLinear
-from qkernels.modules.experts import FusedExperts, WQExperts, expert_name, find_fused_experts
+from qkernels.modules.experts import FusedExperts, WQExperts, expert_name, fused_experts
 from qkernels.modules.heads import output_heads
 from qkernels.modules.kinds import is_linear_kind, linear_parts, why_not_plain
 from qkernels.modules.linear import WQLinear
@@ -124,7 +124,7 @@ def find_candidates(model: nn.Module) -> dict[str, Candidate]:
     Raises:
         LayerError: where a layer is quantized already.
     """
-    hints = _hints(model)
+    hints, fused = _hints(model), _by_owner(fused_experts(model))
     candidates: dict[str, Candidate] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, WQLinear | WQExperts | _AwqLinear):
@@ -135,9 +135,19 @@ def find_candidates(model: nn.Module) -> dict[str, Candidate]:
                 why_not=why_not_plain(module) or _why_not_empty(module),
                 hint=hints.get(id(module)) or _hint_by_name(name),
             )
-        for fused in find_fused_experts(module):
-            candidates |= _experts(f"{name}.{fused.name}".lstrip("."), fused)
+        for stack in fused.get(id(module), ()):
+            candidates |= _experts(f"{name}.{stack.name}".lstrip("."), stack)
     return candidates
+
+
+def _by_owner(fused: Mapping[str, FusedExperts]) -> dict[int, list[FusedExperts]]:
+    """By the id of the module that has them, each once."""
+    owners: dict[int, list[FusedExperts]] = {}
+    for stack in fused.values():
+        mine = owners.setdefault(id(stack.owner), [])
+        if stack.name not in {other.name for other in mine}:
+            mine.append(stack)
+    return owners
 
 
 def _experts(stack: str, fused: FusedExperts) -> dict[str, Candidate]:
@@ -231,10 +241,11 @@ def _outward(name: str) -> Iterator[str]:
 def _others(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """Modules with parameters that are no weights of linear layers, and how many numbers these
     have."""
+    fused = _by_owner(fused_experts(model))
     for name, module in model.named_modules():
         if not is_linear_kind(module):
-            fused = {stack.name for stack in find_fused_experts(module)}
-            own = (p for key, p in module._parameters.items() if p is not None and key not in fused)
+            stacks = {stack.name for stack in fused.get(id(module), ())}
+            own = (p for n, p in module._parameters.items() if p is not None and n not in stacks)
             yield name, module, sum(p.numel() for p in own)
 
 

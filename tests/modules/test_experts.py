@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import qkernels as qk
 from qkernels import WQLinear
 from qkernels.errors import LayerError
-from qkernels.modules.experts import WQExperts, find_fused_experts, fused_experts, unfuse
+from qkernels.modules.experts import WQExperts, fused_experts, unfuse
 
 E, HIDDEN, INNER = 5, 32, 48
 
@@ -224,7 +225,7 @@ def test_it_reads_like_the_parameter_it_stands_for():
 
 def test_orientation_by_mark_or_by_the_sizes_that_the_module_remembers():
     def orientation(module):
-        return [fused.transposed for fused in find_fused_experts(module)]
+        return [fused.transposed for fused in fused_experts(module).values()]
 
     assert orientation(Experts(True)) == [True, True]
     assert orientation(Experts(False)) == [False, False]
@@ -243,6 +244,11 @@ def test_orientation_by_mark_or_by_the_sizes_that_the_module_remembers():
     assert orientation(ParallelExperts((E, 8, 6), input_size=6, output_size=8)) == [False]
     assert orientation(ParallelExperts((E, 8, 8), input_size=8, output_size=8)) == [None]
     assert orientation(ParallelExperts((E, 8, 6))) == [None]
+    # By the config of a module around it, where it remembers nothing itself.
+    for hidden, transposed in ((6, False), (8, True)):
+        block = nn.ModuleDict({"experts": ParallelExperts((E, 8, 6))})
+        block.config = SimpleNamespace(hidden_size=hidden)
+        assert orientation(nn.ModuleList([block])) == [transposed]
     model = nn.ModuleList([ParallelExperts((E, 8, 6)), nn.Linear(8, 8)])
     report = qk.quantize_model(model, scheme="w8a16")
     assert "nothing tells" in report.skipped["0.weight"] and len(report.layers) == 1
@@ -273,7 +279,7 @@ def test_one_module_under_two_names_is_taken_apart_once():
 
 def test_unfused_layers_share_the_memory_of_the_parameter():
     experts = Experts(True)
-    fused = find_fused_experts(experts)[0]
+    fused = fused_experts(experts)["gate_up_proj"]
     stack = unfuse(fused)
     assert stack.layers[2].weight.data_ptr() == fused_pointer(stack, 2)
 

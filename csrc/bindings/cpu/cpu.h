@@ -14,8 +14,8 @@
 
 namespace qkernels::bindings {
 
-// torch's threads, as many as torch.set_num_threads says. One after a fork: the threads are not
-// there any more, and starting new ones hangs.
+// torch's threads, as many as torch.set_num_threads says. One after a fork that lost them, where
+// starting others would hang.
 cpu::Pool torch_pool();
 
 // That level, which this machine must have. Throws ValueError with the reason where it has not.

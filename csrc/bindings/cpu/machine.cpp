@@ -13,13 +13,38 @@
 #include <pthread.h>
 #endif
 
+#if defined(__linux__)
+// omp_pause_resource_all of OpenMP 5: ends the threads that wait for the calling one, until it
+// needs some again. By a name of our own, since only newer headers have it, and weak, since only
+// newer runtimes do.
+extern "C" int pause_openmp(int kind) __asm__("omp_pause_resource_all") __attribute__((weak));
+#endif
+
 namespace py = pybind11;
 
 namespace qkernels::bindings {
 
 namespace {
 
-std::atomic<bool> is_forked{false};
+// Whether this process is the child of a fork in which threads were lost.
+std::atomic<bool> lost_threads{false};
+
+#if defined(__unix__) || defined(__APPLE__)
+thread_local bool is_paused = false;
+
+// A child has but the thread that forks, and GNU's OpenMP, torch's own work with it, waits for ever
+// for those it had. Without any, parent and child start their own when they need them.
+void pause_threads() {
+#if defined(__linux__)
+  constexpr int kSoft = 1;  // omp_pause_soft
+  is_paused = pause_openmp != nullptr && pause_openmp(kSoft) == 0;
+#endif
+}
+
+void begin_child() {
+  if (!is_paused) lost_threads = true;
+}
+#endif
 
 void run_on_torch_threads(int threads, void (*body)(void*), void* context) {
   // The runtime is the one that torch brings: setup.py links no other.
@@ -57,7 +82,7 @@ py::dict cpu_peaks(int threads, double seconds) {
 }  // namespace
 
 cpu::Pool torch_pool() {
-  const int threads = is_forked.load(std::memory_order_relaxed) ? 1 : at::get_num_threads();
+  const int threads = lost_threads.load(std::memory_order_relaxed) ? 1 : at::get_num_threads();
   return {threads, run_on_torch_threads};
 }
 
@@ -79,7 +104,7 @@ cpu::FloatType float_type(const char* name, at::ScalarType type) {
 
 void register_cpu_machine(py::module_& m) {
 #if defined(__unix__) || defined(__APPLE__)
-  pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+  pthread_atfork(pause_threads, nullptr, begin_child);
 #endif
   m.def("cpu_peaks", &cpu_peaks, py::arg("threads"), py::arg("seconds"),
         "the most this machine does: bytes read, fp32, int8 and bf16 operations a second");
