@@ -96,6 +96,13 @@ def _samples(model: PreTrainedModel) -> list[Tensor]:
     ]
 
 
+def _naflex(model: PreTrainedModel) -> list[Tensor]:
+    """Rows of flattened patches, an image a row of the batch: [B, patches, channels * size]."""
+    patch = find(model.config, "patch_size", under=("vision",)) or 8
+    channels = find(model.config, "num_channels", under=("vision",)) or 3
+    return [torch.randn(BATCH, int(GRID.prod()), channels * patch * patch)]
+
+
 MAKERS: dict[str, Callable[[PreTrainedModel], list[Any]]] = {
     "input_ids": lambda model: [_ids(model)],
     "qformer_input_ids": lambda model: [_ids(model)],
@@ -118,8 +125,10 @@ def candidates(model: PreTrainedModel) -> Iterator[Inputs]:
     ]
     if "grid_thw" in taken or "image_grid_thw" in taken:
         yield from _with_grid(model, taken)
+    if "spatial_shapes" in taken:
+        yield from _with_spatial_shapes(model, taken)
     if "pixel_values" in taken and "input_ids" in taken:
-        yield from _with_image(model, taken)
+        yield from _with_image(model, taken, required)
     main = model.main_input_name
     main = [main] if isinstance(main, str) else list(main)
     names = [name for name in dict.fromkeys([*main, *required]) if name in taken]
@@ -127,14 +136,23 @@ def candidates(model: PreTrainedModel) -> Iterator[Inputs]:
         yield from _combinations(model, [*names, "decoder_input_ids"])
     yield from _combinations(model, names)
     if names != ["input_ids"] and "input_ids" in taken:
+        yield from _combinations(model, [*names, "input_ids"])
         yield from _combinations(model, ["input_ids"])
+    if "use_cache" in taken:
+        for inputs in _combinations(model, names):
+            yield {**inputs, "use_cache": False}
 
 
 def _combinations(model: PreTrainedModel, names: list[str]) -> Iterator[Inputs]:
     if not all(name in MAKERS for name in names):
         return
     for values in itertools.product(*(MAKERS[name](model) for name in names)):
-        yield dict(zip(names, values, strict=True))
+        inputs = dict(zip(names, values, strict=True))
+        features = inputs.get("input_features")
+        if features is not None and "input_features_mask" in inspect.signature(model.forward).parameters:
+            for frames in features.shape[:0:-1]:
+                yield {**inputs, "input_features_mask": torch.ones(BATCH, frames, dtype=torch.long)}
+        yield inputs
 
 
 def _image_tokens(model: PreTrainedModel, count: int) -> Inputs:
@@ -159,18 +177,49 @@ def _with_grid(model: PreTrainedModel, taken: Any) -> Iterator[Inputs]:
         yield image | text
 
 
-def _with_image(model: PreTrainedModel, taken: Any) -> Iterator[Inputs]:
-    for image in _image(model):
-        get = getattr(model, "get_image_features", None)
-        if get is not None and find(model.config, "image_token_id", "image_token_index") is not None:
-            try:
-                with torch.no_grad():
-                    features = get(image[:1], return_dict=True)
-            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-                continue
-            pooled = getattr(features, "pooler_output", features)
-            pooled = torch.cat(list(pooled)) if isinstance(pooled, list | tuple) else pooled
-            count = pooled.numel() // pooled.shape[-1]
-            yield {"pixel_values": image[:1]} | _image_tokens(model, count)
-        decoder = {"decoder_input_ids": _ids(model, TARGET_TOKENS)} if "decoder_input_ids" in taken else {}
-        yield {"pixel_values": image, "input_ids": _ids(model)} | decoder
+def _with_spatial_shapes(model: PreTrainedModel, taken: Any) -> Iterator[Inputs]:
+    for patches in _naflex(model):
+        mask = torch.ones(patches.shape[:2], dtype=torch.long)
+        shapes = GRID[:, 1:].expand(len(patches), 2)
+        image = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+        if "input_ids" not in taken:
+            yield image
+        elif find(model.config, "image_token_id", "image_token_index") is None:
+            yield image | {"input_ids": _ids(model)}
+        else:
+            one = {name: value[:1] for name, value in image.items()}
+            yield from _with_tokens(model, one)
+
+
+def _with_image(model: PreTrainedModel, taken: Any, required: list[str]) -> Iterator[Inputs]:
+    others = [name for name in required if name not in ("pixel_values", "input_ids")]
+    if not all(name in MAKERS for name in others):
+        return
+    more = {name: MAKERS[name](model)[0] for name in others}
+    if "decoder_input_ids" in taken:
+        more["decoder_input_ids"] = _ids(model, TARGET_TOKENS)
+    for picture in _image(model):
+        image = {"pixel_values": picture[:1]}
+        if find(model.config, "image_token_id", "image_token_index") is not None:
+            if "image_sizes" in taken:
+                sizes = torch.tensor([picture.shape[-2:]])
+                yield from _with_tokens(model, image | {"image_sizes": sizes}, more)
+            yield from _with_tokens(model, image, more)
+        yield {"pixel_values": picture, "input_ids": _ids(model)} | more
+
+
+def _with_tokens(model: PreTrainedModel, image: Inputs, more: Inputs | None = None) -> Iterator[Inputs]:
+    """An image with as many image tokens as the model makes features of it."""
+    get = getattr(model, "get_image_features", None)
+    if get is None:
+        return
+    try:
+        with torch.no_grad():
+            features = get(**image, return_dict=True)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return
+    pooled = getattr(features, "pooler_output", features)
+    parts = pooled if isinstance(pooled, list | tuple) else [pooled]
+    count = sum(part.numel() // part.shape[-1] for part in parts)
+    more = {name: value[:1] for name, value in (more or {}).items()}
+    yield image | _image_tokens(model, count) | more

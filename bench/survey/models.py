@@ -69,7 +69,7 @@ def example(model_class: ModelClass, dtype: torch.dtype) -> Example:
     given = INPUTS.get(cls.__name__) or INPUTS.get(kind.__name__)
     errors = []
     for inputs in candidates(model) if given is None else [given(model)]:
-        inputs = {name: _cast(value, dtype) for name, value in inputs.items()}
+        inputs = cast(inputs, dtype)
         try:
             found = run(model, inputs)
         except MODEL_ERRORS as error:
@@ -95,10 +95,14 @@ def _parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(model.forward).parameters
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.to(dtype)
-    return value
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The inputs with what is floating in another type."""
+    return {
+        name: value.to(dtype)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def _tensors(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:

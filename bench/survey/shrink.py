@@ -42,6 +42,7 @@ RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"num_experts|n_routed_experts|(moe_)?num_(local_)?experts|num_local_experts", _at_most(4)),
     (r"num_experts_per_tok|moe_(topk|top_k|k)|moe_top_k|top_k", _at_most(2)),
     (r"n_group|topk_group", _at_most(1)),
+    (r"num_queries|num_proposals", _at_most(8)),
     (r"qk_rope_head_dim|.*rotary_dim", _at_most(8)),
     (r".*head_(dim|size)|d_kv|.*dim_head|.*d_head|key_dim", _at_most(HEAD_DIM)),
     (r".*lora_rank|time_step_rank|.*dt_rank", _at_most(16)),
@@ -152,13 +153,13 @@ def _small_list(name: str, value: Any, layers: list[int] | None, ids: TokenIds) 
             return [_small(name, value[i], None, ids) for i in layers]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         return value
-    if re.fullmatch(r".*(indexes|indices|idxs|_layers|attention_blocks)", name):
+    if re.fullmatch(r".*(indexes|indices|idxs|cross_attention_layers|moe_layers|attention_blocks)", name):
         return [1]
     if re.fullmatch(r"depths?|.*num_blocks|num_block_repeats|blocks_per_stage|block_sizes", name):
         return [min(v, 1) for v in value]
     if re.fullmatch(r".*heads(_per_stage)?", name):
         return [max(1, v // min(value)) for v in value]
-    if re.fullmatch(r".*(hidden_sizes|embed_dims?|embed_dim_per_stage|channels)", name):
+    if re.fullmatch(r".*(hidden_sizes|embed_dims?|embed_dim_per_stage)", name):
         return [max(1, v * 2 // min(value)) * 8 for v in value]
     if re.fullmatch(r"conv_dim|tdnn_dim", name):
         return [32 for _ in value]
