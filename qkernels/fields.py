@@ -42,8 +42,8 @@ class Field:
         restore_rows: (weight rows [R, K] that go with the transformed x, value) -> rows that go
             with x itself; the transpose of `transform_x`.
         permutes_x: `transform_x` moves numbers of x and changes none.
-        add_to_rows: (rows fp32 [R, K] of the weight, in the order of the codes, first row, all
-            values): adds, in place, what the weight has beyond its codes.
+        add_to_rows: (rows fp32 [R, K] of the weight, in the order of the codes, first row, columns
+            of a group, all values): adds, in place, what the weight has beyond its codes.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Field:
     transform_x: Callable[[Tensor, Tensor], Tensor] | None = None
     restore_rows: Callable[[Tensor, Tensor], Tensor] | None = None
     permutes_x: bool = False
-    add_to_rows: Callable[[Tensor, int, Values], None] | None = None
+    add_to_rows: Callable[[Tensor, int, int, Values], None] | None = None
 
     def shape(self, scheme: QuantScheme, n: int, k: int) -> tuple[int | None, ...]:
         """The length of each dimension; None where it is the field's own."""
@@ -89,6 +89,11 @@ def _with_levels(levels: str) -> Callable[[QuantScheme], bool]:
 
 def _may(scheme: QuantScheme) -> None:
     return None
+
+
+def _may_have_offsets(scheme: QuantScheme) -> bool | None:
+    integers = scheme.weight.kind == "linear" and not scheme.symmetric
+    return None if integers and not scheme.integer_activation else False
 
 
 def _check_perm(values: Values, k: int) -> str | None:
@@ -126,7 +131,14 @@ def _scale_columns(x: Tensor, factor: Tensor) -> Tensor:
     return (x.float() * factor).to(x.dtype)
 
 
-def _add_outliers(rows: Tensor, start: int, values: Values) -> None:
+def _add_offsets(rows: Tensor, start: int, group: int, values: Values) -> None:
+    offsets = values["offsets"]
+    whole = offsets.shape[0] == 1
+    own = (offsets if whole else offsets[start : start + rows.shape[0]]).to(rows.dtype)
+    rows += own.repeat_interleave(group, dim=1)[:, : rows.shape[1]]
+
+
+def _add_outliers(rows: Tensor, start: int, group: int, values: Values) -> None:
     outliers = values["outlier_values"][start : start + rows.shape[0]]
     rows.index_add_(1, values["outlier_columns"], outliers.to(rows.dtype))
 
@@ -149,6 +161,16 @@ FIELDS: dict[str, Field] = {
             dtypes=_zero_dtypes,
             wanted=lambda scheme: not scheme.symmetric,
             by_group=True,
+        ),
+        # In units of the weight: added to the numbers of a group after its scale, as where a format
+        # has a least value in place of a zero point. Zero points go with it, 0 for none.
+        Field(
+            name="offsets",
+            axes=("rows", "groups"),
+            dtypes=_only(*_FLOATS),
+            wanted=_may_have_offsets,
+            by_group=True,
+            add_to_rows=_add_offsets,
         ),
         # The second level of two-level scales.
         Field(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qkernels import compiled, preparation, reference
+from qkernels.backends.cpu import isa_cap
 from qkernels.backends.kernel import Kernel, Problem
 from qkernels.errors import WeightError
 from qkernels.fields import FIELDS
@@ -121,6 +122,15 @@ def _problem(what: PackedSpec, m: int, dtype: torch.dtype, device: torch.device)
     )
 
 
+def _select(what: PackedSpec, x: Tensor, dtype: torch.dtype) -> Kernel:
+    """The kernel for a call that finds no qkernels._C."""
+    kernel = select(_problem(what, x.numel() // what.k, dtype, x.device), what.backend)
+    meant = what.backend is not None or isa_cap() == "portable"
+    if kernel.backend == "reference" and x.device.type == "cpu" and not meant:
+        compiled.warn_of_its_lack()
+    return kernel
+
+
 def _run(
     kernel: Kernel, what: PackedSpec, x: Tensor, buffers: list[Tensor], bias: Tensor | None
 ) -> Tensor:
@@ -150,8 +160,7 @@ def _run_quantized(
 def _linear(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
     _check_input(x, what.k, "x", buffers[0])
-    kernel = select(_problem(what, x.numel() // what.k, x.dtype, x.device), what.backend)
-    return _run(kernel, what, x, buffers, bias)
+    return _run(_select(what, x, x.dtype), what, x, buffers, bias)
 
 
 def _linear_quantized(
@@ -164,8 +173,7 @@ def _linear_quantized(
 ) -> Tensor:
     what = PackedSpec.parse(spec)
     _check_quantized(x, scale, what, buffers[0])
-    kernel = select(_problem(what, x.numel() // what.k, dtype, x.device), what.backend)
-    return _run_quantized(kernel, what, x, scale, buffers, bias, dtype)
+    return _run_quantized(_select(what, x, dtype), what, x, scale, buffers, bias, dtype)
 
 
 def _why_not_quantized(what: PackedSpec) -> str | None:

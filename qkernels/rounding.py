@@ -110,6 +110,9 @@ def encode_rows(rows: Tensor, parameters: WeightParameters, start: int) -> Tenso
         rows = rows.index_select(1, parameters.perm)
     length = scheme.group_length(parameters.k)
     scaled = rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    beyond = parameters.beyond_codes(start, stop)
+    if beyond is not None:
+        scaled -= beyond
     scales = _nonzero(parameters.group_scales(start, stop))
     apply_by_group(scaled, scales, length, Tensor.div_)
     if scheme.weight.kind == "codebook":

@@ -170,7 +170,7 @@ class WeightParameters:
         for name in self.fields:
             add = FIELDS[name].add_to_rows
             if add is not None:
-                add(rows, start, self.fields)
+                add(rows, start, self.scheme.group_length(self.k), self.fields)
 
     def to_column_order(self, rows: Tensor) -> Tensor:
         """Weight rows [.., K] as the codes have them, as they multiply x itself.

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import traceback
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def in_child(work):
     if pid == 0:
         try:
             os._exit(0 if work() else 1)
-        finally:
+        except BaseException:
+            traceback.print_exc()
             os._exit(2)
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:

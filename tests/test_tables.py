@@ -87,7 +87,7 @@ def test_a_weight_type(tmp_path):
 # --- A hub field: a row that is added to every row of the weight
 
 
-def _add_ridge(rows, start, values):
+def _add_ridge(rows, start, group, values):
     rows += values["ridge"]
 
 

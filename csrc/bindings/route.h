@@ -16,6 +16,7 @@ struct Buffers {
   const at::Tensor* words = nullptr;
   const at::Tensor* scales = nullptr;
   const at::Tensor* zeros = nullptr;
+  const at::Tensor* offsets = nullptr;
   const at::Tensor* channel_scales = nullptr;
   const at::Tensor* nested_absmax = nullptr;
   const at::Tensor* nested_offset = nullptr;
@@ -31,6 +32,7 @@ constexpr Field field_of(std::string_view name) {
   if (name == "words") return &Buffers::words;
   if (name == "scales") return &Buffers::scales;
   if (name == "zeros") return &Buffers::zeros;
+  if (name == "offsets") return &Buffers::offsets;
   if (name == "channel_scales") return &Buffers::channel_scales;
   if (name == "nested_absmax") return &Buffers::nested_absmax;
   if (name == "nested_offset") return &Buffers::nested_offset;

@@ -82,7 +82,7 @@ struct FloatBlock {
 
   QK_INLINE void run(GroupRange range) {
     const Weight& weight = job.weight;
-    const bool zeros = weight.has_zeros();
+    const bool zeros = weight.has_zeros(), offsets = weight.has_offsets();
     if (QK_FAULT(part_of_k_begins_late) && range.begin > 0) ++range.begin;
     for (int r = 0; r < kRows; ++r) {
       for (int p = 0; p < kPanels; ++p) sums[r][p] = V::broadcast(0.0f);
@@ -97,7 +97,12 @@ struct FloatBlock {
           if (V::kSplit == 2 && QK_FAULT(odd_columns_not_added)) part = parts[0][r][p];
           if (zeros) {
             const F zero = group_zeros<V>(weight, panel + p, g, decoder.offset);
-            part = V::fnma(zero, V::broadcast(job.x_sums[(row + r) * weight.groups() + g]), part);
+            const F x_sum = V::broadcast(job.x_sums[(row + r) * weight.groups() + g]);
+            part = V::fnma(zero, x_sum, part);
+            if (offsets && !QK_FAULT(offsets_missing)) {
+              const F offset = group_offsets<V>(weight, panel + p, g);
+              sums[r][p] = V::fma(offset, x_sum, sums[r][p]);
+            }
           }
           sums[r][p] = V::fma(scale, part, sums[r][p]);
         }

@@ -105,6 +105,14 @@ QK_INLINE typename V::F group_zeros(const Weight& weight, int64_t panel, int64_t
   return V::sub(load_as_float<V>(weight.zeros, weight.zero_type, index), V::broadcast(offset));
 }
 
+// What is added to group g's numbers after its scale.
+template <class V>
+QK_INLINE typename V::F group_offsets(const Weight& weight, int64_t panel, int64_t g) {
+  if (QK_FAULT(offsets_of_first_group)) g = 0;
+  const int64_t index = (panel * weight.groups() + g) * kLanes;
+  return load_as_float<V>(weight.offsets, weight.offset_type, index);
+}
+
 template <class V>
 QK_INLINE typename V::I group_integer_zeros(const Weight& weight, int64_t panel, int64_t g) {
   if (QK_FAULT(integer_zeros_of_first_group)) g = 0;

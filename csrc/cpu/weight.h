@@ -10,7 +10,7 @@
 //
 //         One AND (and one shift) thus leaves the four columns of an int8 dot product in each lane,
 //         and 16 steps of 8 bits are a tile of AMX as they lie.
-// scales, zeros   [panels][groups][16]
+// scales, zeros, offsets   [panels][groups][16]
 //
 // N is padded to panels, K to 64 columns with zero codes; x is read as zero there.
 
@@ -65,6 +65,8 @@ struct Weight {
   GroupType scale_type;
   const void* zeros;
   GroupType zero_type;
+  const void* offsets;  // added to the numbers of a group after its scale; or null
+  GroupType offset_type;
   float implied_zero;           // of integer codes, where no zero points are stored
   const float* channel_scales;  // [n], where the scales are integers; else null
   const float* table;           // [16], of kTable4
@@ -94,6 +96,7 @@ struct Weight {
   // Whether zero points are to be taken off: without, decoders take off the implied zero
   // themselves.
   bool has_zeros() const { return zero_type != GroupType::kNone; }
+  bool has_offsets() const { return offsets != nullptr; }
   int64_t panel_words() const { return panel_stride; }
   // Words before column `column` of a panel.
   int64_t words_before(int64_t column) const {

@@ -76,6 +76,8 @@ QK_INLINE typename V::F scales_without_zero_groups(const Weight& weight, int64_t
   const auto scales = group_scales<V>(weight, panel, g);
   const bool integers = weight.code == Code::kInt4 || weight.code == Code::kInt8;
   if (!weight.has_zeros() || !integers || QK_FAULT(zero_groups_keep_their_scale)) return scales;
+  // These leave something of such a group, and are as large as what it would have left.
+  if (weight.has_offsets()) return scales;
   constexpr int64_t kCompared = 4;
   if (weight.codes_of_group(g) >= kCompared || QK_FAULT(short_zero_groups_keep_their_scale)) {
     // The first codes, the low halves or all of a word's bytes, tell nearly always.

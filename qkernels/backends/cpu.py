@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qkernels import compiled
-from qkernels.backends.kernel import Kernel, Problem, RouteOf, WhyNot, by_route
+from qkernels.backends.kernel import PREPARED, Kernel, Problem, RouteOf, WhyNot, by_route
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.errors import NoKernelError
 from qkernels.layouts.padding import kernel_group
@@ -131,6 +131,9 @@ def _route(isa: str, tiles: bool = False, rounds: bool = False) -> RouteOf:
     return lambda problem, device: _made(problem.scheme, problem.n, problem.k, isa, tiles, rounds)
 
 
+_FLOAT_ROWS = PREPARED | {"offsets"}
+"""The optional fields that kernels for few rows know; tiles leave offsets to them."""
+
 _VARIES = "rounds unlike the kernels for few rows, and batch_invariant wants one for every M"
 
 # The numbers of rows were measured, each against the rows below it and the reference, which
@@ -176,6 +179,7 @@ KERNELS = (
         backend="cpu",
         layout="vnni",
         activations=("none", "fp8"),
+        fields=_FLOAT_ROWS,
         where=_with("avx512"),
         **by_route(_route("avx512")),
     ),
@@ -194,6 +198,7 @@ KERNELS = (
         backend="cpu",
         layout="vnni",
         activations=("none", "fp8"),
+        fields=_FLOAT_ROWS,
         most_rows=128,
         where=_with("avx2"),
         **by_route(_route("avx2")),
@@ -213,6 +218,7 @@ KERNELS = (
         backend="cpu",
         layout="vnni",
         activations=("none", "fp8"),
+        fields=_FLOAT_ROWS,
         most_rows=16,
         where=_with("portable"),
         **by_route(_route("portable")),

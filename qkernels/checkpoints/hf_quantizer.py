@@ -64,8 +64,6 @@ class QKernelsHfQuantizer(HfQuantizer):
         tensors: dict[str, Tensor] = {}
         storages: set[int] = set()
         for name, tensor in plan.tensors():
-            if tensor.is_meta:
-                raise CheckpointError(f"{name} is offloaded: move the model to one device to save")
             # Transformers takes two names of one storage for one tensor.
             kept = tensor.detach()
             if kept.untyped_storage().data_ptr() in storages:

@@ -1,4 +1,4 @@
-"""`save_pretrained` of Transformers, for models with quantized layers."""
+"""What Transformers' own methods do on models with quantized layers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 from torch import nn
 
 from qkernels.checkpoints.save import quantized_layers
+from qkernels.checkpoints.ties import tie_no_quantized_layer
 
 
 def mark_quantized(model: nn.Module) -> None:
-    """Makes `save_pretrained` write what `save_model` writes.
+    """Makes `save_pretrained` write what `save_model` writes, and ties only dense layers.
 
     Takes each Transformers model in `model` that has `WQLinear` layers, `model` itself included.
     Without this Transformers would write their buffers as if they were parameters of its own, and
@@ -25,3 +26,4 @@ def mark_quantized(model: nn.Module) -> None:
         if isinstance(module, transformers.PreTrainedModel) and quantized_layers(module):
             hook = importlib.import_module("qkernels.checkpoints.hf_quantizer")
             module.hf_quantizer = hook.QKernelsHfQuantizer(hook.QKernelsConfig())
+            tie_no_quantized_layer(module)

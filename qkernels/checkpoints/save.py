@@ -97,11 +97,15 @@ class SavePlan:
         """The plan of saving `model` in `format`; None chooses the first that holds all layers.
 
         Raises:
-            CheckpointError: where no layer is quantized, or one is not held by `format`.
+            CheckpointError: where no layer is quantized, one is not held by `format`, or a tensor
+                is offloaded.
         """
         layers = quantized_layers(model)
         if not layers:
             raise CheckpointError("the model has no WQLinear layer: quantize it first")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_meta:
+                raise CheckpointError(f"{name} is offloaded: move the model to one device to save")
         kinds = {name: _kind(model, name, layer) for name, layer in layers.items()}
         row = check_holds(format or first_holding(kinds), kinds)
         heads = {id(head) for head in output_heads(model)}

@@ -8,12 +8,15 @@ from each other as well, which they are not.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 
 from qkernels.checkpoints.dense import Place
+from qkernels.checkpoints.save import quantized_layers
 
 
 def tie_beside_head(model: Any, places: Mapping[str, Place], quantized: set[str]) -> None:
@@ -62,3 +65,33 @@ def _said_to_be_tied(model: Any) -> Iterator[None]:
     finally:
         for config in untied:
             config.tie_word_embeddings = False
+
+
+def tie_no_quantized_layer(model: Any) -> None:
+    """Makes `tie_weights` of a Transformers model leave quantized layers alone.
+
+    Transformers calls it too, when embeddings are resized and when weights are initialized. A layer
+    that is dense again by then is tied as ever.
+    """
+    if hasattr(model, "get_expanded_tied_weights_keys"):
+        vars(model)["get_expanded_tied_weights_keys"] = functools.partial(_dense_ties, model)
+        model.all_tied_weights_keys = _without(quantized_layers(model), model.all_tied_weights_keys)
+
+
+def _dense_ties(model: Any, all_submodels: bool = False) -> dict[str, str]:
+    """In place of the model's own `get_expanded_tied_weights_keys`."""
+    ties = model._tied_weights_keys
+    if isinstance(ties, dict):
+        ties = _without(quantized_layers(model), ties)
+    with mock.patch.object(model, "_tied_weights_keys", ties):
+        found: dict[str, str] = type(model).get_expanded_tied_weights_keys(model, all_submodels)
+    return found
+
+
+def _without(layers: Mapping[str, Any], ties: Mapping[str, str]) -> dict[str, str]:
+    """Those of `ties`, tensor -> tensor, that concern none of `layers`."""
+    return {
+        name: source
+        for name, source in ties.items()
+        if not any(tensor.rpartition(".")[0] in layers for tensor in (name, source))
+    }

@@ -7,20 +7,24 @@
           Z = ceil(ceil(K/g / 8) / m) * m with m = 1, 2, 4 for g >= 128, 64, 32
 
 w = (q - z) * s. Source: AutoAWQ (Casper Hansen, MIT licence), awq/modules/linear, for the layouts.
-The buffers are what is stored; the first forward packs them for this machine's kernels.
+The buffers are what is stored, and all that a module has. `forward` is the operator
+`qkernels.awq_linear`, which packs them for this machine's kernels at the first call and keeps the
+packed twin beside them: see `twins`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from qkernels import rounding
+from qkernels import ops, rounding
 from qkernels.bits import pack_awq, pack_dense, unpack_awq, unpack_dense
-from qkernels.errors import LayerError
+from qkernels.errors import LayerError, WeightError
 from qkernels.layouts import FRAGMENT, allocate, pack_words
+from qkernels.modules import twins
 from qkernels.modules.linear import WQLinear
 from qkernels.scheme import QuantScheme
 from qkernels.select import layout_for
@@ -30,6 +34,7 @@ from qkernels.weight import QuantizedWeight, WeightParameters
 class _AwqLinear(nn.Module):
     """What the two classes share: attributes, checks, and the packed layer behind `forward`."""
 
+    version: ClassVar[str]
     transposed_scales: ClassVar[bool]
     qweight: Tensor
     qzeros: Tensor
@@ -59,8 +64,6 @@ class _AwqLinear(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=dev))
         values = torch.zeros(out_features, dtype=torch.float16, device=dev) if bias else None
         self.register_buffer("bias", values)
-        self._layer: WQLinear | None = None
-        self._versions: tuple[Any, ...] = ()
 
     @classmethod
     def from_linear(
@@ -135,17 +138,14 @@ class _AwqLinear(nn.Module):
         return QuantScheme.parse(f"w4a16-g{self.group_size}" if grouped else "w4a16")
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] for x [..., K], in x's dtype."""
-        versions = tuple(
-            None if buffer is None else (id(buffer), buffer._version)
-            for buffer in (self.qweight, self.qzeros, self.scales, self.bias)
-        )
-        if self._layer is None or versions != self._versions:
-            self._layer, self._versions = self._packed_layer(), versions
-        return self._layer(x)
+        """y [..., N] for x [..., K], in x's dtype (autocast's under it).
 
-    def _packed_layer(self) -> WQLinear:
-        return WQLinear.from_weight(self.to_weight())
+        Raises:
+            WeightError: for a wrong shape, dtype or device of x.
+        """
+        buffers = [self.qweight, self.qzeros, self.scales]
+        sizes = [self.in_features, self.out_features, self.group_size]
+        return torch.ops.qkernels.awq_linear(x, buffers, self.bias, type(self).version, sizes)
 
     def to_weight(self) -> QuantizedWeight:
         """The buffers as the hub's form."""
@@ -154,22 +154,20 @@ class _AwqLinear(nn.Module):
             scheme=self.scheme, codes=codes, scales=scales, zeros=zeros, bias=self.bias
         )
 
+    def packed_layer(self) -> WQLinear:
+        """A layer of the same weight, packed for the kernels of its device."""
+        return WQLinear.from_weight(self.to_weight())
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, w_bit={self.w_bit}, group_size={self.group_size}"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The packed twin is made from the buffers whenever it is missing.
-        return {**self.__dict__, "_layer": None, "_versions": ()}
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_layer":
-            # Not a child module: it must show up neither in state_dict nor in parameters().
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if not self.qweight.is_meta:
+            twins.forget(self.qweight)
 
     def _check_sizes(self) -> None:
         raise AssertionError("a subclass checks its sizes")
@@ -194,6 +192,7 @@ class _AwqLinear(nn.Module):
 class WQLinear_GEMM(_AwqLinear):
     """AutoAWQ's `version="gemm"` layer."""
 
+    version = "gemm"
     transposed_scales = True
 
     def _check_sizes(self) -> None:
@@ -221,10 +220,10 @@ class WQLinear_GEMM(_AwqLinear):
         zeros = unpack_awq(self.qzeros)
         return zeros.t().contiguous(), self.scales.to(torch.float16).t().contiguous()
 
-    def _packed_layer(self) -> WQLinear:
+    def packed_layer(self) -> WQLinear:
         scheme, n, k = self.scheme, self.out_features, self.in_features
         if layout_for(scheme, n, k, self.qweight.device) is not FRAGMENT:
-            return super()._packed_layer()
+            return super().packed_layer()
         zeros, scales = self._load_groups()
         parameters = WeightParameters(scheme=scheme, n=n, k=k, scales=scales, zeros=zeros)
         packed = allocate(FRAGMENT, parameters, self.qweight.device)
@@ -236,6 +235,7 @@ class WQLinear_GEMM(_AwqLinear):
 class WQLinear_GEMV(_AwqLinear):
     """AutoAWQ's `version="gemv"` layer."""
 
+    version = "gemv"
     transposed_scales = False
     _PAD_MULTIPLE: ClassVar[dict[int, int]] = {64: 2, 32: 4}
 
@@ -273,3 +273,100 @@ class WQLinear_GEMV(_AwqLinear):
         codes = unpack_dense(self.qweight, self.in_features, 4)
         zeros = unpack_dense(self.qzeros, 8 * self._zero_words, 4)[:, :groups].contiguous()
         return codes, zeros, self.scales[:, :groups].to(torch.float16).contiguous()
+
+
+_VERSIONS: dict[str, type[_AwqLinear]] = {
+    cls.version: cls for cls in (WQLinear_GEMM, WQLinear_GEMV)
+}
+
+
+def _pack(version: str, sizes: list[int], buffers: list[Tensor], bias: Tensor | None) -> WQLinear:
+    """The packed twin of a module of those buffers."""
+    k, n, group_size = sizes
+    module = _VERSIONS[version](4, group_size, k, n, bias is not None, "meta")
+    module.qweight, module.qzeros, module.scales = buffers
+    module.bias = bias
+    return module.packed_layer()
+
+
+def _check(x: Tensor, buffers: list[Tensor], sizes: list[int]) -> None:
+    k = sizes[0]
+    if x.dim() == 0 or x.shape[-1] != k or x.dtype not in ops.X_DTYPES:
+        raise WeightError(
+            f"x must be [..., {k}] of fp16, bf16 or fp32, got {x.dtype} {list(x.shape)}"
+        )
+    if x.device != buffers[0].device:
+        raise WeightError(
+            f"x is on {x.device} and the weight on {buffers[0].device}: move one of them"
+        )
+
+
+def _linear(
+    x: Tensor, buffers: list[Tensor], bias: Tensor | None, version: str, sizes: list[int]
+) -> Tensor:
+    _check(x, buffers, sizes)
+    twin = twins.of([*buffers, bias], partial(_pack, version, sizes, buffers, bias))
+    y: Tensor = twin(x)
+    return y
+
+
+def _linear_fake(
+    x: Tensor, buffers: list[Tensor], bias: Tensor | None, version: str, sizes: list[int]
+) -> Tensor:
+    _check(x, buffers, sizes)
+    return x.new_empty((*x.shape[:-1], sizes[1]))
+
+
+def _grad_input(
+    grad: Tensor, buffers: list[Tensor], bias: Tensor | None, version: str, sizes: list[int]
+) -> Tensor:
+    twin = twins.of([*buffers, bias], partial(_pack, version, sizes, buffers, bias))
+    packed = twin.packed
+    spec = str(ops.PackedSpec.of(packed))
+    return torch.ops.qkernels.linear_grad_input(grad, list(packed.buffers.values()), spec)
+
+
+def _grad_input_fake(
+    grad: Tensor, buffers: list[Tensor], bias: Tensor | None, version: str, sizes: list[int]
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], sizes[0]))
+
+
+def _autocast(
+    x: Tensor, buffers: list[Tensor], bias: Tensor | None, version: str, sizes: list[int]
+) -> Tensor:
+    device = x.device.type
+    if x.is_floating_point():
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return torch.ops.qkernels.awq_linear(x, buffers, bias, version, sizes)
+
+
+def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
+    # Not as variables, which inference tensors cannot be.
+    ctx.weight = inputs[1:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None, None, None]:
+    grad_x = torch.ops.qkernels.awq_linear_grad_input(grad, *ctx.weight)
+    return grad_x, [None] * len(ctx.weight[0]), None, None, None
+
+
+_library = torch.library.Library("qkernels", "FRAGMENT")
+_library.define(
+    "awq_linear(Tensor x, Tensor[] buffers, Tensor? bias, str version, int[] sizes) -> Tensor"
+)
+_library.define(
+    "awq_linear_grad_input(Tensor grad, Tensor[] buffers, Tensor? bias, str version, int[] sizes) "
+    "-> Tensor"
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("awq_linear", _linear, _key)
+    _library.impl("awq_linear_grad_input", _grad_input, _key)
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("awq_linear", _autocast, _key)
+torch.library.register_fake("qkernels::awq_linear", _linear_fake, lib=_library)
+torch.library.register_fake("qkernels::awq_linear_grad_input", _grad_input_fake, lib=_library)
+torch.library.register_autograd(
+    "qkernels::awq_linear", _backward, setup_context=_save, lib=_library
+)

@@ -63,6 +63,11 @@ def why_not_plain(module: nn.Module) -> str | None:
         kind = type(module).__name__
         return f"a {kind}, a subclass of nn.Linear that may compute something else"
     if "forward" in vars(module):
+        if hasattr(module, "_hf_hook"):
+            return (
+                "accelerate has replaced its forward: take its hooks off by "
+                "accelerate.hooks.remove_hook_from_submodules"
+            )
         return "its forward has been replaced"
     expected = {"weight", "bias"}
     if set(module._parameters) != expected or module._parameters["weight"] is None:

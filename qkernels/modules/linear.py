@@ -52,6 +52,9 @@ class WQLinear(nn.Linear):
 
     bias: Tensor | None  # type: ignore[assignment]
 
+    # Transformers draws weights, and zeros biases, of each layer that lacks this.
+    _is_hf_initialized = True
+
     def __init__(
         self,
         packed: PackedWeight,

@@ -153,7 +153,9 @@ def _check_reads_only(
     in_place = name.endswith("_") and not name.endswith("__")
     augmented = name.startswith("__i") and name.endswith("__") and name[3:-2] in _AUGMENTED
     writes = writes or in_place or augmented or name in ("__set__", "__setitem__")
-    written = [*(args[:1] if writes else ()), kwargs.get("out")]
+    # torch.nn.init hands its tensor on by name.
+    target = args[:1] or (kwargs.get("tensor"), kwargs.get("input"))
+    written = [*(target if writes else ()), kwargs.get("out")]
     if any(isinstance(argument, WeightView) for argument in written):
         raise LayerError(
             f"{name} writes to the weight of a quantized layer, which is made from its codes: "
@@ -294,6 +296,28 @@ def _multiply_in_place(view: Any, other: Any, *, divide: bool = False) -> Any:
     return view
 
 
+def _set_requires_grad(view: Any, requires_grad: bool = True) -> Any:
+    """Not to be trained, as it is already."""
+    if requires_grad:
+        raise LayerError(
+            "the weight of a quantized layer cannot be trained: train an adapter on the layer, "
+            "such as LoRA, or the original layer"
+        )
+    return view
+
+
+def _set_grad(view: Any, grad: Any) -> Any:
+    return NotImplemented if grad is not None else view
+
+
+def _set_data(tensor: Any, data: Any) -> Any:
+    """What tools do that move weights, or make them contiguous, one by one."""
+    if not isinstance(tensor, WeightView) or not isinstance(data, WeightView):
+        return NotImplemented
+    same = tensor.source is data.source and tensor.transposed == data.transposed
+    return tensor if same and tensor.dtype == data.dtype else NotImplemented
+
+
 def _divide_in_place(view: Any, other: Any) -> Any:
     return _multiply_in_place(view, other, divide=True)
 
@@ -316,6 +340,10 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.T.__get__: _turn,  # type: ignore[attr-defined]
     torch.Tensor.mT.__get__: _turn_last,  # type: ignore[attr-defined]
     torch.Tensor.data.__get__: _same,  # type: ignore[attr-defined]
+    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__set__: _set_grad,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad_: _set_requires_grad,
     torch.Tensor.detach: _same,
     torch.detach: _same,
     torch.Tensor.contiguous: _same,

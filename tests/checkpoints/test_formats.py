@@ -222,7 +222,7 @@ def test_a_weight_type_added_to_the_table_is_saved_and_loaded(tmp_path, monkeypa
 
 
 def test_a_field_added_to_the_table_is_saved_and_loaded(tmp_path, monkeypatch):
-    def add(rows, start, values):
+    def add(rows, start, group, values):
         rows += values["toy_offset"][start : start + rows.shape[0], None]
 
     field = Field(

@@ -1,11 +1,15 @@
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from qkernels import WQLinear_GEMM, WQLinear_GEMV, rounding
-from qkernels.errors import LayerError
+from qkernels.errors import LayerError, WeightError
+from qkernels.modules import twins
 
 
 def nibble(words, row, column_word, i):
@@ -104,3 +108,129 @@ def test_what_the_layouts_cannot_hold_is_named():
             WQLinear_GEMM.from_linear(*arguments)
     with pytest.raises(LayerError, match="groups of 32, 64"):
         WQLinear_GEMV.from_linear(linear, 4, 16)
+
+
+MODULES = pytest.mark.parametrize("cls", [WQLinear_GEMM, WQLinear_GEMV])
+
+
+def made(cls, bias=True):
+    linear, scales, zeros = case(cls, bias=bias)
+    module = cls.from_linear(linear, 4, 64, scales=scales, zeros=zeros)
+    x = torch.randn(5, 256).half()
+    exact = x.double() @ module.to_weight().dequantize().double().t()
+    return module, x, exact if linear.bias is None else exact + linear.bias.double()
+
+
+def right(y, exact):
+    return y.dtype == torch.float16 and (y.double() - exact).norm() / exact.norm() < 1e-3
+
+
+@MODULES
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_inference_mode(cls, bias):
+    module, x, exact = made(cls, bias)
+    with torch.inference_mode():
+        assert right(module(x), exact)
+        other = cls(4, 64, 256, 48, bias, "cpu")
+        other(x)
+        other.load_state_dict(module.state_dict())
+        assert right(other(x), exact)
+        moved = copy.deepcopy(module).to("cpu").half()
+        assert right(moved(x), exact)
+        inside = made(cls, bias)
+        assert right(inside[0](inside[1]), inside[2])
+    assert right(other(x), exact) and right(module(x), exact)
+    given = x.clone().requires_grad_()
+    other(given).sum().backward()
+    want = module.to_weight().dequantize().sum(0)
+    assert (given.grad.float() - want).norm() / want.norm() < 1e-2
+
+
+@MODULES
+def test_what_is_written_to_the_buffers_counts(cls):
+    module, x, exact = made(cls)
+    assert right(module(x), exact)
+    module.scales.mul_(2)
+    bias = module.bias.double()
+    assert right(module(x), 2 * (exact - bias) + bias)
+    module.scales = module.scales / 2
+    assert right(module(x), exact)
+    module.bias.data = torch.zeros(48).half()
+    assert right(module(x), exact - bias)
+    module.qweight.zero_()
+    module.qzeros.zero_()
+    assert not module(x).any()
+
+
+@MODULES
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_compiles_whole_and_exports(cls, dynamic):
+    torch._dynamo.reset()  # which counts what other tests compiled
+    module, x, exact = made(cls)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for _ in range(2):
+        assert right(compiled(x), exact)
+    with torch.inference_mode():
+        assert right(compiled(x), exact)
+    module.scales.mul_(2)
+    assert right(compiled(x), 2 * (exact - module.bias.double()) + module.bias.double())
+    module.scales.div_(2)
+    exported = torch.export.export(module, (x,))
+    assert right(exported.module()(x), exact)
+    given = x.clone().requires_grad_()
+    compiled(given).sum().backward()
+    want = module.to_weight().dequantize().sum(0)
+    assert (given.grad.float() - want).norm() / want.norm() < 1e-2
+
+
+@MODULES
+def test_copies_and_calls_with_other_buffers(cls):
+    module, x, exact = made(cls)
+    assert right(module(x), exact)
+    assert right(copy.deepcopy(module)(x), exact)
+    assert right(pickle.loads(pickle.dumps(module))(x), exact)
+    assert right(torch.func.functional_call(module, module.state_dict(), (x,)), exact)
+    meta = cls(4, 64, 256, 48, True, "meta")
+    assert meta(x.to("meta")).shape == (5, 48)
+    meta.load_state_dict(module.state_dict(), assign=True)
+    assert right(meta(x), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x.float()).dtype == torch.bfloat16
+    before = len(twins._twins)
+    for _ in range(3):
+        views = {name: buffer.detach() for name, buffer in module.state_dict().items()}
+        assert right(torch.func.functional_call(module, views, (x,)), exact)
+    assert len(twins._twins) == before
+
+
+@MODULES
+def test_a_twin_goes_with_its_module(cls):
+    module, x, _ = made(cls)
+    before = set(twins._twins)
+    module(x)
+    (new,) = set(twins._twins) - before
+    layer = weakref.ref(twins._twins[new].layer)
+    del module
+    gc.collect()
+    assert new not in twins._twins and layer() is None
+
+
+@MODULES
+def test_wrong_x_is_named(cls):
+    module, x, _ = made(cls)
+    for wrong, message in ((x[:, :10], r"\[..., 256\]"), (x.double(), "float64")):
+        with pytest.raises(WeightError, match=message):
+            module(wrong)
+
+
+@MODULES
+def test_the_operator_is_one_of_torch(cls):
+    module, x, _ = made(cls)
+    sizes = [module.in_features, module.out_features, module.group_size]
+    buffers = [module.qweight, module.qzeros, module.scales]
+    for given in (x, x.clone().requires_grad_()):
+        torch.library.opcheck(
+            torch.ops.qkernels.awq_linear,
+            (given, buffers, module.bias, cls.version, sizes),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )

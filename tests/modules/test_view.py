@@ -134,6 +134,13 @@ WRITES = {
     "data": lambda layer, new: layer.weight.data.normal_(),
     "data.__set__": lambda layer, new: setattr(layer.weight, "data", new),
     "init": lambda layer, new: nn.init.zeros_(layer.weight),
+    "init by name": lambda layer, new: nn.init.normal_(tensor=layer.weight),
+    "init of a layer": lambda layer, new: nn.init.kaiming_uniform_(layer.weight),
+    "data of another layer": lambda layer, new: setattr(layer.weight, "data", make("w8a8").weight),
+    "data of another type": lambda layer, new: setattr(
+        layer.weight, "data", layer.weight.data.half()
+    ),
+    "grad": lambda layer, new: setattr(layer.weight, "grad", new),
     "items": lambda layer, new: layer.weight.__setitem__(0, 0.0),
     "add_": lambda layer, new: layer.weight.data.add_(new),
     "augmented": lambda layer, new: layer.weight.data.__iadd__(new),
@@ -153,6 +160,40 @@ def test_writing_is_an_error_and_changes_nothing(name):
     with pytest.raises(LayerError, match="quantize"):
         WRITES[name](layer, torch.ones(N, K))
     assert torch.equal(layer(x), want)
+
+
+NOTHING = {
+    "requires_grad": lambda layer: setattr(layer.weight, "requires_grad", False),
+    "requires_grad_": lambda layer: layer.weight.requires_grad_(False),
+    "grad": lambda layer: setattr(layer.weight, "grad", None),
+    "data": lambda layer: setattr(layer.weight, "data", layer.weight.data.contiguous()),
+    "data to where it is": lambda layer: setattr(layer.weight, "data", layer.weight.data.to("cpu")),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_what_writes_nothing_is_let_through(name, calls):
+    NOTHING[name](make())
+    assert not calls
+
+
+def test_a_frozen_parameter_of_it_is_the_view():
+    layer, other, x = make(), nn.Linear(K, N), torch.randn(2, K)
+    other.weight = nn.Parameter(layer.weight, requires_grad=False)
+    assert torch.equal(F.linear(x, other.weight, layer.bias), layer(x))
+    assert torch.equal(other.state_dict()["weight"].clone(), layer.dequantize())
+
+
+@pytest.mark.parametrize("way", ["attribute", "method", "parameter"])
+def test_training_it_is_an_error(way):
+    weight = make().weight
+    with pytest.raises(LayerError, match="train an adapter"):
+        if way == "attribute":
+            weight.requires_grad = True
+        elif way == "method":
+            weight.requires_grad_()
+        else:
+            nn.Parameter(weight)
 
 
 @pytest.mark.parametrize("text", ["w4a16-g32", "nf4-g32-dq", "w4a8-g32", "w8a8", "binary-g32"])

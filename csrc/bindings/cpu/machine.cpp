@@ -44,6 +44,11 @@ void pause_threads() {
 void begin_child() {
   if (!is_paused) lost_threads = true;
 }
+
+// torch's first parallel work in a child makes a pool anew in place of one that lost its threads,
+// from several threads at once, of which some then find none. Behind all handlers of the fork, one
+// of which notes that it has to.
+void renew_torch_pool() { at::set_num_threads(at::get_num_threads()); }
 #endif
 
 void run_on_torch_threads(int threads, void (*body)(void*), void* context) {
@@ -105,6 +110,8 @@ cpu::FloatType float_type(const char* name, at::ScalarType type) {
 void register_cpu_machine(py::module_& m) {
 #if defined(__unix__) || defined(__APPLE__)
   pthread_atfork(pause_threads, nullptr, begin_child);
+  py::module_::import("os").attr("register_at_fork")(py::arg("after_in_child") =
+                                                         py::cpp_function(renew_torch_pool));
 #endif
   m.def("cpu_peaks", &cpu_peaks, py::arg("threads"), py::arg("seconds"),
         "the most this machine does: bytes read, fp32, int8 and bf16 operations a second");

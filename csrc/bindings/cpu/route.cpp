@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <string>
 
 #include "bindings/cpu/cpu.h"
@@ -94,7 +95,12 @@ class CpuRoute final : public Route {
     require(call.x.device().is_cpu(), "x must be on the CPU, got ", call.x.device());
     require(call.x.size(-1) == preparation_.k, "x must have shape [..., ", preparation_.k,
             "], got ", call.x.sizes());
-    return integers_ ? integers(call) : floats(call);
+    try {
+      return integers_ ? integers(call) : floats(call);
+    } catch (const std::bad_alloc&) {
+      TORCH_CHECK_WITH(OutOfMemoryError, false, "no memory for the work of ", torch_pool().threads,
+                       " threads on x of shape ", call.x.sizes());
+    }
   }
 
   bool takes_quantized() const override { return integers_ && scale_of_ == cpu::ScaleOf::kRow; }
@@ -183,6 +189,14 @@ class CpuRoute final : public Route {
       check("zeros", *buffers.zeros, at::kCPU, {panels, groups, cpu::kLanes});
       weight.zeros = buffers.zeros->const_data_ptr();
       weight.zero_type = group_type("zeros", buffers.zeros->scalar_type());
+    }
+    if (buffers.offsets != nullptr) {
+      require(!integers_ && !schedule_.tiles && buffers.zeros != nullptr,
+              "offsets go with zeros, and with products of floats without tiles");
+      check("offsets", *buffers.offsets, at::kCPU, {panels, groups, cpu::kLanes});
+      weight.offsets = buffers.offsets->const_data_ptr();
+      weight.offset_type = group_type("offsets", buffers.offsets->scalar_type());
+      require(weight.offset_type != cpu::GroupType::kUint8, "offsets must be floats");
     }
     if (buffers.channel_scales != nullptr) {
       check("channel_scales", *buffers.channel_scales, at::kCPU, {weight.n}, at::kFloat);

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <new>
 #include <set>
 #include <string>
 #include <vector>
@@ -58,7 +59,12 @@ int main(int count, char** arguments) {
   options.most_products = kMostProducts;
   cases::make_all(options, [](const cases::Case& one) {
     for (const auto& schedule : one.schedules) {
-      const std::string complaint = one.complaint(one.run(schedule, cases::pool_of(2)), schedule);
+      std::string complaint;
+      try {
+        complaint = one.complaint(one.run(schedule, cases::pool_of(2)), schedule);
+      } catch (const std::bad_alloc&) {
+        complaint = "there is no memory";
+      }
       if (complaint.empty()) continue;
       std::printf("%s: %s\n", name_of(one, schedule).c_str(), complaint.c_str());
       std::exit(1);

@@ -49,6 +49,7 @@ struct Format {
   GroupType scales;  // kUint8: with a scale for each row of W, the second level
   GroupType zeros;
   Rows rows;
+  GroupType offsets = GroupType::kNone;  // with zeros, of floats
 };
 
 struct Size {
@@ -93,10 +94,11 @@ class Product {
     const auto number = [](int64_t value) { return static_cast<int>(value); };
     char text[200];
     std::snprintf(text, sizeof text,
-                  "%s group %d scales %s zeros %s n %d k %d m %d rows %s x %s y %s%s",
+                  "%s group %d scales %s zeros %s offsets %s n %d k %d m %d rows %s x %s y %s%s",
                   kCodeNames[static_cast<int>(weight_.code)], number(weight_.group),
                   kGroupNames[static_cast<int>(weight_.scale_type)],
-                  kGroupNames[static_cast<int>(weight_.zero_type)], number(weight_.n),
+                  kGroupNames[static_cast<int>(weight_.zero_type)],
+                  kGroupNames[static_cast<int>(weight_.offset_type)], number(weight_.n),
                   number(weight_.k), number(m_), kRowsNames[static_cast<int>(rows_)],
                   name_of(x_type_), name_of(y_type_), kNumbersNames[static_cast<int>(numbers_)]);
     return text;
@@ -108,7 +110,7 @@ class Product {
     for (Isa isa : isas) {
       const int64_t most = isa == Isa::kPortable ? kMostPortableProducts : kMostVectorProducts;
       if (m_ * weight_.n * weight_.k <= most) out.push_back({isa, false, false});
-      if (isa != Isa::kAmx) continue;
+      if (isa != Isa::kAmx || weight_.has_offsets()) continue;
       if (rows_ == Rows::kFloats) {
         const bool whole = weight_.groups() == 1 || fits_float_tiles(weight_.group);
         if (whole) out.push_back({isa, true, false});
@@ -189,6 +191,11 @@ class Product {
     }
     if (format.zeros == GroupType::kUint8) zeros_ = random.bytes(count, 0, codes);
     if (format.zeros == GroupType::kFp16) zeros_ = random.numbers(count, FloatType::kFp16, 0, 15);
+    if (format.offsets != GroupType::kNone) {
+      weight_.offset_type = format.offsets;
+      offsets_ = random.numbers(count, float_type(format.offsets), -0.2f, 0.2f);
+    }
+    weight_.offsets = or_null(offsets_);
     if (weight_.code == Code::kTable4) table_ = random.floats(16, -1, 1);
     weight_.scales = scales_.data();
     weight_.zeros = or_null(zeros_);
@@ -289,7 +296,7 @@ class Product {
   Weight weight_{};
   Bytes codes_;  // [n][k]
   std::vector<uint32_t> words_;
-  Bytes scales_, zeros_, x_, bias_;
+  Bytes scales_, zeros_, offsets_, x_, bias_;
   std::vector<float> channel_scales_, table_, nested_table_, nested_absmax_, row_scales_;
   float given_ = 0.02f;  // too small for some elements of x
 };
@@ -378,6 +385,12 @@ class Products {
           for (GroupType type : scales) add_format({code, group, type, zeros, Rows::kFloats});
           add_format({code, group, GroupType::kNested, zeros, Rows::kFloats});
         }
+      }
+      for (Code code : {Code::kInt4, Code::kInt8}) {
+        for (GroupType type : scales)
+          add_format({code, group, type, GroupType::kUint8, Rows::kFloats, type});
+        add_format(
+            {code, group, GroupType::kFp32, GroupType::kFp16, Rows::kFloats, GroupType::kFp32});
       }
       for (Rows rows : {Rows::kRow, Rows::kTensor, Rows::kGiven, Rows::kQuantized}) {
         for (GroupType zeros : {GroupType::kNone, GroupType::kUint8}) {

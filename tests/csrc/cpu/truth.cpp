@@ -67,6 +67,11 @@ double zero_at(const Weight& weight, int64_t row, int64_t g) {
   return group_number(weight.zeros, weight.zero_type, place(weight, row, g));
 }
 
+double offset_at(const Weight& weight, int64_t row, int64_t g) {
+  if (!weight.has_offsets()) return 0;
+  return group_number(weight.offsets, weight.offset_type, place(weight, row, g));
+}
+
 double code_number(const Weight& weight, uint8_t code) {
   switch (weight.code) {
     case Code::kTable4: return weight.table[code];
@@ -84,7 +89,7 @@ double bias_at(const Output& out, int64_t n) {
 bool is_zero_group(const Weight& weight, const uint8_t* row_codes, int64_t row, int64_t g,
                    int64_t k) {
   const bool integers = weight.code == Code::kInt4 || weight.code == Code::kInt8;
-  if (!integers || !weight.has_zeros()) return false;
+  if (!integers || !weight.has_zeros() || weight.has_offsets()) return false;
   const int64_t first = g * weight.group, last = first + weight.codes_of_group(g);
   const double zero = zero_at(weight, row, g);
   return std::all_of(row_codes + first, row_codes + std::min(last, k),
@@ -105,15 +110,16 @@ struct WeightRow {
       double code = code_number(weight, codes[row * k + c]);
       if (table_terms > 0) code = in_bf16_terms(code, table_terms);
       const double size = is_zero_group(weight, codes + row * k, row, g, k) ? 0 : 1;
+      const double offset = offset_at(weight, row, g);
       if (schedule.rounds_weights) {
         numbers.push_back(nearest(static_cast<float>(code - zero) * scale, kBf16));
         magnitudes.push_back(std::fabs(numbers.back()));
       } else {
-        numbers.push_back((code - zero) * scale);
+        numbers.push_back((code - zero) * scale + offset);
         // Both are taken less the middle of the codes.
         const double middle = weight.implied_zero;
         const double apart = std::fabs(code - middle) + std::fabs(zero - middle);
-        magnitudes.push_back(apart * std::fabs(scale) * size);
+        magnitudes.push_back(apart * std::fabs(scale) * size + std::fabs(offset));
       }
     }
   }
