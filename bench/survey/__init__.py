@@ -1,0 +1,1 @@
+"""Tiny models of every architecture of Transformers, and what quantization does to each."""
