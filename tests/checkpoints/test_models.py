@@ -629,8 +629,8 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_written(saved, tmp_path):
         qk.save_model(model, tmp_path / "nf4")
     with pytest.raises(CheckpointError, match="not an empty folder"):
         qk.save_model(model, saved, format="qkernels")
-    with pytest.raises(CheckpointError, match="'gguf' is not one of compressed-tensors, qkernels"):
-        qk.save_model(model, tmp_path / "x", format="gguf")
+    with pytest.raises(CheckpointError, match="'exl2' is not one of compressed-tensors, qkernels"):
+        qk.save_model(model, tmp_path / "x", format="exl2")
     with pytest.raises(CheckpointError, match="max_shard_size 'big'"):
         qk.save_model(model, tmp_path / "x", format="qkernels", max_shard_size="big")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
