@@ -238,10 +238,15 @@ def tying_sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _config_text(model: Any, plan: SavePlan) -> str:
-    config = model.config.to_dict()
+    # As Transformers writes it: some models take no more from a file than they have in one.
+    config = json.loads(model.config.to_json_string(use_diff=True))
     if plan.untied:
-        for section in tying_sections(config):
-            section["tie_word_embeddings"] = False
+        full = model.config.to_dict()
+        for name in ("", *full):
+            section, written = (full, config) if not name else (full[name], config.get(name))
+            if isinstance(section, dict) and section.get("tie_word_embeddings"):
+                assert isinstance(written, dict), name
+                written["tie_word_embeddings"] = False
     config["quantization_config"] = plan.quantization_config()
     # As Transformers does, which may have been told another type when the model was made.
     config["dtype"] = model.dtype
