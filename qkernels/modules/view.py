@@ -2,7 +2,7 @@
 
 It has the shape, the type and the device of the weight that the layer stands for. A product with it
 runs on the layer's own kernels; everything else that needs its values gets them dequantized, in
-memory of their own, so a write to them is an error and not lost.
+memory of their own. To write to it is an error.
 """
 
 from __future__ import annotations
