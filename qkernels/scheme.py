@@ -70,7 +70,7 @@ LOG3_VALUES, LOG4_VALUES = _powers_of_two(3), _powers_of_two(4)
 BINARY_VALUES = (-1.0, 1.0)
 """Signs (XNOR-Net, Rastegari et al. 2016)."""
 
-SMALLEST_GROUP = 16
+SMALLEST_GROUP = 1
 
 _SCALE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _SCALE_DTYPES = {name: dtype for dtype, name in _SCALE_NAMES.items()}

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from qkernels.checkpoints.bitsandbytes import BITSANDBYTES
 from qkernels.checkpoints.compressed_tensors import COMPRESSED_TENSORS
 from qkernels.checkpoints.config import Config, quantization_of, read_config
 from qkernels.checkpoints.format import Format, WeightKind
+from qkernels.checkpoints.hqq import HQQ
 from qkernels.checkpoints.native import NATIVE
 from qkernels.checkpoints.store import Store
 from qkernels.errors import CheckpointError
 from qkernels.scheme import WEIGHT_TYPES, QuantScheme
 
-FORMATS: dict[str, Format] = {row.name: row for row in (COMPRESSED_TENSORS, NATIVE)}
+FORMATS: dict[str, Format] = {
+    row.name: row for row in (COMPRESSED_TENSORS, NATIVE, BITSANDBYTES, HQQ)
+}
 
 
 def find_format(config: Config, store: Store) -> Format:
