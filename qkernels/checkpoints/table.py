@@ -12,11 +12,12 @@ from qkernels.checkpoints.format import Format, WeightKind
 from qkernels.checkpoints.hqq import HQQ
 from qkernels.checkpoints.native import NATIVE
 from qkernels.checkpoints.store import Store
+from qkernels.checkpoints.torchao import TORCHAO
 from qkernels.errors import CheckpointError
 from qkernels.scheme import WEIGHT_TYPES, QuantScheme
 
 FORMATS: dict[str, Format] = {
-    row.name: row for row in (COMPRESSED_TENSORS, NATIVE, BITSANDBYTES, HQQ)
+    row.name: row for row in (COMPRESSED_TENSORS, NATIVE, BITSANDBYTES, HQQ, TORCHAO)
 }
 
 
