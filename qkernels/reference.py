@@ -1,7 +1,7 @@
 """The truth that every kernel is tested against, in plain PyTorch, on any device.
 
     weight-only   y = x @ W.T + b, accumulated in fp32
-    integer       y = (s_x * s_w) * (x_q @ w_q.T) + b, with an exact int32 product
+    integer       y = (s_x * s_w) * ((x_q - z_x) @ w_q.T) + b, with an exact int32 product
     fp8           y = s_x * (x_q @ W.T) + b
 
 x comes with its columns already in the order of the codes (see `WeightParameters.perm`).
@@ -172,6 +172,9 @@ def linear(
     """
     scheme = packed.scheme
     row_scale = None
+    if scheme.activation.granularity == "tokenasym":
+        quantized, scale, zero = quantize_rows_asymmetric(x)
+        return linear_quantized(quantized, scale, packed, bias, x.dtype, zero)
     if not scheme.weight_only:
         quantized, scale = quantize_activations(x, packed)
         if scheme.integer_activation:
@@ -198,17 +201,23 @@ def linear(
 
 
 def linear_quantized(
-    quantized: Tensor, scale: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
+    quantized: Tensor,
+    scale: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    """y [M, N] in `dtype` of int8 rows [M, K] and their scales fp32 [M]."""
+    """y [M, N] in `dtype` of int8 rows [M, K], their scales fp32 [M] and zero points int32 [M]."""
     y = torch.empty(quantized.shape[0], packed.n, dtype=dtype, device=quantized.device)
     parameters = packed.parameters()
     for start, stop in row_slices(packed.n, packed.k):
         codes = packed.codes(start, stop)
-        part = _integer_columns(quantized, scale[:, None], parameters, codes, start)
+        part = _integer_columns(quantized, scale[:, None], zero, parameters, codes, start)
         beyond = parameters.beyond_codes(start, stop)
         if beyond is not None:
-            part += scale[:, None] * (quantized.float() @ beyond.t())
+            shifted = quantized.float() if zero is None else quantized.float() - zero[:, None]
+            part += scale[:, None] * (shifted @ beyond.t())
         if bias is not None:
             part += bias[start:stop].float()
         y[:, start:stop] = part
@@ -218,6 +227,7 @@ def linear_quantized(
 def _integer_columns(
     quantized: Tensor,
     row_scale: Tensor,
+    zero: Tensor | None,
     parameters: WeightParameters,
     codes: Tensor,
     start: int,
@@ -231,7 +241,7 @@ def _integer_columns(
             column_scale = parameters.channel_scales[start:stop]
         else:
             column_scale = parameters.group_scales(start, stop)[:, 0]
-        return (row_scale * column_scale) * integer_product(quantized, integers).float()
+        return (row_scale * column_scale) * _shifted_product(quantized, zero, integers).float()
     length = scheme.group_length(k)
     scales = parameters.group_scales(start, stop)
     total = torch.zeros(
@@ -239,11 +249,20 @@ def _integer_columns(
     )
     for g in range(scheme.groups(k)):
         columns = slice(g * length, min(k, (g + 1) * length))
-        product = integer_product(
-            quantized[:, columns].contiguous(), integers[:, columns].contiguous()
+        product = _shifted_product(
+            quantized[:, columns].contiguous(), zero, integers[:, columns].contiguous()
         )
         total += scales[:, g] * product.float()
     return row_scale * total
+
+
+def _shifted_product(a: Tensor, zero: Tensor | None, b: Tensor) -> Tensor:
+    """(int8 a [M, K] - zero [M]) @ int8 b [N, K].T -> int32 [M, N], exact."""
+    product = integer_product(a, b)
+    if zero is None:
+        return product
+    sums = b.sum(dim=1, dtype=torch.int32)
+    return product - zero[:, None] * sums
 
 
 def grad_input(grad: Tensor, packed: PackedWeight) -> Tensor:
