@@ -77,9 +77,26 @@ def quantize_activations(
         return quantized, scale.expand(x.shape[0]).contiguous()
     scale = packed.buffers["activation_scale"]
     quantized, _ = quantize(x, dtype, scale)
-    # A static scale knows nothing of this row: NaN and infinity, which saturate, are told here.
+    return quantized, _where_finite(x, scale)
+
+
+def _where_finite(x: Tensor, scale: Tensor) -> Tensor:
+    """The scale of each row [M], NaN for one with NaN or infinity.
+
+    A static scale knows nothing of a row, whose numbers saturate: they are told here.
+    """
     finite = x.isfinite().all(dim=-1)
-    return quantized, torch.where(finite, scale, torch.full_like(scale, float("nan")))
+    return torch.where(finite, scale, torch.full_like(scale, float("nan")))
+
+
+def _quantize_with_zeros(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K] as int8 with a scale fp32 [M] and a zero point int32 [M] for each row."""
+    if not packed.scheme.activation.is_static:
+        return quantize_rows_asymmetric(x)
+    scale, zero = packed.buffers["activation_scale"], packed.buffers["activation_zero"]
+    rounded = torch.nan_to_num((x.float() / scale).round(), nan=0.0) + zero
+    quantized = rounded.clamp(-128, 127).to(torch.int8)
+    return quantized, _where_finite(x, scale), zero.expand(x.shape[0])
 
 
 _EXACT_COLUMNS = 1024
@@ -172,8 +189,8 @@ def linear(
     """
     scheme = packed.scheme
     row_scale = None
-    if scheme.activation.granularity == "tokenasym":
-        quantized, scale, zero = quantize_rows_asymmetric(x)
+    if scheme.activation.has_zeros:
+        quantized, scale, zero = _quantize_with_zeros(x, packed)
         return linear_quantized(quantized, scale, packed, bias, x.dtype, zero)
     if not scheme.weight_only:
         quantized, scale = quantize_activations(x, packed)

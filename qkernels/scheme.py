@@ -12,7 +12,7 @@ A `QuantScheme` is printable and parsed back from its one canonical spelling:
     fp8e4m3-a16         float8 weights, per output channel
     w8a8                int8 weights per channel, symmetric; int8 activations per token, dynamic
     w8a8-tensor         activations per tensor, dynamic; `-static`: with a calibrated scale
-    w8a8-tokenasym      int8 activations per token with zero points
+    w8a8-tokenasym      int8 activations per token with zero points; `-staticasym`: one, calibrated
     w4a8-g128           two-level scales: int8 = multiplier[n,g] * (code - zero), fp32 per channel
     w4a8-g128-flat      one floating scale per group
     fp8-a8              float8 E4M3 weights and activations; `w4afp8-g128` has int4 weights
@@ -142,7 +142,7 @@ def largest_number(dtype: torch.dtype) -> float:
     return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
 
 
-GRANULARITIES = ("token", "tensor", "static", "tokenasym")
+GRANULARITIES = ("token", "tensor", "static", "tokenasym", "staticasym")
 """What shares a scale of activations."""
 
 ACTIVATION_DTYPES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -154,8 +154,8 @@ class Activation:
 
     `dtype` is "none" (16-bit), "int8" or "fp8" (E4M3); `granularity` is "token" (one scale a row,
     computed at run time), "tensor" (one scale, computed at run time), "static" (one scale,
-    calibrated beforehand) or, in int8, "tokenasym" (a scale and a zero point a row, computed at run
-    time). All others are symmetric.
+    calibrated beforehand). All of these are symmetric; in int8, "tokenasym" and "staticasym" have
+    a zero point beside each scale.
     """
 
     dtype: str = "none"
@@ -164,6 +164,16 @@ class Activation:
     @property
     def torch_dtype(self) -> torch.dtype:
         return ACTIVATION_DTYPES[self.dtype]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its scale is calibrated beforehand."""
+        return self.granularity in ("static", "staticasym")
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether quantized activations have zero points."""
+        return self.granularity in ("tokenasym", "staticasym")
 
     @property
     def largest(self) -> float:
@@ -257,8 +267,8 @@ def _why_invalid(scheme: QuantScheme) -> str | None:
         return (
             f"activation granularity {act.granularity!r} is not one of {', '.join(GRANULARITIES)}"
         )
-    if act.granularity == "tokenasym" and act.dtype != "int8":
-        return "zero points of activations (tokenasym) are for int8"
+    if act.has_zeros and act.dtype != "int8":
+        return f"zero points of activations ({act.granularity}) are for int8"
     if act.dtype == "int8" and not linear:
         return f"int8 activations need linear integer weights, not {weight.name}: use a16 or fp8"
     if act.dtype == "int8" and weight.bits == 8 and not scheme.symmetric:
@@ -304,7 +314,7 @@ def accepted_forms() -> str:
     return (
         f"accepted are w{{{','.join(linear)}}}a{{16,8,fp8}}, {', '.join(named)} or "
         "table(v0,...,v15), then any of -a16 -a8 -afp8 -g<N> -gtensor -sym -asym -tensor -static "
-        "-tokenasym -flat -dq -sfp16 -sbf16 -sfp32, for example w4a16-g128"
+        "-tokenasym -staticasym -flat -dq -sfp16 -sbf16 -sfp32, for example w4a16-g128"
     )
 
 
@@ -362,7 +372,7 @@ def _parse(text: str) -> QuantScheme:
         elif part in ("sym", "asym"):
             kind = "symmetry"
             flags.add(part)
-        elif part in ("tensor", "static", "tokenasym"):
+        elif part in GRANULARITIES[1:]:
             kind, granularity = "activation granularity", part
         elif part in ("flat", "dq"):
             kind = "scale levels"

@@ -161,7 +161,7 @@ class Kernel:
             taken = " or ".join(_ACTIVATIONS[each] for each in self.activations)
             has = _ACTIVATIONS[activation]
             return f"multiplies {taken} activations, and the scheme has {has} ones"
-        if problem.scheme.activation.granularity == "tokenasym" and not self.activation_zeros:
+        if problem.scheme.activation.has_zeros and not self.activation_zeros:
             return "knows no zero points of activations"
         if problem.x_dtype not in self.x_dtypes:
             taken = " or ".join(_DTYPES[dtype] for dtype in self.x_dtypes)

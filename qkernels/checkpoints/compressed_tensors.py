@@ -11,7 +11,8 @@ mxfp4-pack-quantized  the same with weight_scale uint8 [N, K/32]: 2^(e - 127)
 mxfp8-quantized  weight float8 [N, K], weight_scale uint8 [N, K/32]
 
 weight_scale is [N, 1] per channel, [1] per tensor and [N/r, K/c] for blocks; a zero point per
-tensor is never packed, but int8 [1] = zero - 2^(b-1). input_scale [1] goes with static activations.
+tensor is never packed, but int8 [1] = zero - 2^(b-1). input_scale [1] goes with static activations,
+and input_zero_point int8 [1] with those that are not symmetric.
 Weights without activation quantization are packed, others are not. With weight_g_idx int32 [K],
 column k is of group weight_g_idx[k].
 
@@ -56,7 +57,7 @@ from qkernels.errors import CheckpointError, SchemeError
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
 
-_FIELDS = frozenset(("scales", "zeros", "activation_scale"))
+_FIELDS = frozenset(("scales", "zeros", "activation_scale", "activation_zero"))
 """The hub fields that the format has tensors for."""
 
 _SIGNS = (
@@ -135,19 +136,25 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
         zeros = _read_zeros(store, name, scheme, group, dense, n, scheme.groups(k))
     elif "weight_zero_point" in given:
         _check_zero(store, f"{name}.weight_zero_point", "symmetric weights")
-    if "input_zero_point" in given:
+    activation = scheme.activation
+    if "input_zero_point" in given and not activation.has_zeros:
         _check_zero(store, f"{name}.input_zero_point", "symmetric input activations")
-    static = scheme.activation.granularity == "static"
-    if "input_scale" in given and not static:
+    if "input_scale" in given and not activation.is_static:
         raise CheckpointError(f"{name} has an input_scale, and its config no static activations")
-    input_scale = _one_or(store, f"{name}.input_scale", (1,)) if static else None
+    input_scale = input_zero = None
+    if activation.is_static:
+        input_scale = _one_or(store, f"{name}.input_scale", (1,)).float().reshape(())
+    if activation.is_static and activation.has_zeros:
+        stored = _one_or(store, f"{name}.input_zero_point", (1,), (torch.int8,))
+        input_zero = stored.int().reshape(())
     return QuantizedWeight(
         scheme=scheme,
         codes=codes if perm is None else codes[:, perm],
         scales=scales.reshape(-1, 1) if scheme.per_tensor else scales,
         zeros=zeros,
         perm=perm,
-        activation_scale=None if input_scale is None else input_scale.float().reshape(()),
+        activation_scale=input_scale,
+        activation_zero=input_zero,
         bias=store.take(f"{name}.bias", (n,)) if "bias" in given else None,
     )
 
@@ -215,7 +222,7 @@ def _read_scales(
         exponents = store.take(key, (n, groups), (torch.uint8,))
         if (exponents == 255).any():
             raise CheckpointError(f"{store.folder}: {key} holds 255, which stands for NaN")
-        return torch.ldexp(torch.ones(()), exponents.int() - 127)
+        return torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
     if group.kind == NVFP4:
         scales = store.take(key, (n, groups), (torch.float8_e4m3fn,)).float()
         key = f"{name}.weight_global_scale"
@@ -314,6 +321,8 @@ def _write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
             tensors["weight_zero_point"] = words.t().contiguous()
     if weight.activation_scale is not None:
         tensors["input_scale"] = weight.activation_scale.reshape(1)
+    if weight.activation_zero is not None:
+        tensors["input_zero_point"] = weight.activation_zero.to(torch.int8).reshape(1)
     if weight.bias is not None:
         tensors["bias"] = weight.bias
     return tensors

@@ -292,7 +292,7 @@ def _read_activation(entry: object, where: str) -> Activation:
     dtype = {"int": "int8", "float": "fp8"}.get(kind)
     symmetric = arguments.get("symmetric", True)
     granularity = _GRANULARITIES.get((strategy, dynamic is True, symmetric is True))
-    asymmetric_floats = granularity == "tokenasym" and dtype != "int8"
+    asymmetric_floats = symmetric is not True and dtype != "int8"
     if bits != 8 or dtype is None or granularity is None or asymmetric_floats:
         raise CheckpointError(
             f"{where}: input activations of {bits} bits, type {kind}, {strategy}, "
@@ -306,6 +306,7 @@ _GRANULARITIES = {
     ("token", True, False): "tokenasym",
     ("tensor", True, True): "tensor",
     ("tensor", False, True): "static",
+    ("tensor", False, False): "staticasym",
 }
 """By strategy, whether it is dynamic, and symmetric."""
 
