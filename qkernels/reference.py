@@ -68,6 +68,7 @@ def quantize_activations(
     Returns q [M, K] and the scale of each row, fp32 [M].
     """
     activation = packed.scheme.activation
+    assert not activation.has_zeros, packed.scheme
     dtype = activation.torch_dtype
     if activation.granularity == "token":
         return quantize(x, dtype)

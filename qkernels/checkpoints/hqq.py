@@ -88,6 +88,7 @@ class _About:
     block: int | None
     packing: _Packing
     codes: int
+    as_floats: bool
 
     @property
     def rows(self) -> int:
@@ -151,12 +152,13 @@ def _plan_layer(store: Store, name: str, section: Config, parts: list[str]) -> S
         raise CheckpointError(
             f"{store.folder}: {name}.packing is {stated!r}, and {bits:g} bits are {packing!r}"
         )
+    viewed = _flag(store, f"{name}.view_as_float")
     by_channel = "channel_wise" not in parts or _flag(store, f"{name}.channel_wise")
     if n < 1 or k < 1 or (size is not None and (size < 1 or n * k % size)):
         raise CheckpointError(
             f"{store.folder}: {name} of shape [{n}, {k}] does not split into groups of {size}"
         )
-    about = _About(n, k, size if by_channel else None, _PACKINGS[packing], round(2**bits))
+    about = _About(n, k, size if by_channel else None, _PACKINGS[packing], round(2**bits), viewed)
     scale = store.dtype(f"{name}.scale")
     try:
         scheme = QuantScheme(
@@ -235,14 +237,15 @@ def _read_codes(store: Store, name: str, about: _About) -> Tensor:
     key, packing = f"{name}.{_CODES}", about.packing
     columns = about.n * about.k // about.rows
     packed = -(-about.rows // packing.each)
-    if store.nbytes(key) != packed * columns * packing.dtype.itemsize:
+    dtypes = _FLOATS if about.as_floats else (packing.dtype,)
+    stored = store.take(key, (packed, None), dtypes)
+    if stored.nbytes != packed * columns * packing.dtype.itemsize:
         raise CheckpointError(
-            f"{store.folder}: {key} has {store.nbytes(key)} bytes, and {about.rows} groups of "
+            f"{store.folder}: {key} has {stored.nbytes} bytes, and {about.rows} groups of "
             f"{columns} codes in {packing.bits} bits have "
             f"{packed * columns * packing.dtype.itemsize}"
         )
-    # Where it is viewed as floats, bytes are what they are.
-    words = store.get(key).flatten().view(packing.dtype).view(packed, columns)
+    words = stored.view(packing.dtype).view(packed, columns)
     mask = (1 << packing.bits) - 1
     planes = [((words >> shift) & mask).to(torch.uint8) for shift in packing.shifts]
     codes = torch.cat(planes)[: about.rows].reshape(about.n, about.k)

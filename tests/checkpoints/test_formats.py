@@ -19,6 +19,8 @@ from tests.checkpoints.folders import same_weight, write_layers
 from tests.schemes import ALL, activation_scale
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
+WRITTEN = [name for name, row in FORMATS.items() if row.writes]
+
 
 def quantized(text: str, n: int = 40, k: int = 72, bias: bool = True) -> QuantizedWeight:
     x = torch.randn(4, k)
@@ -31,7 +33,7 @@ def quantized(text: str, n: int = 40, k: int = 72, bias: bool = True) -> Quantiz
 
 
 @pytest.mark.parametrize("text", ALL)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", WRITTEN)
 def test_each_scheme_comes_back_exactly_or_is_refused(format, text, tmp_path):
     size = QuantScheme.parse(text).group_size or 16
     weights = {
@@ -53,7 +55,7 @@ GROUPED = [text for text in ALL if QuantScheme.parse(text).group_size]
 
 
 @pytest.mark.parametrize("text", GROUPED)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", WRITTEN)
 def test_groups_that_do_not_divide_k_are_refused_where_they_cannot_be_read(format, text, tmp_path):
     size = QuantScheme.parse(text).group_size
     weights = {"up": quantized(text, k=2 * size + 5)}
@@ -92,9 +94,7 @@ def test_one_group_that_is_larger_than_k_is_written_as_its_readers_take_it(text,
     folder = write_layers(tmp_path / "out", "compressed-tensors", {"up": weight})
     written = json.loads((folder / "config.json").read_text())["quantization_config"]
     arguments = written["config_groups"]["group_0"]["weights"]
-    assert (arguments["strategy"], arguments["group_size"]) == (
-        ("group", k) if k >= 16 else ("channel", None)
-    )
+    assert (arguments["strategy"], arguments["group_size"]) == ("group", k)
     read = read_weights(folder)["up"]
     assert torch.equal(read.dequantize(), weight.dequantize())
     for m, dtype in ((1, torch.float32), (5, torch.bfloat16), (40, torch.float16)):
@@ -193,7 +193,7 @@ def test_a_row_added_to_the_table_works_everywhere(tmp_path, monkeypatch, run, t
     code, text, _ = run("list", "formats")
     assert code == 0 and "of a test" in text
     with pytest.raises(
-        CheckpointError, match="'foo' is not one of compressed-tensors, qkernels, t"
+        CheckpointError, match=r"'foo' is not one of compressed-tensors, qkernels, .*toy"
     ):
         qk.save_model(model, tmp_path / "foo", format="foo")
     asymmetric = tiny_model()
@@ -203,7 +203,14 @@ def test_a_row_added_to_the_table_works_everywhere(tmp_path, monkeypatch, run, t
     assert not (tmp_path / "asymmetric").exists()
 
 
-def test_a_format_that_is_only_read_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in WRITTEN])
+def test_formats_that_are_only_read_say_so(format):
+    with pytest.raises(CheckpointError, match=f"{format} is only read; .* are compressed-tensors"):
+        check_scheme(format, QuantScheme.parse("nf4-g64"))
+    assert weight_types(FORMATS[format]) == []
+
+
+def test_a_format_that_is_only_read_says_so(monkeypatch):
     monkeypatch.setitem(FORMATS, "toy", replace(toy_row(), write_layer=None, write_config=None))
     with pytest.raises(CheckpointError, match=r"toy is only read; .* are compressed-tensors, q"):
         check_scheme("toy", QuantScheme.parse("w4a16"))
