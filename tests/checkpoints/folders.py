@@ -13,6 +13,9 @@ from qkernels.checkpoints import FORMATS
 from qkernels.checkpoints.format import WeightKind
 from qkernels.weight import QuantizedWeight
 
+WRITTEN = tuple(name for name, row in FORMATS.items() if row.writes)
+"""The formats in which models are saved."""
+
 
 def write_layers(folder: Path, format: str, weights: Mapping[str, QuantizedWeight]) -> Path:
     """A folder of `format` that holds these layers and nothing else."""

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import qkernels as qk
-from qkernels.checkpoints import FORMATS
 from qkernels.errors import CheckpointError
-from tests.checkpoints.folders import metadata_of
+from tests.checkpoints.folders import WRITTEN, metadata_of
 from tests.tiny_model import tiny_model
 
 pytest.importorskip("transformers", reason="models come from transformers")
@@ -31,7 +30,6 @@ VALUES = st.sampled_from(
 )
 
 
-WRITTEN = [name for name, row in FORMATS.items() if row.writes]
 GOLDEN = Path(__file__).parents[1] / "golden"
 READ = ("bnb-nf4-dq-model", "bnb-int8-model", "hqq-model", "torchao-model")
 """Whole models in formats that are only read."""
@@ -131,7 +129,7 @@ TENSORS = {
     "fp8": lambda x: x.float().to(torch.float8_e4m3fn),
     "largest": lambda x: torch.full_like(x, 127),
     "negative": lambda x: torch.full_like(x, -1),
-    "NaN": lambda x: torch.full_like(x, float("nan")) if x.is_floating_point() else x[:0],
+    "NaN": lambda x: torch.full_like(x, float("nan")) if x.is_floating_point() else x.view(-1)[:0],
 }
 
 

@@ -15,11 +15,9 @@ from qkernels.errors import CheckpointError
 from qkernels.fields import FIELDS, Field
 from qkernels.scheme import WEIGHT_TYPES, QuantScheme, WeightType
 from qkernels.weight import QuantizedWeight
-from tests.checkpoints.folders import same_weight, write_layers
+from tests.checkpoints.folders import WRITTEN, same_weight, write_layers
 from tests.schemes import ALL, activation_scale
 from tests.tiny_model import tiny_model, tiny_tokenizer
-
-WRITTEN = [name for name, row in FORMATS.items() if row.writes]
 
 
 def quantized(text: str, n: int = 40, k: int = 72, bias: bool = True) -> QuantizedWeight:
