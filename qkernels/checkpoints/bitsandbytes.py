@@ -286,7 +286,7 @@ def _bias(store: Store, name: str, n: int) -> Tensor | None:
 
 BITSANDBYTES = Format(
     name=NAME,
-    title="of bitsandbytes (NF4, FP4, LLM.int8()); only read",
+    title="of bitsandbytes: NF4, FP4, LLM.int8()",
     why_not=only_read,
     detect=_detect,
     read_plan=_read_plan,

@@ -258,7 +258,7 @@ def _read_codes(store: Store, name: str, about: _About) -> Tensor:
 
 HQQ = Format(
     name=NAME,
-    title="of HQQ, with real zero points; only read",
+    title="of HQQ, groups with real zero points",
     why_not=only_read,
     detect=_detect,
     read_plan=_read_plan,

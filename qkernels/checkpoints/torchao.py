@@ -38,7 +38,7 @@ _KEYS = frozenset(
     (
         *("quant_method", "quant_type", "modules_to_not_convert"),
         # Which layers are quantized, which the tensors say.
-        *("include_input_output_embeddings", "untie_embedding_weights", "quant_type_kwargs"),
+        *("include_input_output_embeddings", "untie_embedding_weights"),
     )
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -303,7 +303,7 @@ def _unsigned(values: Tensor, bits: int, scheme: QuantScheme, where: str) -> Ten
 
 TORCHAO = Format(
     name=NAME,
-    title="of torchao (int8, 1 to 8 bits in int8, float8); only read",
+    title="of torchao: integers of 1 to 8 bits in int8, float8",
     why_not=only_read,
     detect=says_method(NAME),
     read_plan=_read_plan,
