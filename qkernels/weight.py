@@ -83,6 +83,7 @@ class WeightParameters:
         outlier_columns, outlier_values: int64 [C] and 16-bit [N, C], or None; added to columns of
             the codes.
         activation_scale: fp32 [], with static activations only.
+        activation_zero: int32 [], with static activations that have a zero point.
     """
 
     scheme: QuantScheme
@@ -101,6 +102,7 @@ class WeightParameters:
         outlier_columns: Tensor | None
         outlier_values: Tensor | None
         activation_scale: Tensor | None
+        activation_zero: Tensor | None
 
     def __init__(self, *, scheme: QuantScheme, n: int, k: int, **fields: Tensor | None) -> None:
         unknown = [name for name in fields if name not in FIELDS]

@@ -118,3 +118,8 @@ class Format:
 def says_method(name: str) -> Callable[[Config, Store], bool]:
     """Detects a format by the quant_method of its config.json."""
     return lambda config, store: quant_method(config) == name
+
+
+def only_read(kind: WeightKind) -> str:
+    """The `why_not` of a format that nothing is written in."""
+    return "is only read"

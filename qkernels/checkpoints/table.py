@@ -7,14 +7,17 @@ from pathlib import Path
 
 from qkernels.checkpoints.awq import AWQ_GEMM
 from qkernels.checkpoints.awq_gemv import AWQ_FAST_ROW, AWQ_GEMV_ROW
+from qkernels.checkpoints.bitsandbytes import BITSANDBYTES
 from qkernels.checkpoints.compressed_tensors import COMPRESSED_TENSORS
 from qkernels.checkpoints.config import Config, quantization_of, read_config
 from qkernels.checkpoints.format import Format, WeightKind
 from qkernels.checkpoints.gguf import GGUF, gguf_file, has_quantized_tensors
 from qkernels.checkpoints.gptq import GPTQ_1, GPTQ_2
+from qkernels.checkpoints.hqq import HQQ
 from qkernels.checkpoints.marlin import MARLIN_ROW
 from qkernels.checkpoints.native import NATIVE
 from qkernels.checkpoints.store import Store
+from qkernels.checkpoints.torchao import TORCHAO
 from qkernels.errors import CheckpointError
 from qkernels.scheme import WEIGHT_TYPES, QuantScheme
 
@@ -29,6 +32,9 @@ FORMATS: dict[str, Format] = {
         GPTQ_1,
         GPTQ_2,
         MARLIN_ROW,
+        BITSANDBYTES,
+        HQQ,
+        TORCHAO,
         GGUF,
     )
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qkernels.checkpoints import FORMATS
@@ -13,7 +14,8 @@ from qkernels.checkpoints.format import WeightKind
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
 
-WRITTEN = [name for name, row in FORMATS.items() if row.writes]
+WRITTEN = tuple(name for name, row in FORMATS.items() if row.writes)
+"""The formats in which models are saved."""
 
 
 def holding(*schemes: str) -> list[str]:
@@ -60,4 +62,15 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata=metadata_of(folder))
+
+
+def metadata_of(folder: Path) -> dict[str, str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return file.metadata() or {}
+
+
+def edit_metadata(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    metadata = metadata_of(folder)
+    change(metadata)
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata)

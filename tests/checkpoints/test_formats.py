@@ -98,9 +98,7 @@ def test_one_group_that_is_larger_than_k_is_written_as_its_readers_take_it(text,
     folder = write_layers(tmp_path / "out", "compressed-tensors", {"up": weight})
     written = json.loads((folder / "config.json").read_text())["quantization_config"]
     arguments = written["config_groups"]["group_0"]["weights"]
-    assert (arguments["strategy"], arguments["group_size"]) == (
-        ("group", k) if k >= 16 else ("channel", None)
-    )
+    assert (arguments["strategy"], arguments["group_size"]) == ("group", k)
     read = read_weights(folder)["up"]
     assert torch.equal(read.dequantize(), weight.dequantize())
     for m, dtype in ((1, torch.float32), (5, torch.bfloat16), (40, torch.float16)):
@@ -214,7 +212,14 @@ def test_a_row_added_to_the_table_works_everywhere(tmp_path, monkeypatch, run, t
     assert not (tmp_path / "asymmetric").exists()
 
 
-def test_a_format_that_is_only_read_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in WRITTEN])
+def test_formats_that_are_only_read_say_so(format):
+    with pytest.raises(CheckpointError, match=f"{format} is only read; .* are compressed-tensors"):
+        check_scheme(format, QuantScheme.parse("nf4-g64"))
+    assert weight_types(FORMATS[format]) == []
+
+
+def test_a_format_that_is_only_read_says_so(monkeypatch):
     monkeypatch.setitem(FORMATS, "toy", replace(toy_row(), write_layer=None, write_config=None))
     with pytest.raises(CheckpointError, match=r"toy is only read; .* are compressed-tensors, q"):
         check_scheme("toy", QuantScheme.parse("w4a16"))

@@ -162,7 +162,7 @@ def test_a_quantized_model_is_loaded_as_it_was_saved(run, model_folder, text_fil
         (("eval", "MODEL", "--window", "999"), "windows of 999 tokens exceed the model's context"),
         (("generate", "MODEL", "-p", " "), "--prompt is empty"),
         (("generate", "missing", "-p", "a"), "missing does not exist"),
-        (("explain", "w4a16-g4"), "group size 4 is too small"),
+        (("explain", "w4a16-g0"), "group size 0 is too small"),
         (("inspect", "missing"), "missing does not exist"),
     ],
 )
