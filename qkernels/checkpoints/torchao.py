@@ -269,11 +269,11 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     else:
         stored = store.take(key, (n, k), (torch.int8,))
         codes = _unsigned(stored, about.bits, scheme, f"{store.folder}: {key}")
-    if about.zeros:
-        key = f"{name}._weight_zero_point"
+    key = f"{name}._weight_zero_point"
+    if key in layer.tensors:
         stored = _parameter(store, key, shape, (torch.int8, *_FLOATS))
-        zeros = _unsigned(stored, about.bits, scheme, f"{store.folder}: {key}")
-    bias = f"{name}.bias"
+        if about.zeros:
+            zeros = _unsigned(stored, about.bits, scheme, f"{store.folder}: {key}")
     return QuantizedWeight(
         scheme=scheme,
         codes=codes,
