@@ -97,6 +97,17 @@ _TABLES: dict[str, Callable[[], Table]] = {
     "rows": _row_kernels,
 }
 
+
+def formats_in_markdown() -> str:
+    """The table of formats, as the README has it."""
+    from qkernels.checkpoints.table import FORMATS
+
+    lines = ["| format | what | read | written |", "|---|---|---|---|"]
+    for row in FORMATS.values():
+        lines.append(f"| `{row.name}` | {row.title} | yes | {'yes' if row.writes else 'no'} |")
+    return "\n".join(lines)
+
+
 Listed = Enum("Listed", {name: name for name in _TABLES}, type=str)  # type: ignore[misc]
 
 
