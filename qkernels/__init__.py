@@ -12,6 +12,7 @@ from qkernels.activations import (
     silu_mul_quantize,
 )
 from qkernels.checkpoints import load_model, save_model
+from qkernels.checkpoints.registration import register_with_transformers
 from qkernels.errors import QuantizationError
 from qkernels.modules import WQLinear, WQLinear_GEMM, WQLinear_GEMV
 from qkernels.ops import linear
@@ -49,3 +50,5 @@ __all__ = [
     "silu_mul_quantize",
     "table_type",
 ]
+
+register_with_transformers()

@@ -108,6 +108,11 @@ def _check_activation_scale(values: Values, k: int) -> str | None:
     return None if scale > 0 else f"must be > 0, got {scale}"
 
 
+def _check_activation_zero(values: Values, k: int) -> str | None:
+    zero = int(values["activation_zero"])
+    return None if -128 <= zero <= 127 else f"must be in -128..127, got {zero}"
+
+
 def _check_outliers(values: Values, k: int) -> str | None:
     if "outlier_columns" not in values or "outlier_values" not in values:
         return "goes with the other one of outlier_columns and outlier_values"
@@ -234,9 +239,18 @@ FIELDS: dict[str, Field] = {
             name="activation_scale",
             axes=(),
             dtypes=_only(torch.float32),
-            wanted=lambda scheme: scheme.activation.granularity == "static",
+            wanted=lambda scheme: scheme.activation.is_static,
             remedy="pass calibration data or activation_scale, or use a scheme without -static",
             check=_check_activation_scale,
+        ),
+        # The int8 number that stands for an x of zero, calibrated with the scale.
+        Field(
+            name="activation_zero",
+            axes=(),
+            dtypes=_only(torch.int32),
+            wanted=lambda scheme: scheme.activation.granularity == "staticasym",
+            remedy="it is only read from checkpoints; use -static or -tokenasym",
+            check=_check_activation_zero,
         ),
     )
 }

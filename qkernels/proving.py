@@ -229,7 +229,7 @@ def prove_all(device: torch.device) -> Iterator[Proof]:
 
 
 def _is_static(scheme: QuantScheme) -> bool:
-    return scheme.activation.granularity == "static"
+    return scheme.activation.is_static
 
 
 def _relative_error(y: Tensor, want: Tensor) -> float:

@@ -1,7 +1,7 @@
 """The truth that every kernel is tested against, in plain PyTorch, on any device.
 
     weight-only   y = x @ W.T + b, accumulated in fp32
-    integer       y = (s_x * s_w) * (x_q @ w_q.T) + b, with an exact int32 product
+    integer       y = (s_x * s_w) * ((x_q - z_x) @ w_q.T) + b, with an exact int32 product
     fp8           y = s_x * (x_q @ W.T) + b
 
 x comes with its columns already in the order of the codes (see `WeightParameters.perm`).
@@ -9,7 +9,8 @@ x comes with its columns already in the order of the codes (see `WeightParameter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -68,6 +69,7 @@ def quantize_activations(
     Returns q [M, K] and the scale of each row, fp32 [M].
     """
     activation = packed.scheme.activation
+    assert not activation.has_zeros, packed.scheme
     dtype = activation.torch_dtype
     if activation.granularity == "token":
         return quantize(x, dtype)
@@ -77,9 +79,26 @@ def quantize_activations(
         return quantized, scale.expand(x.shape[0]).contiguous()
     scale = packed.buffers["activation_scale"]
     quantized, _ = quantize(x, dtype, scale)
-    # A static scale knows nothing of this row: NaN and infinity, which saturate, are told here.
+    return quantized, _where_finite(x, scale)
+
+
+def _where_finite(x: Tensor, scale: Tensor) -> Tensor:
+    """The scale of each row [M], NaN for one with NaN or infinity.
+
+    A static scale knows nothing of a row, whose numbers saturate: they are told here.
+    """
     finite = x.isfinite().all(dim=-1)
-    return quantized, torch.where(finite, scale, torch.full_like(scale, float("nan")))
+    return torch.where(finite, scale, torch.full_like(scale, float("nan")))
+
+
+def _quantize_with_zeros(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K] as int8 with a scale fp32 [M] and a zero point int32 [M] for each row."""
+    if not packed.scheme.activation.is_static:
+        return quantize_rows_asymmetric(x)
+    scale, zero = packed.buffers["activation_scale"], packed.buffers["activation_zero"]
+    rounded = torch.nan_to_num((x.float() / scale).round(), nan=0.0) + zero
+    quantized = rounded.clamp(-128, 127).to(torch.int8)
+    return quantized, _where_finite(x, scale), zero.expand(x.shape[0])
 
 
 _EXACT_COLUMNS = 1024
@@ -162,6 +181,24 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate.float()) * up.float()
 
 
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """fp32 products in fp32, also where torch is set to bf16 or TF32 for them."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by each backend's own name, which has no one answer
+        before = "highest"
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@_full_precision()
 def linear(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, *, batch_invariant: bool = False
 ) -> Tensor:
@@ -172,6 +209,9 @@ def linear(
     """
     scheme = packed.scheme
     row_scale = None
+    if scheme.activation.has_zeros:
+        quantized, scale, zero = _quantize_with_zeros(x, packed)
+        return linear_quantized(quantized, scale, packed, bias, x.dtype, zero)
     if not scheme.weight_only:
         quantized, scale = quantize_activations(x, packed)
         if scheme.integer_activation:
@@ -197,18 +237,25 @@ def linear(
     return y
 
 
+@_full_precision()
 def linear_quantized(
-    quantized: Tensor, scale: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
+    quantized: Tensor,
+    scale: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    """y [M, N] in `dtype` of int8 rows [M, K] and their scales fp32 [M]."""
+    """y [M, N] in `dtype` of int8 rows [M, K], their scales fp32 [M] and zero points int32 [M]."""
     y = torch.empty(quantized.shape[0], packed.n, dtype=dtype, device=quantized.device)
     parameters = packed.parameters()
     for start, stop in row_slices(packed.n, packed.k):
         codes = packed.codes(start, stop)
-        part = _integer_columns(quantized, scale[:, None], parameters, codes, start)
+        part = _integer_columns(quantized, scale[:, None], zero, parameters, codes, start)
         beyond = parameters.beyond_codes(start, stop)
         if beyond is not None:
-            part += scale[:, None] * (quantized.float() @ beyond.t())
+            shifted = quantized.float() if zero is None else quantized.float() - zero[:, None]
+            part += scale[:, None] * (shifted @ beyond.t())
         if bias is not None:
             part += bias[start:stop].float()
         y[:, start:stop] = part
@@ -218,6 +265,7 @@ def linear_quantized(
 def _integer_columns(
     quantized: Tensor,
     row_scale: Tensor,
+    zero: Tensor | None,
     parameters: WeightParameters,
     codes: Tensor,
     start: int,
@@ -231,7 +279,7 @@ def _integer_columns(
             column_scale = parameters.channel_scales[start:stop]
         else:
             column_scale = parameters.group_scales(start, stop)[:, 0]
-        return (row_scale * column_scale) * integer_product(quantized, integers).float()
+        return (row_scale * column_scale) * _shifted_product(quantized, zero, integers).float()
     length = scheme.group_length(k)
     scales = parameters.group_scales(start, stop)
     total = torch.zeros(
@@ -239,13 +287,23 @@ def _integer_columns(
     )
     for g in range(scheme.groups(k)):
         columns = slice(g * length, min(k, (g + 1) * length))
-        product = integer_product(
-            quantized[:, columns].contiguous(), integers[:, columns].contiguous()
+        product = _shifted_product(
+            quantized[:, columns].contiguous(), zero, integers[:, columns].contiguous()
         )
         total += scales[:, g] * product.float()
     return row_scale * total
 
 
+def _shifted_product(a: Tensor, zero: Tensor | None, b: Tensor) -> Tensor:
+    """(int8 a [M, K] - zero [M]) @ int8 b [N, K].T -> int32 [M, N], exact."""
+    product = integer_product(a, b)
+    if zero is None:
+        return product
+    sums = b.sum(dim=1, dtype=torch.int32)
+    return product - zero[:, None] * sums
+
+
+@_full_precision()
 def grad_input(grad: Tensor, packed: PackedWeight) -> Tensor:
     """grad_x [M, K] = grad [M, N] @ W, in the weight's own column order and grad's dtype.
 

@@ -286,8 +286,11 @@ def _boundaries(weight: WeightType, device: torch.device) -> tuple[Tensor, Tenso
         first_code.setdefault(value, code)
     values = sorted(first_code)
     middles = [(a + b) / 2 for a, b in itertools.pairwise(values)]
-    codes = torch.tensor([first_code[value] for value in values], dtype=torch.uint8)
-    return torch.tensor(middles, dtype=torch.float32, device=device), codes.to(device)
+    codes = [first_code[value] for value in values]
+    return (
+        torch.tensor(middles, dtype=torch.float32, device=device),
+        torch.tensor(codes, dtype=torch.uint8, device=device),
+    )
 
 
 def _nearest(scaled: Tensor, weight: WeightType) -> Tensor:

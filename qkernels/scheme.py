@@ -12,6 +12,7 @@ A `QuantScheme` is printable and parsed back from its one canonical spelling:
     fp8e4m3-a16         float8 weights, per output channel
     w8a8                int8 weights per channel, symmetric; int8 activations per token, dynamic
     w8a8-tensor         activations per tensor, dynamic; `-static`: with a calibrated scale
+    w8a8-tokenasym      int8 activations per token with zero points; `-staticasym`: one, calibrated
     w4a8-g128           two-level scales: int8 = multiplier[n,g] * (code - zero), fp32 per channel
     w4a8-g128-flat      one floating scale per group
     fp8-a8              float8 E4M3 weights and activations; `w4afp8-g128` has int4 weights
@@ -69,8 +70,6 @@ LOG3_VALUES, LOG4_VALUES = _powers_of_two(3), _powers_of_two(4)
 
 BINARY_VALUES = (-1.0, 1.0)
 """Signs (XNOR-Net, Rastegari et al. 2016)."""
-
-SMALLEST_GROUP = 16
 
 _SCALE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _SCALE_DTYPES = {name: dtype for dtype, name in _SCALE_NAMES.items()}
@@ -143,6 +142,9 @@ def largest_number(dtype: torch.dtype) -> float:
     return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
 
 
+GRANULARITIES = ("token", "tensor", "static", "tokenasym", "staticasym")
+"""What shares a scale of activations."""
+
 ACTIVATION_DTYPES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -151,8 +153,9 @@ class Activation:
     """How activations are quantized before the product.
 
     `dtype` is "none" (16-bit), "int8" or "fp8" (E4M3); `granularity` is "token" (one scale a row,
-    computed at run time), "tensor" (one scale, computed at run time) or "static" (one scale,
-    calibrated beforehand). All are symmetric.
+    computed at run time), "tensor" (one scale, computed at run time), "static" (one scale,
+    calibrated beforehand). All of these are symmetric; in int8, "tokenasym" and "staticasym" have
+    a zero point beside each scale.
     """
 
     dtype: str = "none"
@@ -161,6 +164,16 @@ class Activation:
     @property
     def torch_dtype(self) -> torch.dtype:
         return ACTIVATION_DTYPES[self.dtype]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its scale is calibrated beforehand."""
+        return self.granularity in ("static", "staticasym")
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether quantized activations have zero points."""
+        return self.granularity in ("tokenasym", "staticasym")
 
     @property
     def largest(self) -> float:
@@ -174,8 +187,8 @@ class QuantScheme:
 
     Attributes:
         weight: the weight type.
-        group_size: columns of K that share a scale, 16 or more; None for per channel. It need not
-            divide K: the last group is then shorter.
+        group_size: columns of K that share a scale; None for per channel. It need not divide K: the
+            last group is then shorter. Kernels fill groups up to multiples of 16 columns.
         per_tensor: one scale for the whole weight (excludes `group_size`).
         symmetric: no zero points. Codebook and float8 types are always symmetric.
         activation: how activations are quantized.
@@ -242,16 +255,20 @@ class QuantScheme:
 def _why_invalid(scheme: QuantScheme) -> str | None:
     weight, act = scheme.weight, scheme.activation
     linear = weight.kind == "linear"
-    if scheme.group_size is not None and scheme.group_size < SMALLEST_GROUP:
-        return f"group size {scheme.group_size} is too small: use {SMALLEST_GROUP} or more"
+    if scheme.group_size is not None and scheme.group_size < 1:
+        return f"group size {scheme.group_size} is too small: use 1 or more"
     if scheme.group_size is not None and scheme.per_tensor:
         return f"per-tensor scales exclude a group size, got {scheme.group_size}"
     if not linear and not scheme.symmetric:
         return f"{weight.name} has no zero points: its values already are signed"
     if act.dtype not in ("none", *ACTIVATION_DTYPES):
         return f"activation type {act.dtype!r} is not one of none, int8, fp8"
-    if act.granularity not in ("token", "tensor", "static"):
-        return f"activation granularity {act.granularity!r} is not one of token, tensor, static"
+    if act.granularity not in GRANULARITIES:
+        return (
+            f"activation granularity {act.granularity!r} is not one of {', '.join(GRANULARITIES)}"
+        )
+    if act.has_zeros and act.dtype != "int8":
+        return f"zero points of activations ({act.granularity}) are for int8"
     if act.dtype == "int8" and not linear:
         return f"int8 activations need linear integer weights, not {weight.name}: use a16 or fp8"
     if act.dtype == "int8" and weight.bits == 8 and not scheme.symmetric:
@@ -297,7 +314,7 @@ def accepted_forms() -> str:
     return (
         f"accepted are w{{{','.join(linear)}}}a{{16,8,fp8}}, {', '.join(named)} or "
         "table(v0,...,v15), then any of -a16 -a8 -afp8 -g<N> -gtensor -sym -asym -tensor -static "
-        "-flat -dq -sfp16 -sbf16 -sfp32, for example w4a16-g128"
+        "-tokenasym -staticasym -flat -dq -sfp16 -sbf16 -sfp32, for example w4a16-g128"
     )
 
 
@@ -355,7 +372,7 @@ def _parse(text: str) -> QuantScheme:
         elif part in ("sym", "asym"):
             kind = "symmetry"
             flags.add(part)
-        elif part in ("tensor", "static"):
+        elif part in GRANULARITIES[1:]:
             kind, granularity = "activation granularity", part
         elif part in ("flat", "dq"):
             kind = "scale levels"

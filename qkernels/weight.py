@@ -60,7 +60,7 @@ def nested_table(device: torch.device) -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)).tolist()
         values += middles + [-value for value in middles]
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
@@ -83,6 +83,7 @@ class WeightParameters:
         outlier_columns, outlier_values: int64 [C] and 16-bit [N, C], or None; added to columns of
             the codes.
         activation_scale: fp32 [], with static activations only.
+        activation_zero: int32 [], with static activations that have a zero point.
     """
 
     scheme: QuantScheme
@@ -101,6 +102,7 @@ class WeightParameters:
         outlier_columns: Tensor | None
         outlier_values: Tensor | None
         activation_scale: Tensor | None
+        activation_zero: Tensor | None
 
     def __init__(self, *, scheme: QuantScheme, n: int, k: int, **fields: Tensor | None) -> None:
         unknown = [name for name in fields if name not in FIELDS]

@@ -17,9 +17,10 @@ INT8_ACTIVATION = (
     *("w4a8", "w4a8-g64", "w4a8-g64-asym", "w4a8-g64-flat", "w4a8-g100-asym-flat"),
     *("w3a8-g64", "w2a8-g64"),
 )
+ZERO_POINT_ACTIVATION = ("w8a8-tokenasym", "w4a8-g64-tokenasym")
 FLOAT8_ACTIVATION = ("fp8-a8", "fp8-a8-static", "fp8-a8-tensor", "w4afp8-g64", "nf4-afp8-g64")
 
-ALL = WEIGHT_ONLY + INT8_ACTIVATION + FLOAT8_ACTIVATION
+ALL = WEIGHT_ONLY + INT8_ACTIVATION + ZERO_POINT_ACTIVATION + FLOAT8_ACTIVATION
 
 
 def activation_scale(scheme: QuantScheme | str, x: torch.Tensor) -> float | None:

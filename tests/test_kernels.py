@@ -15,7 +15,7 @@ from qkernels.layouts import LAYOUTS, pack
 from qkernels.scheme import QuantScheme
 from qkernels.select import KERNELS, make_problem
 from qkernels.weight import apply_by_group, code_values
-from tests import schemes
+from tests import schemes, truth
 from tests.bounds import DENSE_FACTOR, FROBENIUS_BOUND
 
 ON_GPU = torch.cuda.is_available()
@@ -144,8 +144,11 @@ def expected(quantized, x):
     else:
         packed = pack(quantized, LAYOUTS["plain"])
         rows = x if quantized.perm is None else x[:, quantized.perm]
-        xq, scale = reference.quantize_activations(rows, packed)
-        left = xq.double() * scale[:, None].double()
+        if quantized.scheme.activation.has_zeros:
+            left = truth.rounded(quantized, rows)
+        else:
+            xq, scale = reference.quantize_activations(rows, packed)
+            left = xq.double() * scale[:, None].double()
         if quantized.perm is not None:
             restored = torch.empty_like(left)
             restored[:, quantized.perm] = left

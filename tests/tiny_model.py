@@ -1,5 +1,6 @@
 """A random Llama small enough for any test, and a tokenizer of one token a character."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,19 @@ def write_folder(folder: Path) -> Path:
     return folder
 
 
-def write_gguf(path: Path) -> Path:
-    """The model as a GGUF file with Q8_0 weights, and a byte-level tokenizer with two merges."""
+def write_gguf(
+    path: Path, kind=None, dense: Sequence[str] = (), more: Mapping[str, np.ndarray] | None = None
+) -> Path:
+    """The model as a GGUF file, and a byte-level tokenizer with two merges.
+
+    Args:
+        kind: the `gguf.GGMLQuantizationType` of its matrices; None is Q8_0.
+        dense: parts of names of matrices that are fp32.
+        more: tensors to add.
+    """
     import gguf
+
+    kind = gguf.GGMLQuantizationType.Q8_0 if kind is None else kind
 
     config, state = tiny_config(), tiny_model().state_dict()
     writer = gguf.GGUFWriter(path, "llama")
@@ -79,11 +90,13 @@ def write_gguf(path: Path) -> Path:
     for name, tensor in state.items():
         known = names.get_name(name, try_suffixes=(".weight",))
         values = tensor.float().numpy()
-        if values.ndim == 2:
-            packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(known, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        if values.ndim == 2 and not any(part in known for part in dense):
+            packed = gguf.quants.quantize(values, kind)
+            writer.add_tensor(known, packed, raw_dtype=kind)
         else:
             writer.add_tensor(known, values.astype(np.float32))
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -57,6 +57,8 @@ def rounded(weight: QuantizedWeight, x: Tensor) -> Tensor:
     activation = weight.scheme.activation
     if activation.dtype == "none":
         return x.double()
+    if activation.has_zeros:
+        return _rounded_with_zeros(weight, x.float())
     largest = {"int8": 127.0, "fp8": 448.0}[activation.dtype]
     tops = {"token": x.float().abs().amax(1, keepdim=True), "tensor": x.float().abs().amax()}
     if activation.granularity == "static":
@@ -66,6 +68,17 @@ def rounded(weight: QuantizedWeight, x: Tensor) -> Tensor:
     codes = (x.float() / scale).clamp(-largest, largest)
     codes = codes.round() if activation.dtype == "int8" else codes.to(torch.float8_e4m3fn)
     return codes.double() * scale.double()
+
+
+def _rounded_with_zeros(weight: QuantizedWeight, x: Tensor) -> Tensor:
+    if weight.scheme.activation.is_static:
+        scale, zero = weight.activation_scale, weight.activation_zero
+    else:
+        low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+        scale = (high - low) / 255
+        zero = (-128 - (low / scale).round()).clamp(-128, 127)
+    codes = ((x / scale).round() + zero).clamp(-128, 127)
+    return (codes - zero).double() * scale.double()
 
 
 def product(weight: QuantizedWeight, x: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class Kernel:
         backend: the family that `backend=` arguments name.
         layout: name of the layout it reads; None reads any.
         activations: the types of activations, of a scheme, that it multiplies.
+        activation_zeros: it multiplies activations with zero points too.
         x_dtypes: the types of x that it takes.
         least_rows, most_rows: the rows of x that it is for; None for any number.
         varies: why a row's result depends on the other rows or their number, which
@@ -104,6 +105,7 @@ class Kernel:
     backend: str
     layout: str | None
     activations: tuple[str, ...]
+    activation_zeros: bool = False
     x_dtypes: tuple[torch.dtype, ...] = FLOATS
     least_rows: RowLimit = 0
     most_rows: RowLimit | None = None
@@ -159,6 +161,8 @@ class Kernel:
             taken = " or ".join(_ACTIVATIONS[each] for each in self.activations)
             has = _ACTIVATIONS[activation]
             return f"multiplies {taken} activations, and the scheme has {has} ones"
+        if problem.scheme.activation.has_zeros and not self.activation_zeros:
+            return "knows no zero points of activations"
         if problem.x_dtype not in self.x_dtypes:
             taken = " or ".join(_DTYPES[dtype] for dtype in self.x_dtypes)
             return f"takes x of {taken}, not {problem.x_dtype}"

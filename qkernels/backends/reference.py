@@ -27,6 +27,7 @@ KERNELS = (
         backend="reference",
         layout=None,
         activations=("none", "int8", "fp8"),
+        activation_zeros=True,
         fields=None,
         proves_itself=False,
         run=_run,

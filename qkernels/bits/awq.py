@@ -1,6 +1,10 @@
-"""The order of AutoAWQ's GEMM words: nibble i of word c holds column 8c + [0,2,4,6,1,3,5,7][i].
+"""The orders of AutoAWQ's words.
 
-Source: AutoAWQ (Casper Hansen, MIT licence), awq/modules/linear, for the order.
+GEMM       nibble i of an int32 word c holds column 8c + [0,2,4,6,1,3,5,7][i]
+GEMV_FAST  int16 words [N/4, K]: word 64B + 16i + 8h + u of row r (i < 4, h < 2, u < 8) holds row
+           4r + i, nibble j column 64B + 32h + 8j + u
+
+Its GEMV words are dense. Source: AutoAWQ (Casper Hansen, MIT licence), awq/modules/linear.
 """
 
 from __future__ import annotations
@@ -22,6 +26,15 @@ def pack_awq(codes: Tensor) -> Tensor:
 def unpack_awq(words: Tensor) -> Tensor:
     """int32 words [R, N/8] -> uint8 codes [R, N]."""
     return _reordered(unpack_dense(words, 8 * words.shape[1], 4), _INVERSE)
+
+
+def unpack_awq_fast(words: Tensor) -> Tensor:
+    """int16 words [N/4, K] -> uint8 codes [N, K]; K a multiple of 64."""
+    rows, k = words.shape
+    nibbles = unpack_dense(words.contiguous().view(torch.int32), 4 * k, 4)
+    # [r, B, i, h, u, j] -> rows [r, i], columns [B, h, j, u].
+    tiles = nibbles.view(rows, k // 64, 4, 2, 8, 4)
+    return tiles.permute(0, 2, 1, 3, 5, 4).reshape(4 * rows, k)
 
 
 def _reordered(codes: Tensor, order: tuple[int, ...]) -> Tensor:

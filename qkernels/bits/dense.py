@@ -32,14 +32,14 @@ def pack_dense(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_dense(words: Tensor, k: int, bits: int) -> Tensor:
-    """int32 words [R, ceil(k*bits/32)] -> uint8 codes [R, k]."""
-    check(words, torch.int32, bits, DENSE_BITS)
+    """int32 words [R, ceil(k*bits/32)] -> uint8 codes [R, k] of 1 to 8 bits."""
+    check(words, torch.int32, bits, tuple(range(1, 9)))
     if words.shape[1] != dense_words(k, bits):
         raise WeightError(
             f"{k} values of {bits} bits take {dense_words(k, bits)} words a row, "
             f"got {words.shape[1]}"
         )
-    fast = fastest(words)
+    fast = fastest(words) if bits in DENSE_BITS else None
     if fast is not None:
         return fast.unpack_dense(words.contiguous(), k, bits)
     return unpack_dense_torch(words, k, bits)

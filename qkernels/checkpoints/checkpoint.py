@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qkernels.checkpoints.config import Config, read_config
 from qkernels.checkpoints.format import Format, StoredLayer
+from qkernels.checkpoints.gguf import GgufStore, gguf_file
 from qkernels.checkpoints.store import Store
 from qkernels.checkpoints.table import find_format
 from qkernels.errors import CheckpointError, QuantizationError
@@ -46,7 +47,7 @@ class Checkpoint:
         except CheckpointError:
             raise
         except QuantizationError as error:
-            raise CheckpointError(f"{self.folder}: {name}: {error}") from None
+            raise CheckpointError(f"{self.store.where}: {name}: {error}") from None
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -55,7 +56,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: for files that are missing or damaged, and formats that are not known.
     """
-    config, store = read_config(folder), Store(folder)
+    file = gguf_file(folder)
+    store = Store(folder) if file is None else GgufStore(file)
+    config = store.config if isinstance(store, GgufStore) else read_config(folder)
     row = find_format(config, store)
     layers = row.read_plan(config, store)
     if not layers:

@@ -5,10 +5,20 @@ pack-quantized   weight_packed int32 [N, ceil(K*b/32)]   the plain layout's word
                  weight_shape int64 [2]
 int-quantized    weight int8 [N, K] = code - 2^(b-1), weight_scale, weight_zero_point int8
 float-quantized  weight float8 [N, K], weight_scale
+nvfp4-pack-quantized  weight_packed uint8 [N, K/2] of E2M1 numbers, the even column in the low bits,
+                 weight_scale float8 [N, K/16], weight_global_scale fp32 [1]: scale / global scale
+mxfp4-pack-quantized  the same with weight_scale uint8 [N, K/32]: 2^(e - 127)
+mxfp8-quantized  weight float8 [N, K], weight_scale uint8 [N, K/32]
 
-weight_scale is [N, 1] per channel and [1] per tensor; a zero point per tensor is never packed, but
-int8 [1] = zero - 2^(b-1). input_scale [1] goes with static activations. Weights without activation
-quantization are packed, others are not.
+weight_scale is [N, 1] per channel, [1] per tensor and [N/r, K/c] for blocks; a zero point per
+tensor is never packed, but int8 [1] = zero - 2^(b-1). input_scale [1] goes with static activations,
+and input_zero_point int8 [1] with those that are not symmetric.
+Weights without activation quantization are packed, others are not. With weight_g_idx int32 [K],
+column k is of group weight_g_idx[k].
+
+Codes of 3, 5, 6 and 7 bits are one stream of bits since version 0.18 of the package; before, they
+straddled no words. Mostly the width of weight_packed tells which. Integers of 1, 5, 6 and 7 bits
+are held in the next wider weight type.
 
 Scales are never negative, since they come from max |w| or max w - min w. They may be zero: some
 writers keep them from that by a smallest scale and some do not, and one of fp16 may be too small
@@ -18,6 +28,7 @@ Source: the compressed-tensors package (Neural Magic, Apache-2.0), read as docum
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,8 +39,13 @@ from torch import Tensor
 from qkernels.bits import dense_words, pack_dense, unpack_dense
 from qkernels.checkpoints.compressed_tensors_config import (
     FLOAT,
+    INTEGER,
+    MXFP4,
+    MXFP8,
     NAME,
+    NVFP4,
     PACKED,
+    Group,
     kind_of,
     read_section,
     write_section,
@@ -38,17 +54,23 @@ from qkernels.checkpoints.config import Config, quantization_of
 from qkernels.checkpoints.format import Format, StoredLayer, WeightKind, says_method
 from qkernels.checkpoints.store import Store
 from qkernels.errors import CheckpointError, SchemeError
-from qkernels.scheme import SMALLEST_GROUP, QuantScheme
+from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
 
-_FIELDS = frozenset(("scales", "zeros", "activation_scale"))
+_FIELDS = frozenset(("scales", "zeros", "activation_scale", "activation_zero"))
 """The hub fields that the format has tensors for."""
 
-_SIGNS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_SIGNS = (
+    *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
+    "weight_global_scale",
+)
 """Tensors that none but a quantized layer has."""
 
-_PARTS = (*_SIGNS, "weight", "input_scale", "input_zero_point", "bias")
+_PARTS = (*_SIGNS, "weight", "input_scale", "input_zero_point", "input_global_scale", "bias")
 """Every tensor that a quantized layer may have."""
+
+_EXPONENTS = (MXFP4, MXFP8)
+"""Formats whose scales are powers of two, stored as their exponents."""
 
 
 def _why_not(kind: WeightKind) -> str | None:
@@ -83,12 +105,17 @@ def _read_plan(config: Config, store: Store) -> dict[str, StoredLayer]:
         group = section.group_of(name)
         scale = store.dtype(f"{name}.weight_scale")
         try:
-            scheme = replace(group.scheme, scale_dtype=scale)
+            scheme = replace(group.scheme, scale_dtype=_held_scale(group.kind, scale))
         except SchemeError as error:
             raise CheckpointError(f"{name}.weight_scale: {error}") from None
         parts = tuple(f"{name}.{part}" for part in _PARTS if f"{name}.{part}" in store)
-        layers[name] = StoredLayer(scheme, parts, group.kind)
+        layers[name] = StoredLayer(scheme, parts, group)
     return layers
+
+
+def _held_scale(kind: str, stored: torch.dtype) -> torch.dtype:
+    """The type of the scales of a weight, whose stored scales are of type `stored`."""
+    return torch.float32 if kind == NVFP4 or kind in _EXPONENTS else stored
 
 
 def _part(key: str) -> str:
@@ -96,62 +123,139 @@ def _part(key: str) -> str:
 
 
 def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
-    scheme, kind = layer.scheme, layer.details
+    scheme, group = layer.scheme, layer.details
     given = {_part(key) for key in layer.tensors}
-    codes = _read_codes(store, name, scheme, kind)
+    codes, dense = _read_codes(store, name, scheme, group)
     n, k = codes.shape
-    _check_columns(store, name, scheme, k)
-    shape = (1,) if scheme.per_tensor else (n, scheme.groups(k))
-    scales = _one_or(store, f"{name}.weight_scale", shape, (scheme.scale_dtype,))
+    perm = _read_columns(store, name, scheme, k)
+    scales = _read_scales(store, name, scheme, group, n, k)
     if (scales < 0).any():
         raise CheckpointError(f"{name}.weight_scale is negative, which the format has no use for")
     zeros = None
     if not scheme.symmetric:
-        zeros = _read_zeros(store, name, scheme, kind, n, shape)
+        zeros = _read_zeros(store, name, scheme, group, dense, n, scheme.groups(k))
     elif "weight_zero_point" in given:
         _check_zero(store, f"{name}.weight_zero_point", "symmetric weights")
-    if "input_zero_point" in given:
+    activation = scheme.activation
+    if "input_zero_point" in given and not activation.has_zeros:
         _check_zero(store, f"{name}.input_zero_point", "symmetric input activations")
-    static = scheme.activation.granularity == "static"
-    if "input_scale" in given and not static:
+    if "input_scale" in given and not activation.is_static:
         raise CheckpointError(f"{name} has an input_scale, and its config no static activations")
-    input_scale = _one_or(store, f"{name}.input_scale", (1,)) if static else None
+    input_scale = input_zero = None
+    if activation.is_static:
+        input_scale = _one_or(store, f"{name}.input_scale", (1,)).float().reshape(())
+    if activation.is_static and activation.has_zeros:
+        stored = _one_or(store, f"{name}.input_zero_point", (1,), (torch.int8,))
+        input_zero = stored.int().reshape(())
     return QuantizedWeight(
         scheme=scheme,
-        codes=codes,
+        codes=codes if perm is None else codes[:, perm],
         scales=scales.reshape(-1, 1) if scheme.per_tensor else scales,
         zeros=zeros,
-        activation_scale=None if input_scale is None else input_scale.float().reshape(()),
+        perm=perm,
+        activation_scale=input_scale,
+        activation_zero=input_zero,
         bias=store.take(f"{name}.bias", (n,)) if "bias" in given else None,
     )
 
 
-def _read_codes(store: Store, name: str, scheme: QuantScheme, kind: str) -> Tensor:
-    if kind == PACKED:
-        sizes = store.take(f"{name}.weight_shape", (2,), (torch.int64, torch.int32))
-        n, k = (int(size) for size in sizes)
-        shape = (n, dense_words(k, scheme.bits))
-        words = store.take(f"{name}.weight_packed", shape, (torch.int32,))
-        return unpack_dense(words, k, scheme.bits)
-    if kind == FLOAT:
-        assert scheme.weight.float_dtype is not None
+def _read_codes(store: Store, name: str, scheme: QuantScheme, group: Group) -> tuple[Tensor, bool]:
+    """The codes, uint8 [N, K], and whether packed ones are one stream of bits."""
+    if group.kind == PACKED:
+        return _read_packed(store, name, scheme, group)
+    if group.kind in (NVFP4, MXFP4):
+        packed = store.take(f"{name}.weight_packed", (None, None), (torch.uint8,))
+        return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1), True
+    if scheme.weight.float_dtype is not None:
         stored = store.take(f"{name}.weight", (None, None), (scheme.weight.float_dtype,))
-        return stored.view(torch.uint8)
-    return _unsigned(store.take(f"{name}.weight", (None, None), (torch.int8,)), scheme.bits)
+        return stored.view(torch.uint8), True
+    assert group.kind == INTEGER, group.kind
+    codes = _unsigned(store.take(f"{name}.weight", (None, None), (torch.int8,)), group.bits)
+    _check_bits(codes, group.bits, f"{store.folder}: {name}: codes of scheme {scheme}")
+    return _widened(codes, group.bits, scheme), True
+
+
+def _check_bits(codes: Tensor, bits: int, where: str) -> None:
+    if codes.numel() and int(codes.max()) >= 1 << bits:
+        raise CheckpointError(f"{where} must be below {1 << bits}, got {int(codes.max())}")
+
+
+def _widened(codes: Tensor, bits: int, scheme: QuantScheme) -> Tensor:
+    """Codes or zero points of `bits` bits as the same integers in those of the scheme."""
+    return codes + (1 << (scheme.bits - 1)) - (1 << (bits - 1)) if bits != scheme.bits else codes
+
+
+def _read_packed(store: Store, name: str, scheme: QuantScheme, group: Group) -> tuple[Tensor, bool]:
+    sizes = store.take(f"{name}.weight_shape", (2,), (torch.int64, torch.int32))
+    n, k = (int(size) for size in sizes)
+    bits, stored = group.bits, store.shape(f"{name}.weight_packed")
+    widths = {True: dense_words(k, bits), False: -(-k // (32 // bits))}
+    fitting = [dense for dense, width in widths.items() if stored == (n, width)]
+    dense = fitting[0] if len(fitting) == 1 else not _before_streams(group.version)
+    words = store.take(f"{name}.weight_packed", (n, widths[dense]), (torch.int32,))
+    return _widened(_unpacked(words, k, bits, dense), bits, scheme), dense
+
+
+def _before_streams(version: str | None) -> bool:
+    """Whether the package of `version` packed no value into two words."""
+    numbers = re.match(r"(\d{1,9})\.(\d{1,9})", version or "")
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 18)
+
+
+def _unpacked(words: Tensor, count: int, bits: int, dense: bool) -> Tensor:
+    """int32 words [R, W] -> uint8 codes [R, count]."""
+    if dense:
+        return unpack_dense(words, count, bits)
+    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
+    codes = (words[:, :, None] >> shifts) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).flatten(1)[:, :count].contiguous()
+
+
+def _read_scales(
+    store: Store, name: str, scheme: QuantScheme, group: Group, n: int, k: int
+) -> Tensor:
+    """[N, G], or [1] per tensor, of the scheme's type."""
+    key, groups = f"{name}.weight_scale", scheme.groups(k)
+    if scheme.per_tensor:
+        return _one_or(store, key, (1,), (scheme.scale_dtype,))
+    if group.kind in _EXPONENTS:
+        exponents = store.take(key, (n, groups), (torch.uint8,))
+        if (exponents == 255).any():
+            raise CheckpointError(f"{store.folder}: {key} holds 255, which stands for NaN")
+        return torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
+    if group.kind == NVFP4:
+        scales = store.take(key, (n, groups), (torch.float8_e4m3fn,)).float()
+        key = f"{name}.weight_global_scale"
+        return scales / _one_or(store, key, (1,), (torch.float32,))
+    if group.block_rows > 1:
+        rows = -(-n // group.block_rows)
+        scales = store.take(key, (rows, groups), (scheme.scale_dtype,))
+        return scales[torch.arange(n) // group.block_rows]
+    return store.take(key, (n, groups), (scheme.scale_dtype,))
 
 
 def _read_zeros(
-    store: Store, name: str, scheme: QuantScheme, kind: str, n: int, shape: tuple[int, ...]
+    store: Store,
+    name: str,
+    scheme: QuantScheme,
+    group: Group,
+    dense: bool,
+    n: int,
+    groups: int,
 ) -> Tensor:
-    key = f"{name}.weight_zero_point"
+    """uint8 [N, G], or [1, 1] per tensor."""
+    key, bits = f"{name}.weight_zero_point", group.bits
+    shape = (1,) if scheme.per_tensor else (n, groups)
     # Per tensor, qkernels 0.1.0 wrote it packed.
-    packed = store.dtype(key) == torch.int32 if scheme.per_tensor else kind == PACKED
+    packed = store.dtype(key) == torch.int32 if scheme.per_tensor else group.kind == PACKED
     if not packed:
-        zeros = _unsigned(_one_or(store, key, shape, (torch.int8,)), scheme.bits)
-        return zeros.reshape(-1, 1) if scheme.per_tensor else zeros
-    rows, groups = (1, 1) if scheme.per_tensor else (n, shape[1])
-    words = store.take(key, (dense_words(rows, scheme.bits), groups), (torch.int32,))
-    return unpack_dense(words.t().contiguous(), rows, scheme.bits).t().contiguous()
+        zeros = _unsigned(_one_or(store, key, shape, (torch.int8,)), bits)
+        _check_bits(zeros, bits, f"{store.folder}: {key}, plus {1 << (bits - 1)},")
+        return _widened(zeros.reshape(-1, 1) if scheme.per_tensor else zeros, bits, scheme)
+    rows = 1 if scheme.per_tensor else n
+    width = dense_words(rows, bits) if dense else -(-rows // (32 // bits))
+    words = store.take(key, (width, groups), (torch.int32,)).t().contiguous()
+    return _widened(_unpacked(words, rows, bits, dense).t().contiguous(), bits, scheme)
 
 
 def _one_or(
@@ -168,16 +272,23 @@ def _check_zero(store: Store, key: str, where: str) -> None:
         raise CheckpointError(f"{key} is not zero, and the config says {where}")
 
 
-def _check_columns(store: Store, name: str, scheme: QuantScheme, k: int) -> None:
-    """Columns must be in the order of the weight."""
+def _read_columns(store: Store, name: str, scheme: QuantScheme, k: int) -> Tensor | None:
+    """The order of columns in which groups follow each other, or None where that is their own."""
     key = f"{name}.weight_g_idx"
     if key not in store:
-        return
-    index = store.take(key, (k,), (torch.int32, torch.int64))
+        return None
+    index = store.take(key, (k,), (torch.int32, torch.int64)).long()
     in_order = torch.arange(k) // scheme.group_length(k)
     # -1 is what the package wrote for no index at all.
-    if not (index == -1).all() and not torch.equal(index.long(), in_order):
-        raise CheckpointError(f"{key}: columns in the order of activations are not supported here")
+    if (index == -1).all() or torch.equal(index, in_order):
+        return None
+    ordered, perm = index.sort(stable=True)
+    if not torch.equal(ordered, in_order):
+        raise CheckpointError(
+            f"{store.folder}: {key} must name each group of 0..{scheme.groups(k) - 1} for "
+            f"{scheme.group_length(k)} columns, got {int(ordered[0])}..{int(ordered[-1])}"
+        )
+    return perm
 
 
 def _unsigned(values: Tensor, bits: int) -> Tensor:
@@ -210,6 +321,8 @@ def _write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
             tensors["weight_zero_point"] = words.t().contiguous()
     if weight.activation_scale is not None:
         tensors["input_scale"] = weight.activation_scale.reshape(1)
+    if weight.activation_zero is not None:
+        tensors["input_zero_point"] = weight.activation_zero.to(torch.int8).reshape(1)
     if weight.bias is not None:
         tensors["bias"] = weight.bias
     return tensors
@@ -227,8 +340,7 @@ def _scheme_as_read(kind: WeightKind) -> QuantScheme:
     scheme = kind.scheme
     if kind.shape is None or scheme.group_size is None or scheme.group_size <= kind.shape[1]:
         return scheme
-    k = kind.shape[1]
-    return replace(scheme, group_size=k if k >= SMALLEST_GROUP else None)
+    return replace(scheme, group_size=kind.shape[1])
 
 
 COMPRESSED_TENSORS = Format(

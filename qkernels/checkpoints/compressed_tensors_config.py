@@ -2,8 +2,11 @@
 
 A group says what its targets' weights and inputs are quantized to. A target is a layer's name, a
 pattern ("re:...") or the name of a class of modules, and they count in this order, wherever they
-stand in the file. Source: the compressed-tensors package (Neural Magic, Apache-2.0), read as
-documentation.
+stand in the file. A group may also be the name of a preset, with its targets alone.
+
+Inputs that are quantized in groups, as beside float8 blocks and 4-bit floats, are read as 16-bit
+ones: the weights are what they are, and the products are nearer to the unquantized model's.
+Source: the compressed-tensors package (Neural Magic, Apache-2.0), read as documentation.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qkernels.checkpoints.compressed_tensors_presets import PRESETS
 from qkernels.checkpoints.config import Config, brief, only, strings, typed
 from qkernels.checkpoints.patterns import Pattern, pattern
 from qkernels.errors import CheckpointError, SchemeError
@@ -20,6 +24,7 @@ from qkernels.scheme import WEIGHT_TYPES, Activation, QuantScheme
 NAME = "compressed-tensors"
 PACKED, INTEGER, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 NAIVE, MIXED = "naive-quantized", "mixed-precision"
+NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 
 _KEYS = frozenset(
     (
@@ -43,12 +48,22 @@ _ARGUMENT_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Group:
-    """One of the config groups. The type of the scales stands in the tensors, not here."""
+    """One of the config groups. The type of the scales stands in the tensors, not here.
+
+    Attributes:
+        kind: the format in which its weights are stored.
+        bits: of the stored codes; the scheme may hold them in more.
+        block_rows: rows that share a scale, more than one of float8 blocks alone.
+        version: of the package that wrote it, or None.
+    """
 
     name: str
     targets: tuple[str, ...]
     scheme: QuantScheme
     kind: str
+    bits: int
+    block_rows: int = 1
+    version: str | None = None
 
 
 class Targets:
@@ -150,7 +165,7 @@ def read_section(section: Config) -> Section:
     groups = section.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(f"quantization_config has no config_groups, but {brief(groups)}")
-    read = [_read_group(name, entry, section.get("format")) for name, entry in groups.items()]
+    read = [_read_group(name, entry, section) for name, entry in groups.items()]
     said = [(target, group) for group in read if group is not None for target in group.targets]
     # A class of modules is in there for those that were left dense.
     ignored = [
@@ -161,11 +176,14 @@ def read_section(section: Config) -> Section:
     return Section(Targets(said), Targets(ignored))
 
 
-def _read_group(name: str, entry: object, file_format: object) -> Group | None:
+def _read_group(name: str, entry: object, section: Config) -> Group | None:
     """One of the config groups, or None where it quantizes nothing."""
     where = f"config group {name}"
     if isinstance(entry, list):
-        raise CheckpointError(f"{where} is a preset name, which is not supported: spell it out")
+        if name.upper() not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise CheckpointError(f"{where} is no preset that is known; they are {known}")
+        entry = {"targets": entry, **PRESETS[name.upper()]}
     group = typed(entry, dict, where)
     only(group, _GROUP_KEYS, where)
     if group.get("output_activations"):
@@ -175,53 +193,91 @@ def _read_group(name: str, entry: object, file_format: object) -> Group | None:
             raise CheckpointError(f"{where} has no weights entry: {brief(group)}")
         return None
     targets = strings(group.get("targets"), f"targets of {where}")
-    scheme = _read_scheme(group, where)
-    return Group(name, tuple(targets), scheme, _read_kind(group, file_format, scheme, where))
+    weights = typed(group["weights"], dict, f"weights of {where}")
+    only(weights, _ARGUMENT_KEYS, f"weights of {where}")
+    scheme = _read_scheme(weights, group.get("input_activations"), where)
+    version = section.get("version")
+    return Group(
+        name,
+        tuple(targets),
+        scheme,
+        kind=_read_kind(group.get("format") or section.get("format"), weights, scheme, where),
+        bits=weights["num_bits"],
+        block_rows=_block(weights, where)[0] if weights.get("strategy") == "block" else 1,
+        version=version if isinstance(version, str) else None,
+    )
 
 
-def _read_kind(group: Config, file_format: object, scheme: QuantScheme, where: str) -> str:
+def _read_kind(stated: object, weights: Config, scheme: QuantScheme, where: str) -> str:
     """How the group's weights are stored; its own format counts before that of the file."""
-    stated = group.get("format") or file_format
+    powers = weights.get("scale_dtype") == "torch.uint8"
+    if scheme.weight.name == "fp4":
+        fits: tuple[str, ...] = (NVFP4 if weights.get("strategy") == "tensor_group" else MXFP4,)
+    elif scheme.weight.kind == "float8":
+        fits = (MXFP8,) if powers or stated == MXFP8 else (FLOAT, NAIVE)
+    else:
+        fits = (PACKED, INTEGER, NAIVE)
     if stated in (None, MIXED):
-        return kind_of(scheme)
-    unpacked = FLOAT if scheme.weight.kind == "float8" else INTEGER
-    fits = (FLOAT, NAIVE) if unpacked == FLOAT else (PACKED, INTEGER, NAIVE)
+        return kind_of(scheme) if len(fits) > 1 else fits[0]
     if stated not in fits:
         raise CheckpointError(
             f"{where} has the format {stated!r}; supported for {scheme} are {', '.join(fits)}"
         )
+    unpacked = FLOAT if scheme.weight.kind == "float8" else INTEGER
     return unpacked if stated == NAIVE else str(stated)
 
 
-def _read_scheme(group: Config, where: str) -> QuantScheme:
-    weights = typed(group["weights"], dict, f"weights of {where}")
-    only(weights, _ARGUMENT_KEYS, f"weights of {where}")
+_HELD_BITS = {1: 2, 2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
+"""Bits of the weight type that holds integers of so many bits."""
+
+_STRATEGIES = {
+    "int": ("tensor", "channel", "group"),
+    "float8": ("tensor", "channel", "group", "block"),
+    "float4": ("group", "tensor_group"),
+}
+
+
+def _read_scheme(weights: Config, inputs: object, where: str) -> QuantScheme:
     bits = typed(weights.get("num_bits"), int, f"{where}: num_bits")
     kind = weights.get("type", "int")
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("group" if size else "channel")
-    weight = WEIGHT_TYPES.get({"int": f"int{bits}", "float": f"fp{bits}e4m3"}.get(str(kind), ""))
-    if weight is None or strategy not in ("tensor", "channel", "group"):
+    name = {
+        "int": f"int{_HELD_BITS.get(bits)}",
+        "float": {8: "fp8e4m3", 4: "fp4"}.get(bits, ""),
+    }.get(str(kind), "")
+    known = _STRATEGIES["int" if kind == "int" else f"float{bits}"] if name in WEIGHT_TYPES else ()
+    if strategy not in known:
         raise CheckpointError(
             f"{where}: weights of {bits} bits, type {kind}, {strategy} are not supported"
         )
-    if weights.get("actorder") not in (None, "static", "weight"):
-        raise CheckpointError(
-            f"{where}: actorder {weights['actorder']!r} is not supported: its columns are not in "
-            "the order of the weight"
-        )
+    if weights.get("actorder") not in (None, "static", "weight", "group", "dynamic"):
+        raise CheckpointError(f"{where}: actorder {weights['actorder']!r} is not supported")
     if weights.get("dynamic"):
         raise CheckpointError(f"{where}: weights that are quantized dynamically are not supported")
+    if strategy == "block":
+        size = _block(weights, where)[1]
     try:
         return QuantScheme(
-            weight=weight,
-            group_size=typed(size, int, f"{where}: group_size") if strategy == "group" else None,
+            weight=WEIGHT_TYPES[name],
+            group_size=typed(size, int, f"{where}: group_size")
+            if strategy in ("group", "tensor_group", "block")
+            else None,
             per_tensor=strategy == "tensor",
             symmetric=typed(weights.get("symmetric", True), bool, f"{where}: symmetric"),
-            activation=_read_activation(group.get("input_activations"), where),
+            activation=_read_activation(inputs, where),
         )
     except SchemeError as error:
         raise CheckpointError(f"{where}: {error}") from None
+
+
+def _block(weights: Config, where: str) -> tuple[int, int]:
+    """The rows and columns of a block."""
+    where = f"{where}: block_structure"
+    sizes = [typed(size, int, where) for size in typed(weights.get("block_structure"), list, where)]
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise CheckpointError(f"{where} must be rows and columns, got {brief(sizes)}")
+    return sizes[0], sizes[1]
 
 
 def _read_activation(entry: object, where: str) -> Activation:
@@ -229,24 +285,30 @@ def _read_activation(entry: object, where: str) -> Activation:
         return Activation()
     arguments = typed(entry, dict, f"input_activations of {where}")
     only(arguments, _ARGUMENT_KEYS, f"input_activations of {where}")
-    dtype = {"int": "int8", "float": "fp8"}.get(str(arguments.get("type", "int")))
-    way = (str(arguments.get("strategy")), arguments.get("dynamic", False) is True)
-    granularity = _GRANULARITIES.get(way)
-    eight_bits = arguments.get("num_bits") == 8 and arguments.get("symmetric", True) is True
-    if not eight_bits or dtype is None or granularity is None:
+    kind, bits = str(arguments.get("type", "int")), arguments.get("num_bits")
+    strategy, dynamic = str(arguments.get("strategy")), arguments.get("dynamic", False)
+    if kind == "float" and bits in (4, 6, 8) and strategy in ("group", "tensor_group") and dynamic:
+        return Activation()
+    dtype = {"int": "int8", "float": "fp8"}.get(kind)
+    symmetric = arguments.get("symmetric", True)
+    granularity = _GRANULARITIES.get((strategy, dynamic is True, symmetric is True))
+    asymmetric_floats = symmetric is not True and dtype != "int8"
+    if bits != 8 or dtype is None or granularity is None or asymmetric_floats:
         raise CheckpointError(
-            f"{where}: input activations of {arguments.get('num_bits')} bits, "
-            f"type {arguments.get('type')}, {way[0]}, dynamic={arguments.get('dynamic')}, "
-            f"symmetric={arguments.get('symmetric')} are not supported"
+            f"{where}: input activations of {bits} bits, type {kind}, {strategy}, "
+            f"dynamic={dynamic}, symmetric={symmetric} are not supported"
         )
     return Activation(dtype, granularity)
 
 
 _GRANULARITIES = {
-    ("token", True): "token",
-    ("tensor", True): "tensor",
-    ("tensor", False): "static",
+    ("token", True, True): "token",
+    ("token", True, False): "tokenasym",
+    ("tensor", True, True): "tensor",
+    ("tensor", False, True): "static",
+    ("tensor", False, False): "staticasym",
 }
+"""By strategy, whether it is dynamic, and symmetric."""
 
 
 def _weight_arguments(scheme: QuantScheme) -> dict[str, Any]:
@@ -264,10 +326,13 @@ def _weight_arguments(scheme: QuantScheme) -> dict[str, Any]:
 def _activation_arguments(activation: Activation) -> dict[str, Any] | None:
     if activation.dtype == "none":
         return None
+    strategy, dynamic, symmetric = next(
+        way for way, name in _GRANULARITIES.items() if name == activation.granularity
+    )
     return {
         "num_bits": 8,
         "type": "int" if activation.dtype == "int8" else "float",
-        "symmetric": True,
-        "strategy": "token" if activation.granularity == "token" else "tensor",
-        "dynamic": activation.granularity != "static",
+        "symmetric": symmetric,
+        "strategy": strategy,
+        "dynamic": dynamic,
     }

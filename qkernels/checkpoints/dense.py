@@ -1,4 +1,4 @@
-"""The tensors of a model outside of its quantized layers."""
+"""The quantized layers of a model, and the tensors outside of them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ class Place:
     def tensor(self) -> Tensor:
         held: Tensor = getattr(self.module, self.name)
         return held
+
+
+def quantized_layers(model: nn.Module) -> dict[str, WQLinear]:
+    """The `WQLinear` layers of a model by name; one with several names is there under each."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, WQLinear)}
 
 
 def dense_places(model: nn.Module) -> dict[str, Place]:

@@ -45,8 +45,14 @@ def empty_model(
         raise CheckpointError(f"loading needs {error.name}: pip install qkernels[models]") from None
     ours = (*QUANTIZATION_KEYS, layer_types.KEY)
     raw = {key: value for key, value in checkpoint.config.items() if key not in ours}
-    path, most = checkpoint.folder / "config.json", 4 * len(checkpoint.store) + 1000
+    path, most = checkpoint.store.config_path, 4 * len(checkpoint.store) + 1000
     with as_checkpoint_error(path, "describes no known model"):
+        if "auto_map" in raw and not hasattr(transformers, raw["architectures"][0]):
+            raise CheckpointError(
+                f"{path}: {raw['architectures'][0]} is no model of Transformers but code of its "
+                "own, which load_model does not run; from_pretrained of Transformers does, with "
+                "trust_remote_code=True, for folders in compressed-tensors"
+            )
         _check_depth(raw, checkpoint)
         config = transformers.AutoConfig.for_model(**raw)
         architecture = getattr(transformers, raw["architectures"][0])

@@ -74,6 +74,8 @@ class Format:
         name: as `quant_method` in config.json spells it.
         title: whose format it is and who reads it.
         why_not: why it cannot hold a weight, as what follows its name in a sentence, or None.
+        why_not_together: why it cannot hold these layers, by name, in one model though it holds
+            each; None for a format that holds them in any mixture.
         detect: (config.json, tensors) -> whether a folder is of this format.
         read_plan: (config.json, tensors) -> the quantized layers of a folder, by name. Reads no
             data of them.
@@ -82,6 +84,7 @@ class Format:
             that is only read.
         write_config: (quantized layers, names of dense linear layers) -> quantization_config.
         unused: patterns (`re.search`) of tensors that belong to no layer and change nothing here.
+        idle_biases: its writers store biases of zeros for layers that have none.
         head_beside_tie: its readers take a quantized head in a model whose config says that the
             head's weight is the embedding's; else the config has to say otherwise.
     """
@@ -95,7 +98,17 @@ class Format:
     write_layer: Callable[[QuantizedWeight], dict[str, Tensor]] | None = None
     write_config: Callable[[Mapping[str, WeightKind], Sequence[str]], dict[str, Any]] | None = None
     unused: tuple[str, ...] = ()
+    why_not_together: Callable[[Mapping[str, WeightKind]], str | None] | None = None
+    idle_biases: bool = False
     head_beside_tie: bool = False
+
+    def why_not_all(self, layers: Mapping[str, WeightKind]) -> str | None:
+        """Why it cannot hold all layers in one model, or None."""
+        reasons = (self.why_not(kind) for kind in layers.values())
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is not None or self.why_not_together is None:
+            return reason
+        return self.why_not_together(layers)
 
     @property
     def writes(self) -> bool:
@@ -105,3 +118,8 @@ class Format:
 def says_method(name: str) -> Callable[[Config, Store], bool]:
     """Detects a format by the quant_method of its config.json."""
     return lambda config, store: quant_method(config) == name
+
+
+def only_read(kind: WeightKind) -> str:
+    """The `why_not` of a format that nothing is written in."""
+    return "is only read"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qkernels.checkpoints import layer_types
+from qkernels.checkpoints.dense import quantized_layers
 from qkernels.checkpoints.native import NATIVE
-from qkernels.checkpoints.save import SavePlan, quantized_layers
+from qkernels.checkpoints.save import SavePlan
 from qkernels.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register_quantization_config(NATIVE.name)

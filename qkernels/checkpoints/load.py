@@ -73,6 +73,8 @@ def load_model(
     made: dict[int, WQLinear] = {}
     for name, linear in linears.items():
         weight = checkpoint.read(name)
+        if checkpoint.format.idle_biases:
+            weight = _without_idle_bias(weight, linear)
         _check_layer(checkpoint, name, linear, weight)
         if weight.bias is not None:
             weight = weight.replace(bias=cast(weight.bias))
@@ -190,6 +192,11 @@ def _tied(places: Mapping[str, Place]) -> dict[int, list[str]]:
     for name, place in places.items():
         tied.setdefault(id(place.tensor), []).append(name)
     return tied
+
+
+def _without_idle_bias(weight: QuantizedWeight, linear: nn.Module) -> QuantizedWeight:
+    idle = linear_parts(linear).bias is None and weight.bias is not None and not weight.bias.any()
+    return weight.replace(bias=None) if idle else weight
 
 
 def _check_layer(

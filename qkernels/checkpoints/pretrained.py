@@ -7,7 +7,7 @@ import sys
 
 from torch import nn
 
-from qkernels.checkpoints.save import quantized_layers
+from qkernels.checkpoints.dense import quantized_layers
 from qkernels.checkpoints.ties import tie_no_quantized_layer
 
 

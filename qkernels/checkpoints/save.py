@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.atomic import new_folder
-from qkernels.checkpoints.dense import dense_places
+from qkernels.checkpoints.dense import dense_places, quantized_layers
 from qkernels.checkpoints.format import Format, WeightKind
 from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.checkpoints.store import ShardWriter
 from qkernels.checkpoints.table import check_holds, first_holding
+from qkernels.checkpoints.ties import ties
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import WQExperts
 from qkernels.modules.heads import output_heads
@@ -55,6 +59,11 @@ def save_model(
 def write_model(plan: SavePlan, folder: Path, max_shard_size: int | str = "5GB") -> None:
     """Writes the files of a model to `folder`, which is there and holds none of them."""
     # The small files come first: what is wrong with them shows before the weights are written.
+    for part in (plan.model, plan.model.config):
+        # Code beside the model, which its config names.
+        if getattr(part, "_auto_class", None) is not None:
+            code = importlib.import_module("transformers.dynamic_module_utils")
+            code.custom_object_save(part, folder, config=plan.model.config)
     (folder / "config.json").write_text(_config_text(plan.model, plan))
     if getattr(plan.model, "generation_config", None) is not None:
         # Without the checks of save_pretrained, which refuses what the model came with.
@@ -97,15 +106,18 @@ class SavePlan:
         """The plan of saving `model` in `format`; None chooses the first that holds all layers.
 
         Raises:
-            CheckpointError: where no layer is quantized, one is not held by `format`, or a tensor
-                is offloaded.
+            CheckpointError: for what is no Transformers model, or one with adapters; where no layer
+                is quantized, one is not held by `format`, a tensor is offloaded, or the config says
+                that two are one which are not.
         """
+        _check_model(model)
         layers = quantized_layers(model)
         if not layers:
             raise CheckpointError("the model has no WQLinear layer: quantize it first")
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_meta:
                 raise CheckpointError(f"{name} is offloaded: move the model to one device to save")
+        _check_ties(model)
         kinds = {name: _kind(model, name, layer) for name, layer in layers.items()}
         row = check_holds(format or first_holding(kinds), kinds)
         heads = {id(head) for head in output_heads(model)}
@@ -142,10 +154,12 @@ class SavePlan:
             for part, tensor in self.row.write_layer(layer.to_weight()).items():
                 yield f"{name}.{part}", tensor
             give_back_free_pages()
+        places, sources = dense_places(self.model), ties(self.model)
         seen: set[tuple[Any, ...]] = set()
-        for name, place in dense_places(self.model).items():
-            # Tied weights are stored once, under the first of their names.
-            key = _identity(place.tensor)
+        for name, place in places.items():
+            # What the model's code ties when it is loaded is stored once, under its first name.
+            source = places.get(sources.get(name, name), place)
+            key = (*_identity(place.tensor), id(source.module), source.name)
             if self.untied or key not in seen:
                 seen.add(key)
                 yield name, place.tensor
@@ -175,10 +189,37 @@ def as_loaded(model: nn.Module) -> Iterator[bool]:
             module._rescale_layers()
 
 
-def quantized_layers(model: nn.Module) -> dict[str, WQLinear]:
-    """The `WQLinear` layers of a model by name; one with several names is there under each."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, WQLinear)}
+def _check_model(model: Any) -> None:
+    """Raises for what no reader would find its way in again."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        raise CheckpointError(
+            f"a {type(model).__name__} is no model of Transformers: save the model that it holds"
+        )
+    adapted = next((n for n, m in model.named_modules() if hasattr(m, "adapter_layer_names")), None)
+    if adapted is not None:
+        raise CheckpointError(
+            f"{adapted} has an adapter, which no format holds: save adapters by save_pretrained of "
+            "PEFT, and the model from before they were put on"
+        )
+
+
+def _check_ties(model: nn.Module) -> None:
+    places = dense_places(model)
+    for name, source in ties(model).items():
+        if name not in places or source not in places:
+            continue
+        first, second = places[source].tensor, places[name].tensor
+        same = (first.shape, first.dtype, first.device) == (
+            second.shape,
+            second.dtype,
+            second.device,
+        )
+        if first is not second and not (same and torch.equal(first, second)):
+            raise CheckpointError(
+                f"{source} and {name} are one tensor by the model's config, and differ: tie them "
+                "by model.tie_weights(), or set config.tie_word_embeddings = False"
+            )
 
 
 def _kind(model: nn.Module, name: str, layer: WQLinear) -> WeightKind:
@@ -197,10 +238,15 @@ def tying_sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _config_text(model: Any, plan: SavePlan) -> str:
-    config = model.config.to_dict()
+    # As Transformers writes it: some models take no more from a file than they have in one.
+    config = json.loads(model.config.to_json_string(use_diff=True))
     if plan.untied:
-        for section in tying_sections(config):
-            section["tie_word_embeddings"] = False
+        full = model.config.to_dict()
+        for name in ("", *full):
+            section, written = (full, config) if not name else (full[name], config.get(name))
+            if isinstance(section, dict) and section.get("tie_word_embeddings"):
+                assert isinstance(written, dict), name
+                written["tie_word_embeddings"] = False
     config["quantization_config"] = plan.quantization_config()
     # As Transformers does, which may have been told another type when the model was made.
     config["dtype"] = model.dtype

@@ -54,7 +54,10 @@ class Store:
     """The tensors of a model folder by name; nothing but headers is read until one is asked for.
 
     They are those of model.safetensors.index.json and the files it names, else of
-    model.safetensors, else of the only .safetensors file.
+    model.safetensors, else of the only .safetensors file. Errors name `where`.
+
+    Attributes:
+        metadata: what the files' headers say beside their tensors.
 
     Raises:
         CheckpointError: for a file that is missing, damaged or truncated, and an index that names
@@ -62,14 +65,18 @@ class Store:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = self.where = Path(folder)
+        self.config_path = self.folder / "config.json"
+        self.metadata: dict[str, str] = {}
         self._entries: dict[str, _Entry] = {}
         index = self.folder / INDEX_FILE
         if not index.exists():
-            self._entries.update(_read_header(_only_file(self.folder)))
+            self._entries.update(self._read_header(_only_file(self.folder)))
             return
         listed = _read_index(index)
-        headers = {file: _read_header(self.folder / file) for file in sorted(set(listed.values()))}
+        headers = {
+            file: self._read_header(self.folder / file) for file in sorted(set(listed.values()))
+        }
         for entries in headers.values():
             self._entries.update(entries)
         for name, file in listed.items():
@@ -144,6 +151,11 @@ class Store:
             raise CheckpointError(f"{entry.file}: {name} must be {accepted} [{wanted}], got {got}")
         return self.get(name)
 
+    def _read_header(self, path: Path) -> dict[str, _Entry]:
+        entries, metadata = _read_header(path)
+        self.metadata.update(metadata)
+        return entries
+
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             raise CheckpointError(f"{self.folder}: {name} is missing")
@@ -179,7 +191,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weights
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """The tensors of a file, and its metadata."""
     try:
         # It holds the header to the file: types, sizes, and that tensors cover it without overlap.
         with safe_open(path, framework="pt"):
@@ -192,12 +205,12 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         raise CheckpointError(f"{path} {reason}") from None
     except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
+    metadata = header.pop("__metadata__", None) or {}
     entries = {}
     for name, about in header.items():
-        if name != "__metadata__":
-            start, stop = (8 + length + offset for offset in about["data_offsets"])
-            entries[name] = _Entry(path, about["dtype"], tuple(about["shape"]), start, stop)
-    return entries
+        start, stop = (8 + length + offset for offset in about["data_offsets"])
+        entries[name] = _Entry(path, about["dtype"], tuple(about["shape"]), start, stop)
+    return entries, metadata
 
 
 def _opened(path: Path) -> BufferedReader:

@@ -5,15 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from qkernels.checkpoints.awq import AWQ_GEMM
+from qkernels.checkpoints.awq_gemv import AWQ_FAST_ROW, AWQ_GEMV_ROW
+from qkernels.checkpoints.bitsandbytes import BITSANDBYTES
 from qkernels.checkpoints.compressed_tensors import COMPRESSED_TENSORS
 from qkernels.checkpoints.config import Config, quantization_of, read_config
 from qkernels.checkpoints.format import Format, WeightKind
+from qkernels.checkpoints.gguf import GGUF, gguf_file, has_quantized_tensors
+from qkernels.checkpoints.gptq import GPTQ_1, GPTQ_2
+from qkernels.checkpoints.hqq import HQQ
+from qkernels.checkpoints.marlin import MARLIN_ROW
 from qkernels.checkpoints.native import NATIVE
 from qkernels.checkpoints.store import Store
+from qkernels.checkpoints.torchao import TORCHAO
 from qkernels.errors import CheckpointError
 from qkernels.scheme import WEIGHT_TYPES, QuantScheme
 
-FORMATS: dict[str, Format] = {row.name: row for row in (COMPRESSED_TENSORS, NATIVE)}
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        COMPRESSED_TENSORS,
+        NATIVE,
+        AWQ_GEMM,
+        AWQ_GEMV_ROW,
+        AWQ_FAST_ROW,
+        GPTQ_1,
+        GPTQ_2,
+        MARLIN_ROW,
+        BITSANDBYTES,
+        HQQ,
+        TORCHAO,
+        GGUF,
+    )
+}
+"""In the order in which `save_pretrained` takes the first that holds all layers."""
 
 
 def find_format(config: Config, store: Store) -> Format:
@@ -37,6 +62,9 @@ def find_format(config: Config, store: Store) -> Format:
 def is_quantized(folder: str | Path) -> bool:
     """Whether `folder` holds a quantized model, of whatever format; False for what is no model."""
     try:
+        file = gguf_file(folder)
+        if file is not None:
+            return has_quantized_tensors(file)
         config = read_config(folder)
         if quantization_of(config) is not None:
             return True
@@ -62,20 +90,20 @@ def check_holds(format: str, weights: Mapping[str, WeightKind]) -> Format:
     for name, weight in weights.items():
         reason = row.why_not(weight)
         if reason is not None:
-            able = ", ".join(_holding(weight)) or "none"
+            able = ", ".join(_holding({name: weight})) or "none"
             raise CheckpointError(
                 f"{name} is {weight.scheme}, and {format} {reason}; formats that hold it: {able}"
             )
+    reason = row.why_not_all(weights)
+    if reason is not None:
+        able = ", ".join(_holding(weights)) or "none"
+        raise CheckpointError(f"{format} {reason}; formats that hold them: {able}")
     return row
 
 
 def first_holding(weights: Mapping[str, WeightKind]) -> str:
     """The name of the first format of the table that is written and holds all weights."""
-    return next(
-        name
-        for name, row in FORMATS.items()
-        if row.writes and all(row.why_not(weight) is None for weight in weights.values())
-    )
+    return _holding(weights)[0]
 
 
 def check_scheme(format: str, scheme: QuantScheme) -> None:
@@ -83,8 +111,9 @@ def check_scheme(format: str, scheme: QuantScheme) -> None:
     check_holds(format, {"the weight": WeightKind.of_scheme(scheme)})
 
 
-def _holding(weight: WeightKind) -> list[str]:
-    return [row.name for row in FORMATS.values() if row.writes and row.why_not(weight) is None]
+def _holding(weights: Mapping[str, WeightKind]) -> list[str]:
+    rows = FORMATS.values()
+    return [row.name for row in rows if row.writes and row.why_not_all(weights) is None]
 
 
 def weight_types(row: Format) -> list[str]:

@@ -15,8 +15,7 @@ from unittest import mock
 
 import torch
 
-from qkernels.checkpoints.dense import Place
-from qkernels.checkpoints.save import quantized_layers
+from qkernels.checkpoints.dense import Place, quantized_layers
 
 
 def tie_beside_head(model: Any, places: Mapping[str, Place], quantized: set[str]) -> None:
@@ -26,12 +25,13 @@ def tie_beside_head(model: Any, places: Mapping[str, Place], quantized: set[str]
         places: of the tensors outside of quantized layers, which are filled.
         quantized: the names of quantized layers.
     """
-    ties = _possible_ties(model)
+    with _said_to_be_tied(model):
+        possible = ties(model)
     heads = {f"{name}.weight" for name in quantized}
-    if heads.isdisjoint(ties) and heads.isdisjoint(ties.values()):
+    if heads.isdisjoint(possible) and heads.isdisjoint(possible.values()):
         return
     groups: dict[str, list[str]] = {}
-    for name, source in ties.items():
+    for name, source in possible.items():
         groups.setdefault(source, [source]).append(name)
     for names in groups.values():
         held = [places[name] for name in names if name in places]
@@ -40,17 +40,16 @@ def tie_beside_head(model: Any, places: Mapping[str, Place], quantized: set[str]
                 setattr(place.module, place.name, held[0].tensor)
 
 
-def _possible_ties(model: Any) -> dict[str, str]:
-    """Tensor -> the one that it is, by the model's code and whatever its config says."""
+def ties(model: Any) -> dict[str, str]:
+    """Tensor -> the one that it is, by the model's code and its config."""
     expand = getattr(model, "get_expanded_tied_weights_keys", None)
     if expand is None:
         return {}
-    with _said_to_be_tied(model):
-        try:
-            found: dict[str, str] = expand(all_submodels=True)
-        except ValueError:
-            # Of names that quantized layers do not have any more.
-            return {}
+    try:
+        found: dict[str, str] = expand(all_submodels=True)
+    except ValueError:
+        # Of names that quantized layers do not have any more.
+        return {}
     return found
 
 
@@ -80,18 +79,18 @@ def tie_no_quantized_layer(model: Any) -> None:
 
 def _dense_ties(model: Any, all_submodels: bool = False) -> dict[str, str]:
     """In place of the model's own `get_expanded_tied_weights_keys`."""
-    ties = model._tied_weights_keys
-    if isinstance(ties, dict):
-        ties = _without(quantized_layers(model), ties)
-    with mock.patch.object(model, "_tied_weights_keys", ties):
+    declared = model._tied_weights_keys
+    if isinstance(declared, dict):
+        declared = _without(quantized_layers(model), declared)
+    with mock.patch.object(model, "_tied_weights_keys", declared):
         found: dict[str, str] = type(model).get_expanded_tied_weights_keys(model, all_submodels)
     return found
 
 
-def _without(layers: Mapping[str, Any], ties: Mapping[str, str]) -> dict[str, str]:
-    """Those of `ties`, tensor -> tensor, that concern none of `layers`."""
+def _without(layers: Mapping[str, Any], tied: Mapping[str, str]) -> dict[str, str]:
+    """Those of `tied`, tensor -> tensor, that concern none of `layers`."""
     return {
         name: source
-        for name, source in ties.items()
+        for name, source in tied.items()
         if not any(tensor.rpartition(".")[0] in layers for tensor in (name, source))
     }

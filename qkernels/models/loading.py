@@ -21,11 +21,11 @@ from torch import nn
 from qkernels.checkpoints import is_quantized, load_model
 from qkernels.checkpoints.config import read_config
 from qkernels.checkpoints.foreign import as_checkpoint_error
+from qkernels.checkpoints.gguf import MAGIC, gguf_read_once
 from qkernels.errors import CheckpointError
 from qkernels.modules.heads import output_heads
 from qkernels.modules.kinds import is_linear_kind
 
-_GGUF_MAGIC = b"GGUF"
 _DAMAGED = "cannot be loaded, it may be damaged or of an unsupported kind"
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
@@ -45,9 +45,9 @@ def load_model_and_tokenizer(
 
     Args:
         path: a Hugging Face folder, a folder written by `qkernels.save_model`, a `.gguf` file, or
-            a folder with exactly one of those.
-        dtype: of the layers that are not quantized; None is bf16, and what a quantized model was
-            saved in.
+            a folder with exactly one of those. Blocks of a GGUF file stay quantized as they are.
+        dtype: of the layers that are not quantized; None is bf16, and what the folder of a
+            quantized model was saved in.
         tokenizer: False loads the model alone, and None in place of the tokenizer.
 
     Raises:
@@ -55,10 +55,14 @@ def load_model_and_tokenizer(
     """
     if not is_quantized(path):
         return load_dense(path, dtype or torch.bfloat16, tokenizer=tokenizer)
-    _require_packages(gguf=False)
-    with _quiet_transformers():
+    folder, gguf_file = _locate(Path(path))
+    _require_packages(gguf=gguf_file is not None)
+    if gguf_file is not None:
+        # It does not say in which type its model is to run.
+        dtype = dtype or torch.bfloat16
+    with _quiet_transformers(), _read_once(gguf_file):
         # The tokenizer comes first: where it is missing, nobody has waited for the model.
-        encoder = _tokenizer(Path(path), None) if tokenizer else None
+        encoder = _tokenizer(folder, gguf_file) if tokenizer else None
         return load_model(path, dtype=dtype), encoder
 
 
@@ -79,7 +83,7 @@ def load_dense(
         UnusedTensorsWarning: for tensors that the model does not use.
     """
     folder, gguf_file = _locate(Path(path))
-    if is_quantized(path):
+    if gguf_file is None and is_quantized(path):
         raise CheckpointError(f"{path} holds a quantized model: start from the original one")
     _require_packages(gguf=gguf_file is not None)
     import transformers
@@ -90,7 +94,7 @@ def load_dense(
         # Versions that have this class keep the weights of some models packed unless told.
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _quiet_transformers(), _gguf_read_once(gguf_file):
+    with _quiet_transformers(), _read_once(gguf_file):
         encoder = _tokenizer(folder, gguf_file) if tokenizer else None
         with as_checkpoint_error(path, _DAMAGED):
             kind: Any = transformers.AutoModelForCausalLM
@@ -155,13 +159,17 @@ def _locate(path: Path) -> tuple[Path, str | None]:
             )
         path = found[0]
     with path.open("rb") as file:
-        magic = file.read(len(_GGUF_MAGIC))
-    if magic != _GGUF_MAGIC:
+        magic = file.read(len(MAGIC))
+    if magic != MAGIC:
         raise CheckpointError(
             f"{path} is not a GGUF file (it begins with {magic!r}): give a .gguf file or the "
             "folder that holds config.json"
         )
     return path.parent, path.name
+
+
+def _read_once(gguf_file: str | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if gguf_file is None else gguf_read_once()
 
 
 def _require_packages(*, gguf: bool) -> None:
@@ -230,25 +238,6 @@ def _check_unpacked(model: nn.Module, path: str | Path, version: str) -> None:
             f"(found: {', '.join(kinds) or 'no linear layer'}), so there is nothing to quantize; "
             "use transformers 5.17, which unpacks the weights of GGUF files"
         )
-
-
-@contextlib.contextmanager
-def _gguf_read_once(gguf_file: str | None) -> Iterator[None]:
-    """Within, a GGUF file is parsed once.
-
-    transformers parses the whole file, vocabulary included, anew for each of configuration,
-    weights and tokenizer, and builds the table of tensor names once a module: on one file of 98 MB
-    18 s in all, 8 s with both remembered.
-    """
-    if gguf_file is None:
-        yield
-        return
-    gguf = importlib.import_module("gguf")
-    with contextlib.ExitStack() as stack:
-        for name in ("GGUFReader", "get_tensor_name_map"):
-            remembered = functools.lru_cache(getattr(gguf, name))
-            stack.enter_context(mock.patch.object(gguf, name, remembered))
-        yield
 
 
 @contextlib.contextmanager

@@ -251,7 +251,7 @@ def unfuse(fused: FusedExperts) -> WQExperts:
         layer.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
         layer.training = fused.owner.training
         # Where Transformers draws new weights, those of experts count as filled.
-        layer._is_hf_initialized = True
+        vars(layer)["_is_hf_initialized"] = True
         layers.append(layer)
     experts = WQExperts(layers, fused.transposed)
     experts.training = fused.owner.training

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
 
 _LINEAR_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, NonDynamicallyQuantizableLinear)
 """x @ weight.T + bias, and nothing else. A subclass may compute something else, as LoRA layers and
@@ -58,6 +59,8 @@ def is_linear_kind(module: nn.Module) -> bool:
 
 def why_not_plain(module: nn.Module) -> str | None:
     """Why another module with the same product cannot take the place of a linear layer, or None."""
+    if isinstance(module._parameters.get("weight"), UninitializedParameter):
+        return "its size is not known before its first forward"
     known = type(module) in _LINEAR_CLASSES or _class_of(module) in _EQUIVALENTS
     if not known and not is_conv1d(module):
         kind = type(module).__name__

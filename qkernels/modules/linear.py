@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from qkernels import ops, rounding
 from qkernels.activations import QuantizedActivation
@@ -121,6 +122,8 @@ class WQLinear(nn.Linear):
             )
         if not is_linear_kind(linear):
             raise LayerError(f"{name} is a {type(linear).__name__}, not an nn.Linear")
+        if isinstance(linear._parameters.get("weight"), UninitializedParameter):
+            raise LayerError(f"{name} has no weight before its first forward: run it once")
         scheme = QuantScheme.parse(scheme)
         parts = linear_parts(linear)
         try:
@@ -364,6 +367,16 @@ class WQLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
         current = self.packed
         layout = self._layout_of(state_dict, prefix)
         expected = empty_like(current, layout, torch.device("meta")).buffers

@@ -2,7 +2,7 @@
 
 It has the shape, the type and the device of the weight that the layer stands for. A product with it
 runs on the layer's own kernels; everything else that needs its values gets them dequantized, in
-memory of their own, so a write to them is an error and not lost.
+memory of their own. To write to it is an error.
 """
 
 from __future__ import annotations
@@ -341,7 +341,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.mT.__get__: _turn_last,  # type: ignore[attr-defined]
     torch.Tensor.data.__get__: _same,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-    torch.Tensor.grad.__set__: _set_grad,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
     torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad_: _set_requires_grad,
     torch.Tensor.detach: _same,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from qkernels.errors import LayerError
 from qkernels.modules.awq import _AwqLinear
@@ -131,7 +133,7 @@ def find_candidates(model: nn.Module) -> dict[str, Candidate]:
             raise LayerError(f"{name} is quantized already: start from the original model")
         if is_linear_kind(module):
             candidates[name] = Candidate(
-                size=sum(p.numel() for p in module._parameters.values() if p is not None),
+                size=_size(module._parameters.values()),
                 why_not=why_not_plain(module) or _why_not_empty(module),
                 hint=hints.get(id(module)) or _hint_by_name(name),
             )
@@ -154,6 +156,12 @@ def _experts(stack: str, fused: FusedExperts) -> dict[str, Candidate]:
     experts = len(fused.parameter)
     candidate = Candidate(fused.parameter.numel() // max(1, experts), stack, fused.why_not())
     return {f"{stack}.{expert_name(number)}": candidate for number in range(experts)}
+
+
+def _size(parameters: Iterable[nn.Parameter | None]) -> int:
+    """How many numbers they hold. Those of a layer that has not run yet may have no size."""
+    none = (type(None), UninitializedParameter)
+    return sum(p.numel() for p in parameters if not isinstance(p, none))
 
 
 def _why_not_empty(module: nn.Module) -> str | None:
@@ -181,12 +189,26 @@ def _hints(model: nn.Module) -> dict[int, str]:
                 f"its weight is that of the embedding {embeddings[id(weight)]}, which stays in 16 "
                 "bits unless it is included by name"
             )
+        for layer in _adapters(module):
+            hints[id(layer)] = (
+                f"part of an adapter of a {type(module).__name__}, which stays in 16 bits unless "
+                "it is included by name"
+            )
         if isinstance(module, nn.MultiheadAttention):
             hints[id(module.out_proj)] = (
                 "nn.MultiheadAttention multiplies by its weight without calling it: included by "
                 "name, it is dequantized for each call"
             )
     return hints
+
+
+def _adapters(module: Any) -> Iterator[nn.Module]:
+    """The layers that PEFT has added to one, and trains."""
+    names = getattr(module, "adapter_layer_names", ())
+    for name in names if isinstance(names, tuple | list) else ():
+        added = getattr(module, name, None)
+        if isinstance(added, nn.Module):
+            yield from added.modules()
 
 
 def _tell(
@@ -196,8 +218,7 @@ def _tell(
     reasons: Mapping[str, str],
 ) -> None:
     """Fills `skipped` and `shares`, in the model's order."""
-    unique = {id(p): p.numel() for p in model.parameters()}
-    total = max(1, sum(unique.values()))
+    total = max(1, _size({id(p): p for p in model.parameters()}.values()))
     whole = _by_stack(candidates)
     told: dict[str, tuple[str, int]] = {}
     for name, reason in reasons.items():
@@ -245,8 +266,8 @@ def _others(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     for name, module in model.named_modules():
         if not is_linear_kind(module):
             stacks = {stack.name for stack in fused.get(id(module), ())}
-            own = (p for n, p in module._parameters.items() if p is not None and n not in stacks)
-            yield name, module, sum(p.numel() for p in own)
+            own = (p for key, p in module._parameters.items() if key not in stacks)
+            yield name, module, _size(own)
 
 
 def _why_no_linear(module: nn.Module) -> str:

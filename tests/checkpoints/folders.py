@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qkernels.checkpoints import FORMATS
 from qkernels.checkpoints.format import WeightKind
+from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
+
+WRITTEN = tuple(name for name, row in FORMATS.items() if row.writes)
+"""The formats in which models are saved."""
+
+
+def holding(*schemes: str) -> list[str]:
+    """The formats that are written and hold layers of these schemes side by side."""
+    kinds = {text: WeightKind.of_scheme(QuantScheme.parse(text)) for text in schemes}
+    return [name for name in WRITTEN if FORMATS[name].why_not_all(kinds) is None]
 
 
 def write_layers(folder: Path, format: str, weights: Mapping[str, QuantizedWeight]) -> Path:
@@ -51,4 +62,15 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata=metadata_of(folder))
+
+
+def metadata_of(folder: Path) -> dict[str, str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return file.metadata() or {}
+
+
+def edit_metadata(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    metadata = metadata_of(folder)
+    change(metadata)
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata)

@@ -139,14 +139,16 @@ def test_a_scale_per_tensor_may_have_any_number_of_dimensions(tmp_path, shape):
     assert same_weight(read_weights(folder)["up"], weight)
 
 
-def test_columns_out_of_order_are_refused(tmp_path):
+def test_columns_that_are_no_groups_are_refused(tmp_path):
     weight = rounding.quantize(torch.randn(40, 64), "w4a16-g32")
     folder = write_layers(tmp_path / "out", "compressed-tensors", {"up": weight})
     for index in (torch.full((64,), -1), torch.arange(64) // 32):
         edit_tensors(folder, lambda stored, index=index: stored.update({"up.weight_g_idx": index}))
         assert same_weight(read_weights(folder)["up"], weight)
     for index, named in (
-        (torch.arange(64) % 2, "order of activations"),
+        (torch.arange(64) // 31, r"must name each group of 0..1 for 32 columns, got 0..2"),
+        (torch.arange(64) // 32 - 5, r"must name each group of 0..1 for 32 columns, got -5..-4"),
+        (torch.zeros(64, dtype=torch.int32), "must name each group of 0..1 for 32 columns"),
         (torch.zeros(0, dtype=torch.int64), r"must be int32 or int64 \[64\], got int64 \[0\]"),
         (torch.full((64,), float("nan")), "must be int32 or int64"),
     ):
@@ -162,6 +164,37 @@ def test_codes_beyond_their_bits_are_refused(tmp_path):
         edit_tensors(folder, lambda stored, v=value: stored["up.weight"][3, 5].fill_(v))
         with pytest.raises(CheckpointError, match="up: codes of scheme w4a8 must be below 16"):
             read_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("W4A16", "w4a16-g128-sym-sbf16"),
+        ("w4a16_asym", "w4a16-g128-sbf16"),
+        ("W8A8", "w8a8"),
+        ("W4A8", "w4a8-g128-flat"),
+        ("FP8_DYNAMIC", "fp8-a8"),
+        ("W4AFP8", "w4afp8-g128-sym"),
+    ],
+)
+def test_a_group_may_be_a_preset_with_its_targets(tmp_path, name, scheme):
+    weight = rounding.quantize(torch.randn(40, 256), scheme)
+    folder = write_layers(tmp_path / "out", "compressed-tensors", {"up": weight})
+    edit(folder, lambda section: section.update(config_groups={name: ["Linear"]}))
+    assert same_weight(read_weights(folder)["up"], weight)
+
+
+def test_a_preset_that_quantizes_nothing_leaves_no_group(folder):
+    edit(folder, lambda section: section.update(config_groups={"UNQUANTIZED": ["Linear"]}))
+    with pytest.raises(CheckpointError, match=r"a\.\w+ is quantized, but no config group names it"):
+        read_weights(folder)
+
+
+@pytest.mark.parametrize("text", ["w8a8-tokenasym", "w4a8-g64-flat-tokenasym"])
+def test_activations_with_zero_points_come_back(tmp_path, text):
+    weight = rounding.quantize(torch.randn(40, 64), text)
+    folder = write_layers(tmp_path / "out", "compressed-tensors", {"up": weight})
+    assert same_weight(read_weights(folder)["up"], weight)
 
 
 def test_the_scales_stand_in_their_own_type(tmp_path):
@@ -192,7 +225,10 @@ WRONG = {
     "no groups": (lambda s: s.update(config_groups={}), "no config_groups"),
     "groups a list": (lambda s: s.update(config_groups=[1]), "no config_groups"),
     "group a number": (lambda s: s["config_groups"].update(group_0=3), "group_0 must be an object"),
-    "preset": (lambda s: s["config_groups"].update(W4A16=["Linear"]), "W4A16 is a preset name"),
+    "preset": (
+        lambda s: s["config_groups"].update(W9A16=["Linear"]),
+        "group W9A16 is no preset that is known; they are UNQUANTIZED, W8A8",
+    ),
     "group key": (
         lambda s: group(s).update(rank=8),
         "group group_0 has rank=8, which is not",
@@ -225,7 +261,8 @@ WRONG = {
 
 WRONG_ARGUMENTS = {
     "key": ({"power": 2}, "weights of config group group_0 has power=2"),
-    "bits": ({"num_bits": 5}, "weights of 5 bits, type int, group are not supported"),
+    "bits": ({"num_bits": 9}, "weights of 9 bits, type int, group are not supported"),
+    "fewer bits": ({"num_bits": 3}, r"a.up.weight_packed must be int32 \[40, 6\], got"),
     "bits a string": ({"num_bits": "4"}, "num_bits must be an integer, got '4'"),
     "bits true": ({"num_bits": True}, "num_bits must be an integer, got True"),
     "type": ({"type": "posit"}, "weights of 4 bits, type posit"),
@@ -233,13 +270,13 @@ WRONG_ARGUMENTS = {
     "strategy": ({"strategy": "block"}, "type int, block are not supported"),
     "group size": ({"group_size": 32.0}, "group_size must be an integer, got 32.0"),
     "group size a string": ({"group_size": "32"}, "group_size must be an integer, got '32'"),
-    "group size 3": ({"group_size": 3}, "group size 3 is too small"),
+    "group size 0": ({"group_size": 0}, "group size 0 is too small"),
     "group size less": ({"group_size": 16}, r"a.up.weight_scale must be .*\[40, 4\], got"),
     "group size none": ({"group_size": None}, "group_size must be an integer, got None"),
     "group size huge": ({"group_size": 10**30}, r"a.up.weight_scale must be .*\[40, 1\], got"),
     "symmetric": ({"symmetric": "yes"}, "symmetric must be a bool, got 'yes'"),
     "asymmetric": ({"symmetric": False}, "a.up.weight_zero_point is missing"),
-    "order": ({"actorder": "group"}, "actorder 'group' is not supported"),
+    "order": ({"actorder": "sideways"}, "actorder 'sideways' is not supported"),
     "dynamic": ({"dynamic": True}, "quantized dynamically"),
     "more bits": ({"num_bits": 8}, r"a.up.weight_packed must be int32 \[40, 16\], got"),
 }
@@ -268,7 +305,8 @@ def test_what_weights_cannot_be_is_named(folder, case):
         {"type": "complex"},
         {"strategy": "group"},
         {"dynamic": "local"},
-        {"symmetric": False},
+        {"symmetric": False, "type": "float"},
+        {"symmetric": False, "strategy": "tensor"},
         {"strategy": ["token"]},
     ],
 )

@@ -1,6 +1,7 @@
 """The table of formats: every row over every scheme, and rows, types and fields added by a test."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from qkernels.errors import CheckpointError
 from qkernels.fields import FIELDS, Field
 from qkernels.scheme import WEIGHT_TYPES, QuantScheme, WeightType
 from qkernels.weight import QuantizedWeight
-from tests.checkpoints.folders import same_weight, write_layers
+from tests.checkpoints.folders import WRITTEN, same_weight, write_layers
 from tests.schemes import ALL, activation_scale
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
@@ -30,18 +31,23 @@ def quantized(text: str, n: int = 40, k: int = 72, bias: bool = True) -> Quantiz
     )
 
 
+EITHER = ("compressed-tensors", "qkernels")
+"""Formats that hold any numbers of rows and columns."""
+
+
 @pytest.mark.parametrize("text", ALL)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", WRITTEN)
 def test_each_scheme_comes_back_exactly_or_is_refused(format, text, tmp_path):
-    size = QuantScheme.parse(text).group_size or 16
+    size = math.lcm(QuantScheme.parse(text).group_size or 16, 1 if format in EITHER else 32)
+    rows = (40, 33) if format in EITHER else (32, 64)
     weights = {
-        "a.up": quantized(text, 40, 3 * size),
-        "a.down": quantized(text, 33, 5 * size, bias=False),
+        "a.up": quantized(text, rows[0], 3 * size),
+        "a.down": quantized(text, rows[1], 5 * size, bias=False),
     }
     reason = FORMATS[format].why_not(WeightKind.of(weights["a.up"]))
     assert reason == FORMATS[format].why_not(WeightKind.of_scheme(weights["a.up"].scheme))
     if reason is not None:
-        with pytest.raises(CheckpointError, match="formats that hold it: qkernels"):
+        with pytest.raises(CheckpointError, match=r"formats that hold it: .*qkernels"):
             check_scheme(format, weights["a.up"].scheme)
         return
     read = read_weights(write_layers(tmp_path / "out", format, weights))
@@ -53,12 +59,12 @@ GROUPED = [text for text in ALL if QuantScheme.parse(text).group_size]
 
 
 @pytest.mark.parametrize("text", GROUPED)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", WRITTEN)
 def test_groups_that_do_not_divide_k_are_refused_where_they_cannot_be_read(format, text, tmp_path):
     size = QuantScheme.parse(text).group_size
     weights = {"up": quantized(text, k=2 * size + 5)}
     kinds = {"up": WeightKind.of(weights["up"])}
-    if format == "compressed-tensors":
+    if format != "qkernels":
         with pytest.raises(CheckpointError, match=r"up is .*; formats that hold it: qkernels"):
             check_holds(format, kinds)
         planned = replace(WeightKind.of_scheme(weights["up"].scheme), shape=weights["up"].shape)
@@ -92,9 +98,7 @@ def test_one_group_that_is_larger_than_k_is_written_as_its_readers_take_it(text,
     folder = write_layers(tmp_path / "out", "compressed-tensors", {"up": weight})
     written = json.loads((folder / "config.json").read_text())["quantization_config"]
     arguments = written["config_groups"]["group_0"]["weights"]
-    assert (arguments["strategy"], arguments["group_size"]) == (
-        ("group", k) if k >= 16 else ("channel", None)
-    )
+    assert (arguments["strategy"], arguments["group_size"]) == ("group", k)
     read = read_weights(folder)["up"]
     assert torch.equal(read.dequantize(), weight.dequantize())
     for m, dtype in ((1, torch.float32), (5, torch.bfloat16), (40, torch.float16)):
@@ -103,10 +107,15 @@ def test_one_group_that_is_larger_than_k_is_written_as_its_readers_take_it(text,
         assert torch.equal(*(layer(x) for layer in layers))
 
 
-def test_our_own_format_holds_every_scheme_and_compressed_tensors_those_without_tables():
+def test_our_own_format_holds_every_weight_type_and_others_those_of_their_words():
     held = {name: weight_types(row) for name, row in FORMATS.items()}
     assert held["qkernels"] == list(WEIGHT_TYPES)
     assert held["compressed-tensors"] == ["int2", "int3", "int4", "int8", "fp8e4m3"]
+    for name in ("gptq", "gptq_v2"):
+        assert held[name] == ["int2", "int3", "int4", "int8"]
+    assert held["gguf"] == ["int2", "int3", "int4", "int8"]
+    for name in ("awq", "awq-gemv", "awq-gemv-fast", "marlin"):
+        assert held[name] == ["int4"]
 
 
 EXTRAS = {
@@ -193,7 +202,7 @@ def test_a_row_added_to_the_table_works_everywhere(tmp_path, monkeypatch, run, t
     code, text, _ = run("list", "formats")
     assert code == 0 and "of a test" in text
     with pytest.raises(
-        CheckpointError, match="'foo' is not one of compressed-tensors, qkernels, t"
+        CheckpointError, match=r"'foo' is not one of compressed-tensors, qkernels, .*toy"
     ):
         qk.save_model(model, tmp_path / "foo", format="foo")
     asymmetric = tiny_model()
@@ -203,7 +212,13 @@ def test_a_row_added_to_the_table_works_everywhere(tmp_path, monkeypatch, run, t
     assert not (tmp_path / "asymmetric").exists()
 
 
-def test_a_format_that_is_only_read_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in WRITTEN])
+def test_formats_that_are_only_read_say_so(format):
+    with pytest.raises(CheckpointError, match=f"{format} is only read; .* are compressed-tensors"):
+        check_scheme(format, QuantScheme.parse("nf4-g64"))
+
+
+def test_a_format_that_is_only_read_says_so(monkeypatch):
     monkeypatch.setitem(FORMATS, "toy", replace(toy_row(), write_layer=None, write_config=None))
     with pytest.raises(CheckpointError, match=r"toy is only read; .* are compressed-tensors, q"):
         check_scheme("toy", QuantScheme.parse("w4a16"))

@@ -1,5 +1,6 @@
 """`save_model` and `load_model`: whole models, bit for bit, and what is said of damaged ones."""
 
+import importlib
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import stat
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import qkernels as qk
 from qkernels import rounding
@@ -16,7 +18,7 @@ from qkernels.checkpoints import FORMATS, read_weights
 from qkernels.checkpoints.store import ShardWriter
 from qkernels.errors import CheckpointError
 from qkernels.weight import QuantizedWeight
-from tests.checkpoints.folders import edit_config, edit_tensors
+from tests.checkpoints.folders import WRITTEN, edit_config, edit_tensors, holding
 
 transformers = pytest.importorskip("transformers", reason="models come from transformers")
 
@@ -49,13 +51,17 @@ def config_of(folder):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("format", "other"),
+    [
+        *(("compressed-tensors", "w8a8"), ("qkernels", "w8a8"), ("awq", "w4a16-g32")),
+        *(("gptq", "w3a16-g32-sym"), ("gptq_v2", "w8a16")),
+    ],
+)
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
-def test_a_model_comes_back_exactly(tied, format, size, tmp_path):
+def test_a_model_comes_back_exactly(tied, format, other, size, tmp_path):
     model = tiny_model(tied)
-    qk.quantize_model(
-        model, scheme="w4a16-g32", overrides={"*.down_proj": "w8a8", "*.o_proj": None}
-    )
+    qk.quantize_model(model, scheme="w4a16-g32", overrides={"*.down_proj": other, "*.o_proj": None})
     want = logits(model)
     qk.save_model(model, tmp_path / "out", format=format, max_shard_size=size)
     loaded = qk.load_model(tmp_path / "out")
@@ -82,6 +88,64 @@ def test_the_config_names_what_is_dense(tmp_path):
     assert "lm_head" in config["ignore"] and LAYER + "self_attn.o_proj" in config["ignore"]
 
 
+def test_gptq_and_awq_name_what_is_dense_or_other(tmp_path):
+    model = tiny_model()
+    overrides = {"model.layers.1.mlp.down_proj": "w8a16-sym", "*.1.self_attn.o_proj": None}
+    qk.quantize_model(model, scheme="w4a16-g32", overrides=overrides)
+    qk.save_model(model, tmp_path / "gptq", format="gptq")
+    section = config_of(tmp_path / "gptq")["quantization_config"]
+    assert (section["bits"], section["group_size"], section["sym"]) == (4, 32, False)
+    assert section["dynamic"] == {
+        r"+:^model\.layers\.1\.mlp\.down_proj$": {"bits": 8, "group_size": -1, "sym": True},
+        r"-:^model\.layers\.1\.self_attn\.o_proj$": {},
+    }
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32", overrides={"*.1.self_attn.o_proj": None})
+    qk.save_model(model, tmp_path / "awq", format="awq")
+    section = config_of(tmp_path / "awq")["quantization_config"]
+    dense = ["model.layers.1.self_attn.o_proj", "lm_head"]
+    assert section["modules_to_not_convert"] == dense
+    mixed = tiny_model()
+    overrides = {"lm_head": "w4a16-g64"}
+    with pytest.raises(CheckpointError, match="awq quantizes all layers alike"):
+        qk.quantize_model(mixed, scheme="w4a16-g32", overrides=overrides, format="awq")
+    qk.quantize_model(mixed, scheme="w4a16-g32", overrides=overrides)
+    with pytest.raises(CheckpointError, match="awq quantizes all layers alike"):
+        qk.save_model(mixed, tmp_path / "mixed", format="awq")
+    assert not (tmp_path / "mixed").exists()
+
+
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
+def test_conv1d_layers_and_groups_by_activations_are_gptq(tmp_path, format):
+    config = transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=4, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    name = "transformer.h.0.mlp.c_fc"
+    layer = model.get_submodule(name)
+    weight = layer.to_weight()
+    other = qk.WQLinear.from_weight(weight.replace(perm=torch.randperm(weight.k)))
+    other.transposed = layer.transposed
+    model.set_submodule(name, other)
+    qk.save_model(model, tmp_path / "out", format=format)
+    assert config_of(tmp_path / "out")["quantization_config"]["desc_act"] is True
+    loaded = qk.load_model(tmp_path / "out")
+    assert torch.equal(loaded.get_submodule(name).dequantize(), other.dequantize())
+    error = (logits(loaded) - logits(model)).abs().max()
+    assert error < 1e-5 * logits(model).abs().max()
+
+
+def test_biases_of_zeros_that_old_gptq_files_have_are_passed_over(tmp_path):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    want = logits(model)
+    qk.save_model(model, tmp_path / "out", format="gptq")
+    put(UP + ".bias", torch.zeros(96).half())(tmp_path / "out")
+    assert torch.equal(logits(qk.load_model(tmp_path / "out")), want)
+    put(UP + ".bias", torch.ones(96).half())(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="up_proj has a bias in the file, and none in the m"):
+        qk.load_model(tmp_path / "out")
+
+
 def test_the_package_that_defines_the_format_reads_it():
     """Unpacks our words with compressed-tensors itself, where it is installed."""
     helpers = pytest.importorskip(
@@ -94,7 +158,7 @@ def test_the_package_that_defines_the_format_reads_it():
     assert torch.equal(codes.int() + 8, weight.codes.int())
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", holding("w4a16-g32", "w8a16"))
 def test_a_quantized_head_is_tied_to_nothing(tmp_path, format):
     model = tiny_model()
     qk.quantize_model(model, scheme="w4a16-g32", overrides={"lm_head": "w8a16"})
@@ -147,7 +211,7 @@ def test_what_a_model_says_it_does_not_use_is_passed_over(tmp_path, monkeypatch)
     assert len(qk.load_model(tmp_path / "out").model.layers) == 1
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", holding("w8a16"))
 @pytest.mark.parametrize("head", [None, "w8a16"])
 def test_one_embedding_under_several_names(tmp_path, head, format):
     config = transformers.BartConfig(
@@ -504,10 +568,11 @@ def test_what_changes_nothing_is_passed_over(saved):
     assert torch.equal(logits(qk.load_model(saved)), want)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", WRITTEN)
 def test_scales_of_zero_are_weights_of_zero(tmp_path, format):
     model = tiny_model()
-    qk.quantize_model(model, scheme="w4a16-g32", overrides={"*.down_proj": "w8a8"})
+    other = "w8a8" if format in holding("w4a16-g32", "w8a8") else "w4a16-g32"
+    qk.quantize_model(model, scheme="w4a16-g32", overrides={"*.down_proj": other})
     for name in (UP, LAYER + "mlp.down_proj"):
         weight = model.get_submodule(name).to_weight()
         scales = weight.scales.clone()
@@ -564,8 +629,8 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_written(saved, tmp_path):
         qk.save_model(model, tmp_path / "nf4")
     with pytest.raises(CheckpointError, match="not an empty folder"):
         qk.save_model(model, saved, format="qkernels")
-    with pytest.raises(CheckpointError, match="'gguf' is not one of compressed-tensors, qkernels"):
-        qk.save_model(model, tmp_path / "x", format="gguf")
+    with pytest.raises(CheckpointError, match="'exl2' is not one of compressed-tensors, qkernels"):
+        qk.save_model(model, tmp_path / "x", format="exl2")
     with pytest.raises(CheckpointError, match="max_shard_size 'big'"):
         qk.save_model(model, tmp_path / "x", format="qkernels", max_shard_size="big")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -615,3 +680,75 @@ def test_an_error_while_saving_leaves_no_folder_and_the_model_as_it_was(tmp_path
     monkeypatch.undo()
     qk.save_model(model, tmp_path / "out")
     assert torch.equal(logits(qk.load_model(tmp_path / "out")), want)
+
+
+@pytest.mark.parametrize("way", ["save_model", "save_pretrained"])
+def test_an_offloaded_model_is_refused(way, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = tiny_model(False)
+    qk.quantize_model(model, scheme="w4a16-g32")
+    where = {"execution_device": torch.device("cpu"), "offload_buffers": True}
+    accelerate.cpu_offload(model, **where)
+    save = model.save_pretrained if way == "save_pretrained" else lambda f: qk.save_model(model, f)
+    with pytest.raises(CheckpointError, match="is offloaded"):
+        save(tmp_path / "out")
+    accelerate.hooks.remove_hook_from_submodules(model)
+    save(tmp_path / "again")
+    assert torch.equal(logits(qk.load_model(tmp_path / "again")), logits(model))
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+
+OwnConfig.register_for_auto_class()
+Own.register_for_auto_class("AutoModelForCausalLM")
+"""
+
+
+def test_code_beside_a_model_goes_with_it(tmp_path, monkeypatch):
+    (tmp_path / "own_code.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_code")
+    model = own.Own(own.OwnConfig(**tiny_model().config.to_diff_dict()))
+    qk.quantize_model(model, scheme="w8a16")
+    qk.save_model(model, tmp_path / "out")
+    assert (tmp_path / "out" / "own_code.py").read_text() == CODE
+    assert config_of(tmp_path / "out")["auto_map"] == {
+        "AutoConfig": "own_code.OwnConfig",
+        "AutoModelForCausalLM": "own_code.Own",
+    }
+    # It is not run.
+    with pytest.raises(CheckpointError, match="Own is no model of Transformers but code"):
+        qk.load_model(tmp_path / "out")
+
+
+def with_adapter(model):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+WRAPPED = {
+    "compiled": (lambda model: torch.compile(model, backend="eager"), "a OptimizedModule is no"),
+    "parallel": (nn.DataParallel, "a DataParallel is no model of Transformers"),
+    "adapted": (with_adapter, "a PeftModel is no model"),
+    "inside of an adapted one": (
+        lambda model: with_adapter(model).base_model.model,
+        r"layers\.0\.self_attn\.q_proj has an adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_would_not_load_again_is_refused(name, tmp_path):
+    wrap, message = WRAPPED[name]
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w8a16")
+    with pytest.raises(CheckpointError, match=message):
+        qk.save_model(wrap(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

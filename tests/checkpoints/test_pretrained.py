@@ -105,6 +105,30 @@ def test_a_model_that_is_loaded_with_other_names_than_it_has(tmp_path):
     assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
 
 
+ORDERS = {
+    "this package first": "import qkernels, transformers",
+    "models first": "from transformers import LlamaForCausalLM; import qkernels, transformers",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_transformers_takes_no_random_weights_where_this_package_is_imported(order, tmp_path):
+    qk.save_model(quantized("nf4-g32"), tmp_path / "out", format="qkernels")
+    transformers.LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path / "dense")
+    script = f"""
+{ORDERS[order]}
+transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "dense")!r})
+try:
+    transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r})
+except qkernels.QuantizationError as error:
+    assert "use qkernels.load_model" in str(error)
+else:
+    raise SystemExit("it was loaded")
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()

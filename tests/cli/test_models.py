@@ -8,6 +8,7 @@ import transformers
 
 import qkernels as qk
 from qkernels.models import evaluation
+from tests.checkpoints.test_golden import GOLDEN
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 
@@ -161,7 +162,7 @@ def test_a_quantized_model_is_loaded_as_it_was_saved(run, model_folder, text_fil
         (("eval", "MODEL", "--window", "999"), "windows of 999 tokens exceed the model's context"),
         (("generate", "MODEL", "-p", " "), "--prompt is empty"),
         (("generate", "missing", "-p", "a"), "missing does not exist"),
-        (("explain", "w4a16-g4"), "group size 4 is too small"),
+        (("explain", "w4a16-g0"), "group size 0 is too small"),
         (("inspect", "missing"), "missing does not exist"),
     ],
 )
@@ -177,3 +178,31 @@ def test_a_gpu_that_is_not_there(run):
     code, _, err = run("explain", "w8a8", "--device", "cuda")
     assert code == 1
     assert "device 'cuda' is not there" in err
+
+
+@pytest.mark.parametrize("format", ["awq", "gptq", "gptq_v2"])
+def test_models_in_the_formats_of_others(run, tmp_path, model_folder, text_file, format):
+    folder, scheme = tmp_path / "out", ("--scheme", "w4a16-g32")
+    code, _, _ = run("quantize", model_folder, *scheme, "--format", format, "-o", folder)
+    assert code == 0
+    code, out, _ = run("inspect", folder)
+    assert code == 0 and out.count("w4a16-g32") == 7
+    seen = set()
+    for path, more in ((folder, ()), (model_folder, scheme)):
+        code, out, _ = run("eval", path, "--text", text_file, "--window", 64, *more)
+        assert code == 0
+        seen.add(cell(out, "perplexity"))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "scheme"),
+    [
+        ("awq-autoawq-gemm-g128", "w4a16-g128"),
+        ("awq-autoawq-gemv-g64", "w4a16-g64"),
+        ("gptq-3bit-g64-asym", "w3a16-g64"),
+    ],
+)
+def test_models_that_others_wrote_are_listed(run, folder, scheme):
+    code, out, _ = run("inspect", GOLDEN / folder)
+    assert code == 0 and len(re.findall(rf"{scheme} ", out)) == 7

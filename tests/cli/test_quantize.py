@@ -143,7 +143,7 @@ def test_the_report_says_what_calibration_did_not_reach(capsys):
         (("--override", "*=w5"), "scheme 'w5' does not parse"),
         (("--include", "nope"), "pattern 'nope' matches none of the 15 linear layers"),
         (("--exclude", "*"), "no linear layer is left"),
-        (("--format", "gguf"), "format 'gguf' is not one of compressed-tensors, qkernels"),
+        (("--format", "exl2"), "format 'exl2' is not one of compressed-tensors, qkernels"),
         (("--method", "magic"), "method 'magic' is not one of"),
         (("--calibration", "missing.txt"), "cannot read the text missing.txt"),
         (("--scheme", "w8a8-static"), "pass calibration"),

@@ -40,6 +40,12 @@ def with_buffer(layer):
     return layer
 
 
+def offloaded(layer):
+    """As accelerate does."""
+    layer._hf_hook = object()
+    return patched(layer)
+
+
 OTHERS = {
     "forward of its own": (WithForward, "a WithForward, a subclass"),
     "subclass": (WithoutForward, "a WithoutForward, a subclass"),
@@ -47,6 +53,7 @@ OTHERS = {
     "spectral norm": (lambda *size: nn.utils.spectral_norm(nn.Linear(*size)), "computed"),
     "pruned": (lambda *size: pruned(nn.Linear(*size)), "computed"),
     "forward replaced": (lambda *size: patched(nn.Linear(*size)), "forward has been replaced"),
+    "offloaded": (lambda *size: offloaded(nn.Linear(*size)), "remove_hook_from_submodules"),
     "buffer": (lambda *size: with_buffer(nn.Linear(*size)), "buffers"),
 }
 

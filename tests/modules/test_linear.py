@@ -176,6 +176,7 @@ def test_compiles_whole():
         (lambda: (linear().double(), "w4a16"), WeightError, "float64"),
         (lambda: (linear(device="meta"), "w4a16"), WeightError, "meta"),
         (lambda: (linear(k=0), "w4a16"), WeightError, r"\[48, 0\]"),
+        (lambda: (nn.LazyLinear(48), "w4a16"), LayerError, "run it once"),
         (lambda: (linear(), "w8a8-static"), WeightError, "calibration"),
         (lambda: (linear(), "w4a16-g0"), QuantizationError, "group size 0"),
     ],

@@ -78,6 +78,56 @@ def test_a_state_dict_of_two_layouts_is_told_apart():
         layer.load_state_dict(state)
 
 
+def test_hooks_see_what_is_loaded():
+    layer = WQLinear.from_linear(nn.Linear(64, 48), "w4a16-g32")
+    state = {f"old.{name}": tensor for name, tensor in layer.state_dict().items()}
+
+    def rename(module, state, prefix, *rest):
+        for name in list(state):
+            state[name.removeprefix("old.")] = state.pop(name)
+
+    other = WQLinear.from_linear(nn.Linear(64, 48), "w4a16-g32")
+    other.register_load_state_dict_pre_hook(rename)
+    other.load_state_dict(state)
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_what_is_missing_is_reported():
+    model = quantized()
+    state = model.state_dict()
+    layer = "model.layers.0.mlp.up_proj."
+    missing = {name for name in state if name.startswith(layer)}
+    found = {name: tensor for name, tensor in state.items() if name not in missing}
+    result = model.load_state_dict({**found, layer + "other": torch.zeros(1)}, strict=False)
+    assert set(result.missing_keys) == missing
+    assert result.unexpected_keys == [layer + "other"]
+
+
+def test_a_module_without_values_gets_them():
+    model = quantized()
+    want, buffers = logits(model), dict(model.named_buffers())
+    empty = copy.deepcopy(model).to("meta").to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    for name in buffers.keys() - model.state_dict().keys():
+        owner, _, part = name.rpartition(".")
+        empty.get_submodule(owner)._buffers[part] = buffers[name]
+    assert torch.equal(logits(empty), want)
+
+
+@pytest.mark.parametrize("way", ["swap_module_params", "overwrite_module_params"])
+def test_casting_in_any_of_torchs_ways(way):
+    change = getattr(torch.__future__, f"set_{way}_on_conversion")
+    layer, x = WQLinear.from_linear(nn.Linear(64, 48), "w4a16-g32"), torch.randn(3, 64)
+    want = layer(x)
+    change(True)
+    try:
+        layer.to(torch.bfloat16).load_state_dict(layer.state_dict())
+    finally:
+        change(False)
+    assert layer.dtype == torch.bfloat16 and torch.allclose(layer(x), want, atol=2e-2)
+
+
 def test_memory_is_shared_in_place():
     layer = WQLinear.from_linear(nn.Linear(64, 48), "w4a16-g32")
     x = torch.randn(3, 64)
@@ -155,3 +205,120 @@ def test_peft_reaches_experts():
     adapted(input_ids=IDS, labels=IDS).loss.backward()
     trained = [n for n, p in adapted.named_parameters() if p.grad is not None and p.grad.any()]
     assert any("experts" in name for name in trained)
+
+
+def with_biases(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def test_drawing_new_weights_leaves_quantized_layers_alone():
+    transformers = pytest.importorskip("transformers", reason="models come from transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    config = transformers.Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    model = with_biases(transformers.Qwen2Model(config)).eval()
+    qk.quantize_model(model, scheme="w8a16")
+
+    class Classifier(transformers.PreTrainedModel):
+        config_class, _supports_sdpa = transformers.Qwen2Config, True
+
+        def __init__(self, config, model):
+            super().__init__(config)
+            self.model, self.score = model, nn.Linear(32, 2)
+            self.post_init()
+
+    with torch.no_grad():
+        want = model(IDS)[0]
+        model.init_weights()
+        assert torch.equal(model(IDS)[0], want)
+        assert torch.equal(Classifier(config, model).model(IDS)[0], want)
+
+
+def test_drawing_new_weights_leaves_experts_alone():
+    transformers = pytest.importorskip("transformers", reason="models come from transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    config = transformers.MixtralConfig(
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=3, **sizes
+    )
+    model = transformers.MixtralModel(config).eval()
+    # One of them is left as it was.
+    qk.quantize_model(model, scheme="w8a16", exclude=["*gate_up_proj.expert_1"])
+    with torch.no_grad():
+        want = model(IDS)[0]
+        model.init_weights()
+        assert torch.equal(model(IDS)[0], want)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_gradients_changes_none(reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = quantized().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_freezing_all_but_norms_trains_norms():
+    model = quantized().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.requires_grad = False
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(3):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert len(trained) == 5 and losses[0] > losses[1] > losses[2]
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_adapters_of_transformers_are_saved_and_loaded(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = quantized()
+    want = logits(model)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model.add_adapter(lora)
+    adapted = logits(model)
+    model.disable_adapters()
+    assert torch.equal(logits(model), want) and not torch.equal(adapted, want)
+    model.save_pretrained(tmp_path)
+    other = quantized()
+    other.load_adapter(str(tmp_path))
+    assert torch.equal(logits(other), adapted)
+
+
+def test_adapters_that_freeze_what_is_below_them():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = quantized()
+    want = logits(model)
+    adapted = peft.get_peft_model(
+        model, peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10)
+    )
+    assert torch.equal(logits(adapted), want)
+
+
+def test_parallel_training_in_one_process(tmp_path):
+    distributed = torch.distributed
+    if not distributed.is_gloo_available():
+        pytest.skip("torch has no gloo")
+    address = f"file://{tmp_path / 'group'}"
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        model = quantized().train()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            parallel(input_ids=IDS, labels=IDS).loss.backward()
+        assert torch.equal(logits(parallel), logits(quantized()))
+    finally:
+        distributed.destroy_process_group()

@@ -184,16 +184,18 @@ def test_a_frozen_parameter_of_it_is_the_view():
     assert torch.equal(other.state_dict()["weight"].clone(), layer.dequantize())
 
 
-@pytest.mark.parametrize("way", ["attribute", "method", "parameter"])
-def test_training_it_is_an_error(way):
+TRAINING = {
+    "requires_grad": lambda weight: setattr(weight, "requires_grad", True),
+    "requires_grad_": lambda weight: weight.requires_grad_(),
+    "parameter": nn.Parameter,
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_it_is_an_error(name):
     weight = make().weight
     with pytest.raises(LayerError, match="train an adapter"):
-        if way == "attribute":
-            weight.requires_grad = True
-        elif way == "method":
-            weight.requires_grad_()
-        else:
-            nn.Parameter(weight)
+        TRAINING[name](weight)
 
 
 @pytest.mark.parametrize("text", ["w4a16-g32", "nf4-g32-dq", "w4a8-g32", "w8a8", "binary-g32"])

@@ -126,6 +126,13 @@ class Router(nn.Linear):
         return super().forward(x).topk(2)
 
 
+def test_layers_that_have_not_run_yet_are_left_alone():
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    assert plan(model).skipped == {"0": "its size is not known before its first forward"}
+    model(torch.ones(1, 8))
+    assert list(plan(model).schemes) == ["0", "1"]
+
+
 def test_subclasses_are_left_alone_whatever_is_included():
     model = nn.Sequential(nn.Linear(8, 8), Router(8, 4))
     for include in (None, ["*"]):
@@ -159,3 +166,17 @@ def test_a_lora_layer_of_our_own_kind_still_gives_its_own_output():
     report = qk.quantize_model(model, scheme="w8a16")
     assert (model(x) - want).norm() / want.norm() < 0.02
     assert "Lora" in report.skipped["1"] and report.as_dict()["shares"]["1"] > 0.5
+
+
+def test_adapters_are_left_alone_and_trained_unless_named():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model, _ = make("LlamaForCausalLM")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["v_proj"])
+    model = peft.get_peft_model(model, lora)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    report = qk.quantize_model(model, scheme="w8a16")
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    names = {layer.name for layer in report.layers}
+    assert sum(name.endswith("q_proj.base_layer") for name in names) == 2
+    layer = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default"
+    assert "part of an adapter" in report.skipped[layer]
