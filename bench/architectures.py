@@ -1,7 +1,7 @@
-"""`python -m bench.architectures`: quantizes, saves and loads a tiny model of every class of Transformers.
+"""`python -m bench.architectures`: a tiny model of every class of Transformers, taken through all.
 
-A class works where its quantized model runs close to the dense one, and is the same bit for bit after
-`save_model` and `load_model`, with its output head and without; see docs/models.md.
+A class works where its quantized model runs close to the dense one, and is the same bit for bit
+after `save_model` and `load_model`, with its output head and without. docs/models.md has more.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from bench.survey.processes import try_all
 from bench.survey.row import FAILS, Row
 from qkernels import machine
 
+DESCRIPTION = "Quantizes, saves and loads a tiny model of every class of Transformers."
+
 INTERRUPTED_STATUS = 130
 """The exit code of a command that SIGINT ended."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.architectures", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.architectures", description=DESCRIPTION)
     add = parser.add_argument
     add("--only", metavar="REGEX", default="", help="classes whose name holds it")
     add("--kinds", nargs="+", choices=tuple(KINDS), default=tuple(KINDS))

@@ -20,7 +20,7 @@ KINDS = {
     "speech": ("CTC", "SPEECH_SEQ_2_SEQ", "AUDIO_CLASSIFICATION"),
     "encoder": ("TEXT_ENCODING", "BASE"),
 }
-"""Kind -> the auto-mappings that its classes stand in. A class that stands in several is of the first kind."""
+"""Kind -> the auto-mappings that its classes stand in; a class is of the first kind that has it."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,50 +10,56 @@ import qkernels as qk
 from qkernels.modules.experts import WQExperts
 
 
-def relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """The largest relative Frobenius error of an output, where `want` is finite.
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Relative Frobenius error where `want` is finite.
 
-    Infinite where shapes differ, or where what is finite there is not.
+    Infinite where the shapes differ, or where what is finite in `want` is not.
     """
-    worst = 0.0
-    for name, exact in want.items():
-        if got[name].shape != exact.shape:
-            return float("inf")
-        finite = exact.isfinite()
-        wanted, have = exact[finite].double(), got[name][finite].double()
-        if not have.isfinite().all():
-            return float("inf")
-        norm = float(wanted.norm())
-        worst = max(worst, float((have - wanted).norm()) / norm if norm else 0.0)
-    return worst
+    if got.shape != want.shape:
+        return float("inf")
+    finite = want.isfinite()
+    wanted, have = want[finite].double(), got[finite].double()
+    if not have.isfinite().all():
+        return float("inf")
+    norm = float(wanted.norm())
+    return float((have - wanted).norm()) / norm if norm else float(have.norm())
 
 
-def same_weights(
-    dense: PreTrainedModel, model: PreTrainedModel, report: qk.QuantizationReport
-) -> PreTrainedModel:
-    """`dense` with the dequantized weights of `model` in place of its own."""
-    for layer in report.layers:
-        packed = model.get_submodule(layer.name)
-        assert isinstance(packed, qk.WQLinear)
-        weight = packed.dequantize()
-        whole, _, number = layer.name.rpartition(".")
-        experts = model.get_submodule(whole)
+def largest_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """The largest relative error of an output; both have the same ones."""
+    return max(relative_error(got[name], exact) for name, exact in want.items())
+
+
+def take_weights(dense: PreTrainedModel, model: PreTrainedModel) -> dict[str, float]:
+    """Gives the dense layers of `dense` the dequantized weights of those of `model`.
+
+    Returns the relative error of each weight, by the name of its layer.
+    """
+    errors: dict[str, float] = {}
+    for name, packed in model.named_modules():
+        if not isinstance(packed, qk.WQLinear):
+            continue
+        whole, _, entry = name.rpartition(".")
+        weight, experts = packed.dequantize(), model.get_submodule(whole)
         if isinstance(experts, WQExperts):
-            stack = dense.get_parameter(whole).data
-            place = [name for name, _ in experts.named_children()].index(number)
-            stack[place] = weight.T if experts.transposed else weight
+            place = [child for child, _ in experts.named_children()].index(entry)
+            old = dense.get_parameter(whole).data[place]
+            new = (weight.T if experts.transposed else weight).to(old.dtype)
+            errors[name] = relative_error(new, old)
+            old.copy_(new)
         else:
-            owner = dense.get_submodule(layer.name)
+            owner = dense.get_submodule(name)
             assert isinstance(owner.weight, Tensor)
-            weight = (weight.T if packed.transposed else weight).to(owner.weight.dtype)
+            new = (weight.T if packed.transposed else weight).to(owner.weight.dtype)
+            errors[name] = relative_error(new, owner.weight.data)
             # A parameter of its own, since that of a head may be the embedding's.
-            owner.weight = nn.Parameter(weight.contiguous())
-    return dense
+            owner.weight = nn.Parameter(new.contiguous())
+    return errors
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name -> each parameter and buffer, those that are not saved included."""
-    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
     return named
 
@@ -73,9 +77,7 @@ def shared(model: nn.Module) -> set[tuple[str, ...]]:
 
 def equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same bit for bit, NaN included."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(_bytes(a), _bytes(b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
 
 
 def _bytes(tensor: Tensor) -> Tensor:

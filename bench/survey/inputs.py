@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,125 +12,122 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 BATCH, TOKENS, TARGET_TOKENS, SAMPLES, FRAMES = 2, 12, 5, 4000, 64
+
 ORDINARY_IDS = (10, 100)
-"""Ids of tokens without a special meaning in tiny configs."""
+"""Ids of tokens without a special meaning in tiny configs: from, up to."""
+
+GRID = torch.tensor([[1, 4, 4]])
+"""Time, height and width of an image in patches."""
 
 Inputs = dict[str, Any]
 
 
-def find(config: PreTrainedConfig, *names: str, under: tuple[str, ...] = ()) -> Any:
+def find(config: PreTrainedConfig, *names: str, under: Sequence[str] = ()) -> Any:
     """The first of these fields that a config or a nested one has, or None.
 
     Args:
         under: nested configs whose name holds one of these words are asked first.
     """
     nested = {k: v for k, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
-    first = [v for k, v in nested.items() if any(word in k for word in under)]
-    for one in first:
-        found = find(one, *names)
-        if found is not None:
-            return found
-    for name in names:
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    for one in nested.values():
-        found = find(one, *names)
-        if found is not None:
-            return found
-    return None
+    preferred = [v for k, v in nested.items() if any(word in k for word in under)]
+    own = [getattr(config, name, None) for name in names]
+    of_nested = (find(one, *names) for one in nested.values())
+    found = itertools.chain((find(one, *names) for one in preferred), own, of_nested)
+    return next((value for value in found if value is not None), None)
 
 
-def _ids(model: PreTrainedModel, count: int = TOKENS) -> Tensor:
-    return torch.randint(*ORDINARY_IDS, (BATCH, count))
+def ids(*shape: int) -> Tensor:
+    """Ordinary tokens."""
+    return torch.randint(*ORDINARY_IDS, shape)
 
 
-def _image(model: PreTrainedModel) -> list[Tensor]:
-    config = model.config
-    size = find(config, "image_size", "img_size", "crop_size", "resolution", under=("vision", "image"))
-    channels = find(config, "num_channels", "in_channels", "in_chans", under=("vision", "image")) or 3
-    height, width = size if isinstance(size, list | tuple) else (size or 32,) * 2
-    frames = find(config, "num_frames", "frames_per_clip", "num_image_with_embedding")
-    pictures = [torch.randn(BATCH, channels, height, width)]
+def _images(model: PreTrainedModel) -> list[Tensor]:
+    """Pictures, videos, and several pictures for each text, in sizes that the config names."""
+
+    def size_of(*names: str) -> Any:
+        return find(model.config, *names, under=("vision", "image"))
+
+    size = size_of("image_size", "img_size", "crop_size", "resolution") or 32
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    channels = size_of("num_channels", "in_channels", "in_chans") or 3
+    frames = size_of("num_frames", "frames_per_clip", "num_image_with_embedding")
+    shapes = [(channels, height, width), (2, channels, height, width), (channels, 64, 64)]
     if frames is not None:
-        pictures.insert(0, torch.randn(BATCH, frames, channels, height, width))
-    return [*pictures, torch.randn(BATCH, 1, channels, height, width), torch.randn(BATCH, 3, 64, 64)]
+        shapes.insert(0, (frames, channels, height, width))
+    return [torch.randn(BATCH, *shape) for shape in shapes]
 
 
 def _patches(model: PreTrainedModel) -> list[Tensor]:
-    """What Qwen's vision models take: rows of patches, [T * H * W, channels * size]."""
-    config = model.config
-    patch = find(config, "patch_size", under=("vision",)) or 8
-    frames = find(config, "temporal_patch_size", under=("vision",)) or 1
-    channels = find(config, "in_channels", "in_chans", "num_channels", under=("vision",)) or 3
-    count = int(GRID.prod())
-    return [torch.randn(count, channels * f * patch * patch) for f in dict.fromkeys((frames, 1))] + [
-        torch.randn(count, channels, patch, patch)
-    ]
+    """What vision models of the kind of Qwen's take: the patches of all images, as rows."""
+
+    def size_of(*names: str) -> int | None:
+        found: int | None = find(model.config, *names, under=("vision",))
+        return found
+
+    patch, frames = size_of("patch_size") or 8, size_of("temporal_patch_size") or 1
+    channels = size_of("in_channels", "in_chans", "num_channels") or 3
+    flat = [channels * depth * patch * patch for depth in dict.fromkeys((frames, 1))]
+    shapes = [*((size,) for size in flat), (channels, patch, patch)]
+    return [torch.randn(int(GRID.prod()), *shape) for shape in shapes]
 
 
-GRID = torch.tensor([[1, 4, 4]])
-"""Time, height and width of an image in patches; two by two of them become one token."""
+_BINS = (
+    *("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim"),
+    *("feature_projection_input_dim", "input_feat_size", "n_mels", "input_size"),
+)
 
 
 def _features(model: PreTrainedModel) -> list[Tensor]:
-    config = model.config
-    bins = find(
-        config, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim",
-        "feature_projection_input_dim", "input_feat_size", "n_mels", "input_size", under=("audio", "encoder", "speech"),
-    ) or 80  # fmt: skip
-    length = find(config, "max_source_positions", under=("audio", "encoder"))
-    frames = FRAMES if length is None else 2 * length
-    shapes = [(BATCH, bins, frames), (BATCH, frames, bins), (BATCH, FRAMES, bins), (BATCH, bins, FRAMES)]
-    return [torch.randn(shape) for shape in dict.fromkeys(shapes)]
+    """Spectrograms, with time last and with time first."""
+    bins = find(model.config, *_BINS, under=("audio", "encoder", "speech")) or 80
+    length = find(model.config, "max_source_positions", under=("audio", "encoder"))
+    lengths = (FRAMES if length is None else 2 * length, FRAMES)
+    shapes = [shape for frames in lengths for shape in ((bins, frames), (frames, bins))]
+    return [torch.randn(BATCH, *shape) for shape in dict.fromkeys(shapes)]
 
 
 def _samples(model: PreTrainedModel) -> list[Tensor]:
-    config = model.config
-    bins = find(config, "num_mel_bins", "max_length") or 80
-    length = getattr(config, "max_length", None) or FRAMES
-    return [
-        torch.randn(BATCH, SAMPLES),
-        torch.randn(BATCH, 1, SAMPLES),
-        torch.randn(BATCH, length, bins),
-        torch.randn(BATCH, 2, SAMPLES),
-    ]
+    """Sound, with and without channels, and spectrograms."""
+    bins = find(model.config, "num_mel_bins", "max_length") or 80
+    frames = getattr(model.config, "max_length", None) or FRAMES
+    shapes = ((SAMPLES,), (1, SAMPLES), (frames, bins), (2, SAMPLES))
+    return [torch.randn(BATCH, *shape) for shape in shapes]
 
 
-def _naflex(model: PreTrainedModel) -> list[Tensor]:
-    """Rows of flattened patches, an image a row of the batch: [B, patches, channels * size]."""
-    patch = find(model.config, "patch_size", under=("vision",)) or 8
-    channels = find(model.config, "num_channels", under=("vision",)) or 3
-    return [torch.randn(BATCH, int(GRID.prod()), channels * patch * patch)]
-
-
-MAKERS: dict[str, Callable[[PreTrainedModel], list[Any]]] = {
-    "input_ids": lambda model: [_ids(model)],
-    "qformer_input_ids": lambda model: [_ids(model)],
-    "decoder_input_ids": lambda model: [_ids(model, TARGET_TOKENS)],
+MAKERS: dict[str, Callable[[PreTrainedModel], list[Tensor]]] = {
+    "input_ids": lambda model: [ids(BATCH, TOKENS)],
+    "qformer_input_ids": lambda model: [ids(BATCH, TOKENS)],
+    "decoder_input_ids": lambda model: [ids(BATCH, TARGET_TOKENS)],
     "attention_mask": lambda model: [torch.ones(BATCH, TOKENS, dtype=torch.long)],
-    "pixel_values": _image,
-    "pixel_values_videos": _image,
+    "pixel_values": _images,
+    "pixel_values_videos": _images,
     "input_features": _features,
     "input_values": _samples,
 }
+"""Name of a parameter -> values of it to try."""
+
+
+def parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    """What the forward of a model takes."""
+    return inspect.signature(model.forward).parameters
 
 
 def candidates(model: PreTrainedModel) -> Iterator[Inputs]:
     """Inputs to try, the richest first."""
-    taken = inspect.signature(model.forward).parameters
+    taken = parameters(model)
     required = [
         name
         for name, p in taken.items()
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     if "grid_thw" in taken or "image_grid_thw" in taken:
-        yield from _with_grid(model, taken)
+        yield from _with_grid(model)
     if "spatial_shapes" in taken:
-        yield from _with_spatial_shapes(model, taken)
+        yield from _with_spatial_shapes(model)
     if "pixel_values" in taken and "input_ids" in taken:
-        yield from _with_image(model, taken, required)
-    main = model.main_input_name
-    main = [main] if isinstance(main, str) else list(main)
+        yield from _with_image(model, required)
+    main: Any = model.main_input_name
+    main = [main] if isinstance(main, str) else main
     names = [name for name in dict.fromkeys([*main, *required]) if name in taken]
     if "decoder_input_ids" in taken:
         yield from _combinations(model, [*names, "decoder_input_ids"])
@@ -140,86 +137,88 @@ def candidates(model: PreTrainedModel) -> Iterator[Inputs]:
         yield from _combinations(model, ["input_ids"])
     if "use_cache" in taken:
         for inputs in _combinations(model, names):
-            yield {**inputs, "use_cache": False}
+            yield inputs | {"use_cache": False}
 
 
-def _combinations(model: PreTrainedModel, names: list[str]) -> Iterator[Inputs]:
+def _combinations(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Inputs]:
     if not all(name in MAKERS for name in names):
         return
     for values in itertools.product(*(MAKERS[name](model) for name in names)):
         inputs = dict(zip(names, values, strict=True))
-        features = inputs.get("input_features")
-        if features is not None and "input_features_mask" in inspect.signature(model.forward).parameters:
-            for frames in features.shape[:0:-1]:
-                yield {**inputs, "input_features_mask": torch.ones(BATCH, frames, dtype=torch.long)}
+        if "input_features" in inputs and "input_features_mask" in parameters(model):
+            # Time is one of the last two dimensions.
+            for frames in inputs["input_features"].shape[:0:-1]:
+                yield inputs | {"input_features_mask": torch.ones(BATCH, frames, dtype=torch.long)}
         yield inputs
 
 
-def _image_tokens(model: PreTrainedModel, count: int) -> Inputs:
-    token = find(model.config, "image_token_id", "image_token_index")
-    ids = torch.randint(*ORDINARY_IDS, (1, count + TOKENS))
-    ids[:, 2 : count + 2] = token
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _with_grid(model: PreTrainedModel, taken: Any) -> Iterator[Inputs]:
+def _with_grid(model: PreTrainedModel) -> Iterator[Inputs]:
+    taken = parameters(model)
     for patches in _patches(model):
         if "grid_thw" in taken:
             name = "pixel_values" if "pixel_values" in taken else "hidden_states"
             yield {name: patches, "grid_thw": GRID}
-            continue
-        merge = find(model.config, "spatial_merge_size", "merge_size", under=("vision",)) or 1
-        image = {"pixel_values": patches, "image_grid_thw": GRID}
-        text = _image_tokens(model, int(GRID.prod()) // merge**2)
-        if "mm_token_type_ids" in taken:
-            token = find(model.config, "image_token_id", "image_token_index")
-            text["mm_token_type_ids"] = (text["input_ids"] == token).int()
-        yield image | text
-
-
-def _with_spatial_shapes(model: PreTrainedModel, taken: Any) -> Iterator[Inputs]:
-    for patches in _naflex(model):
-        mask = torch.ones(patches.shape[:2], dtype=torch.long)
-        shapes = GRID[:, 1:].expand(len(patches), 2)
-        image = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-        if "input_ids" not in taken:
-            yield image
-        elif find(model.config, "image_token_id", "image_token_index") is None:
-            yield image | {"input_ids": _ids(model)}
         else:
-            one = {name: value[:1] for name, value in image.items()}
-            yield from _with_tokens(model, one)
+            yield from with_tokens(model, {"pixel_values": patches, "image_grid_thw": GRID})
 
 
-def _with_image(model: PreTrainedModel, taken: Any, required: list[str]) -> Iterator[Inputs]:
+def _with_spatial_shapes(model: PreTrainedModel) -> Iterator[Inputs]:
+    """Patches as rows of each image, with a mask."""
+    patches = _patches(model)[-1].flatten(1).expand(BATCH, -1, -1)
+    image = {
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
+        "spatial_shapes": GRID[:, 1:].expand(BATCH, 2),
+    }
+    if "input_ids" not in parameters(model):
+        yield image
+        return
+    yield from with_tokens(model, {name: value[:1] for name, value in image.items()})
+    yield image | {"input_ids": ids(BATCH, TOKENS)}
+
+
+def _with_image(model: PreTrainedModel, required: Sequence[str]) -> Iterator[Inputs]:
+    taken = parameters(model)
     others = [name for name in required if name not in ("pixel_values", "input_ids")]
     if not all(name in MAKERS for name in others):
         return
     more = {name: MAKERS[name](model)[0] for name in others}
     if "decoder_input_ids" in taken:
-        more["decoder_input_ids"] = _ids(model, TARGET_TOKENS)
-    for picture in _image(model):
+        more["decoder_input_ids"] = ids(BATCH, TARGET_TOKENS)
+    one = {name: value[:1] for name, value in more.items()}
+    for picture in _images(model):
         image = {"pixel_values": picture[:1]}
-        if find(model.config, "image_token_id", "image_token_index") is not None:
-            if "image_sizes" in taken:
-                sizes = torch.tensor([picture.shape[-2:]])
-                yield from _with_tokens(model, image | {"image_sizes": sizes}, more)
-            yield from _with_tokens(model, image, more)
-        yield {"pixel_values": picture, "input_ids": _ids(model)} | more
+        if "image_sizes" in taken:
+            sizes = torch.tensor([picture.shape[-2:]])
+            for inputs in with_tokens(model, image | {"image_sizes": sizes}):
+                yield inputs | one
+        for inputs in with_tokens(model, image):
+            yield inputs | one
+        yield {"pixel_values": picture, "input_ids": ids(BATCH, TOKENS)} | more
 
 
-def _with_tokens(model: PreTrainedModel, image: Inputs, more: Inputs | None = None) -> Iterator[Inputs]:
-    """An image with as many image tokens as the model makes features of it."""
-    get = getattr(model, "get_image_features", None)
-    if get is None:
+def with_tokens(model: PreTrainedModel, image: Inputs) -> Iterator[Inputs]:
+    """An image and a text that holds as many image tokens as the model makes features of it."""
+    token = find(model.config, "image_token_id", "image_token_index")
+    if token is None:
         return
+    for count in _token_counts(model, image):
+        text = ids(1, count + TOKENS)
+        text[:, 2 : count + 2] = token
+        inputs = image | {"input_ids": text, "attention_mask": torch.ones_like(text)}
+        if "mm_token_type_ids" in parameters(model):
+            inputs["mm_token_type_ids"] = (text == token).int()
+        yield inputs
+
+
+def _token_counts(model: PreTrainedModel, image: Inputs) -> Iterator[int]:
+    """How many tokens an image may be: what the model says, else one for each patch or four."""
     try:
         with torch.no_grad():
-            features = get(**image, return_dict=True)
+            found = model.get_image_features(**image, return_dict=True)  # type: ignore[operator]
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        yield from (int(GRID.prod()), int(GRID.prod()) // 4)
         return
-    pooled = getattr(features, "pooler_output", features)
-    parts = pooled if isinstance(pooled, list | tuple) else [pooled]
-    count = sum(part.numel() // part.shape[-1] for part in parts)
-    more = {name: value[:1] for name, value in (more or {}).items()}
-    yield image | _image_tokens(model, count) | more
+    features = getattr(found, "pooler_output", found)
+    features = features if isinstance(features, list | tuple) else [features]
+    yield sum(part.numel() // part.shape[-1] for part in features)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from bench.survey.classes import ModelClass
 from bench.survey.hints import CONFIGS, INPUTS
-from bench.survey.inputs import Inputs, candidates
+from bench.survey.inputs import Inputs, candidates, parameters
 from bench.survey.shrink import tiny_config
 
 MAX_PARAMETERS = 30_000_000
@@ -80,7 +79,7 @@ def example(model_class: ModelClass, dtype: torch.dtype) -> Example:
             continue
         return Example(cls, config, dtype, inputs)
     if not errors:
-        raise DoesNotStart(f"no inputs are known for {list(_parameters(model))}")
+        raise DoesNotStart(f"no inputs are known for {list(parameters(model))}")
     raise DoesNotStart(f"no inputs fit: {type(errors[0]).__name__}: {errors[0]}") from errors[0]
 
 
@@ -91,16 +90,10 @@ def run(model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:
         return dict(_tensors("", model(**copy.deepcopy(inputs))))
 
 
-def _parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
-
-
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The inputs with what is floating in another type."""
     return {
-        name: value.to(dtype)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
 

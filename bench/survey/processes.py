@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import multiprocessing
 import os
-import re
 import resource
 import signal
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
+import transformers
 
 from bench.survey.classes import ModelClass
 from bench.survey.models import DoesNotStart
 from bench.survey.row import FAILS, STARTS_NOT, Row
+from bench.survey.trial import Wrong, try_class
+from qkernels.machine import REPOSITORY
 
 MEMORY = 10 << 30
 """Bytes of address space for a child; torch alone takes about four of them."""
 
+MAX_REASON = 300
+"""Characters of an error that a row keeps."""
+
+_OWN_ERRORS = (DoesNotStart.__name__, Wrong.__name__)
+
 PRELOADED = (
-    "bench.survey.trial",
+    "bench.survey.processes",
     *("transformers.modeling_utils", "transformers.modeling_layers"),
     *("transformers.masking_utils", "transformers.generation.utils"),
 )
@@ -45,8 +52,12 @@ def try_all(
     Args:
         time_limit: seconds for a class.
     """
-    # Whatever asks for a file of the hub would wait for the network, five times.
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {
+        # Whatever asks for a file of the hub would wait for the network, five times.
+        "HF_HUB_OFFLINE": "1",
+        # The process that preloads does not get the path of this one.
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+    }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     with tempfile.TemporaryDirectory(prefix="qkernels-architectures-") as folder:
@@ -113,7 +124,7 @@ class _Child:
         if status == 0:
             return row
         row.outcome = STARTS_NOT if row.step == "start" else FAILS
-        row.detail = self._log.read_text(errors="replace")
+        row.detail = self._log.read_text(errors="replace") if self._log.exists() else ""
         row.reason = self._reason(status, row.detail)
         return row
 
@@ -126,15 +137,16 @@ class _Child:
 
 
 def error_line(log: str) -> str:
-    """The first line of the last error of a traceback, without the name of its module."""
-    lines = [line for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(: |$)", line)]
-    if not errors:
-        return lines[-1] if lines else "no error was printed"
-    name, colon, text = errors[-1].partition(": ")
-    kind = name.rsplit(".", 1)[-1]
-    text = text if kind not in (DoesNotStart.__name__, "Wrong") else text
-    return f"{kind}{colon}{text}"[:300]
+    """The error that ends the last traceback of `log`, without the name of its module."""
+    _, found, last = log.rpartition("Traceback (most recent call last):\n")
+    # Frames are indented, and an error is not.
+    lines = list(itertools.dropwhile(lambda line: line.startswith(" "), last.splitlines()))
+    if not found or not lines:
+        return "no error was printed"
+    name, colon, text = " ".join(line.strip() for line in lines).partition(": ")
+    kind = name.rpartition(".")[2]
+    whole = text if kind in _OWN_ERRORS else f"{kind}{colon}{text}"
+    return whole[:MAX_REASON]
 
 
 def _try(
@@ -150,10 +162,6 @@ def _try(
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, time_limit)
     torch.set_num_threads(1)
-    import transformers
-
-    from bench.survey.trial import try_class
-
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(dir=log.parent) as folder:
         rows.send(try_class(model_class, Path(folder), dtype, rows.send))

@@ -15,14 +15,14 @@ class Row:
     """What came of a class.
 
     Attributes:
-        step: what was tried when it failed.
+        step: what was tried when it failed; None where all was.
         reason: why it failed, does not start or is left alone, in a line.
         detail: what the process printed where it failed: a traceback.
         parameters: of the tiny model.
         inputs: the names of what its forward was given.
         quantized: share of the parameters outside of embeddings that are quantized.
         error: largest relative error of its outputs; None where they have another shape.
-        sensitive: that error is past the bound, and a dense model with the same rounded weights errs
+        sensitive: that error is past the bound, and a dense model with the same weights errs
             alike: rounding tips a choice (of an expert, of a length), or weighs heavily.
         skipped: layer or parameter -> why it is not quantized, as the report says.
         shares: layer or parameter -> its part of all parameters.
@@ -35,7 +35,7 @@ class Row:
     kind: str
     model_type: str
     outcome: str = WORKS
-    step: str | None = None
+    step: str | None = "start"
     reason: str | None = None
     detail: str | None = None
     parameters: int = 0
