@@ -10,17 +10,20 @@ WEIGHT_ONLY = (
     *("w4a16-g128", "w4a16-g64-sym", "w4a16", "w4a16-gtensor", "w4a16-g24", "w4a16-g64-sbf16"),
     *("w3a16-g64", "w3a16-sym", "w2a16-g32", "w8a16", "w8a16-g64-sym", "w4a16-g64-sfp32"),
     *("nf4-g64", "nf4-g64-dq", "fp4-g32", TABLE, "fp8e4m3-a16", "fp8e5m2-a16-g64"),
-    *("log4-g32", "log3-g64", "binary-g64"),
+    *("log4-g32", "log3-g64", "binary-g64", "nf4-g4-sfp32", "w4a16-g3"),
 )
 INT8_ACTIVATION = (
     *("w8a8", "w8a8-tensor", "w8a8-static", "w8a8-g64", "w8a8-gtensor"),
     *("w4a8", "w4a8-g64", "w4a8-g64-asym", "w4a8-g64-flat", "w4a8-g100-asym-flat"),
-    *("w3a8-g64", "w2a8-g64"),
+    *("w3a8-g64", "w2a8-g64", "w8a8-g6"),
 )
 ZERO_POINT_ACTIVATION = ("w8a8-tokenasym", "w4a8-g64-tokenasym")
 FLOAT8_ACTIVATION = ("fp8-a8", "fp8-a8-static", "fp8-a8-tensor", "w4afp8-g64", "nf4-afp8-g64")
 
 ALL = WEIGHT_ONLY + INT8_ACTIVATION + ZERO_POINT_ACTIVATION + FLOAT8_ACTIVATION
+
+REFERENCE_OR_CPU = (*ZERO_POINT_ACTIVATION, "nf4-g4-sfp32", "w4a16-g3", "w8a8-g6")
+"""What Triton's kernels do not take: activations with zero points, groups under 16 columns."""
 
 
 def activation_scale(scheme: QuantScheme | str, x: torch.Tensor) -> float | None:

@@ -54,6 +54,8 @@ def test_zeros_are_quantized_to_zeros(text, n):
 def test_rows_of_zeros_give_the_bias(text, backend):
     if backend == "interpreted":
         pytest.importorskip("triton")
+        if text in schemes.REFERENCE_OR_CPU:
+            pytest.skip(f"Triton's kernels do not take {text}")
     n, k = 21, 330
     bias = torch.randn(n).bfloat16()
     weight = quantized(with_zeros(n, k), text, bias=bias)

@@ -139,6 +139,16 @@ def _invariant_config(launcher: str, weight: Any, problem: Problem) -> Any:
     return chooser(launcher, _INVARIANT_ROWS, weight, weight.words.device, x_bytes=x_bytes)
 
 
+_SMALLEST_GROUP = 16
+
+
+def _why_not_groups(problem: Problem) -> str | None:
+    scheme, k = problem.scheme, problem.k
+    if scheme.groups(k) == 1 or scheme.group_length(k) >= _SMALLEST_GROUP:
+        return None
+    return f"takes groups of {_SMALLEST_GROUP} columns and more, not of {scheme.group_length(k)}"
+
+
 _VARIES = "rounds unlike the GEMM, and batch_invariant wants one kernel for every M"
 
 # The GEMV reads the weight once a row, the GEMM once for all of them: where the one is faster was
@@ -152,6 +162,7 @@ KERNELS = (
         most_rows=4,
         varies=_VARIES,
         where=_not_compiled,
+        why_not=_why_not_groups,
         run=_run_float("weight_only_gemv"),
     ),
     Kernel(
@@ -160,6 +171,7 @@ KERNELS = (
         layout="planar",
         activations=("none", "fp8"),
         where=_not_compiled,
+        why_not=_why_not_groups,
         run=_run_float("weight_only_gemm"),
     ),
     Kernel(
@@ -169,6 +181,7 @@ KERNELS = (
         activations=("int8",),
         weight_rounding="integers",
         where=_not_compiled,
+        why_not=_why_not_groups,
         run=_run_int8,
         run_quantized=_run_quantized,
     ),
