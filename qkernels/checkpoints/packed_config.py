@@ -233,8 +233,6 @@ def _section(config: Config, store: Store) -> dict[str, Any] | None:
 def _method(section: Config) -> str | None:
     """awq, gptq or marlin, in whatever words; None for what is not known here."""
     method = section.get("quant_method", section.get("method"))
-    if section.get("awq_gemm_checkpoint") is True:
-        return "awq"
     if method in ("auto-round", "intel/auto-round"):
         return "awq" if "awq" in _packing(section) else "gptq"
     return method if isinstance(method, str) else None

@@ -269,6 +269,10 @@ REFUSED = {
     "dynamic a list": ({"dynamic": [1]}, "dynamic must be an object"),
     "dynamic of numbers": ({"dynamic": {"x": 1}}, r"dynamic\['x'\] must be an object, got 1"),
     "dynamic key": ({"dynamic": {"x": {"foo": 1}}}, r"dynamic\['x'\] has foo=1, which is not"),
+    "dynamic pack_dtype": (
+        {"dynamic": {"x": {"pack_dtype": "int8"}}},
+        r"dynamic\['x'\]: pack_dtype must be 'int32'",
+    ),
     "bad pattern": ({"dynamic": {"(": {}}}, "is no regular expression"),
     "meta": ({"meta": []}, None),
     "meta a string": ({"meta": "x"}, "meta must be an object, got 'x'"),

@@ -274,6 +274,14 @@ def test_symmetric_marlin_words_with_zero_points_are_refused(tmp_path):
         read_weights(folder)
 
 
+def test_marlin_words_of_half_a_tile_are_refused(tmp_path):
+    folder = copied(tmp_path, MARLIN)
+    edit_tensors(folder, change("qweight", lambda x: x[:, :64]))
+    edit_tensors(folder, change("scales", lambda x: x[:, :32]))
+    with pytest.raises(CheckpointError, match=r"with N a multiple of 64, got \[16, 64\]"):
+        read_weights(folder)
+
+
 def test_the_words_of_autoawq_modules_are_those_of_the_format():
     linear = torch.nn.Linear(128, 64)
     module = qk.WQLinear_GEMM.from_linear(linear, 4, 32)
