@@ -12,6 +12,7 @@ others off each field (`qkernels/bits/gptq.py`); `meta.quantizer` says who wrote
 written and marked as GPTQModel's, which reads asymmetric weights of version 1 from no one else.
 Other readers take a zero point of 0 in version 1 for something else; version 2 has no such doubt.
 
+Scales have the type they were made in; GPTQModel takes them to fp16 when it loads.
 Old files have a g_idx of zeros for weights that are in order. Groups by activations become a
 permutation: their columns are sorted by g_idx.
 Sources: GPTQ (Frantar et al. 2022), AutoGPTQ (MIT) and GPTQModel (Apache-2.0), read as
