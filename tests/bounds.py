@@ -9,6 +9,3 @@ DENSE_FACTOR = 2.0
 """How much larger that error may be than that of a dense product of the same dtype."""
 FOREIGN_LOGITS = 2**-6.5
 """Logits of a bf16 model by other code than ours: both round each layer's output to bf16."""
-
-REAL_ZEROS = 2**-22
-"""A weight with real zero points against q * s - p, relative to p = s * z: three fp32 roundings."""

@@ -109,8 +109,10 @@ def _read_fast(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     products = take_scales(store, key, shape, scheme, said)[:groups].t()
     scales = take_scales(store, f"{name}.scales", shape, scheme, said)[:groups].t().contiguous()
     words = take(store, f"{name}.qweight", (n // 4, k), (torch.int16,), said)
-    zeros = _divided(products, scales, f"{store.folder}: {key}")
-    if scheme.symmetric and zeros.is_floating_point():
+    zeros, offsets = _divided(products, scales, f"{store.folder}: {key}"), None
+    if zeros is None and not scheme.symmetric:
+        zeros, offsets = torch.zeros_like(scales, dtype=torch.uint8), products.contiguous()
+    if zeros is None:
         raise CheckpointError(
             f"{store.folder}: {key} is no multiple of the scales, and the config says that the "
             "weights are symmetric"
@@ -120,12 +122,13 @@ def _read_fast(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
         codes=unpack_awq_fast(words),
         scales=scales,
         zeros=needed_zeros(zeros, scheme, f"{store.folder}: {key}"),
+        offsets=offsets,
         bias=take_bias(store, name, n),
     )
 
 
-def _divided(products: Tensor, scales: Tensor, key: str) -> Tensor:
-    """Zero points of -s*z and s: uint8 where all are integers exactly, else fp32."""
+def _divided(products: Tensor, scales: Tensor, key: str) -> Tensor | None:
+    """The zero points, uint8, of -s*z and s; None where a product was rounded."""
     products, scales = products.float(), scales.float()
     zeros = torch.where(products == 0, 0.0, -products / scales)
     # A product is rounded to within one part in 256.
@@ -135,9 +138,7 @@ def _divided(products: Tensor, scales: Tensor, key: str) -> Tensor:
             f"{key} holds zero points outside of 0..15, such as {float(zeros[outside][0])}"
         )
     whole = zeros.round()
-    if torch.equal(-whole * scales, products):
-        return whole.to(torch.uint8).contiguous()
-    return zeros.contiguous()
+    return whole.to(torch.uint8).contiguous() if torch.equal(-whole * scales, products) else None
 
 
 AWQ_GEMV_ROW = Format(
