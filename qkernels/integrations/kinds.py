@@ -185,9 +185,21 @@ def _is_four_bit(module: nn.Module) -> bool:
 
 
 def _why_not_four_bit(module: nn.Module) -> str | None:
-    if getattr(module.weight, "quant_state", None) is None:
+    state = getattr(_held(module, "weight"), "quant_state", None)
+    if state is None:
         return "its weight is not quantized yet: move it to a device first"
+    if getattr(state, "packing_format_for_cpu", False):
+        return (
+            "bitsandbytes has reordered its weight for this CPU and rounded its scales to 16 bits: "
+            "replace layers right after loading, before the first forward"
+        )
     return None
+
+
+def _four_bit_dtype(module: nn.Module) -> torch.dtype | None:
+    weight: Any = _held(module, "weight")
+    dtype: torch.dtype | None = weight.quant_state.dtype
+    return dtype
 
 
 def _is_eight_bit(module: nn.Module) -> bool:
@@ -328,6 +340,41 @@ KINDS: tuple[ModuleKind, ...] = (
         section=_compressed,
         why_not=_why_not_compressed,
         wraps_forward=True,
+    ),
+    ModuleKind(
+        name="Linear4bit of bitsandbytes",
+        format="bitsandbytes",
+        matches=_is_four_bit,
+        section=lambda module, name: {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        why_not=_why_not_four_bit,
+        dtype=_four_bit_dtype,
+    ),
+    ModuleKind(
+        name="Linear8bitLt of bitsandbytes",
+        format="bitsandbytes",
+        matches=_is_eight_bit,
+        section=lambda module, name: {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        why_not=_why_not_eight_bit,
+        dtype=_eight_bit_dtype,
+    ),
+    ModuleKind(
+        name="HQQLinear",
+        format="hqq",
+        matches=lambda module: (
+            type(module).__name__ == "HQQLinear" and _held(module, "W_q") is not None
+        ),
+        section=lambda module, name: {"quant_method": "hqq"},
+        tensors=_hqq_tensors,
+        dtype=lambda module: getattr(module, "compute_dtype", None),
+    ),
+    ModuleKind(
+        name="a linear layer of torchao",
+        format="torchao",
+        matches=lambda module: _weight_subclass(module) is not None,
+        section=lambda module, name: {"quant_method": "torchao"},
+        tensors=_torchao_tensors,
+        metadata=_torchao_metadata,
+        dtype=lambda module: _weight_subclass(module).dtype,
     ),
 )
 """The first that matches counts."""

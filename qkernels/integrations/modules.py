@@ -80,10 +80,11 @@ def replace_linears(
 ) -> ReplacementReport:
     """Puts `WQLinear` in the place of each quantized layer that another package made.
 
-    Known are the modules of AutoAWQ, GPTQModel, AutoGPTQ, AutoRound and compressed-tensors whose
-    words are as files store them (`integrations.kinds.KINDS`). Weights stay the same numbers, bit
-    for bit; hooks and training mode go on to the new layers. A layer that no scheme holds exactly
-    is left alone, and the report says why. Until all layers are made, the old ones are there too.
+    Known are the modules of AutoAWQ, GPTQModel, AutoGPTQ, AutoRound, compressed-tensors,
+    bitsandbytes, HQQ and torchao whose words are as files store them (`integrations.kinds.KINDS`).
+    Weights stay the same numbers, bit for bit, as the format's reader says; hooks and training mode
+    go on to the new layers. A layer that no scheme holds exactly is left alone, and the report says
+    why. Until all layers are made, the old ones are there too.
 
     Transformers saves the model as one of ours afterwards; one with quantized layers of another
     package left in it cannot be saved.
