@@ -1,6 +1,6 @@
 """Quantized linear layers: hand-written kernels behind one module, `WQLinear`."""
 
-from qkernels import errors
+from qkernels import errors, functional
 from qkernels.activations import (
     QuantizedActivation,
     add_rms_norm_quantize,
@@ -39,6 +39,7 @@ __all__ = [
     "add_rms_norm_quantize",
     "errors",
     "explain",
+    "functional",
     "linear",
     "load_model",
     "quantize_activation",
