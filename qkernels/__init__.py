@@ -1,6 +1,6 @@
 """Quantized linear layers: hand-written kernels behind one module, `WQLinear`."""
 
-from qkernels import errors
+from qkernels import errors, functional
 from qkernels.activations import (
     QuantizedActivation,
     add_rms_norm_quantize,
@@ -14,6 +14,7 @@ from qkernels.activations import (
 from qkernels.checkpoints import load_model, save_model
 from qkernels.checkpoints.registration import register_with_transformers
 from qkernels.errors import QuantizationError
+from qkernels.integrations.modules import replace_linears
 from qkernels.modules import WQLinear, WQLinear_GEMM, WQLinear_GEMV
 from qkernels.ops import linear
 from qkernels.quantizers.model import quantize_model
@@ -38,6 +39,7 @@ __all__ = [
     "add_rms_norm_quantize",
     "errors",
     "explain",
+    "functional",
     "linear",
     "load_model",
     "quantize_activation",
@@ -45,6 +47,7 @@ __all__ = [
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_per_token_asymmetric",
+    "replace_linears",
     "rms_norm_quantize",
     "save_model",
     "silu_mul_quantize",

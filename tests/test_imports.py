@@ -24,7 +24,7 @@ ORDER = (
     ("activations",),
     ("modules",),
     ("calibration", "checkpoints"),
-    ("quantizers",),
+    ("quantizers", "integrations", "functional"),
     ("models",),
     ("cli",),
 )

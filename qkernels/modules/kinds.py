@@ -104,17 +104,17 @@ _HOOKS = (
 )
 
 
-def take_place_of(module: nn.Module, before: nn.Module) -> None:
+def take_place_of(module: nn.Module, before: nn.Module, *, attributes: bool = True) -> None:
     """Gives `module` what others have put on the layer whose place it takes.
 
     These are its hooks, in the same dictionaries, so that handles still remove them; whether it
-    trains; and attributes that are neither the layer's own nor private.
+    trains; and, where `attributes`, those that are neither the layer's own nor private.
     """
     for name in _HOOKS:
         vars(module)[name] = vars(before)[name]
     module._is_full_backward_hook = before._is_full_backward_hook
     module.training = before.training
-    for name, value in vars(before).items():
+    for name, value in vars(before).items() if attributes else ():
         if not name.startswith("_") and not hasattr(module, name):
             setattr(module, name, value)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +30,19 @@ _twins: dict[int, _Twin] = {}
 """By the identity of the first buffer's memory, whose end takes the entry away."""
 
 
-def of(buffers: Sequence[Tensor | None], make: Callable[[], WQLinear]) -> WQLinear:
+def of(
+    buffers: Sequence[Tensor | None], make: Callable[[], WQLinear], meaning: Hashable = None
+) -> WQLinear:
     """The twin of `buffers`, of which the first is not None; `make` makes one where there is none.
 
     Views of the same memory, such as a compiled graph makes, have the same twin.
+
+    Args:
+        meaning: what else the twin depends on.
     """
     present = [buffer for buffer in buffers if buffer is not None]
     storages = [buffer.untyped_storage() for buffer in present]
-    marks = tuple(_mark(buffer) for buffer in present)
+    marks = (meaning, *(_mark(buffer) for buffer in present))
     with _lock:
         held = _twins.get(id(storages[0]))
     if (

@@ -1,0 +1,1 @@
+"""Layers and models of other packages on the kernels of this one."""
