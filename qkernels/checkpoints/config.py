@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +47,23 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: give the folder of a saved model")
-    return read_json(path)
+    try:
+        return {key: _with_floats(value) for key, value in read_json(path).items()}
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def _with_floats(value: Any) -> Any:
+    """A value of config.json, with the numbers that JSON does not have and Transformers writes as
+    {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and isinstance(value["__float__"], str):
+            return _FLOATS.get(value["__float__"], value)
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def quantization_of(config: Config) -> dict[str, Any] | None:

@@ -328,6 +328,26 @@ def test_buffers_made_of_parameters_get_their_values(tmp_path, monkeypatch):
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_numbers_that_json_does_not_have_come_back(tmp_path):
+    config = transformers.Mamba2Config(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=1,
+        state_size=8,
+        num_heads=8,
+        head_dim=16,
+        n_groups=1,
+        time_step_limit=(0.0, float("inf")),
+    )
+    model = transformers.Mamba2ForCausalLM(config).eval()
+    qk.quantize_model(model, scheme="w8a16")
+    qk.save_model(model, tmp_path / "out")
+    assert "Infinity" in (tmp_path / "out" / "config.json").read_text()
+    loaded = qk.load_model(tmp_path / "out")
+    assert tuple(loaded.config.time_step_limit) == (0.0, float("inf"))
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_files_are_open_to_others(tmp_path):
     model = tiny_model()
     qk.quantize_model(model, scheme="w4a16-g32")
