@@ -39,12 +39,13 @@ export PATH := $(patsubst %/,%,$(dir $(PY))):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test emulated bench gpu cubins budgets lint clean FORCE
+.PHONY: help demo test emulated architectures bench gpu cubins budgets lint clean FORCE
 
 help:
 	@echo "make demo     quantize a real model, run it on WQLinear; results in $(OUT)/demo"
 	@echo "make test     run the tests"
 	@echo "make emulated run the tests of the CUDA kernels in their emulator; make test does it too"
+	@echo "make architectures  quantize, save and load a tiny model of every class of Transformers"
 	@echo "make bench    time the kernels and their peers on this machine; results in $(OUT)/bench"
 	@echo "make gpu      with PYTHON: build, test and time on the GPU; results in $(OUT)/gpu"
 	@echo "make cubins   compile every configuration of every Triton kernel for every architecture"
@@ -167,6 +168,10 @@ cubins: $(INSTALLED) $(BUILT)
 budgets: $(INSTALLED) $(BUILT)
 	@$(call require,pytest triton)
 	@$(PYTEST) -m 'full or not full' tests/csrc/test_budgets.py
+
+architectures: $(INSTALLED) $(BUILT)
+	@$(call require,transformers safetensors)
+	@$(PY) -m bench.architectures --jobs $(JOBS) --output $(OUT)/architectures
 
 bench: $(INSTALLED) $(BUILT)
 	@$(PY) -m bench --output $(OUT)/bench
