@@ -145,9 +145,16 @@ def _scheme_of(module: nn.Module) -> Any:
     return getattr(module, "quantization_scheme", None)
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether its class is that of a linear layer: packages quantize embeddings the same way."""
+    return isinstance(module, nn.Linear) and type(module).__name__ in _LINEAR_CLASSES
+
+
+_LINEAR_CLASSES = ("Linear", "NonDynamicallyQuantizableLinear", "CompressedLinear")
+
+
 def _is_compressed(module: nn.Module) -> bool:
-    scheme = _scheme_of(module)
-    return isinstance(module, nn.Linear) and getattr(scheme, "weights", None) is not None
+    return _is_linear(module) and getattr(_scheme_of(module), "weights", None) is not None
 
 
 def _why_not_compressed(module: nn.Module) -> str | None:
@@ -370,7 +377,7 @@ KINDS: tuple[ModuleKind, ...] = (
     ModuleKind(
         name="a linear layer of torchao",
         format="torchao",
-        matches=lambda module: _weight_subclass(module) is not None,
+        matches=lambda module: _is_linear(module) and _weight_subclass(module) is not None,
         section=lambda module, name: {"quant_method": "torchao"},
         tensors=_torchao_tensors,
         metadata=_torchao_metadata,

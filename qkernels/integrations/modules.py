@@ -14,12 +14,12 @@ from qkernels.checkpoints.pretrained import mark_quantized
 from qkernels.checkpoints.table import FORMATS
 from qkernels.errors import CheckpointError, LayerError, QuantizationError
 from qkernels.integrations.kinds import KINDS, ModuleKind
-from qkernels.modules.kinds import is_linear_kind, is_plain_linear, take_place_of
+from qkernels.modules.kinds import is_linear_kind, take_place_of, why_not_plain
 from qkernels.modules.linear import WQLinear
 from qkernels.weight import QuantizedWeight
 
-_OTHER_SIGNS = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "W_q", "B")
-"""Tensors that only quantized layers have."""
+_OTHER_SIGNS = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "W_q")
+"""Tensors that only quantized layers have, as are integers in one called B."""
 
 _DENSE = "it is not quantized"
 
@@ -151,17 +151,18 @@ def _candidates(model: nn.Module, left: dict[str, str]) -> list[_Candidate]:
 
 def _why_unknown(module: nn.Module) -> str | None:
     """Why a module of no known kind is left, or None where nobody would expect otherwise."""
-    kind, held = type(module).__name__, {**module._parameters, **module._buffers}
-    if any(held.get(sign) is not None for sign in _OTHER_SIGNS):
+    held = {**module._parameters, **module._buffers}
+    marlin = held.get("B")
+    integers = marlin is not None and not marlin.is_floating_point()
+    if integers or any(held.get(sign) is not None for sign in _OTHER_SIGNS):
         return (
-            f"a {kind}, whose words may be in the order of a kernel of its own: load the model "
-            "with the package's plain backend (GPTQModel's and Transformers' backend='torch', "
-            "AutoAWQ without exllama and fused modules), or its folder with qkernels.load_model"
+            f"a {type(module).__name__}, whose tensors are those of no known layer, or may be in "
+            "the order of a kernel of its own: load the model with the package's plain backend "
+            "(GPTQModel's and Transformers' backend='torch', AutoAWQ without exllama and fused "
+            "modules), or its folder with qkernels.load_model"
         )
-    if is_plain_linear(module):
-        return _DENSE
     if is_linear_kind(module):
-        return f"a {kind} that is of no known kind of quantized layer"
+        return why_not_plain(module) or _DENSE
     return None
 
 

@@ -153,7 +153,7 @@ def test_the_new_layers_share_no_memory_with_the_old():
 def test_what_is_left_alone_and_why():
     adapted, patched = words(), words()
     adapted.adapter, patched.forward = object(), lambda x: x
-    marlin = module_of("MarlinLinear", {"qweight": torch.zeros(2, 2, dtype=torch.int32)})
+    marlin = module_of("MarlinLinear", {"B": torch.zeros(2, 2, dtype=torch.int32)})
     name = ATTENTION + "k_proj"
     turned = compressed_linear("ct-pack-w4a16-sym-g128", name)
     turned.add_module("rotation", nn.Identity())
@@ -173,6 +173,8 @@ def test_what_is_left_alone_and_why():
     }
     model = nn.ModuleDict({name: module for name, (module, _) in left.items()})
     model["good"] = words()
+    model["mixer"] = module_of("StateSpace", {"B": torch.zeros(2, 2)})
+    model["lazy"], left["lazy"] = (lazy := nn.LazyLinear(2)), (lazy, "first forward")
     report = qk.replace_linears(model)
     assert [layer.name for layer in report.replaced] == ["good"]
     assert set(left) | {"turned.rotation"} >= set(report.left) >= set(left)

@@ -139,6 +139,16 @@ def test_tensors_that_no_scheme_holds_are_left_alone():
         qk.replace_linears(nn.Sequential(layer))
 
 
+@pytest.mark.skipif("torchao" not in FORMATS, reason="torchao is not read")
+def test_an_embedding_with_such_a_weight_is_no_layer_of_ours():
+    layer = torchao("torchao-int8wo", "model.layers.0.self_attn.k_proj")
+    embedding = nn.Embedding(2, 2)
+    embedding._parameters["weight"] = layer._parameters["weight"]
+    model = nn.Sequential(embedding, layer)
+    assert [made.name for made in qk.replace_linears(model).replaced] == ["1"]
+    assert model[0] is embedding
+
+
 def test_weights_that_are_not_quantized_yet_are_left_alone():
     four, eight = (module_of(kind, {}) for kind in ("Linear4bit", "Linear8bitLt"))
     for module in (four, eight):
