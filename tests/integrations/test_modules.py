@@ -141,13 +141,14 @@ def test_accelerates_hooks_go_on():
 
 
 def test_the_new_layers_share_no_memory_with_the_old():
-    old = words()
-    model = nn.Sequential(old)
+    old = [words(), compressed_linear("ct-int-w8a8-dynamic", ATTENTION + "k_proj")]
+    model = nn.Sequential(*old)
     qk.replace_linears(model)
-    want = model[0].dequantize()
-    for buffer in old.buffers():
-        buffer.zero_()
-    assert torch.equal(model[0].dequantize(), want)
+    want = [layer.dequantize() for layer in model]
+    for module in old:
+        for tensor in (*module.buffers(), *module.parameters()):
+            tensor.data.zero_()
+    assert all(torch.equal(layer.dequantize(), w) for layer, w in zip(model, want, strict=True))
 
 
 def test_what_is_left_alone_and_why():

@@ -118,6 +118,20 @@ def test_layers_become_what_their_files_are_read_as(folder):
             assert same_weight(layer.to_weight(), stored), name
 
 
+@pytest.mark.skipif("bitsandbytes" not in FORMATS, reason="bitsandbytes is not read")
+def test_eight_bits_stand_for_the_type_of_the_bias_or_fp16():
+    with_bias, without = (
+        four_or_eight_bits("bnb-int8", "model.layers.0.self_attn.k_proj") for _ in range(2)
+    )
+    with_bias.stored["bias"] = with_bias.bias = with_bias.bias.bfloat16()
+    without.bias = None
+    del without.stored["bias"]
+    model = nn.Sequential(with_bias, without)
+    qk.replace_linears(model)
+    assert (model[0].dtype, model[1].dtype) == (torch.bfloat16, torch.float16)
+    assert model[1].bias is None
+
+
 @pytest.mark.skipif("hqq" not in FORMATS, reason="hqq is not read")
 def test_groups_along_the_outputs_are_left_alone():
     model = nn.ModuleDict({"across": hqq("hqq-bits", "four"), "along": hqq("hqq-bits", "four")})
