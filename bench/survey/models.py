@@ -30,6 +30,8 @@ WEIGHT_STD = 0.125
 """Of the weights of layers, 1 / sqrt(K): with the models' own 0.02 a layer adds little to what goes
 around it, and an error of a layer would not be seen."""
 
+BIAS_STD = 0.1
+
 
 class DoesNotStart(Exception):
     """A class whose tiny model cannot be built, or run dense."""
@@ -111,13 +113,18 @@ def _tensors(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _build(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose every layer counts, biases included, which are zero before training."""
     torch.manual_seed(0)
     model = cls._from_config(copy.deepcopy(config), dtype=dtype)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 continue
-            for parameter in module.parameters(recurse=False):
-                if parameter.dim() in (2, 3) and parameter.is_floating_point():
+            for name, parameter in module.named_parameters(recurse=False):
+                if not parameter.is_floating_point():
+                    continue
+                if parameter.dim() in (2, 3):
                     parameter.normal_(0.0, WEIGHT_STD)
+                elif name.endswith("bias"):
+                    parameter.add_(torch.randn_like(parameter), alpha=BIAS_STD)
     return model.eval()
