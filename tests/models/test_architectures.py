@@ -50,6 +50,7 @@ def test_a_class_works(name, tmp_path):
     assert row.quantized == pytest.approx(SAMPLE[name], abs=0.01)
     assert row.head == (None if name in WITHOUT_HEAD else "quantized")
     assert row.generates == ("has no generate" if name in WITHOUT_GENERATE else None)
+    assert row.shares.keys() == row.skipped.keys()
     assert not row.sensitive
 
 
