@@ -104,7 +104,7 @@ def test_awq_layers_go_to_the_kernels_without_being_unpacked(monkeypatch):
     monkeypatch.setattr("qkernels.modules.awq.layout_for", lambda *arguments: FRAGMENT)
     monkeypatch.setattr(fragment, "_operators", lambda tensor: torch.ops.qkernels_emulated)
     monkeypatch.setattr(layer, "_load", None)
-    packed = layer._packed_layer()
+    packed = layer.packed_layer()
     assert "layout=fragment" in repr(packed)
     got = packed.to_weight()
     for name in ("codes", "scales", "zeros", "bias"):
