@@ -84,6 +84,8 @@ class QKernelsHfQuantizer(HfQuantizer):
                     section.tie_word_embeddings = False
         # Names stay those of the modules, which the quantization_config speaks of.
         vars(model)["_weight_conversions"] = []
+        # Nor is one left out that Transformers computes again, as Marian's positions: not all do.
+        vars(model)["_keys_to_ignore_on_save"] = None
         return tensors, {}
 
     def is_serializable(self) -> bool:

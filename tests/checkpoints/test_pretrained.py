@@ -178,3 +178,27 @@ qkernels.quantize_model(model, scheme="w4a16-g32")
 sys.exit("transformers" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_tensors_that_transformers_leaves_out_are_saved(tmp_path):
+    config = transformers.MarianConfig(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    model = transformers.MarianMTModel(config).eval()
+    qk.quantize_model(model, scheme="w8a16")
+    ids = {name: torch.arange(5, 15)[None] for name in ("input_ids", "decoder_input_ids")}
+    with torch.no_grad():
+        want = model(**ids).logits
+        model.save_pretrained(tmp_path / "out")
+        assert torch.equal(qk.load_model(tmp_path / "out")(**ids).logits, want)
