@@ -12,9 +12,8 @@ GEMV_FAST  qweight       int16 [N/4, K]     4-bit codes, in the order of `qkerne
 Z = ceil(ceil(K/g / 8) / m) * m words hold the groups of a row, m = 1, 2, 4 for g >= 128, 64, 32;
 what is beyond them is no number of the weight. So the group size stands in the config alone.
 
-GEMV_FAST means q*s - s*z with the product rounded. Where no product was, zero points are integers,
-and the weight is the same bit for bit. Else they are real numbers, (s*z)/s in fp32, and the weight
-is the same within the rounding of fp32.
+GEMV_FAST means q*s - s*z with the product rounded. Where no product was, zero points are integers.
+Else the products themselves are kept, as `offsets`. Either way the weight is the same bit for bit.
 Source: AutoAWQ (Casper Hansen, MIT licence) and llm-awq (Lin et al. 2023), read as documentation.
 """
 
