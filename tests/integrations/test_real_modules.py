@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import qkernels as qk
-from qkernels.checkpoints import FORMATS
 
 N, K = 32, 128
 SECONDS = 300
@@ -19,10 +18,8 @@ def linear(dtype=torch.float32, bias=True):
     return nn.Linear(K, N, bias=bias, dtype=dtype)
 
 
-def package(name, format=None):
+def package(name):
     """The package, whose import may fail on another version of torch or of its peers."""
-    if format is not None and format not in FORMATS:
-        pytest.skip(f"{format} is not read")
     return pytest.importorskip(name, reason=f"{name} is not installed", exc_type=ImportError)
 
 
@@ -87,7 +84,7 @@ def test_compressed_tensors(symmetric):
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_four_bits_of_bitsandbytes(kind, double):
-    bnb = package("bitsandbytes", "bitsandbytes")
+    bnb = package("bitsandbytes")
     dense = linear()
     old = bnb.nn.Linear4bit(K, N, quant_type=kind, compress_statistics=double)
     old.load_state_dict(dense.state_dict())
@@ -99,7 +96,7 @@ def test_four_bits_of_bitsandbytes(kind, double):
 
 
 def test_eight_bits_of_bitsandbytes():
-    bnb = package("bitsandbytes", "bitsandbytes")
+    bnb = package("bitsandbytes")
     dense = linear(torch.float16)
     old = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False)
     old.load_state_dict(dense.state_dict())
@@ -113,7 +110,7 @@ def test_eight_bits_of_bitsandbytes():
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_hqq(bits):
-    package("hqq", "hqq")
+    package("hqq")
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
@@ -134,7 +131,7 @@ def test_hqq(bits):
     ],
 )
 def test_torchao(config, arguments):
-    package("torchao", "torchao")
+    package("torchao")
     from torchao import quantization
 
     model = nn.Sequential(linear())

@@ -11,24 +11,22 @@ from safetensors import safe_open
 from torch import nn
 
 import qkernels as qk
-from qkernels.checkpoints import FORMATS, open_checkpoint
+from qkernels.checkpoints import open_checkpoint
 from qkernels.errors import LayerError
 from tests.checkpoints.folders import same_weight
 from tests.integrations.modules import GOLDEN, golden, module_of
 
-NAMES = {
-    "bitsandbytes": ("bnb-nf4-blocks", "bnb-nf4-dq-blocks", "bnb-fp4-blocks", "bnb-int8"),
-    "hqq": ("hqq-bits", "hqq-4bit-g64-axis1"),
-    "torchao": ("torchao-bits", "torchao-int8wo", "torchao-intx4-g32"),
-}
-FOLDERS = [
-    pytest.param(
-        folder,
-        marks=pytest.mark.skipif(format not in FORMATS, reason=f"{format} is not read"),
-    )
-    for format, folders in NAMES.items()
-    for folder in folders
-]
+FOLDERS = (
+    "bnb-nf4-blocks",
+    "bnb-nf4-dq-blocks",
+    "bnb-fp4-blocks",
+    "bnb-int8",
+    "hqq-bits",
+    "hqq-4bit-g64-axis1",
+    "torchao-bits",
+    "torchao-int8wo",
+    "torchao-intx4-g32",
+)
 
 
 class _Stores(nn.Module):
@@ -118,7 +116,6 @@ def test_layers_become_what_their_files_are_read_as(folder):
             assert same_weight(layer.to_weight(), stored), name
 
 
-@pytest.mark.skipif("bitsandbytes" not in FORMATS, reason="bitsandbytes is not read")
 def test_eight_bits_stand_for_the_type_of_the_bias_or_fp16():
     with_bias, without = (
         four_or_eight_bits("bnb-int8", "model.layers.0.self_attn.k_proj") for _ in range(2)
@@ -132,7 +129,6 @@ def test_eight_bits_stand_for_the_type_of_the_bias_or_fp16():
     assert model[1].bias is None
 
 
-@pytest.mark.skipif("hqq" not in FORMATS, reason="hqq is not read")
 def test_groups_along_the_outputs_are_left_alone():
     model = nn.ModuleDict({"across": hqq("hqq-bits", "four"), "along": hqq("hqq-bits", "four")})
     model["across"].meta["axis"] = 0
@@ -142,7 +138,6 @@ def test_groups_along_the_outputs_are_left_alone():
     assert model["along"].dtype == torch.bfloat16
 
 
-@pytest.mark.skipif("torchao" not in FORMATS, reason="torchao is not read")
 def test_tensors_that_no_scheme_holds_are_left_alone():
     layer = torchao("torchao-int8wo", "model.layers.0.self_attn.k_proj")
     weight = layer._parameters["weight"]
@@ -153,7 +148,6 @@ def test_tensors_that_no_scheme_holds_are_left_alone():
         qk.replace_linears(nn.Sequential(layer))
 
 
-@pytest.mark.skipif("torchao" not in FORMATS, reason="torchao is not read")
 def test_an_embedding_with_such_a_weight_is_no_layer_of_ours():
     layer = torchao("torchao-int8wo", "model.layers.0.self_attn.k_proj")
     embedding = nn.Embedding(2, 2)
@@ -171,7 +165,6 @@ def test_weights_that_are_not_quantized_yet_are_left_alone():
         qk.replace_linears(nn.Sequential(four, eight))
 
 
-@pytest.mark.skipif("bitsandbytes" not in FORMATS, reason="bitsandbytes is not read")
 def test_weights_that_a_forward_has_reordered_are_left_alone():
     name = "model.layers.0.self_attn.k_proj"
     old, other = (four_or_eight_bits("bnb-nf4", name) for _ in range(2))
