@@ -433,16 +433,8 @@ class WQLinear(nn.Linear):
             device = current.device
             buffers = {name: buffer.to(device, copy=True) for name, buffer in buffers.items()}
         given = PackedWeight(self.scheme, layout, current.n, current.k, buffers)
-        if given.device.type == "meta" or (given.device == current.device and not assign):
-            target = current.layout
-        else:
-            target = _layout_for(
-                given.parameters(),
-                given.device,
-                self.backend,
-                self.batch_invariant,
-                self.check_kernels,
-            )
+        copied = given.device == current.device and not assign
+        target = current.layout if copied else self._layout_on(given.device)
         if given.device.type == "meta":
             self._install(empty_like(given, target, given.device))
             return
