@@ -170,13 +170,13 @@ def fused_experts(model: nn.Module) -> dict[str, FusedExperts]:
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, FusedExperts] = {}
     for name, module in modules.items():
-        around = [modules[outer] for outer in _outward(name)]
+        around = [modules[outer] for outer in outward(name)]
         for fused in _of_module(module, around):
             found[f"{name}.{fused.name}".lstrip(".")] = fused
     return found
 
 
-def _outward(name: str) -> Iterator[str]:
+def outward(name: str) -> Iterator[str]:
     """The name, and those of all modules that it is inside of."""
     while name:
         yield name

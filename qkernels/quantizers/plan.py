@@ -12,7 +12,13 @@ from torch.nn.parameter import UninitializedParameter
 
 from qkernels.errors import LayerError
 from qkernels.modules.awq import _AwqLinear
-from qkernels.modules.experts import FusedExperts, WQExperts, expert_name, fused_experts
+from qkernels.modules.experts import (
+    FusedExperts,
+    WQExperts,
+    expert_name,
+    fused_experts,
+    outward,
+)
 from qkernels.modules.heads import output_heads
 from qkernels.modules.kinds import is_linear_kind, linear_parts, why_not_plain
 from qkernels.modules.linear import WQLinear
@@ -235,7 +241,7 @@ def _tell(
 
     def place(name: str) -> int:
         # Of fused experts, that of the module that has them.
-        return order[next(n for n in _outward(name) if n in order)]
+        return order[next(n for n in outward(name) if n in order)]
 
     for name in sorted(told, key=place):
         reason, size = told[name]
@@ -249,14 +255,6 @@ def _by_stack(candidates: Mapping[str, Candidate]) -> dict[str, list[str]]:
         if candidate.stack is not None:
             stacks.setdefault(candidate.stack, []).append(name)
     return stacks
-
-
-def _outward(name: str) -> Iterator[str]:
-    """The name, and those of all that it is inside of."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
-    yield ""
 
 
 def _others(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
