@@ -26,6 +26,7 @@ from qkernels.checkpoints.packed_layers import (
     matrix,
     needed_zeros,
     scheme_of,
+    stored_zeros,
     take,
     take_bias,
     take_scales,
@@ -99,13 +100,9 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
 
 
 def _write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
-    zeros = weight.zeros
-    if zeros is None:
-        implied = weight.scheme.implied_zero
-        zeros = torch.full_like(weight.scales, implied, dtype=torch.uint8)
     tensors = {
         "qweight": pack_awq(weight.codes.t()),
-        "qzeros": pack_awq(zeros.t()),
+        "qzeros": pack_awq(stored_zeros(weight).t()),
         "scales": weight.scales.t().contiguous(),
     }
     if weight.bias is not None:

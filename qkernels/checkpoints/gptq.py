@@ -46,6 +46,7 @@ from qkernels.checkpoints.packed_layers import (
     matrix,
     needed_zeros,
     scheme_of,
+    stored_zeros,
     take,
     take_bias,
     take_scales,
@@ -179,12 +180,9 @@ def _write_layer(weight: QuantizedWeight, less_one: str | None) -> dict[str, Ten
     if weight.perm is not None:
         back = weight.perm.argsort()
         codes, index = codes.index_select(1, back), index[back]
-    zeros = weight.zeros
-    if zeros is None:
-        zeros = torch.full_like(weight.scales, scheme.implied_zero, dtype=torch.uint8)
     tensors = {
         "qweight": pack_gptq(codes, bits),
-        "qzeros": pack_gptq_zeros(zeros, bits, less_one),
+        "qzeros": pack_gptq_zeros(stored_zeros(weight), bits, less_one),
         "scales": weight.scales.t().contiguous(),
         "g_idx": index.int(),
     }

@@ -1,4 +1,4 @@
-"""What readers of AWQ, GPTQ and Marlin words share: shapes held to the config, and its scheme."""
+"""What AWQ, GPTQ and Marlin words share: shapes held to the config, and its scheme."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from qkernels.checkpoints.packed_config import Settings
 from qkernels.checkpoints.store import Store
 from qkernels.errors import CheckpointError, SchemeError
 from qkernels.scheme import WEIGHT_TYPES, QuantScheme
+from qkernels.weight import QuantizedWeight
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -125,6 +126,13 @@ def needed_zeros(zeros: Tensor, scheme: QuantScheme, key: str) -> Tensor | None:
             "are symmetric: correct that, or the version of the format"
         )
     return None
+
+
+def stored_zeros(weight: QuantizedWeight) -> Tensor:
+    """Zero points as the words have them, which are those of symmetric weights as well."""
+    if weight.zeros is not None:
+        return weight.zeros
+    return torch.full_like(weight.scales, weight.scheme.implied_zero, dtype=torch.uint8)
 
 
 def why_not_integers(kind: WeightKind, fields: frozenset[str]) -> str | None:
