@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 import typer
 
 from qkernels.cli import models, quantize
-from qkernels.cli.console import note, output, progress_bar, table
+from qkernels.cli.console import note, output, table
 
 
 def convert(
@@ -26,8 +25,7 @@ def convert(
     """Write a quantized model in another format, exactly, or say why that does not hold it."""
     quantize.check_output(out, model, force)
     from qkernels.checkpoints import is_quantized
-    from qkernels.checkpoints.atomic import new_folder
-    from qkernels.checkpoints.save import SavePlan, as_written, write_model
+    from qkernels.checkpoints.save import SavePlan
     from qkernels.checkpoints.table import check_holds
     from qkernels.errors import CheckpointError
     from qkernels.models.loading import has_tokenizer
@@ -43,10 +41,7 @@ def convert(
     with tempfile.TemporaryDirectory() as temporary:
         companions = Path(temporary) / "companions"
         quantize.write_companions(model, tokenizer, companions)
-        with progress_bar(f"writing {out}"), as_written(out), new_folder(out, replace=force) as new:
-            write_model(plan, new)
-            # The contents alone: a file made here has the mode that the umask leaves.
-            shutil.copytree(companions, new, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        quantize.write_folder(plan, companions, out, force)
     schemes = Counter(str(layer.scheme) for layer in plan.layers.values())
     rows = table("what", "value")
     rows.add_row("written to", str(out))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     import qkernels as qk
+    from qkernels.checkpoints.save import SavePlan
 
 CALIBRATION_WINDOW = 512
 CALIBRATION_WINDOWS = 16
@@ -85,8 +86,7 @@ def quantize(
     overrides = parse_overrides(override or [])
     text = None if calibration is None else read_text(calibration)
     from qkernels.checkpoints import check_scheme
-    from qkernels.checkpoints.atomic import new_folder
-    from qkernels.checkpoints.save import SavePlan, as_written, write_model
+    from qkernels.checkpoints.save import SavePlan
     from qkernels.models.loading import has_tokenizer
 
     for wanted in (parsed, *overrides.values()):
@@ -112,10 +112,7 @@ def quantize(
             resume=resume,
             format=format,
         )
-        with progress_bar(f"writing {out}"), as_written(out), new_folder(out, replace=force) as new:
-            write_model(SavePlan.of(network, format), new)
-            # The contents alone: a file made here has the mode that the umask leaves.
-            shutil.copytree(companions, new, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        write_folder(SavePlan.of(network, format), companions, out, force)
     numbers = sum(layer.n * layer.k for layer in report.layers)
     print_report(report, numbers * dtype.dtype.itemsize, out)
 
@@ -131,6 +128,17 @@ def write_companions(model: Path, tokenizer: Any, folder: Path) -> None:
     for name in PROCESSOR_FILES:
         if (model / name).is_file() and not (folder / name).exists():
             shutil.copyfile(model / name, folder / name)
+
+
+def write_folder(plan: SavePlan, companions: Path, out: Path, force: bool) -> None:
+    """Writes a model and the files of the folder `companions` to `out`, whole or not at all."""
+    from qkernels.checkpoints.atomic import new_folder
+    from qkernels.checkpoints.save import as_written, write_model
+
+    with progress_bar(f"writing {out}"), as_written(out), new_folder(out, replace=force) as new:
+        write_model(plan, new)
+        # The contents alone: a file made here has the mode that the umask leaves.
+        shutil.copytree(companions, new, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
 def parse_overrides(texts: list[str]) -> dict[str, qk.QuantScheme | None]:
