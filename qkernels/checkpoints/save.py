@@ -43,8 +43,8 @@ def save_model(
     Args:
         model: a `transformers.PreTrainedModel`.
         folder: created where it is missing; must be empty.
-        format: one of the formats that are written; `qkernels formats` lists them. "qkernels" holds
-            every scheme.
+        format: one of the formats that are written; `qkernels list formats` lists them. "qkernels"
+            holds every scheme.
         max_shard_size: bytes of a file, or such as "5GB"; larger models get several and an index.
 
     Raises:
@@ -123,7 +123,7 @@ class SavePlan:
         heads = {id(head) for head in output_heads(model)}
         # A quantized head shares nothing with the embedding any more.
         apart = any(id(layer) in heads for layer in layers.values()) and not row.head_beside_tie
-        untied = apart and any(tying_sections(model.config.to_dict()))
+        untied = apart and bool(_tying_sections(model.config.to_dict()))
         if untied and _asks_for_ties(model):
             raise CheckpointError(
                 f"the code of {type(model).__name__} computes something else where embeddings are "
@@ -230,23 +230,23 @@ def _kind(model: nn.Module, name: str, layer: WQLinear) -> WeightKind:
     return replace(WeightKind.of(layer.packed.parameters()), instead_of=instead_of)
 
 
-def tying_sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The parts of a config.json that say that embeddings are tied."""
-    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if section.get("tie_word_embeddings"):
-            yield section
+def _tying_sections(config: Mapping[str, Any]) -> list[str]:
+    """The parts of a config.json that say that embeddings are tied, by name; "" for all of it."""
+    sections = {"": config, **config}
+    return [
+        name
+        for name, section in sections.items()
+        if isinstance(section, Mapping) and section.get("tie_word_embeddings")
+    ]
 
 
 def _config_text(model: Any, plan: SavePlan) -> str:
     # As Transformers writes it: some models take no more from a file than they have in one.
     config = json.loads(model.config.to_json_string(use_diff=True))
     if plan.untied:
-        full = model.config.to_dict()
-        for name in ("", *full):
-            section, written = (full, config) if not name else (full[name], config.get(name))
-            if isinstance(section, dict) and section.get("tie_word_embeddings"):
-                assert isinstance(written, dict), name
-                written["tie_word_embeddings"] = False
+        for name in _tying_sections(model.config.to_dict()):
+            section = config[name] if name else config
+            section["tie_word_embeddings"] = False
     config["quantization_config"] = plan.quantization_config()
     # As Transformers does, which may have been told another type when the model was made.
     config["dtype"] = model.dtype
