@@ -249,7 +249,7 @@ def _read_eight_bits(store: Store, name: str, layer: StoredLayer) -> QuantizedWe
         scheme=layer.scheme,
         codes=values.view(torch.uint8) + 128,
         scales=(largest.float() / 127)[:, None],
-        bias=_bias(store, name, values.shape[0]),
+        bias=store.take_if_there(f"{name}.bias", (values.shape[0],)),
     )
 
 
@@ -261,7 +261,10 @@ def _read_four_bits(
     codes = torch.stack((stored >> 4, stored & 15), dim=1).flatten()[: n * k].view(n, k)
     fields = _scales(store, name, layer.scheme, about)
     return QuantizedWeight(
-        scheme=layer.scheme, codes=codes.contiguous(), bias=_bias(store, name, n), **fields
+        scheme=layer.scheme,
+        codes=codes.contiguous(),
+        bias=store.take_if_there(f"{name}.bias", (n,)),
+        **fields,
     )
 
 
@@ -277,11 +280,6 @@ def _scales(store: Store, name: str, scheme: QuantScheme, about: _FourBits) -> d
         return {"scales": absmax[groups], "nested_absmax": nested, "nested_offset": offset}
     of_block = nested[torch.arange(about.blocks) // about.nested_block]
     return {"scales": (_nested_map(store, name)[absmax.int()] * of_block + offset)[groups]}
-
-
-def _bias(store: Store, name: str, n: int) -> Tensor | None:
-    key = f"{name}.bias"
-    return store.take(key, (n,)) if key in store else None
 
 
 BITSANDBYTES = Format(

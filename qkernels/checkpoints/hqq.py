@@ -228,7 +228,7 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
         else:
             flat = store.take(key, (about.rows, 1), dtypes).flatten()
             fields[field] = flat[block_of_groups(n, k, about.block or k)]
-    bias = store.take(f"{name}.bias", (n,)) if f"{name}.bias" in store else None
+    bias = store.take_if_there(f"{name}.bias", (n,))
     return QuantizedWeight(scheme=scheme, codes=codes, bias=bias, **fields)
 
 

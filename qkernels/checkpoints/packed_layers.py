@@ -52,8 +52,7 @@ def take_scales(
 
 def take_bias(store: Store, name: str, n: int) -> Tensor | None:
     """The bias of a layer, or None where it has none."""
-    key = f"{name}.bias"
-    return store.take(key, (n,), _FLOATS) if key in store else None
+    return store.take_if_there(f"{name}.bias", (n,), _FLOATS)
 
 
 def check_four_bits(store: Store, name: str, said: Settings) -> None:

@@ -151,6 +151,12 @@ class Store:
             raise CheckpointError(f"{entry.file}: {name} must be {accepted} [{wanted}], got {got}")
         return self.get(name)
 
+    def take_if_there(
+        self, name: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype] = ()
+    ) -> Tensor | None:
+        """As `take`, and None for a tensor that is not stored."""
+        return self.take(name, shape, dtypes) if name in self else None
+
     def _read_header(self, path: Path) -> dict[str, _Entry]:
         entries, metadata = _read_header(path)
         self.metadata.update(metadata)

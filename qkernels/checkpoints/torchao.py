@@ -262,7 +262,6 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     n, k = store.shape(key)
     shape = (1, 1) if scheme.per_tensor else (n, scheme.groups(k))
     scales = _parameter(store, f"{name}._weight_scale", shape, (scheme.scale_dtype,))
-    bias = f"{name}.bias"
     zeros = None
     if not about.bits:
         codes = store.take(key, (n, k), (torch.float8_e4m3fn,)).view(torch.uint8)
@@ -279,7 +278,7 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
         codes=codes,
         scales=scales,
         zeros=zeros,
-        bias=store.take(bias, (n,)) if bias in store else None,
+        bias=store.take_if_there(f"{name}.bias", (n,)),
     )
 
 
