@@ -269,12 +269,17 @@ def _answer(
     return route, choice.least_rows, choice.most_rows
 
 
-def _linear_autocast(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
-    device = x.device.type
-    if x.is_floating_point():
-        x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        return torch.ops.qkernels.linear.default(x, buffers, bias, spec)
+def under_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """What an operator whose first argument is x does under autocast: x in autocast's dtype."""
+
+    def call(x: Tensor, *rest: Any) -> Any:
+        device = x.device.type
+        if x.is_floating_point():
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return operator(x, *rest)
+
+    return call
 
 
 def _save_for_linear(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -310,7 +315,7 @@ if _compiled is not None:
     _compiled.answer_with(_answer)
 else:
     for _key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl("linear", _linear_autocast, _key)
+        _library.impl("linear", under_autocast(torch.ops.qkernels.linear.default), _key)
     torch.library.register_autograd(
         "qkernels::linear", _linear_backward, setup_context=_save_for_linear, lib=_library
     )

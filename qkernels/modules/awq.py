@@ -332,16 +332,6 @@ def _grad_input_fake(
     return grad.new_empty((*grad.shape[:-1], sizes[0]))
 
 
-def _autocast(
-    x: Tensor, buffers: list[Tensor], bias: Tensor | None, version: str, sizes: list[int]
-) -> Tensor:
-    device = x.device.type
-    if x.is_floating_point():
-        x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        return torch.ops.qkernels.awq_linear(x, buffers, bias, version, sizes)
-
-
 def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
     # Not as variables, which inference tensors cannot be.
     ctx.weight = inputs[1:]
@@ -364,7 +354,7 @@ for _key in ("CPU", "CUDA"):
     _library.impl("awq_linear", _linear, _key)
     _library.impl("awq_linear_grad_input", _grad_input, _key)
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _library.impl("awq_linear", _autocast, _key)
+    _library.impl("awq_linear", ops.under_autocast(torch.ops.qkernels.awq_linear.default), _key)
 torch.library.register_fake("qkernels::awq_linear", _linear_fake, lib=_library)
 torch.library.register_fake("qkernels::awq_linear_grad_input", _grad_input_fake, lib=_library)
 torch.library.register_autograd(
