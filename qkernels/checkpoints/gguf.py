@@ -187,7 +187,6 @@ class GgufStore(Store):
         import numpy as np
 
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        rows = None
         if len(shape) == 2:
             # Numbers of rows, twice, with another number beside each.
             numbers = np.arange(shape[0] * 2, dtype=np.int64).reshape(-1, 2)
@@ -197,7 +196,7 @@ class GgufStore(Store):
                 if torch.equal(order.sort().values, torch.arange(shape[0])):
                     return _Source(tensor, shape, order)
         made = self._process(np.zeros(shape, dtype=np.float32), tensor.name)
-        return _Source(tensor, tuple(made.shape), rows)
+        return _Source(tensor, tuple(made.shape), None)
 
     def _process(self, values: Any, name: str) -> Any:
         parsed: dict[str, Any] = {"tensors": {}}

@@ -59,7 +59,8 @@ def is_linear_kind(module: nn.Module) -> bool:
 
 def why_not_plain(module: nn.Module) -> str | None:
     """Why another module with the same product cannot take the place of a linear layer, or None."""
-    if isinstance(module._parameters.get("weight"), UninitializedParameter):
+    weight: Any = module._parameters.get("weight")
+    if isinstance(weight, UninitializedParameter):
         return "its size is not known before its first forward"
     known = type(module) in _LINEAR_CLASSES or _class_of(module) in _EQUIVALENTS
     if not known and not is_conv1d(module):
@@ -73,15 +74,12 @@ def why_not_plain(module: nn.Module) -> str | None:
             )
         return "its forward has been replaced"
     expected = {"weight", "bias"}
-    if set(module._parameters) != expected or module._parameters["weight"] is None:
+    if set(module._parameters) != expected or weight is None:
         return "its weight is computed from other parameters"
     if module._buffers or any(True for _ in module.children()):
         return "it has buffers or modules of its own"
-    if (
-        not isinstance(module._parameters["weight"], nn.Parameter)
-        or type(module._parameters["weight"].data) is not torch.Tensor
-    ):
-        return f"its weight is a {type(module._parameters['weight'].data).__name__}"
+    if not isinstance(weight, nn.Parameter) or type(weight.data) is not torch.Tensor:
+        return f"its weight is a {type(weight.data).__name__}"
     return None
 
 
