@@ -1,0 +1,144 @@
+"""Quantized layers of a folder, put into the places of a model's dense ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.checkpoints import layer_types
+from qkernels.checkpoints.checkpoint import Checkpoint
+from qkernels.checkpoints.memory import give_back_free_pages
+from qkernels.errors import CheckpointError
+from qkernels.modules.experts import fused_experts, unfuse
+from qkernels.modules.kinds import is_plain_linear, linear_parts
+from qkernels.modules.linear import WQLinear
+from qkernels.weight import QuantizedWeight
+
+UNUSED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
+"""Tensors that some versions of Transformers store and others compute: they change nothing."""
+
+
+def find_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module]:
+    """The layers of the model that quantized ones are to take the place of, by name.
+
+    Experts that are stored one by one are taken apart in the model.
+
+    Raises:
+        CheckpointError: for stored layers that the model has no place for.
+    """
+    _unfuse_experts(model, checkpoint)
+    found = {}
+    for name, stored in checkpoint.layers.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            if all(is_unused(model, tensor) for tensor in stored.tensors):
+                continue
+            raise CheckpointError(
+                f"{checkpoint.folder}: the model has no layer {name}, which is in the file"
+            ) from None
+        if not is_plain_linear(layer):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is quantized in the file, and in the model a "
+                f"{type(layer).__name__}, which is not supported"
+            )
+        found[name] = layer
+    return found
+
+
+def place_layers(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    linears: Mapping[str, nn.Module],
+    device_of: Callable[[str], torch.device],
+    *,
+    cast: Callable[[Tensor], Tensor],
+    check_kernels: bool,
+) -> None:
+    """Reads the layers `linears` one by one and puts each, packed, in its place in the model.
+
+    Args:
+        linears: what `find_linears` says.
+        device_of: name of a layer -> its device.
+        cast: a tensor that is not quantized, as the model has it.
+
+    Raises:
+        CheckpointError: for tensors that are damaged or do not fit the model.
+    """
+    types = layer_types.read(checkpoint.config, checkpoint.layers)
+    made: dict[int, WQLinear] = {}
+    for name, linear in linears.items():
+        weight = checkpoint.read(name)
+        if checkpoint.format.idle_biases:
+            weight = _without_idle_bias(weight, linear)
+        _check_layer(checkpoint, name, linear, weight)
+        if weight.bias is not None:
+            weight = weight.replace(bias=cast(weight.bias))
+        parts = linear_parts(linear)
+        layer = WQLinear.from_weight(
+            weight,
+            device=device_of(name),
+            check_kernels=check_kernels,
+            dtype=types.get(name, parts.weight.dtype),
+        )
+        layer.transposed = parts.transposed
+        # One layer under several names stays one.
+        first = made.setdefault(id(linear), layer)
+        if first is not layer:
+            _check_same(checkpoint, name, layer, first)
+        model.set_submodule(name, first)
+        del weight, layer
+        give_back_free_pages()
+
+
+def _unfuse_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Takes apart the experts that are stored one by one."""
+    stored = {name.rpartition(".")[0] for name in checkpoint.layers}
+    for name, fused in fused_experts(model).items():
+        if name in stored and fused.name in fused.owner._parameters:
+            reason = fused.why_not()
+            if reason is not None:
+                raise CheckpointError(f"{checkpoint.folder}: {name} is not supported: {reason}")
+            unfuse(fused)
+
+
+def _without_idle_bias(weight: QuantizedWeight, linear: nn.Module) -> QuantizedWeight:
+    idle = linear_parts(linear).bias is None and weight.bias is not None and not weight.bias.any()
+    return weight.replace(bias=None) if idle else weight
+
+
+def _check_layer(
+    checkpoint: Checkpoint, name: str, linear: nn.Module, weight: QuantizedWeight
+) -> None:
+    where, parts = f"{checkpoint.folder}: {name}", linear_parts(linear)
+    if tuple(parts.weight.shape) != weight.shape:
+        raise CheckpointError(
+            f"{where} is {list(weight.shape)} in the file and {list(parts.weight.shape)} in the "
+            "model's config"
+        )
+    if (parts.bias is None) != (weight.bias is None):
+        there, not_there = ("model", "file") if weight.bias is None else ("file", "model")
+        raise CheckpointError(f"{where} has a bias in the {there}, and none in the {not_there}")
+
+
+def _check_same(checkpoint: Checkpoint, name: str, layer: WQLinear, first: WQLinear) -> None:
+    held, wanted = layer.state_dict(), first.state_dict()
+    if held.keys() != wanted.keys() or not all(torch.equal(held[n], wanted[n]) for n in held):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} is one layer with another by the model's code, and "
+            "differs from it in the file"
+        )
+
+
+def is_unused(model: Any, name: str) -> bool:
+    """Whether a tensor that the model has no place for changes nothing, by our list or its own."""
+    own = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return matches(name, (*UNUSED, *own))
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
