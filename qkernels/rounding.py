@@ -15,7 +15,6 @@ zero, as in binary weights, that scale is zero itself.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -115,22 +114,29 @@ def encode_rows(rows: Tensor, parameters: WeightParameters, start: int) -> Tenso
         scaled -= beyond
     scales = _nonzero(parameters.group_scales(start, stop))
     apply_by_group(scaled, scales, length, Tensor.div_)
+    zeros = parameters.group_zeros(start, stop)
+    if zeros is not None:
+        apply_by_group(scaled, zeros, length, Tensor.add_)
+    elif scheme.implied_zero:
+        scaled += scheme.implied_zero
+    if scheme.scale_levels == "two":
+        _clamp_to_int8(scaled, parameters, start, length)
+    return nearest_codes(scaled, scheme)
+
+
+def nearest_codes(scaled: Tensor, scheme: QuantScheme) -> Tensor:
+    """The codes, uint8, nearest to numbers that are divided by their scales.
+
+    Args:
+        scaled: fp32 of any shape, with zero points, implied ones too, added; changed.
+    """
     if scheme.weight.kind == "codebook":
         return _nearest(scaled, scheme.weight)
     if scheme.weight.kind == "float8":
         largest = scheme.weight.max_value
         assert scheme.weight.float_dtype is not None
         return scaled.clamp_(-largest, largest).to(scheme.weight.float_dtype).view(torch.uint8)
-    zeros = parameters.group_zeros(start, stop)
-    if zeros is None:
-        scaled += scheme.implied_zero
-    else:
-        apply_by_group(scaled, zeros, length, Tensor.add_)
-    scaled.round_()
-    scaled.clamp_(0, (1 << scheme.bits) - 1)
-    if scheme.scale_levels == "two":
-        _clamp_to_int8(scaled, parameters, start, length)
-    return scaled.to(torch.uint8)
+    return scaled.round_().clamp_(0, (1 << scheme.bits) - 1).to(torch.uint8)
 
 
 def quantize(
@@ -247,17 +253,24 @@ def _nonzero(scales: Tensor) -> Tensor:
 
 def _clamp_to_int8(codes: Tensor, parameters: WeightParameters, start: int, length: int) -> None:
     """Clamps codes, in place, so that multiplier * (code - zero) fits int8."""
-    stop = start + codes.shape[0]
-    multipliers = parameters.scales[start:stop].float()
-    zeros = parameters.group_zeros(start, stop)
-    if zeros is None:
-        zeros = torch.full_like(multipliers, parameters.scheme.implied_zero)
-    bounds: tuple[tuple[Tensor, Callable[[Tensor, Tensor], Tensor]], ...] = (
-        (zeros + (127 / multipliers).floor(), torch.Tensor.clamp_max_),
-        (zeros - (128 / multipliers).floor(), torch.Tensor.clamp_min_),
-    )
-    for bound, clamp in bounds:
-        apply_by_group(codes, bound, length, clamp)
+    low, high = code_limits(parameters, start, start + codes.shape[0])
+    apply_by_group(codes, high, length, Tensor.clamp_max_)
+    apply_by_group(codes, low, length, Tensor.clamp_min_)
+
+
+def code_limits(parameters: WeightParameters, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """The least and the largest code of each group of rows [start, stop) of linear weights, fp32:
+    with two-level scales, those whose multiplier * (code - zero) fits int8."""
+    scheme = parameters.scheme
+    scales = parameters.group_scales(start, stop)
+    low, high = torch.zeros_like(scales), torch.full_like(scales, (1 << scheme.bits) - 1)
+    if scheme.scale_levels == "two":
+        multipliers = parameters.scales[start:stop].float()
+        zeros = parameters.group_zeros(start, stop)
+        middle = scheme.implied_zero if zeros is None else zeros
+        low = torch.maximum(low, middle - (128 / multipliers).floor())
+        high = torch.minimum(high, middle + (127 / multipliers).floor())
+    return low, high
 
 
 def _double_quantize(scales: Tensor) -> dict[str, Tensor | None]:

@@ -102,7 +102,43 @@ class SampledRows:
         self.rows, self.drawn = rows, drawn
 
 
+class Gram:
+    """`matrix` = x^T x over all rows, fp32 [K, K]."""
+
+    def __init__(self, columns: int) -> None:
+        self.matrix = torch.zeros(columns, columns)
+
+    def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
+        x = x.float()
+        self._take(x.t(), x)
+
+    def merge(self, other: Gram) -> None:
+        self.matrix = self.matrix + other.matrix.to(self.matrix.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"matrix": self.matrix}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.matrix = state["matrix"]
+
+    def _take(self, left: Tensor, right: Tensor) -> None:
+        # Its device is that of the first rows.
+        self.matrix = self.matrix.to(right.device).addmm_(left, right)
+
+
+class Drift(Gram):
+    """`matrix` = (x_dense - x)^T x over all rows, fp32 [K, K]: how far quantized blocks have moved
+    the inputs, as a layer can make up for it."""
+
+    def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
+        assert dense is not None, "of pairs of inputs"
+        # The difference is taken first: it is small beside both.
+        self._take((dense.float() - x.float()).t(), x.float())
+
+
 STATISTICS: dict[str, Callable[[int], Statistic]] = {
+    "drift": Drift,
+    "gram": Gram,
     "largest": Largest,
     "rows": SampledRows,
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from qkernels.quantizers.gptq import GPTQ
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.rtn import RTN
 
-METHODS: dict[str, Method] = {row.name: row for row in (RTN,)}
+METHODS: dict[str, Method] = {row.name: row for row in (GPTQ, RTN)}
 
 LAST = RTN.name
 """What quantizes the layers where a recipe only prepares, and those that calibration never saw."""

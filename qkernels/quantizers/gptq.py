@@ -1,0 +1,287 @@
+"""GPTQ: columns are rounded one after the other, and what is left makes up for each error.
+
+With H = x^T x over calibration inputs and U the upper Cholesky factor of its inverse,
+
+    e_j = (w_j - round(w_j)) / U[j, j],    w_k -= e_j U[j, k]  for all k > j
+
+(Frantar et al. 2022, GPTQ, algorithm 1). What is rounded is not W itself but
+
+    W + drift W D H^-1,    D = (x_dense - x)^T x
+
+which gives, at drift = 1, the dense model's outputs from the inputs that quantized blocks give
+(the corrected weight of QEP, Arai & Ichikawa 2025; the cross term of GPTAQ and Qronos). When the
+codes are there, the scales of each row are solved for: a quadratic in as many scales as the row has
+groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkernels import rounding
+from qkernels.calibration.statistics import Needs
+from qkernels.errors import CalibrationError
+from qkernels.quantizers import grids
+from qkernels.quantizers.method import LayerTask, Method
+from qkernels.scheme import QuantScheme
+from qkernels.weight import (
+    SLICE_ELEMENTS,
+    QuantizedWeight,
+    WeightParameters,
+    apply_by_group,
+    code_values,
+)
+
+_BLOCK = 128
+"""Columns whose errors are carried over to those behind them in one product."""
+
+_MOST_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class GptqParameters:
+    """Attributes:
+    act_order: the order of columns: "off": as they are, each group fitted when it is reached;
+        "static": those with the largest inputs first, groups as they are, fitted beforehand;
+        "full": those with the largest inputs first, and groups in that order.
+    grid: what scales are fitted to; see `grids.Grid`.
+    damp_percent: what is added to the diagonal of H, as a part of its mean; doubled until it can be
+        factored.
+    true_sequential: each layer of a block behind the quantized ones before it.
+    drift: how much of the error of earlier blocks is made up for, 0 to 1.
+    refit: solve for the scales when the codes are there.
+    """
+
+    act_order: Literal["off", "static", "full"] = "static"
+    grid: grids.Grid = "hessian"
+    damp_percent: float = 0.01
+    true_sequential: bool = True
+    drift: float = 0.5
+    refit: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp_percent <= _MOST_DAMPING:
+            raise ValueError(f"damp_percent must be in (0, 1], got {self.damp_percent:g}")
+        if not 0 <= self.drift <= 1:
+            raise ValueError(f"drift must be in [0, 1], got {self.drift:g}")
+
+
+def _statistics(scheme: QuantScheme, parameters: GptqParameters) -> Needs:
+    return Needs(quantized=("gram",), paired=("drift",) if parameters.drift else ())
+
+
+def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
+    gram = _gram(task)
+    damped = _damped(gram, parameters.damp_percent)
+    weight = _target(task, parameters.drift, damped)
+    scheme, k = task.scheme, weight.shape[1]
+    order = torch.arange(k, device=weight.device)
+    if parameters.act_order != "off":
+        order = gram.diagonal().argsort(descending=True, stable=True)
+    perm = None
+    if parameters.act_order == "full":
+        perm, order = order, torch.arange(k, device=weight.device)
+        weight, gram, damped = weight[:, perm], gram[perm][:, perm], damped[perm][:, perm]
+    fitted = rounding.fit(weight, scheme, activation_scale=task.activation_scale)
+    at_once = parameters.act_order == "static" or grids.why_not_searched(scheme) is not None
+    if at_once:
+        fitted = grids.search(weight, fitted, parameters.grid, gram)
+    upper = _inverse_factor(damped[order][:, order])
+    made = _round_columns(
+        weight, fitted, order.tolist(), upper, None if at_once else parameters.grid, gram
+    )
+    if parameters.refit:
+        made = refit_scales(made, weight, gram)
+    return made if perm is None else made.replace(perm=perm)
+
+
+def _gram(task: LayerTask) -> Tensor:
+    """The mean of x^T x over calibration inputs, fp32 [K, K]; 1 for inputs that are always 0."""
+    if task.inputs is None:
+        raise CalibrationError("gptq needs calibration data: pass calibration=")
+    gram = task.inputs.quantized["gram"].matrix.to(task.weight.device) / task.inputs.rows
+    if not gram.isfinite().all():
+        raise CalibrationError("calibration gives it inputs that are not finite")
+    diagonal = gram.diagonal()
+    diagonal[diagonal == 0] = 1
+    return gram
+
+
+def _damped(gram: Tensor, damp_percent: float) -> Tensor:
+    """`gram` with its diagonal raised until it can be factored, fp64."""
+    mean = float(gram.diagonal().double().mean())
+    while damp_percent <= _MOST_DAMPING:
+        damped = gram.double()
+        damped.diagonal().add_(damp_percent * mean)
+        if not torch.linalg.cholesky_ex(damped).info:
+            return damped
+        damp_percent *= 2
+    raise CalibrationError(
+        "x^T x of its calibration inputs is not positive definite, however much is added to its "
+        "diagonal: they overflow"
+    )
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse, fp32."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _target(task: LayerTask, drift: float, damped: Tensor) -> Tensor:
+    """The weight whose outputs on these inputs are to be kept, fp32."""
+    assert task.inputs is not None
+    weight = task.weight.float()
+    if not drift or "drift" not in task.inputs.paired:
+        return weight
+    moved = task.inputs.paired["drift"].matrix.to(weight.device) / task.inputs.rows
+    if not moved.isfinite().all():
+        raise CalibrationError("calibration gives it inputs that are not finite")
+    missing = torch.cholesky_solve((weight @ moved).double().t(), torch.linalg.cholesky(damped))
+    return weight + drift * missing.t().float()
+
+
+def _round_columns(
+    weight: Tensor,
+    fitted: WeightParameters,
+    order: list[int],
+    upper: Tensor,
+    grid: grids.Grid | None,
+    gram: Tensor,
+) -> QuantizedWeight:
+    """The weight with its columns rounded in `order`.
+
+    Args:
+        weight: fp32 [N, K].
+        fitted: its scales and zero points.
+        upper: the factor of H^-1, in `order`.
+        grid: fits each group again when its first column is reached, for columns that are in their
+            order; None leaves the groups.
+    """
+    scheme, k = fitted.scheme, fitted.k
+    length = scheme.group_length(k)
+    fields = {name: value.clone() for name, value in fitted.fields.items()}
+    columns = _Columns(fitted)
+    # Columns are rows here, so that each lies in one piece.
+    left = weight[:, order].t().contiguous()
+    codes = torch.empty(k, fitted.n, dtype=torch.uint8, device=weight.device)
+    start = 0
+    while start < k:
+        stop = min(k, start + _BLOCK)
+        if grid is not None:
+            # Up to the end of a group, or to that of the block in one that is longer.
+            ends = (start // length + 1) * length, stop // length * length
+            stop = min(max(ends), k) if max(ends) <= start + _BLOCK else stop
+        errors = torch.empty_like(left[start:stop])
+        for j in range(start, stop):
+            group = order[j] // length
+            if grid is not None and j % length == 0:
+                rows = left[j : j + length].t().contiguous()
+                block = gram[j : j + length, j : j + length]
+                own = replace(scheme, group_size=None)
+                part = grids.search(rows, rounding.fit(rows, own), grid, block)
+                for name, value in part.fields.items():
+                    fields[name][:, group] = value[:, 0]
+                columns = _Columns(WeightParameters(scheme=scheme, n=fitted.n, k=k, **fields))
+            codes[order[j]], values = columns.nearest(left[j], group)
+            errors[j - start] = error = (left[j] - values) / upper[j, j]
+            left[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+        left[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+        start = stop
+    return QuantizedWeight(scheme=scheme, codes=codes.t().contiguous(), **fields)
+
+
+class _Columns:
+    """Rounds columns of a weight to nearest under its parameters."""
+
+    def __init__(self, parameters: WeightParameters) -> None:
+        self._scheme, n = parameters.scheme, parameters.n
+        self._scales = parameters.group_scales().t().contiguous()
+        zeros = parameters.group_zeros()
+        self._zeros = None if zeros is None else zeros.t().contiguous()
+        self._limits = [limit.t().contiguous() for limit in rounding.code_limits(parameters, 0, n)]
+
+    def nearest(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [N] and the values that they stand for, fp32 [N]."""
+        scheme, scale = self._scheme, self._scales[group]
+        scaled = column / torch.where(scale == 0, 1.0, scale)
+        if scheme.weight.kind != "linear":
+            codes = rounding.nearest_codes(scaled, scheme)
+            return codes, code_values(scheme, codes) * scale
+        zero = scheme.implied_zero if self._zeros is None else self._zeros[group]
+        low, high = (limit[group] for limit in self._limits)
+        rounded = scaled.add_(zero).round_().clamp_(low, high)
+        return rounded.to(torch.uint8), (rounded - zero) * scale
+
+
+def refit_scales(made: QuantizedWeight, weight: Tensor, gram: Tensor) -> QuantizedWeight:
+    """The same codes under the scales that fit best, row by row.
+
+    A row is sum_g s_g c_g with c_g its codes of group g less their zero point; the error
+    (w - sum_g s_g c_g) H (w - sum_g s_g c_g)^T is least where A s = b, with
+    A[g, h] = c_g H c_h^T and b[g] = c_g H w^T. A row keeps its scales where rounding those found to
+    their type leaves more error than before.
+
+    Args:
+        weight: fp32 [N, K] and `gram`, H, fp32 [K, K], both in the order of the codes.
+    """
+    scheme = made.scheme
+    if grids.why_not_searched(scheme) is not None:
+        return made
+    length, groups = scheme.group_length(made.k), scheme.groups(made.k)
+    padding = groups * length - made.k
+    scales = made.scales.clone()
+    for start, stop in _slices(made.n, made.k, groups):
+        values = code_values(scheme, made.codes[start:stop])
+        zeros = made.group_zeros(start, stop)
+        if zeros is not None:
+            apply_by_group(values, zeros, length, Tensor.sub_)
+        wanted = (weight[start:stop] @ gram).mul_(values)
+        wanted = F.pad(wanted, (0, padding)).unflatten(1, (groups, length)).sum(dim=2)
+        products = torch.empty(stop - start, groups, groups, dtype=torch.float64)
+        for group in range(groups):
+            columns = slice(group * length, min((group + 1) * length, made.k))
+            reach = (values[:, columns] @ gram[columns]).mul_(values)
+            reach = F.pad(reach, (0, padding)).unflatten(1, (groups, length))
+            products[:, group] = reach.sum(dim=2)
+        old = made.scales[start:stop].double()
+        found = _solve(products, wanted.double()).to(made.scales.dtype)
+        # Both up to the constant w H w^T.
+        before, after = (_form(products, wanted.double(), s) for s in (old, found.double()))
+        good = (found > 0).all(dim=1) & found.isfinite().all(dim=1) & (after < before)
+        scales[start:stop] = torch.where(good[:, None], found, made.scales[start:stop])
+    return made.replace(scales=scales)
+
+
+def _slices(n: int, k: int, groups: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose systems and whose values take about the memory of `row_slices`."""
+    rows = max(1, SLICE_ELEMENTS // max(k, groups * groups))
+    for start in range(0, n, rows):
+        yield start, min(n, start + rows)
+
+
+def _solve(products: Tensor, wanted: Tensor) -> Tensor:
+    # A group whose codes are all at their zero point has an empty row and column.
+    diagonal = products.diagonal(dim1=1, dim2=2)
+    damping = 1e-9 * diagonal.mean(dim=1, keepdim=True) + (diagonal == 0)
+    return torch.linalg.solve(products + torch.diag_embed(damping), wanted)
+
+
+def _form(products: Tensor, wanted: Tensor, scales: Tensor) -> Tensor:
+    return ((products @ scales[:, :, None]).squeeze(2) - 2 * wanted).mul(scales).sum(dim=1)
+
+
+GPTQ = Method(
+    name="gptq",
+    title="second-order rounding, column by column",
+    parameters=GptqParameters,
+    statistics=_statistics,
+    quantize=_quantize,
+    in_stages=lambda parameters: parameters.true_sequential,
+)
