@@ -21,10 +21,6 @@ class LayerError(QuantizationError, ValueError):
     """A layer or model that cannot be quantized as asked."""
 
 
-class CalibrationError(QuantizationError, ValueError):
-    """Calibration data that a method cannot work with, or that is missing."""
-
-
 class CheckpointError(QuantizationError):
     """A model file that is missing, damaged or of an unknown format."""
 

@@ -9,3 +9,6 @@ DENSE_FACTOR = 2.0
 """How much larger that error may be than that of a dense product of the same dtype."""
 FOREIGN_LOGITS = 2**-6.5
 """Logits of a bf16 model by other code than ours: both round each layer's output to bf16."""
+
+SUM_BOUND = 2**-18
+"""Of the largest entry: sums of a few hundred fp32 products in two orders."""

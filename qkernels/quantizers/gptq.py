@@ -26,8 +26,9 @@ from torch import Tensor
 
 from qkernels import rounding
 from qkernels.calibration.statistics import Needs
-from qkernels.errors import CalibrationError
+from qkernels.errors import LayerError
 from qkernels.quantizers import grids
+from qkernels.quantizers.hessian import MOST_DAMPING, damped_gram, gram_of
 from qkernels.quantizers.method import LayerTask, Method
 from qkernels.scheme import QuantScheme
 from qkernels.weight import (
@@ -40,8 +41,6 @@ from qkernels.weight import (
 
 _BLOCK = 128
 """Columns whose errors are carried over to those behind them in one product."""
-
-_MOST_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class GptqParameters:
     refit: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp_percent <= _MOST_DAMPING:
+        if not 0 < self.damp_percent <= MOST_DAMPING:
             raise ValueError(f"damp_percent must be in (0, 1], got {self.damp_percent:g}")
         if not 0 <= self.drift <= 1:
             raise ValueError(f"drift must be in [0, 1], got {self.drift:g}")
@@ -77,8 +76,8 @@ def _statistics(scheme: QuantScheme, parameters: GptqParameters) -> Needs:
 
 
 def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
-    gram = _gram(task)
-    damped = _damped(gram, parameters.damp_percent)
+    gram = gram_of(task)
+    damped = damped_gram(gram, parameters.damp_percent)
     weight = _target(task, parameters.drift, damped)
     scheme, k = task.scheme, weight.shape[1]
     order = torch.arange(k, device=weight.device)
@@ -101,33 +100,6 @@ def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
     return made if perm is None else made.replace(perm=perm)
 
 
-def _gram(task: LayerTask) -> Tensor:
-    """The mean of x^T x over calibration inputs, fp32 [K, K]; 1 for inputs that are always 0."""
-    if task.inputs is None:
-        raise CalibrationError("gptq needs calibration data: pass calibration=")
-    gram = task.inputs.quantized["gram"].matrix.to(task.weight.device) / task.inputs.rows
-    if not gram.isfinite().all():
-        raise CalibrationError("calibration gives it inputs that are not finite")
-    diagonal = gram.diagonal()
-    diagonal[diagonal == 0] = 1
-    return gram
-
-
-def _damped(gram: Tensor, damp_percent: float) -> Tensor:
-    """`gram` with its diagonal raised until it can be factored, fp64."""
-    mean = float(gram.diagonal().double().mean())
-    while damp_percent <= _MOST_DAMPING:
-        damped = gram.double()
-        damped.diagonal().add_(damp_percent * mean)
-        if not torch.linalg.cholesky_ex(damped).info:
-            return damped
-        damp_percent *= 2
-    raise CalibrationError(
-        "x^T x of its calibration inputs is not positive definite, however much is added to its "
-        "diagonal: they overflow"
-    )
-
-
 def _inverse_factor(matrix: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse, fp32."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
@@ -142,7 +114,7 @@ def _target(task: LayerTask, drift: float, damped: Tensor) -> Tensor:
         return weight
     moved = task.inputs.paired["drift"].matrix.to(weight.device) / task.inputs.rows
     if not moved.isfinite().all():
-        raise CalibrationError("calibration gives it inputs that are not finite")
+        raise LayerError("a calibration batch gives it inputs that are not finite")
     missing = torch.cholesky_solve((weight @ moved).double().t(), torch.linalg.cholesky(damped))
     return weight + drift * missing.t().float()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from qkernels.quantizers.gptq import GPTQ
 from qkernels.quantizers.method import Method
+from qkernels.quantizers.obq import OBQ
 from qkernels.quantizers.rtn import RTN
 
-METHODS: dict[str, Method] = {row.name: row for row in (GPTQ, RTN)}
+METHODS: dict[str, Method] = {row.name: row for row in (GPTQ, OBQ, RTN)}
 
 LAST = RTN.name
 """What quantizes the layers where a recipe only prepares, and those that calibration never saw."""

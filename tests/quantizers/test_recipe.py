@@ -75,7 +75,7 @@ def test_values_have_the_types_of_their_defaults():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("magic", "method 'magic' is not one of rtn, smooth, other, learned, both"),
+        ("magic", "method 'magic' is not one of gptq, obq, rtn, smooth, other, learned, both"),
         ("rtn+magic", "method 'magic' is not one of"),
         ("rtn(x=1)", "method rtn has no parameter 'x': it takes none"),
         ("smooth(beta=1)", "no parameter 'beta': it takes alpha, order, steps, fold, text"),
