@@ -88,12 +88,12 @@ def _search_group(
     largest = (1 << scheme.bits) - 1
     full = first.float()
     best_scale, best_zero = first.clone(), zero
-    least = cost(_error(rows, full, zero, scheme))
+    least = cost(error_of(rows, full, zero, scheme))
     for factor in _NARROWER:
         scale = (full * factor).to(first.dtype)
         for shift in _ZEROS if zero is not None else (0,):
             moved = None if zero is None else (zero + shift).clamp_(0, largest)
-            found = cost(_error(rows, scale.float(), moved, scheme))
+            found = cost(error_of(rows, scale.float(), moved, scheme))
             better = found < least
             least = torch.where(better, found, least)
             best_scale = torch.where(better, scale, best_scale)
@@ -105,7 +105,7 @@ def _search_group(
         # take it where it is better.
         top, bottom = _fit(rows, codes, cost)
         scale = torch.where(bottom > 0, top / bottom, best_scale.float()).to(first.dtype)
-        found = cost(_error(rows, scale.float(), best_zero, scheme))
+        found = cost(error_of(rows, scale.float(), best_zero, scheme))
         better = (found < least) & (scale > 0) & scale.isfinite()
         if not better.any():
             break
@@ -136,5 +136,6 @@ def encode(rows: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme
     return code_values(scheme, rounding.nearest_codes(scaled, scheme))
 
 
-def _error(rows: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
+def error_of(rows: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """What is wrong with the nearest values of rows [R, L]. Args: as of `encode`."""
     return encode(rows, scale, zero, scheme).mul_(scale[:, None]).sub_(rows)
