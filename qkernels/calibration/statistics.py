@@ -195,6 +195,19 @@ class LayerInputs:
 
         return LayerInputs(0, made(needs.quantized), made(needs.dense), made(needs.paired))
 
+    @property
+    def finite(self) -> bool:
+        """Whether no sum has met NaN or infinity. Rows are samples, which may hold what they like."""
+        sums = (self.quantized, self.dense, self.paired)
+        tensors = (
+            tensor
+            for statistics in sums
+            for name, statistic in statistics.items()
+            if name != "rows"
+            for tensor in statistic.state_dict().values()
+        )
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
     def merge(self, other: LayerInputs) -> None:
         """Takes in what another process collected for the same layer and needs."""
         self.rows += other.rows

@@ -209,7 +209,11 @@ class _Run:
         if self._plan.batches is None:
             return {}
         needs = {name: self._plan.needs(part, name) | beside(name) for name in layers}
-        return observe(self._walk, layers, needs) if any(needs.values()) else {}
+        found = observe(self._walk, layers, needs) if any(needs.values()) else {}
+        for name, inputs in found.items():
+            if not inputs.finite:
+                raise LayerError(f"{name}: a calibration batch gives it inputs that are not finite")
+        return found
 
     def _prepare(self, part: Part, block: Block, layers: Mapping[str, nn.Linear]) -> None:
         assert part.method.prepare_block is not None
@@ -238,7 +242,7 @@ class _Run:
                 bias=None if layer.bias is None else layer.bias.detach(),
                 scheme=scheme,
                 inputs=inputs,
-                activation_scale=_activation_scale(name, scheme, inputs),
+                activation_scale=_activation_scale(scheme, inputs),
             )
             made[id(layer)] = _build(task, part, self._plan.options)
         rows = None if inputs is None else inputs.quantized["rows"].rows
@@ -254,13 +258,11 @@ def _without_inputs(scheme: QuantScheme) -> tuple[QuantScheme, str]:
     return dynamic, f"rounded to nearest, with activations scaled per token ({dynamic})"
 
 
-def _activation_scale(name: str, scheme: QuantScheme, inputs: LayerInputs | None) -> float | None:
+def _activation_scale(scheme: QuantScheme, inputs: LayerInputs | None) -> float | None:
     if scheme.activation.granularity != "static":
         return None
     assert inputs is not None
     largest = float(inputs.quantized["largest"].value)
-    if not largest < float("inf"):
-        raise LayerError(f"{name}: a calibration batch gives it inputs that are not finite")
     return largest / scheme.activation.largest or 1.0
 
 

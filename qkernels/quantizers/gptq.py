@@ -26,7 +26,6 @@ from torch import Tensor
 
 from qkernels import rounding
 from qkernels.calibration.statistics import Needs
-from qkernels.errors import LayerError
 from qkernels.quantizers import grids
 from qkernels.quantizers.hessian import MOST_DAMPING, damped_gram, gram_of
 from qkernels.quantizers.method import LayerTask, Method
@@ -76,7 +75,8 @@ def _statistics(scheme: QuantScheme, parameters: GptqParameters) -> Needs:
 
 
 def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
-    gram = gram_of(task)
+    assert task.inputs is not None
+    gram = gram_of(task.inputs)
     damped = damped_gram(gram, parameters.damp_percent)
     weight = _target(task, parameters.drift, damped)
     scheme, k = task.scheme, weight.shape[1]
@@ -113,8 +113,6 @@ def _target(task: LayerTask, drift: float, damped: Tensor) -> Tensor:
     if not drift or "drift" not in task.inputs.paired:
         return weight
     moved = task.inputs.paired["drift"].matrix.to(weight.device) / task.inputs.rows
-    if not moved.isfinite().all():
-        raise LayerError("a calibration batch gives it inputs that are not finite")
     missing = torch.cholesky_solve((weight @ moved).double().t(), torch.linalg.cholesky(damped))
     return weight + drift * missing.t().float()
 

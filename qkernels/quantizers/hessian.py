@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qkernels.calibration.statistics import LayerInputs
 from qkernels.errors import LayerError
-from qkernels.quantizers.method import LayerTask
 
 MOST_DAMPING = 1.0
 """As a part of the diagonal's mean."""
 
 
-def gram_of(task: LayerTask) -> Tensor:
-    """The mean of x^T x over calibration inputs, fp32 [K, K]; 1 for inputs that are always 0."""
-    assert task.inputs is not None
-    gram = task.inputs.quantized["gram"].matrix.to(task.weight.device) / task.inputs.rows
-    if not gram.isfinite().all():
-        raise LayerError("a calibration batch gives it inputs that are not finite")
+def gram_of(inputs: LayerInputs) -> Tensor:
+    """The mean of x^T x over the calibration inputs of a layer, fp32 [K, K]; 1 on the diagonal for
+    inputs that are always 0."""
+    gram: Tensor = inputs.quantized["gram"].matrix / inputs.rows
     diagonal = gram.diagonal()
     diagonal[diagonal == 0] = 1
     return gram

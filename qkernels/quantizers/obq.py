@@ -59,7 +59,8 @@ def _quantize(task: LayerTask, parameters: ObqParameters) -> WeightParameters:
             f"obq would take about {n * k**3:.1e} operations for [{n}, {k}]: use gptq, which does "
             "the same in one order for all rows"
         )
-    gram = gram_of(task)
+    assert task.inputs is not None
+    gram = gram_of(task.inputs)
     weight = task.weight.float()
     fitted = rounding.fit(weight, task.scheme, activation_scale=task.activation_scale)
     fitted = grids.search(weight, fitted, parameters.grid, gram)
