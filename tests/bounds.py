@@ -12,3 +12,6 @@ FOREIGN_LOGITS = 2**-6.5
 
 SUM_BOUND = 2**-18
 """Of the largest entry: sums of a few hundred fp32 products in two orders."""
+
+FOLDED_BOUND = 2**-14
+"""|difference| / |output| of a block whose factors were moved between its layers, in fp32."""

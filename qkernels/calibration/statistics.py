@@ -197,7 +197,7 @@ class LayerInputs:
 
     @property
     def finite(self) -> bool:
-        """Whether no sum has met NaN or infinity. Rows are samples, which may hold what they like."""
+        """Whether no sum has met NaN or infinity; rows are samples, which may hold them."""
         sums = (self.quantized, self.dense, self.paired)
         tensors = (
             tensor

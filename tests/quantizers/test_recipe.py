@@ -75,9 +75,12 @@ def test_values_have_the_types_of_their_defaults():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("magic", "method 'magic' is not one of gptq, obq, rtn, smooth, other, learned, both"),
+        (
+            "magic",
+            "method 'magic' is not one of awq, gptq, hqq, obq, rtn, smooth, other, learned, both",
+        ),
         ("rtn+magic", "method 'magic' is not one of"),
-        ("rtn(x=1)", "method rtn has no parameter 'x': it takes none"),
+        ("other(x=1)", "method other has no parameter 'x': it takes none"),
         ("smooth(beta=1)", "no parameter 'beta': it takes alpha, order, steps, fold, text"),
         ("smooth(alpha=high)", "parameter alpha is a number, got 'high'"),
         ("smooth(steps=1.5)", "parameter steps is a whole number, got '1.5'"),
