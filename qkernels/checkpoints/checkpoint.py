@@ -49,6 +49,15 @@ class Checkpoint:
         except QuantizationError as error:
             raise CheckpointError(f"{self.store.where}: {name}: {error}") from None
 
+    def read_parts(self, name: str) -> list[QuantizedWeight]:
+        """One layer of a model: mostly one weight, else several whose rows follow each other, where
+        no scheme holds them as one.
+
+        Raises:
+            CheckpointError: as `read` does.
+        """
+        return [self.read(name)]
+
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """The quantized model in `folder`; headers are read, and no weights.

@@ -14,6 +14,7 @@ from qkernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qkernels.checkpoints.dense import Place, dense_places, replace_tensor
 from qkernels.checkpoints.empty import empty_model
 from qkernels.checkpoints.foreign import as_checkpoint_error
+from qkernels.checkpoints.names import in_names_of
 from qkernels.checkpoints.place import find_linears, is_unused, matches, place_layers
 from qkernels.checkpoints.pretrained import mark_quantized
 from qkernels.checkpoints.ties import tie_beside_head
@@ -46,10 +47,11 @@ def load_model(
             tensors that do not fit the model.
     """
     device = torch.device(device)
-    checkpoint = open_checkpoint(folder)
+    stored = open_checkpoint(folder)
     model, own = empty_model(
-        checkpoint, dtype, lambda model: _check_shapes(checkpoint, dense_places(model))
+        stored, dtype, lambda model: _check_shapes(in_names_of(model, stored), dense_places(model))
     )
+    checkpoint = in_names_of(model, stored)
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor if dtype is None or tensor.dtype != own else tensor.to(dtype)
