@@ -220,7 +220,7 @@ def _read(
 def _simplest(weight: QuantizedWeight) -> QuantizedWeight:
     """The same numbers without zero points where all of these are half the range."""
     scheme, zeros = weight.scheme, weight.zeros
-    if scheme.symmetric or zeros is None or not scheme.weight_only:
+    if scheme.symmetric or zeros is None or not scheme.weight_only or weight.offsets is not None:
         return weight
     symmetric = replace(scheme, symmetric=True)
     if zeros.is_floating_point() or (zeros != symmetric.implied_zero).any():
