@@ -38,8 +38,8 @@ class Source:
         """Raises CheckpointError where what is stored has other rows than the model."""
         if self.of is not None and tuple(shape[:1]) != (self.of,):
             raise CheckpointError(
-                f"{where}: {self.name} has {shape[0] if shape else 'no'} rows in the file, and the model's config makes "
-                f"them {self.of}"
+                f"{where}: {self.name} has {shape[0] if shape else 'no'} rows in the file, and the "
+                f"model's config makes them {self.of}"
             )
 
 
