@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkernels.checkpoints import kv_cache
 from qkernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qkernels.checkpoints.dense import Place, dense_places, replace_tensor
 from qkernels.checkpoints.empty import empty_model
@@ -61,6 +62,7 @@ def load_model(
     places = {n: place for n, place in dense_places(model).items() if place.module not in replaced}
     # Whatever can be wrong without the tensors' data is checked before they are read.
     _check_names(model, checkpoint, places)
+    cache = kv_cache.read(checkpoint.config, checkpoint.store, checkpoint.kv_cache)
     place_layers(
         model, checkpoint, linears, lambda _: device, cast=cast, check_kernels=check_kernels
     )
@@ -73,6 +75,7 @@ def load_model(
         transformers = importlib.import_module("transformers")
         with as_checkpoint_error(path, "cannot be read"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    kv_cache.keep(model, cache)
     mark_quantized(model)
     return model.to(device).eval()
 
