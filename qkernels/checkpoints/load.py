@@ -62,7 +62,7 @@ def load_model(
     places = {n: place for n, place in dense_places(model).items() if place.module not in replaced}
     # Whatever can be wrong without the tensors' data is checked before they are read.
     _check_names(model, checkpoint, places)
-    cache = kv_cache.read(checkpoint.config, checkpoint.store, checkpoint.kv_cache)
+    cache = kv_cache.read(stored.config, stored.store, stored.kv_cache)
     place_layers(
         model, checkpoint, linears, lambda _: device, cast=cast, check_kernels=check_kernels
     )

@@ -55,7 +55,7 @@ class Origin:
     order: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TranslatedCheckpoint(Checkpoint):
     """A folder under the names of a model.
 
@@ -212,5 +212,12 @@ def translated(
         tensors = tuple(tensor for part in parts for tensor in part.tensors)
         layers[name] = StoredLayer(parts[0].scheme, tensors)
     return TranslatedCheckpoint(
-        stored.config, store, stored.format, layers, tuple(dense), stored=stored, origins=origins
+        config=stored.config,
+        store=store,
+        format=stored.format,
+        layers=layers,
+        dense=tuple(dense),
+        kv_cache=stored.kv_cache,
+        stored=stored,
+        origins=origins,
     )
