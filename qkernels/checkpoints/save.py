@@ -25,6 +25,7 @@ from qkernels.checkpoints.table import check_holds, first_holding
 from qkernels.checkpoints.ties import ties
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import WQExperts
+from qkernels.modules.foreign import foreign_layers, why_foreign
 from qkernels.modules.heads import output_heads
 from qkernels.modules.linear import WQLinear
 
@@ -107,11 +108,13 @@ class SavePlan:
 
         Raises:
             CheckpointError: for what is no Transformers model, or one with adapters; where no layer
-                is quantized, one is not held by `format`, a tensor is offloaded, or the config says
-                that two are one which are not.
+                is quantized, one is by another package, one is not held by `format`, a tensor is
+                offloaded, or the config says that two are one which are not.
         """
         _check_model(model)
         layers = quantized_layers(model)
+        for name, module in foreign_layers(model).items():
+            raise CheckpointError(f"{why_foreign(name, module)}; formats hold no such layers")
         if not layers:
             raise CheckpointError("the model has no WQLinear layer: quantize it first")
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
