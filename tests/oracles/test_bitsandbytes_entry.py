@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ import torch
 from qkernels.integrations import bitsandbytes as ours
 from qkernels.modules import twins
 from tests.bounds import FROBENIUS_BOUND
+from tests.oracles.packages import ROOT, package
 
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: make oracles")
+bnb = package("bitsandbytes")
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
