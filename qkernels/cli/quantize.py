@@ -113,8 +113,7 @@ def quantize(
             format=format,
         )
         write_folder(SavePlan.of(network, format), companions, out, force)
-    numbers = sum(layer.n * layer.k for layer in report.layers)
-    print_report(report, numbers * dtype.dtype.itemsize, out)
+    print_report(report, report.numbers * dtype.dtype.itemsize, out)
 
 
 def write_companions(model: Path, tokenizer: Any, folder: Path) -> None:
