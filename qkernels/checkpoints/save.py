@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.atomic import new_folder
-from qkernels.checkpoints.dense import dense_places, quantized_layers
+from qkernels.checkpoints.dense import dense_places, quantized_layers, sharing
 from qkernels.checkpoints.format import Format, WeightKind
 from qkernels.checkpoints.kv_cache import KEY as KV_CACHE
 from qkernels.checkpoints.kv_cache import KVCache, is_of_cache, kept
@@ -27,10 +27,11 @@ from qkernels.checkpoints.store import ShardWriter
 from qkernels.checkpoints.table import check_holds, first_holding
 from qkernels.checkpoints.ties import ties
 from qkernels.errors import CheckpointError
+from qkernels.modules.embedding import WQEmbedding
 from qkernels.modules.experts import WQExperts
 from qkernels.modules.foreign import foreign_layers, why_foreign
 from qkernels.modules.heads import output_heads
-from qkernels.modules.linear import WQLinear
+from qkernels.modules.packed import PackedModule
 
 
 def save_model(
@@ -104,7 +105,7 @@ class SavePlan:
 
     model: Any
     row: Format
-    layers: Mapping[str, WQLinear]
+    layers: Mapping[str, PackedModule]
     kinds: Mapping[str, WeightKind]
     untied: bool
     cache: KVCache
@@ -128,7 +129,8 @@ class SavePlan:
             if tensor.is_meta:
                 raise CheckpointError(f"{name} is offloaded: move the model to one device to save")
         _check_ties(model)
-        kinds = {name: _kind(model, name, layer) for name, layer in layers.items()}
+        shared = sharing(layers)
+        kinds = {n: _kind(model, n, layer, shared.get(n)) for n, layer in layers.items()}
         row = check_holds(format or first_holding(kinds), kinds)
         heads = {id(head) for head in output_heads(model)}
         # A quantized head shares nothing with the embedding any more.
@@ -175,6 +177,8 @@ class SavePlan:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         assert self.row.write_layer is not None
         for name, layer in self.layers.items():
+            if self.kinds[name].shares is not None:
+                continue
             for part, tensor in self.row.write_layer(layer.to_weight()).items():
                 yield f"{name}.{part}", tensor
             give_back_free_pages()
@@ -250,12 +254,15 @@ def _check_ties(model: nn.Module) -> None:
             )
 
 
-def _kind(model: nn.Module, name: str, layer: WQLinear) -> WeightKind:
+def _kind(model: nn.Module, name: str, layer: PackedModule, shares: str | None) -> WeightKind:
     of_experts = isinstance(model.get_submodule(name.rpartition(".")[0]), WQExperts)
     instead_of = "an expert of a fused parameter" if of_experts else None
-    if layer.transposed:
+    if isinstance(layer, WQEmbedding):
+        instead_of = "an embedding"
+    elif getattr(layer, "transposed", False):
         instead_of = "a Conv1D"
-    return replace(WeightKind.of(layer.packed.parameters()), instead_of=instead_of)
+    kind = WeightKind.of(layer.packed.parameters())
+    return replace(kind, instead_of=instead_of, shares=shares)
 
 
 def _tying_sections(config: Mapping[str, Any]) -> list[str]:

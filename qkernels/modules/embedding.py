@@ -131,7 +131,9 @@ class WQEmbedding(PackedModule, nn.Embedding):
         self.padding_idx = cast(Any, before).padding_idx
         factor = before._buffers.get("embed_scale")
         if factor is not None:
-            self.register_buffer("embed_scale", factor, persistent=False)
+            if factor.is_meta:
+                factor = torch.tensor(cast(Any, before).scalar_embed_scale, dtype=factor.dtype)
+            self.register_buffer("embed_scale", factor.to(self._words.device), persistent=False)
         take_place_of(self, before)
         self._dense_class = type(before)
 
