@@ -88,9 +88,12 @@ class Format:
             that is only read.
         write_config: (quantized layers, names of dense linear layers) -> quantization_config.
         keeps_kv_cache: has a place for the scheme and the scales of a KV cache in 8 bits.
+        embeddings: its readers take quantized embeddings.
         idle_biases: its writers store biases of zeros for layers that have none.
         head_beside_tie: its readers take a quantized head in a model whose config says that the
             head's weight is the embedding's; else the config has to say otherwise.
+        takes_stacks: its readers take experts of one parameter under the model's names; those of
+            others want a module an expert.
     """
 
     name: str
@@ -103,8 +106,10 @@ class Format:
     write_config: Callable[[Mapping[str, WeightKind], Sequence[str]], dict[str, Any]] | None = None
     keeps_kv_cache: bool = False
     why_not_together: Callable[[Mapping[str, WeightKind]], str | None] | None = None
+    embeddings: bool = False
     idle_biases: bool = False
     head_beside_tie: bool = False
+    takes_stacks: bool = False
 
     def why_not_all(self, layers: Mapping[str, WeightKind]) -> str | None:
         """Why it cannot hold all layers in one model, or None."""

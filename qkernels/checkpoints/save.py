@@ -26,12 +26,14 @@ from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.checkpoints.store import ShardWriter
 from qkernels.checkpoints.table import check_holds, first_holding
 from qkernels.checkpoints.ties import ties
+from qkernels.checkpoints.written import WrittenNames, check_writes
 from qkernels.errors import CheckpointError
 from qkernels.modules.embedding import WQEmbedding
 from qkernels.modules.experts import WQExperts
 from qkernels.modules.foreign import foreign_layers, why_foreign
 from qkernels.modules.heads import output_heads
 from qkernels.modules.packed import PackedModule
+from qkernels.modules.rows import whole_name
 
 
 def save_model(
@@ -98,9 +100,12 @@ class SavePlan:
     Attributes:
         row: the format, which holds all layers.
         layers: the quantized layers, by name.
-        kinds: what the format must know of each.
+        kinds: what the format must know of each that is stored, by its stored name.
         untied: config.json says that embeddings are not tied, and they were.
         cache: what the model remembers of a quantized KV cache.
+        names: those that are stored, where they are not the model's.
+        dense: the quantized embeddings that the format has no place for, by name: their rows are
+            stored as they are looked up.
     """
 
     model: Any
@@ -109,6 +114,8 @@ class SavePlan:
     kinds: Mapping[str, WeightKind]
     untied: bool
     cache: KVCache
+    names: WrittenNames | None
+    dense: Mapping[str, WQEmbedding]
 
     @classmethod
     def of(cls, model: Any, format: str | None) -> SavePlan:
@@ -131,10 +138,20 @@ class SavePlan:
         _check_ties(model)
         shared = sharing(layers)
         kinds = {n: _kind(model, n, layer, shared.get(n)) for n, layer in layers.items()}
-        row = check_holds(format or first_holding(kinds), kinds)
+        format = format or first_holding(kinds)
+        dense = {} if check_holds(format, {}).embeddings else _embeddings(layers)
+        layers = {name: layer for name, layer in layers.items() if name not in dense}
+        kinds = {name: kind for name, kind in kinds.items() if name not in dense}
+        if not layers:
+            raise CheckpointError(
+                f"{format} has no place for quantized embeddings, and no layer is quantized beside "
+                "them: use the format qkernels"
+            )
+        row, names, stored = check_writes(format, model, kinds)
         heads = {id(head) for head in output_heads(model)}
         # A quantized head shares nothing with the embedding any more.
-        apart = any(id(layer) in heads for layer in layers.values()) and not row.head_beside_tie
+        quantized = any(id(layer) in heads for layer in layers.values())
+        apart = bool(quantized or dense) and not row.head_beside_tie
         untied = apart and bool(_tying_sections(model.config.to_dict()))
         if untied and _asks_for_ties(model):
             raise CheckpointError(
@@ -142,26 +159,36 @@ class SavePlan:
                 f"not tied, and {row.name} cannot say that they are beside a quantized head: use "
                 "the format qkernels, or leave the head alone"
             )
-        return cls(model, row, layers, kinds, untied, kept(model))
+        return cls(model, row, layers, stored, untied, kept(model), names, dense)
 
     @property
     def left_out(self) -> str | None:
         """What the format has no place for, though the model comes with it, or None."""
         tensors = any(is_of_cache(name) for name in dense_places(self.model))
-        if self.row.keeps_kv_cache or not (self.cache or tensors):
-            return None
-        return (
-            f"{self.row.name} has no place for the scales of a KV cache ({self.cache}), which are "
-            "left out: readers will keep keys and values in 16 bits"
-        )
+        left = []
+        if not self.row.keeps_kv_cache and (self.cache or tensors):
+            left.append(
+                f"{self.row.name} has no place for the scales of a KV cache ({self.cache}), which "
+                "are left out: readers will keep keys and values in 16 bits"
+            )
+        if self.dense:
+            left.append(
+                f"{self.row.name} has no place for quantized embeddings: the numbers of "
+                f"{', '.join(self.dense)} are stored as {self.model.dtype}; the format qkernels "
+                "holds them as they are"
+            )
+        return "; ".join(left) or None
 
     def quantization_config(self) -> dict[str, Any]:
         """What config.json says under this name."""
-        dense = [
-            name
-            for name, module in self.model.named_modules(remove_duplicate=False)
-            if isinstance(module, nn.Linear) and name not in self.layers
-        ]
+        if self.names is not None:
+            dense = self.names.dense(self.layers)
+        else:
+            dense = [
+                name
+                for name, module in self.model.named_modules(remove_duplicate=False)
+                if isinstance(module, nn.Linear) and name not in self.layers
+            ]
         assert self.row.write_config is not None
         section = self.row.write_config(self.kinds, dense)
         if self.row.keeps_kv_cache and self.cache.scheme:
@@ -177,11 +204,17 @@ class SavePlan:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         assert self.row.write_layer is not None
         for name, layer in self.layers.items():
-            if self.kinds[name].shares is not None:
+            if self.names is None and self.kinds[name].shares is not None:
                 continue
-            for part, tensor in self.row.write_layer(layer.to_weight()).items():
-                yield f"{name}.{part}", tensor
+            whole = layer.to_weight()
+            weights = [(name, whole)] if self.names is None else self.names.weights(name, whole)
+            for stored, weight in weights:
+                for part, tensor in self.row.write_layer(weight).items():
+                    yield f"{stored}.{part}", tensor
+            del whole, weights, weight
             give_back_free_pages()
+        for name, embedding in self.dense.items():
+            yield from self._named(f"{name}.weight", embedding.dense_weight())
         places, sources = dense_places(self.model), ties(self.model)
         if self.row.keeps_kv_cache:
             yield from self.cache.tensors.items()
@@ -194,7 +227,18 @@ class SavePlan:
             key = (*_identity(place.tensor), id(source.module), source.name)
             if self.untied or key not in seen:
                 seen.add(key)
-                yield name, place.tensor
+                yield from self._named(name, place.tensor)
+
+    def _named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A tensor of the model under the names that it is stored by."""
+        if self.names is None:
+            yield name, tensor
+        else:
+            yield from self.names.tensors(name, tensor.detach()).items()
+
+
+def _embeddings(layers: Mapping[str, PackedModule]) -> dict[str, WQEmbedding]:
+    return {name: layer for name, layer in layers.items() if isinstance(layer, WQEmbedding)}
 
 
 def _asks_for_ties(model: nn.Module) -> bool:
@@ -255,7 +299,7 @@ def _check_ties(model: nn.Module) -> None:
 
 
 def _kind(model: nn.Module, name: str, layer: PackedModule, shares: str | None) -> WeightKind:
-    of_experts = isinstance(model.get_submodule(name.rpartition(".")[0]), WQExperts)
+    of_experts = isinstance(model.get_submodule(whole_name(name).rpartition(".")[0]), WQExperts)
     instead_of = "an expert of a fused parameter" if of_experts else None
     if isinstance(layer, WQEmbedding):
         instead_of = "an embedding"

@@ -191,6 +191,11 @@ class WQEmbedding(PackedModule, nn.Embedding):
         """The weight as fp32 [N, K], without `embed_scale`."""
         return torch.ops.qkernels.dequantize(self._packed_buffers(), self._packed_spec())
 
+    def dense_weight(self) -> Tensor:
+        """The weight [N, K] in `dtype`, as its rows are looked up, without `embed_scale`."""
+        rows = torch.arange(self.num_embeddings, device=self._words.device)
+        return ops.embedding_operator(rows, self._packed_buffers(), self._packed_spec(), self.dtype)
+
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         layout = self._layout if self.source is None else "that of another module"

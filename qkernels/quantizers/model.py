@@ -17,6 +17,7 @@ from qkernels import rounding
 from qkernels.checkpoints import mark_quantized
 from qkernels.checkpoints.format import WeightKind
 from qkernels.checkpoints.table import check_holds
+from qkernels.checkpoints.written import check_writes
 from qkernels.errors import LayerError, SchemeError
 from qkernels.modules.kinds import become, is_plain_linear
 from qkernels.quantizers.driver import Outcome, Plan, Progress, drive
@@ -129,7 +130,8 @@ def quantize_model(
     try:
         if format is not None:
             kinds = _kinds(model, plan.schemes, forms)
-            check_holds(format, {**kinds, **_embedding_kinds(model, embeddings)})
+            check_holds(format, _embedding_kinds(model, embeddings))
+            check_writes(format, model, kinds)
         for name in plan.schemes:
             weight = cast(nn.Linear, model.get_submodule(name)).weight
             rounding.check_weight(weight.detach(), f"{name}.weight")

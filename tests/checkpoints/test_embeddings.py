@@ -117,9 +117,25 @@ def test_schemes_and_patterns(tmp_path):
         qk.quantize_model(model, scheme=SCHEME, include=["*embed_tokens"])
 
 
-def test_a_format_without_embeddings_is_refused_when_saving(tmp_path):
-    model, *_ = tied_model("llama")
-    with pytest.raises(CheckpointError, match=r"embed_tokens is w8a16-g32, .*qkernels"):
+@pytest.mark.parametrize("head_too", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_format_without_embeddings_stores_their_numbers(name, head_too, tmp_path):
+    model, head = MODELS[name]()
+    ends = {EMBEDDING[name]: SCHEME, **({head: SCHEME} if head_too else {})}
+    qk.quantize_model(model, scheme=SCHEME, overrides=ends)
+    with pytest.warns(UserWarning, match=r"place for quantized embeddings: .*the format qkernels"):
+        qk.save_model(model, tmp_path / "out", format="compressed-tensors")
+    loaded = qk.load_model(tmp_path / "out")
+    assert not embeddings(loaded) and not loaded.config.tie_word_embeddings
+    assert torch.equal(logits(loaded), logits(model))
+    weight = loaded.get_input_embeddings().weight
+    assert torch.equal(weight, model.get_input_embeddings().dequantize())
+
+
+def test_a_folder_of_embeddings_alone(tmp_path):
+    model, _ = llama()
+    qk.quantize_model(model, scheme=SCHEME, include=["*embed_tokens"])
+    with pytest.raises(CheckpointError, match="no layer is quantized beside them"):
         qk.save_model(model, tmp_path / "out", format="compressed-tensors")
     assert not (tmp_path / "out").exists()
 
