@@ -9,6 +9,7 @@ from qkernels.bits.dense import DENSE_BITS, dense_words, pack_dense, unpack_dens
 from qkernels.bits.gptq import pack_gptq, pack_gptq_zeros, unpack_gptq, unpack_gptq_zeros
 from qkernels.bits.marlin import marlin_scales, unpack_marlin
 from qkernels.bits.planar import PLANAR_BITS, pack_planar, planar_rows, unpack_planar
+from qkernels.bits.tinygemm import unpack_tinygemm
 
 __all__ = [
     "DENSE_BITS",
@@ -28,4 +29,5 @@ __all__ = [
     "unpack_gptq_zeros",
     "unpack_marlin",
     "unpack_planar",
+    "unpack_tinygemm",
 ]
