@@ -9,42 +9,46 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qkernels.checkpoints import kv_cache, layer_types
 from qkernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qkernels.checkpoints.dense import dense_places
-from qkernels.checkpoints.native import NATIVE
-from qkernels.checkpoints.place import find_linears, place_layers
+from qkernels.checkpoints.names import in_names_of
+from qkernels.checkpoints.place import find_linears, is_unused, place_layers
 from qkernels.checkpoints.ties import tie_beside_head, without
 from qkernels.errors import CheckpointError
 from qkernels.modules.kinds import linear_parts
+
+PLACE = "qkernels_place"
 
 
 class Placeholder(nn.Module):
     """Stands where a quantized layer will be.
 
-    Its weight is one number, which Transformers moves to the device that the layer goes to. The
-    rest is for code of models that draws new weights, and looks at all layers for that.
+    It has one number, which Transformers moves to the device that the layer goes to. The rest is
+    for code of models that draws new weights, and looks at all layers for that.
     """
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         parts = linear_parts(linear)
         self.out_features, self.in_features = parts.weight.shape
-        empty = torch.empty(1, 1, dtype=parts.weight.dtype, device="meta")
-        self.weight = nn.Parameter(empty, requires_grad=False)
-        # No parameter, which Transformers would look for in the folder.
+        # Of a name that no folder has.
+        empty = torch.empty(1, dtype=parts.weight.dtype, device="meta")
+        self.register_parameter(PLACE, nn.Parameter(empty, requires_grad=False))
+        # No parameters, which Transformers would look for in the folder.
+        self.weight = torch.zeros(1, 1, device="cpu")
         self.bias = None if parts.bias is None else torch.zeros(self.out_features, device="cpu")
-        # Nothing is drawn for what says this.
-        vars(self)["_is_hf_initialized"] = True
-        if self.bias is not None:
-            vars(self.bias)["_is_hf_initialized"] = True
+        for held in (self, self.weight, self.bias):
+            # Nothing is drawn for what says this.
+            if held is not None:
+                held._is_hf_initialized = True  # type: ignore[union-attr]
 
 
 class PendingLayers:
@@ -64,12 +68,17 @@ class PendingLayers:
         self._model = model
         with _outside_of_meta():
             self._stored = open_checkpoint(_folder_of(files))
+            checkpoint = in_names_of(model, self._stored)
         self.format = self._stored.format.name
         # What a folder has less than its own class is damage; another class may have more.
         self._strict = type(model).__name__ in (self._stored.config.get("architectures") or ())
-        self._checkpoint = _in_names_of(model, self._stored)
-        if not self._strict:
-            self._checkpoint = _with_places(model, self._checkpoint)
+        self._checkpoint = checkpoint if self._strict else _with_places(model, checkpoint)
+        self._unplaced = {
+            tensor
+            for name, layer in checkpoint.layers.items()
+            if name not in self._checkpoint.layers
+            for tensor in layer.tensors
+        }
         self._linears = find_linears(model, self._checkpoint)
         if not self._linears:
             raise CheckpointError(
@@ -88,9 +97,9 @@ class PendingLayers:
         model.all_tied_weights_keys = without(self._linears, model.all_tied_weights_keys)
 
     def nbytes(self, parameter: str) -> int | None:
-        """The size of the layer that a placeholder's `parameter` stands for; None for others."""
-        name = parameter.removesuffix(".weight")
-        if name == parameter or name not in self._linears:
+        """The size of the layer whose placeholder has a parameter of that name; None for others."""
+        name = parameter.removesuffix(f".{PLACE}")
+        if name == parameter:
             return None
         tensors = self._checkpoint.layers[name].tensors
         return sum(self._stored.store.nbytes(tensor) for tensor in tensors)
@@ -99,31 +108,51 @@ class PendingLayers:
         """Puts the layers in their places, when what is dense is in its own.
 
         Args:
-            info: the report of Transformers; what it says of the layers is taken out.
+            info: the report of Transformers, which is made to speak of what is dense alone.
 
         Raises:
             CheckpointError: for tensors that are damaged, or missing, or of another shape.
         """
-        model, folder = self._model, self._stored.folder
-        placed = {f"{name}.weight" for name in self._linears}
-        info.missing_keys -= placed
-        info.unexpected_keys -= self._own_keys()
+        model, checkpoint, folder = self._model, self._checkpoint, self._stored.folder
+        holders = {name: model.get_submodule(name) for name in self._linears}
+        devices = {name: holder.get_parameter(PLACE).device for name, holder in holders.items()}
+        places = {f"{name}.{PLACE}" for name in self._linears}
+        info.missing_keys -= places
+        info.unexpected_keys.clear()
+        info.unexpected_keys |= self._unplaced | {
+            name
+            for name in checkpoint.dense
+            if name not in self._shapes and not is_unused(model, name)
+        }
+        # Of experts that are stored one by one, and not all quantized.
+        for name in info.missing_keys.intersection(checkpoint.dense):
+            tensor = model.get_parameter_or_buffer(name)
+            tensor.data = checkpoint.store.get(name).to(tensor.device, tensor.dtype)
+            info.missing_keys.discard(name)
         if self._strict and info.missing_keys:
             raise CheckpointError(
                 f"{folder} lacks {sorted(info.missing_keys)[:3]}, which a "
                 f"{type(model).__name__} has: download or save it again"
             )
-        self._check_shapes(placed)
-        devices = {name: model.get_parameter(f"{name}.weight").device for name in self._linears}
+        held = model.state_dict()
+        for name in self._shapes.keys() - places:
+            # Transformers leaves this to the quantizer.
+            if held[name].shape != self._shapes[name]:
+                raise CheckpointError(
+                    f"{folder}: {name} is {list(held[name].shape)} in the file and "
+                    f"{list(self._shapes[name])} in the model's config"
+                )
+        cache = kv_cache.read(self._stored.config, self._stored.store, self._stored.kv_cache)
         place_layers(
             model,
-            self._checkpoint,
+            checkpoint,
             self._linears,
             devices.__getitem__,
             cast=self._cast,
             check_kernels=check_kernels,
         )
         tie_beside_head(model, dense_places(model), set(self._linears))
+        kv_cache.keep(model, cache)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         """A bias of the folder's own type is of the model's; another keeps its type."""
@@ -131,37 +160,6 @@ class PendingLayers:
         own = config.get("dtype", config.get("torch_dtype", tensor.dtype))
         named = str(tensor.dtype).removeprefix("torch.")
         return tensor.to(self._model.dtype) if own in (named, tensor.dtype) else tensor
-
-    def _check_shapes(self, placed: set[str]) -> None:
-        # Transformers leaves this to the quantizer.
-        held = self._model.state_dict()
-        for name, shape in self._shapes.items():
-            if name not in placed and held[name].shape != shape:
-                raise CheckpointError(
-                    f"{self._stored.folder}: {name} is {list(held[name].shape)} in the file and "
-                    f"{list(shape)} in the model's config"
-                )
-
-    def _own_keys(self) -> set[str]:
-        """What Transformers calls the tensors that it has no place for, and we know."""
-        stored = self._stored
-        placed = {t for name in self._linears for t in self._checkpoint.layers[name].tensors}
-        layers = {tensor for layer in stored.layers.values() for tensor in layer.tensors}
-        known = set(stored.store) - set(stored.dense) - (layers - placed)
-        if self.format == NATIVE.name:
-            return known
-        loading = importlib.import_module("transformers.core_model_loading")
-        mapping = importlib.import_module("transformers.conversion_mapping")
-        transforms = mapping.get_model_conversion_mapping(self._model)
-        renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
-        by_pattern = {p: c for c in converters for p in c.source_patterns}
-        keys = set()
-        for tensor in known:
-            key, pattern = loading.rename_source_key(tensor, renamings, converters)
-            targets = by_pattern[pattern].target_patterns if pattern is not None else [""]
-            keys |= {key.replace(targets[0], target) for target in targets}
-        return keys
 
 
 @contextlib.contextmanager
@@ -184,32 +182,6 @@ def _folder_of(files: Iterable[str] | None) -> Path:
     return Path(first).parent
 
 
-@dataclasses.dataclass(frozen=True)
-class _Renamed(Checkpoint):
-    """A folder under the names of a model: name -> the one that is stored."""
-
-    stored: Checkpoint
-    names: Mapping[str, str]
-
-    def read(self, name: str) -> Any:
-        return self.stored.read(self.names[name])
-
-
-def _in_names_of(model: Any, checkpoint: Checkpoint) -> Checkpoint:
-    prefix, state = model.base_model_prefix, model.state_dict()
-    names = {}
-    for stored in checkpoint.layers:
-        for name in (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")):
-            if f"{name}.weight" in state or name.rpartition(".")[0] in state:
-                names[name] = stored
-                break
-        else:
-            names[stored] = stored
-    layers = {name: checkpoint.layers[stored] for name, stored in names.items()}
-    values = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}
-    return _Renamed(**{**values, "layers": layers}, stored=checkpoint, names=names)
-
-
 def _with_places(model: Any, checkpoint: Checkpoint) -> Checkpoint:
     """The folder without layers that the model lacks, as one without an output head does."""
     state = model.state_dict()
@@ -218,4 +190,7 @@ def _with_places(model: Any, checkpoint: Checkpoint) -> Checkpoint:
         for name, layer in checkpoint.layers.items()
         if f"{name}.weight" in state or name.rpartition(".")[0] in state
     }
-    return dataclasses.replace(checkpoint, layers=layers)
+    types = checkpoint.config.get(layer_types.KEY, {})
+    kept = {text: [name for name in names if name in layers] for text, names in types.items()}
+    config = {**checkpoint.config, layer_types.KEY: kept}
+    return dataclasses.replace(checkpoint, layers=layers, config=config)
