@@ -121,7 +121,7 @@ def quantize_model(
         return report
     layers = plan_layers(model, default, include, exclude, parsed)
     embeddings = {name: e.scheme for e in layers.embeddings for name in e.names}
-    _check_methods(recipe, layers.schemes, calibrated=calibration is not None)
+    check_methods(recipe, layers.schemes, calibrated=calibration is not None)
     batches = None if calibration is None else list(calibration)
     if batches is not None and not batches:
         raise LayerError("calibration holds no batch")
@@ -194,7 +194,7 @@ def _open_folder(
     return ResumeFolder(folder, run)
 
 
-def _check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:
+def check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:
     """Raises where a part of the recipe cannot make a layer's scheme, or lacks calibration."""
     for name, scheme in schemes.items():
         static = scheme.activation.granularity == "static"
