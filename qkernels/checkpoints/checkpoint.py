@@ -44,8 +44,11 @@ class Checkpoint:
         Raises:
             CheckpointError: naming the layer and what is wrong with it.
         """
+        stored = self.layers[name]
+        if stored.shares is not None:
+            return self.read(stored.shares).replace(bias=None)
         with _naming(self.store, name):
-            return self.format.read_layer(self.store, name, self.layers[name])
+            return self.format.read_layer(self.store, name, stored)
 
     def read_parts(self, name: str) -> list[QuantizedWeight]:
         """One layer of a model: mostly one weight, else several whose rows follow each other, where

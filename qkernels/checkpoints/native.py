@@ -4,9 +4,11 @@
 `WQLinear.state_dict` holds. config.json has, for layers alike:
 
     "quantization_config": {"quant_method": "qkernels", "version": 1, "groups": [
-        {"scheme": "w4a16-g128", "shape": [N, K], "layers": [name, ...], "fields": [...]}, ...]}
+        {"scheme": "w4a16-g128", "shape": [N, K], "layers": [name, ...], "fields": [...]}, ...],
+        "shared": {name of an embedding: name of the layer whose weight it has, ...}}
 
-where "fields" names those that the layers have and their scheme does not ask for, if there are any.
+"fields" names those that the layers have and their scheme does not ask for, where there are any. An
+embedding with a weight of its own is a layer too. "shared" stands where there are any.
 
 Scales may be any finite numbers, as in the hub: where all weights are zero, other packages write
 zeros (bitsandbytes, GGUF), and some types of GGUF have negative scales.
@@ -34,7 +36,7 @@ from qkernels.weight import QuantizedWeight
 VERSION = 1
 """Raised by a change that this reader would read wrongly."""
 
-_KEYS = frozenset(("quant_method", "version", "groups", kv_cache.KEY))
+_KEYS = frozenset(("quant_method", "version", "groups", "shared", kv_cache.KEY))
 _GROUP_KEYS = frozenset(("scheme", "shape", "layers", "fields"))
 
 
@@ -70,9 +72,18 @@ def _read_plan(config: Config, store: Store) -> dict[str, StoredLayer]:
             parts = ("words", *FIELDS, "bias")
             found = tuple(part for part in parts if f"{name}.{part}" in store)
             if "fields" in group:
-                said = set(strings(group["fields"], f"{where}.fields"))
-                _check_fields(store, name, said, set(optional_fields(scheme, found)))
+                named = set(strings(group["fields"], f"{where}.fields"))
+                _check_fields(store, name, named, set(optional_fields(scheme, found)))
             layers[name] = StoredLayer(scheme, tuple(f"{name}.{part}" for part in found), (n, k))
+    for name, said in typed(section.get("shared", {}), dict, "shared").items():
+        source = typed(said, str, f"shared[{brief(name)}]")
+        if name in layers or source not in layers or layers[source].shares is not None:
+            raise CheckpointError(
+                f"shared says that {name} has the weight of {brief(source)}, which must be a layer "
+                "of groups, and the other none"
+            )
+        stored = layers[source]
+        layers[name] = StoredLayer(stored.scheme, (), stored.details, shares=source)
     return layers
 
 
@@ -106,7 +117,9 @@ def _write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def _write_config(layers: Mapping[str, WeightKind], dense: Sequence[str]) -> dict[str, Any]:
     alike: dict[tuple[Any, ...], list[str]] = {}
-    for name, kind in layers.items():
+    shared = {n: kind.shares for n, kind in layers.items() if kind.shares is not None}
+    for name in (name for name in layers if name not in shared):
+        kind = layers[name]
         fields = tuple(sorted(optional_fields(kind.scheme, kind.fields)))
         alike.setdefault((kind.scheme, kind.shape, fields), []).append(name)
     groups = [
@@ -115,7 +128,8 @@ def _write_config(layers: Mapping[str, WeightKind], dense: Sequence[str]) -> dic
         | ({"fields": list(fields)} if fields else {})
         for (scheme, shape, fields), names in alike.items()
     ]
-    return {"quant_method": NATIVE.name, "version": VERSION, "groups": groups}
+    section = {"quant_method": NATIVE.name, "version": VERSION, "groups": groups}
+    return {**section, "shared": shared} if shared else section
 
 
 NATIVE = Format(
@@ -128,6 +142,7 @@ NATIVE = Format(
     write_layer=_write_layer,
     write_config=_write_config,
     head_beside_tie=True,
+    embeddings=True,
     takes_stacks=True,
     keeps_kv_cache=True,
 )

@@ -215,7 +215,8 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(length))
     except OSError as error:
-        reason = "does not exist" if not path.exists() else f"cannot be read: {error}"
+        gone = isinstance(error, FileNotFoundError) and not path.is_symlink()
+        reason = "does not exist" if gone else f"cannot be read: {shortened(error)}"
         raise CheckpointError(f"{path} {reason}") from None
     except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(
