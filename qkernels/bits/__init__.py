@@ -4,7 +4,13 @@ An order has up to three implementations that agree bit for bit: plain torch (th
 CPU and Triton on a GPU. `pack_*` and `unpack_*` take the fastest there is.
 """
 
-from qkernels.bits.awq import pack_awq, pack_awq_fast, unpack_awq, unpack_awq_fast
+from qkernels.bits.awq import (
+    divide_awq_fast,
+    pack_awq,
+    pack_awq_fast,
+    unpack_awq,
+    unpack_awq_fast,
+)
 from qkernels.bits.dense import DENSE_BITS, dense_words, pack_dense, unpack_dense
 from qkernels.bits.gptq import pack_gptq, pack_gptq_zeros, unpack_gptq, unpack_gptq_zeros
 from qkernels.bits.marlin import (
@@ -21,6 +27,7 @@ __all__ = [
     "DENSE_BITS",
     "PLANAR_BITS",
     "dense_words",
+    "divide_awq_fast",
     "marlin_bias",
     "marlin_scales",
     "marlin_zeros",

@@ -3,7 +3,7 @@
 GEMM       nibble i of an int32 word c holds column 8c + [0,2,4,6,1,3,5,7][i]; of 8 bits, which
            vLLM alone has, byte i column 4c + [0,2,1,3][i]
 GEMV_FAST  int16 words [N/4, K]: word 64B + 16i + 8h + u of row r (i < 4, h < 2, u < 8) holds row
-           4r + i, nibble j column 64B + 32h + 8j + u
+           4r + i, nibble j column 64B + 32h + 8j + u; for zero points z, products -s*z, rounded
 
 Its GEMV words are dense. Source: AutoAWQ (Casper Hansen, MIT licence), awq/modules/linear.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qkernels.bits.dense import pack_dense, unpack_dense
+from qkernels.errors import WeightError
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INVERSE = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3)}
@@ -44,6 +45,22 @@ def pack_awq_fast(codes: Tensor) -> Tensor:
     # Rows [r, i], columns [B, h, j, u] -> [r, B, i, h, u, j].
     tiles = codes.reshape(n // 4, 4, k // 64, 2, 4, 8).permute(0, 2, 1, 3, 5, 4)
     return pack_dense(tiles.reshape(n // 4, 4 * k), 4).view(torch.int16)
+
+
+def divide_awq_fast(products: Tensor, scales: Tensor) -> Tensor | None:
+    """The zero points z, uint8, of products -s*z and scales s; None where a product was rounded.
+
+    Raises:
+        WeightError: for zero points outside of 0..15.
+    """
+    products, scales = products.float(), scales.float()
+    zeros = torch.where(products == 0, 0.0, -products / scales)
+    # A product is rounded to within one part in 256.
+    outside = ~((zeros > -0.1) & (zeros < 15.1))
+    if outside.any():
+        raise WeightError(f"zero points outside of 0..15, such as {float(zeros[outside][0])}")
+    whole = zeros.round()
+    return whole.to(torch.uint8).contiguous() if torch.equal(-whole * scales, products) else None
 
 
 def _reordered(codes: Tensor, order: tuple[int, ...]) -> Tensor:
