@@ -16,6 +16,7 @@ from qkernels.checkpoints.hf_quantizer import (
     StoredConfig,
     StoredHfQuantizer,
     before_report,
+    check_finished,
     refuse_distributed,
 )
 from qkernels.checkpoints.native import NATIVE
@@ -246,6 +247,7 @@ class QKernelsHfQuantizer(StoredHfQuantizer):
         if self.quantization_config.is_stored:
             super()._process_model_after_weight_loading(model, **options)
             return
+        check_finished(model)
         model.config.quantization_config = self.quantization_config.without_data()
         mark_quantized(model, self.quantization_config.format)
 
