@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -76,7 +78,8 @@ class StoredHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **options: Any
     ) -> None:
         refuse_distributed(model)
-        self._layers = PendingLayers(model, checkpoint_files)
+        with outside_of_meta():
+            self._layers = PendingLayers(model, checkpoint_files)
         # What is left is dense: Transformers is to read and cast it as in any other model.
         self.pre_quantized = False
         before_report(model, self._layers.fill)
@@ -177,6 +180,19 @@ _REPORT = "_adjust_missing_and_unexpected_keys"
 
 def _values(device_map: Any) -> Iterable[Any]:
     return device_map.values() if isinstance(device_map, Mapping) else ()
+
+
+@contextlib.contextmanager
+def outside_of_meta() -> Iterator[None]:
+    """Within, tensors have values, and are of float32 where no type is said: Transformers changes
+    both where it makes a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def refuse_distributed(model: PreTrainedModel) -> None:

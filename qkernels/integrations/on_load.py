@@ -17,13 +17,15 @@ from qkernels.checkpoints.hf_quantizer import (
     StoredHfQuantizer,
     before_report,
     check_finished,
+    outside_of_meta,
     refuse_distributed,
 )
 from qkernels.checkpoints.native import NATIVE
 from qkernels.checkpoints.table import check_holds
+from qkernels.checkpoints.written import check_writes
 from qkernels.errors import CheckpointError, LayerError, QuantizationError
 from qkernels.quantizers.incoming import IncomingLayers, takes_weights_alone
-from qkernels.quantizers.model import check_methods, quantize_model
+from qkernels.quantizers.model import check_methods, embedding_kinds, quantize_model
 from qkernels.quantizers.plan import plan_layers
 from qkernels.quantizers.recipe import Recipe
 from qkernels.quantizers.report import QuantizationReport
@@ -180,12 +182,18 @@ class QKernelsHfQuantizer(StoredHfQuantizer):
                 "take its quantization_config out, and give it to from_pretrained"
             )
         refuse_distributed(model)
-        recipe = Recipe.parse(config.method)
+        with outside_of_meta():
+            self._plan(model)
+        before_report(model, lambda info: self._finish(model))
+
+    def _plan(self, model: PreTrainedModel) -> None:
+        """Raises for whatever does not fit the model, before its weights are read."""
+        config = self.quantization_config
+        recipe, scheme = Recipe.parse(config.method), QuantScheme.parse(config.scheme)
         overrides = {
             pattern: None if value is None else QuantScheme.parse(value)
             for pattern, value in config.overrides.items()
         }
-        scheme = QuantScheme.parse(config.scheme)
         with _tied(model):
             plan = plan_layers(model, scheme, config.include, config.exclude, overrides)
         check_methods(recipe, plan.schemes, calibrated=config.calibration is not None)
@@ -198,10 +206,11 @@ class QKernelsHfQuantizer(StoredHfQuantizer):
             check_kernels=config.check_kernels,
             tied={*ties, *ties.values()},
         )
-        check_holds(config.format, incoming.kinds())
+        embeddings = {name: shared.scheme for shared in plan.embeddings for name in shared.names}
+        check_holds(config.format, embedding_kinds(model, embeddings))
+        check_writes(config.format, model, incoming.kinds())
         if config.calibration is None and takes_weights_alone(recipe, plan):
             self._incoming = incoming
-        before_report(model, lambda info: self._finish(model))
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **options: Any

@@ -130,7 +130,7 @@ def quantize_model(
     try:
         if format is not None:
             kinds = _kinds(model, plan.schemes, forms)
-            check_holds(format, _embedding_kinds(model, embeddings))
+            check_holds(format, embedding_kinds(model, embeddings))
             check_writes(format, model, kinds)
         for name in plan.schemes:
             weight = cast(nn.Linear, model.get_submodule(name)).weight
@@ -172,7 +172,8 @@ def _kinds(
     }
 
 
-def _embedding_kinds(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> dict[str, WeightKind]:
+def embedding_kinds(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> dict[str, WeightKind]:
+    """What is known of embeddings before they are quantized."""
     kinds = {}
     for name, scheme in schemes.items():
         n, k = cast(nn.Embedding, model.get_submodule(name)).weight.shape
