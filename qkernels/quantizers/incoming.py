@@ -18,6 +18,7 @@ from qkernels.modules.experts import FusedExperts, fused_experts, unfuse
 from qkernels.modules.kinds import is_conv1d, take_place_of
 from qkernels.modules.linear import WQLinear
 from qkernels.quantizers.driver import build_layer
+from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
 from qkernels.quantizers.method import LayerTask
 from qkernels.quantizers.plan import LayerPlan
 from qkernels.quantizers.recipe import Recipe
@@ -107,7 +108,7 @@ class IncomingLayers:
                 shape=(n, k),
                 instead_of="a Conv1D" if is_conv1d(place.module) else other,
             )
-        return found
+        return found | embedding_kinds(self._model, self._plan.embeddings)
 
     def wants(self, parameter: str) -> bool:
         """Whether a parameter of that name is to be given to `take`, and not to the model."""
@@ -155,6 +156,7 @@ class IncomingLayers:
             WeightError, SchemeError, NoKernelError: of a layer whose weight came to the model.
         """
         model, reports = self._model, []
+        embeddings = EmbeddingForms(model, self._plan.embeddings)
         for name, place in self._places.items():
             if place.key not in self._made:
                 self._make(name, place.weight_of(model.get_parameter(place.parameter)))
@@ -171,6 +173,7 @@ class IncomingLayers:
                 layer.transposed = is_conv1d(before)
                 take_place_of(layer, before)
                 model.set_submodule(name, layer)
+        reports += embeddings.put({report.name: report for report in reports}).values()
         return QuantizationReport(
             str(self._recipe), reports, skipped=self._plan.skipped, shares=self._plan.shares
         )
