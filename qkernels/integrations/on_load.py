@@ -24,8 +24,9 @@ from qkernels.checkpoints.native import NATIVE
 from qkernels.checkpoints.table import check_holds
 from qkernels.checkpoints.written import check_writes
 from qkernels.errors import CheckpointError, LayerError, QuantizationError
+from qkernels.quantizers.embeddings import embedding_kinds
 from qkernels.quantizers.incoming import IncomingLayers, takes_weights_alone
-from qkernels.quantizers.model import check_methods, embedding_kinds, quantize_model
+from qkernels.quantizers.model import check_methods, quantize_model
 from qkernels.quantizers.plan import plan_layers
 from qkernels.quantizers.recipe import Recipe
 from qkernels.quantizers.report import QuantizationReport
@@ -206,8 +207,7 @@ class QKernelsHfQuantizer(StoredHfQuantizer):
             check_kernels=config.check_kernels,
             tied={*ties, *ties.values()},
         )
-        embeddings = {name: shared.scheme for shared in plan.embeddings for name in shared.names}
-        check_holds(config.format, embedding_kinds(model, embeddings))
+        check_holds(config.format, embedding_kinds(model, plan.embeddings))
         check_writes(config.format, model, incoming.kinds())
         if config.calibration is None and takes_weights_alone(recipe, plan):
             self._incoming = incoming

@@ -98,7 +98,7 @@ class IncomingLayers:
         return _Place(f"{name}.weight", self._model.get_submodule(name))
 
     def kinds(self) -> dict[str, WeightKind]:
-        """What is known of the layers, by name."""
+        """What is known of the linear layers, by name."""
         found = {}
         for name, place in self._places.items():
             n, k = place.weight_of(self._model.get_parameter(place.parameter)).shape
