@@ -12,6 +12,8 @@ from tests.checkpoints import experts
 
 transformers = pytest.importorskip("transformers", reason="models come from transformers")
 
+pytestmark = pytest.mark.filterwarnings("ignore:saved in the qkernels format")
+
 WRITERS = {
     "awq": (experts.awq, experts.AWQ_SECTION),
     "gptq": (experts.gptq, experts.GPTQ_SECTION),
