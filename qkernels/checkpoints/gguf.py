@@ -27,8 +27,9 @@ from qkernels.checkpoints.format import Format, StoredLayer, WeightKind
 from qkernels.checkpoints.gguf_header import MAGIC, GgufTensor, read_header
 from qkernels.checkpoints.limits import check_depth, parameters_on_meta
 from qkernels.checkpoints.store import Store
+from qkernels.checkpoints.ties import ties
 from qkernels.errors import CheckpointError
-from qkernels.modules.kinds import is_plain_linear
+from qkernels.modules.kinds import is_plain_embedding, is_plain_linear
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
 
@@ -121,7 +122,15 @@ class GgufStore(Store):
             self._processor = self._processor_of(reading, reader, config)
             self._names = reading.get_gguf_hf_weights_map(model, self._processor)
         self.config = {**raw, "architectures": [type(model).__name__]}
-        self._linears = {n for n, module in model.named_modules() if is_plain_linear(module)}
+        self._linears = {
+            name
+            for name, module in model.named_modules()
+            if is_plain_linear(module) or is_plain_embedding(module)
+        }
+        self._ties = {
+            name.removesuffix(".weight"): source.removesuffix(".weight")
+            for name, source in ties(model).items()
+        }
         self._sources: dict[str, _Source] = {}
         for tensor in reader.tensors:
             if tensor.name not in self._names:
@@ -200,7 +209,7 @@ class GgufStore(Store):
             return torch.from_numpy(np.array(made, dtype=np.float32))
 
     def layers(self) -> dict[str, str]:
-        """The linear layers whose blocks a scheme holds -> the name of their type."""
+        """The linear layers and embeddings whose blocks a scheme holds -> the name of its type."""
         found = {}
         for name, source in self._sources.items():
             layer = name.removesuffix(".weight")
@@ -209,6 +218,14 @@ class GgufStore(Store):
                 if known is not None and source.shape[1] % known.size == 0:
                     found[layer] = source.kind
         return found
+
+    def tied_heads(self) -> dict[str, str]:
+        """The linear layers that the file does not hold -> the embedding whose weight they have."""
+        return {
+            head: source
+            for head, source in self._ties.items()
+            if head in self._linears and f"{head}.weight" not in self
+        }
 
     def blocks(self, name: str) -> Tensor:
         """The blocks of a matrix, uint8 [N, blocks, bytes], in the model's order of rows."""
@@ -272,12 +289,17 @@ def _read_plan(config: Config, store: Store) -> dict[str, StoredLayer]:
         scheme = QuantScheme.parse(GGUF_TYPES[kind].scheme)
         tensors = (f"{name}.weight", f"{name}.bias")
         plan[name] = StoredLayer(scheme, tuple(t for t in tensors if t in store), kind)
+    for head, embedding in store.tied_heads().items():
+        if embedding in plan:
+            # The head has the packed weight, and the embedding looks its rows up there.
+            plan[head] = plan[embedding]
+            plan[embedding] = StoredLayer(plan[head].scheme, (), shares=head)
     return plan
 
 
 def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     assert isinstance(store, GgufStore)
-    found = GGUF_TYPES[layer.details].decode(store.blocks(f"{name}.weight"))
+    found = GGUF_TYPES[layer.details].decode(store.blocks(layer.tensors[0]))
     zeros = None
     if not layer.scheme.symmetric:
         zeros = torch.zeros(found.scales.shape, dtype=torch.uint8)
