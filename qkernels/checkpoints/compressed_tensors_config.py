@@ -29,7 +29,7 @@ NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-qua
 _KEYS = frozenset(
     (
         *("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme"),
-        *("quantization_status", "sparsity_config", "transform_config"),
+        *("quantization_status", "sparsity_config", "moe_sparsity_config", "transform_config"),
         # These say nothing of what is stored.
         *("version", "global_compression_ratio", "run_compressed", "dequantize"),
     )
@@ -154,7 +154,7 @@ def read_section(section: Config) -> Section:
         CheckpointError: naming what is wrong with it, or unknown here.
     """
     only(section, _KEYS, "quantization_config")
-    for key in ("transform_config", "sparsity_config"):
+    for key in ("transform_config", "sparsity_config", "moe_sparsity_config"):
         if section.get(key):
             raise CheckpointError(
                 f"quantization_config.{key} is not supported: {brief(section[key])} changes what "
