@@ -195,6 +195,22 @@ def test_generation_and_checkpointed_gradients():
     assert rows[0].grad is not None and rows[0].grad.abs().sum() > 0
 
 
+def test_peft_trains_adapters_on_it():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model, *_ = tied_model("llama")
+    want = logits(model)
+    prepared = peft.prepare_model_for_kbit_training(model)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
+    adapted = peft.get_peft_model(prepared, config)
+    assert torch.equal(logits(adapted), want)
+    tokens = torch.arange(3, 9)[None]
+    adapted.train()
+    adapted(input_ids=tokens, labels=tokens).loss.backward()
+    trained = [n for n, parameter in adapted.named_parameters() if parameter.grad is not None]
+    assert any("embed_tokens.lora_embedding" in name for name in trained)
+    assert all("lora_" in name for name in trained)
+
+
 def test_gemma_multiplies_rows(tmp_path):
     torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(
