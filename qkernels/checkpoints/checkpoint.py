@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from qkernels.checkpoints.config import Config, read_config
 from qkernels.checkpoints.format import Format, StoredLayer
 from qkernels.checkpoints.gguf import GgufStore, gguf_file
+from qkernels.checkpoints.kv_cache import is_of_cache
 from qkernels.checkpoints.store import Store
 from qkernels.checkpoints.table import find_format
 from qkernels.errors import CheckpointError, QuantizationError
@@ -22,8 +22,8 @@ class Checkpoint:
 
     Attributes:
         layers: the quantized layers, by name.
-        dense: the names of all tensors that belong to none of them, but for those that the format
-            knows to change nothing.
+        dense: the names of all tensors that belong to none of them, nor to `kv_cache`.
+        kv_cache: the names of those that say how a KV cache is quantized.
     """
 
     config: Config
@@ -31,6 +31,7 @@ class Checkpoint:
     format: Format
     layers: Mapping[str, StoredLayer]
     dense: tuple[str, ...]
+    kv_cache: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -49,6 +50,15 @@ class Checkpoint:
         except QuantizationError as error:
             raise CheckpointError(f"{self.store.where}: {name}: {error}") from None
 
+    def read_parts(self, name: str) -> list[QuantizedWeight]:
+        """One layer of a model: mostly one weight, else several whose rows follow each other, where
+        no scheme holds them as one.
+
+        Raises:
+            CheckpointError: as `read` does.
+        """
+        return [self.read(name)]
+
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """The quantized model in `folder`; headers are read, and no weights.
@@ -64,9 +74,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not layers:
         raise CheckpointError(f"{folder} holds no quantized layer")
     taken = {tensor for layer in layers.values() for tensor in layer.tensors}
-    unused = [re.compile(pattern) for pattern in row.unused]
-    dense = (name for name in store if not any(pattern.search(name) for pattern in unused))
-    return Checkpoint(config, store, row, layers, tuple(n for n in dense if n not in taken))
+    others = [name for name in store if name not in taken]
+    of_cache = tuple(name for name in others if row.keeps_kv_cache and is_of_cache(name))
+    dense = tuple(name for name in others if name not in set(of_cache))
+    return Checkpoint(config, store, row, layers, dense, of_cache)
 
 
 def read_weights(folder: str | Path) -> dict[str, QuantizedWeight]:

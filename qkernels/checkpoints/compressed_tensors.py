@@ -352,6 +352,5 @@ COMPRESSED_TENSORS = Format(
     read_layer=_read_layer,
     write_layer=_write_layer,
     write_config=_write_config,
-    # Scales of a KV cache in 8 bits, by their names and by those they had at first.
-    unused=(r"\.[kvq]_(scale|zero_point)$", r"\.[kv]_proj\.output_(scale|zero_point)$"),
+    keeps_kv_cache=True,
 )

@@ -31,8 +31,7 @@ _KEYS = frozenset(
     (
         *("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme"),
         *("quantization_status", "sparsity_config", "transform_config", "moe_sparsity_config"),
-        # These say nothing of what is stored. A scheme of the KV cache is one of run time: keys and
-        # values stay in 16 bits here.
+        # These say nothing of what is stored.
         *("version", "global_compression_ratio", "run_compressed", "dequantize"),
     )
 )

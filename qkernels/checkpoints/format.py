@@ -83,7 +83,7 @@ class Format:
         write_layer: the tensors of a layer, by their names below the layer's; None for a format
             that is only read.
         write_config: (quantized layers, names of dense linear layers) -> quantization_config.
-        unused: patterns (`re.search`) of tensors that belong to no layer and change nothing here.
+        keeps_kv_cache: has a place for the scheme and the scales of a KV cache in 8 bits.
         idle_biases: its writers store biases of zeros for layers that have none.
         head_beside_tie: its readers take a quantized head in a model whose config says that the
             head's weight is the embedding's; else the config has to say otherwise.
@@ -97,7 +97,7 @@ class Format:
     read_layer: Callable[[Store, str, StoredLayer], QuantizedWeight]
     write_layer: Callable[[QuantizedWeight], dict[str, Tensor]] | None = None
     write_config: Callable[[Mapping[str, WeightKind], Sequence[str]], dict[str, Any]] | None = None
-    unused: tuple[str, ...] = ()
+    keeps_kv_cache: bool = False
     why_not_together: Callable[[Mapping[str, WeightKind]], str | None] | None = None
     idle_biases: bool = False
     head_beside_tie: bool = False

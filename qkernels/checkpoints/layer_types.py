@@ -15,6 +15,7 @@ import torch
 from qkernels.checkpoints.config import Config, strings, typed
 from qkernels.errors import CheckpointError
 from qkernels.modules.linear import WQLinear
+from qkernels.modules.rows import whole_name
 
 KEY = "qkernels_layer_dtypes"
 _DTYPES = {
@@ -25,11 +26,13 @@ _DTYPES = {
 
 def written(layers: Mapping[str, WQLinear], own: torch.dtype) -> dict[str, list[str]]:
     """What config.json says of the layers that stand for another type than `own`."""
-    named: dict[str, list[str]] = {}
+    named: dict[str, dict[str, None]] = {}
     for name, layer in layers.items():
         if layer.dtype != own:
-            named.setdefault(str(layer.dtype).removeprefix("torch."), []).append(name)
-    return named
+            dtype = str(layer.dtype).removeprefix("torch.")
+            # Parts of a layer stand for one type.
+            named.setdefault(dtype, {})[whole_name(name)] = None
+    return {dtype: list(names) for dtype, names in named.items()}
 
 
 def read(config: Config, layers: Collection[str]) -> dict[str, torch.dtype]:

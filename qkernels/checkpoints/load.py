@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkernels.checkpoints import kv_cache
 from qkernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qkernels.checkpoints.dense import Place, dense_places, replace_tensor
 from qkernels.checkpoints.empty import empty_model
 from qkernels.checkpoints.foreign import as_checkpoint_error
+from qkernels.checkpoints.names import in_names_of
 from qkernels.checkpoints.place import find_linears, is_unused, matches, place_layers
 from qkernels.checkpoints.pretrained import mark_quantized
 from qkernels.checkpoints.ties import tie_beside_head
@@ -46,10 +48,11 @@ def load_model(
             tensors that do not fit the model.
     """
     device = torch.device(device)
-    checkpoint = open_checkpoint(folder)
+    stored = open_checkpoint(folder)
     model, own = empty_model(
-        checkpoint, dtype, lambda model: _check_shapes(checkpoint, dense_places(model))
+        stored, dtype, lambda model: _check_shapes(in_names_of(model, stored), dense_places(model))
     )
+    checkpoint = in_names_of(model, stored)
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor if dtype is None or tensor.dtype != own else tensor.to(dtype)
@@ -59,6 +62,7 @@ def load_model(
     places = {n: place for n, place in dense_places(model).items() if place.module not in replaced}
     # Whatever can be wrong without the tensors' data is checked before they are read.
     _check_names(model, checkpoint, places)
+    cache = kv_cache.read(stored.config, stored.store, stored.kv_cache)
     place_layers(
         model, checkpoint, linears, lambda _: device, cast=cast, check_kernels=check_kernels
     )
@@ -71,6 +75,7 @@ def load_model(
         transformers = importlib.import_module("transformers")
         with as_checkpoint_error(path, "cannot be read"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    kv_cache.keep(model, cache)
     mark_quantized(model)
     return model.to(device).eval()
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qkernels.bits import dense_words
+from qkernels.checkpoints import kv_cache
 from qkernels.checkpoints.config import Config, only, quantization_of, strings, typed
 from qkernels.checkpoints.format import Format, StoredLayer, WeightKind, says_method
 from qkernels.checkpoints.store import Store
@@ -31,7 +32,7 @@ from qkernels.weight import QuantizedWeight
 VERSION = 1
 """Raised by a change that this reader would read wrongly."""
 
-_KEYS = frozenset(("quant_method", "version", "groups"))
+_KEYS = frozenset(("quant_method", "version", "groups", kv_cache.KEY))
 _GROUP_KEYS = frozenset(("scheme", "shape", "layers"))
 
 
@@ -109,4 +110,5 @@ NATIVE = Format(
     write_layer=_write_layer,
     write_config=_write_config,
     head_beside_tie=True,
+    keeps_kv_cache=True,
 )

@@ -1,4 +1,7 @@
-"""Quantized layers of a folder, put into the places of a model's dense ones."""
+"""Quantized layers of a folder, put into the places of a model's dense ones.
+
+The folder has the model's names here: see `names.in_names_of`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from qkernels.errors import CheckpointError
 from qkernels.modules.experts import fused_experts, unfuse
 from qkernels.modules.kinds import is_plain_linear, linear_parts
 from qkernels.modules.linear import WQLinear
+from qkernels.modules.rows import WQRows
 from qkernels.weight import QuantizedWeight
 
 UNUSED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
@@ -70,28 +74,33 @@ def place_layers(
         CheckpointError: for tensors that are damaged or do not fit the model.
     """
     types = layer_types.read(checkpoint.config, checkpoint.layers)
-    made: dict[int, WQLinear] = {}
+    made: dict[int, nn.Module] = {}
     for name, linear in linears.items():
-        weight = checkpoint.read(name)
+        weights = checkpoint.read_parts(name)
         if checkpoint.format.idle_biases:
-            weight = _without_idle_bias(weight, linear)
-        _check_layer(checkpoint, name, linear, weight)
-        if weight.bias is not None:
-            weight = weight.replace(bias=cast(weight.bias))
-        parts = linear_parts(linear)
-        layer = WQLinear.from_weight(
-            weight,
-            device=device_of(name),
-            check_kernels=check_kernels,
-            dtype=types.get(name, parts.weight.dtype),
-        )
-        layer.transposed = parts.transposed
+            weights = [_without_idle_bias(weight, linear) for weight in weights]
+        _check_layer(checkpoint, name, linear, weights)
+        parts, packed = linear_parts(linear), []
+        while weights:
+            weight = weights.pop(0)
+            if weight.bias is not None:
+                weight = weight.replace(bias=cast(weight.bias))
+            part = WQLinear.from_weight(
+                weight,
+                device=device_of(name),
+                check_kernels=check_kernels,
+                dtype=types.get(name, parts.weight.dtype),
+            )
+            part.transposed = parts.transposed
+            packed.append(part)
+            del weight
+        layer = packed[0] if len(packed) == 1 else WQRows(packed)
         # One layer under several names stays one.
         first = made.setdefault(id(linear), layer)
         if first is not layer:
             _check_same(checkpoint, name, layer, first)
         model.set_submodule(name, first)
-        del weight, layer
+        del packed, part, layer
         give_back_free_pages()
 
 
@@ -112,20 +121,30 @@ def _without_idle_bias(weight: QuantizedWeight, linear: nn.Module) -> QuantizedW
 
 
 def _check_layer(
-    checkpoint: Checkpoint, name: str, linear: nn.Module, weight: QuantizedWeight
+    checkpoint: Checkpoint, name: str, linear: nn.Module, weights: list[QuantizedWeight]
 ) -> None:
     where, parts = f"{checkpoint.folder}: {name}", linear_parts(linear)
-    if tuple(parts.weight.shape) != weight.shape:
+    shape, bias = (sum(weight.n for weight in weights), weights[0].k), weights[0].bias
+    if tuple(parts.weight.shape) != shape:
         raise CheckpointError(
-            f"{where} is {list(weight.shape)} in the file and {list(parts.weight.shape)} in the "
+            f"{where} is {list(shape)} in the file and {list(parts.weight.shape)} in the "
             "model's config"
         )
-    if (parts.bias is None) != (weight.bias is None):
-        there, not_there = ("model", "file") if weight.bias is None else ("file", "model")
+    if (parts.bias is None) != (bias is None):
+        there, not_there = ("model", "file") if bias is None else ("file", "model")
         raise CheckpointError(f"{where} has a bias in the {there}, and none in the {not_there}")
+    if len(weights) == 1:
+        return
+    if any(weight.k != shape[1] or (weight.bias is None) != (bias is None) for weight in weights):
+        raise CheckpointError(f"{where} is made of layers with other columns, or biases in some")
+    if parts.transposed:
+        raise CheckpointError(
+            f"{where} is made of layers that are not quantized alike, and is a "
+            f"{type(linear).__name__} in the model: not supported"
+        )
 
 
-def _check_same(checkpoint: Checkpoint, name: str, layer: WQLinear, first: WQLinear) -> None:
+def _check_same(checkpoint: Checkpoint, name: str, layer: nn.Module, first: nn.Module) -> None:
     held, wanted = layer.state_dict(), first.state_dict()
     if held.keys() != wanted.keys() or not all(torch.equal(held[n], wanted[n]) for n in held):
         raise CheckpointError(

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,15 @@ from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.atomic import new_folder
 from qkernels.checkpoints.dense import dense_places, quantized_layers
 from qkernels.checkpoints.format import Format, WeightKind
+from qkernels.checkpoints.kv_cache import KEY as KV_CACHE
+from qkernels.checkpoints.kv_cache import KVCache, is_of_cache, kept
 from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.checkpoints.store import ShardWriter
 from qkernels.checkpoints.table import check_holds, first_holding
 from qkernels.checkpoints.ties import ties
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import WQExperts
+from qkernels.modules.foreign import foreign_layers, why_foreign
 from qkernels.modules.heads import output_heads
 from qkernels.modules.linear import WQLinear
 
@@ -52,6 +56,8 @@ def save_model(
             format does not hold. Nothing is written then. Also for a full disk and the like.
     """
     plan, folder = SavePlan.of(model, format), Path(folder)
+    if plan.left_out is not None:
+        warnings.warn(plan.left_out, stacklevel=2)
     with as_written(folder), new_folder(folder) as aside:
         write_model(plan, aside, max_shard_size)
 
@@ -93,6 +99,7 @@ class SavePlan:
         layers: the quantized layers, by name.
         kinds: what the format must know of each.
         untied: config.json says that embeddings are not tied, and they were.
+        cache: what the model remembers of a quantized KV cache.
     """
 
     model: Any
@@ -100,6 +107,7 @@ class SavePlan:
     layers: Mapping[str, WQLinear]
     kinds: Mapping[str, WeightKind]
     untied: bool
+    cache: KVCache
 
     @classmethod
     def of(cls, model: Any, format: str | None) -> SavePlan:
@@ -107,11 +115,13 @@ class SavePlan:
 
         Raises:
             CheckpointError: for what is no Transformers model, or one with adapters; where no layer
-                is quantized, one is not held by `format`, a tensor is offloaded, or the config says
-                that two are one which are not.
+                is quantized, one is by another package, one is not held by `format`, a tensor is
+                offloaded, or the config says that two are one which are not.
         """
         _check_model(model)
         layers = quantized_layers(model)
+        for name, module in foreign_layers(model).items():
+            raise CheckpointError(f"{why_foreign(name, module)}; formats hold no such layers")
         if not layers:
             raise CheckpointError("the model has no WQLinear layer: quantize it first")
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -130,7 +140,18 @@ class SavePlan:
                 f"not tied, and {row.name} cannot say that they are beside a quantized head: use "
                 "the format qkernels, or leave the head alone"
             )
-        return cls(model, row, layers, kinds, untied)
+        return cls(model, row, layers, kinds, untied, kept(model))
+
+    @property
+    def left_out(self) -> str | None:
+        """What the format has no place for, though the model comes with it, or None."""
+        tensors = any(is_of_cache(name) for name in dense_places(self.model))
+        if self.row.keeps_kv_cache or not (self.cache or tensors):
+            return None
+        return (
+            f"{self.row.name} has no place for the scales of a KV cache ({self.cache}), which are "
+            "left out: readers will keep keys and values in 16 bits"
+        )
 
     def quantization_config(self) -> dict[str, Any]:
         """What config.json says under this name."""
@@ -140,7 +161,10 @@ class SavePlan:
             if isinstance(module, nn.Linear) and name not in self.layers
         ]
         assert self.row.write_config is not None
-        return self.row.write_config(self.kinds, dense)
+        section = self.row.write_config(self.kinds, dense)
+        if self.row.keeps_kv_cache and self.cache.scheme:
+            section[KV_CACHE] = self.cache.scheme
+        return section
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor to store, by its name, one layer at a time."""
@@ -155,6 +179,10 @@ class SavePlan:
                 yield f"{name}.{part}", tensor
             give_back_free_pages()
         places, sources = dense_places(self.model), ties(self.model)
+        if self.row.keeps_kv_cache:
+            yield from self.cache.tensors.items()
+        else:
+            places = {name: place for name, place in places.items() if not is_of_cache(name)}
         seen: set[tuple[Any, ...]] = set()
         for name, place in places.items():
             # What the model's code ties when it is loaded is stored once, under its first name.

@@ -19,6 +19,7 @@ from qkernels.modules.experts import (
     fused_experts,
     outward,
 )
+from qkernels.modules.foreign import is_foreign, why_foreign
 from qkernels.modules.heads import output_heads
 from qkernels.modules.kinds import is_linear_kind, linear_parts, why_not_plain
 from qkernels.modules.linear import WQLinear
@@ -130,13 +131,15 @@ def find_candidates(model: nn.Module) -> dict[str, Candidate]:
     """Every linear layer by name, in the model's order; experts of a fused parameter one by one.
 
     Raises:
-        LayerError: where a layer is quantized already.
+        LayerError: where a layer is quantized already, by whatever package.
     """
     hints, fused = _hints(model), _by_owner(fused_experts(model))
     candidates: dict[str, Candidate] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, WQLinear | WQExperts | _AwqLinear):
             raise LayerError(f"{name} is quantized already: start from the original model")
+        if is_foreign(module):
+            raise LayerError(why_foreign(name, module))
         if is_linear_kind(module):
             candidates[name] = Candidate(
                 size=_size(module._parameters.values()),
