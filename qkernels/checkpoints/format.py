@@ -87,6 +87,8 @@ class Format:
         idle_biases: its writers store biases of zeros for layers that have none.
         head_beside_tie: its readers take a quantized head in a model whose config says that the
             head's weight is the embedding's; else the config has to say otherwise.
+        takes_stacks: its readers take experts of one parameter under the model's names; those of
+            others want a module an expert.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Format:
     why_not_together: Callable[[Mapping[str, WeightKind]], str | None] | None = None
     idle_biases: bool = False
     head_beside_tie: bool = False
+    takes_stacks: bool = False
 
     def why_not_all(self, layers: Mapping[str, WeightKind]) -> str | None:
         """Why it cannot hold all layers in one model, or None."""

@@ -45,14 +45,14 @@ def in_names_of(model: Any, checkpoint: Checkpoint) -> Checkpoint:
         CheckpointError: for experts that are missing or too many, two tensors for one place, and
             conversions that quantized layers cannot take.
     """
-    transforms = _transforms(model)
+    transforms = transforms_of(model)
     state = model.state_dict() if transforms else {}
     if not transforms or _fits(state, checkpoint):
         return _with_parts_joined(checkpoint)
     return _Translator(model, checkpoint, state, transforms).translated()
 
 
-def _transforms(model: Any) -> list[Any]:
+def transforms_of(model: Any, *, add_legacy: bool = True) -> list[Any]:
     """The renamings and conversions of Transformers for a model; none where it has no tables."""
     try:
         mapping = importlib.import_module("transformers.conversion_mapping")
@@ -60,7 +60,7 @@ def _transforms(model: Any) -> list[Any]:
         return []
     if not hasattr(model, "base_model_prefix"):
         return []
-    return list(mapping.get_model_conversion_mapping(model))
+    return list(mapping.get_model_conversion_mapping(model, add_legacy=add_legacy))
 
 
 def _loading() -> Any:
@@ -183,7 +183,7 @@ class _Translator:
             names = conversion.collected.get(pattern, [])
             self._check_count(conversion, pattern, names, each)
             for name, array in zip(names, arrays[at * each : (at + 1) * each], strict=True):
-                rows, turned = _row_numbers(array)
+                rows, turned = row_numbers(array)
                 if rows is None or (turned and name in self.checkpoint.layers):
                     self._refuse(conversion, name)
                 source_of[rows], row_of[rows] = len(sources), torch.arange(len(rows))
@@ -308,7 +308,7 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _row_numbers(array: Tensor) -> tuple[Tensor | None, bool]:
+def row_numbers(array: Tensor) -> tuple[Tensor | None, bool]:
     """The rows that an array of numbers consists of, or None; and whether it lies as [2, N]."""
     for turned in (False, True):
         rows = array.mT if turned and array.dim() == 2 else array

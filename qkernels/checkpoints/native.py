@@ -110,5 +110,6 @@ NATIVE = Format(
     write_layer=_write_layer,
     write_config=_write_config,
     head_beside_tie=True,
+    takes_stacks=True,
     keeps_kv_cache=True,
 )

@@ -24,13 +24,15 @@ from qkernels.checkpoints.kv_cache import KEY as KV_CACHE
 from qkernels.checkpoints.kv_cache import KVCache, is_of_cache, kept
 from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.checkpoints.store import ShardWriter
-from qkernels.checkpoints.table import check_holds, first_holding
+from qkernels.checkpoints.table import first_holding
 from qkernels.checkpoints.ties import ties
+from qkernels.checkpoints.written import WrittenNames, check_writes
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import WQExperts
 from qkernels.modules.foreign import foreign_layers, why_foreign
 from qkernels.modules.heads import output_heads
 from qkernels.modules.linear import WQLinear
+from qkernels.modules.rows import whole_name
 
 
 def save_model(
@@ -97,9 +99,10 @@ class SavePlan:
     Attributes:
         row: the format, which holds all layers.
         layers: the quantized layers, by name.
-        kinds: what the format must know of each.
+        kinds: what the format must know of each that is stored, by its stored name.
         untied: config.json says that embeddings are not tied, and they were.
         cache: what the model remembers of a quantized KV cache.
+        names: those that are stored, where they are not the model's.
     """
 
     model: Any
@@ -108,6 +111,7 @@ class SavePlan:
     kinds: Mapping[str, WeightKind]
     untied: bool
     cache: KVCache
+    names: WrittenNames | None
 
     @classmethod
     def of(cls, model: Any, format: str | None) -> SavePlan:
@@ -129,7 +133,7 @@ class SavePlan:
                 raise CheckpointError(f"{name} is offloaded: move the model to one device to save")
         _check_ties(model)
         kinds = {name: _kind(model, name, layer) for name, layer in layers.items()}
-        row = check_holds(format or first_holding(kinds), kinds)
+        row, names, stored = check_writes(format or first_holding(kinds), model, kinds)
         heads = {id(head) for head in output_heads(model)}
         # A quantized head shares nothing with the embedding any more.
         apart = any(id(layer) in heads for layer in layers.values()) and not row.head_beside_tie
@@ -140,7 +144,7 @@ class SavePlan:
                 f"not tied, and {row.name} cannot say that they are beside a quantized head: use "
                 "the format qkernels, or leave the head alone"
             )
-        return cls(model, row, layers, kinds, untied, kept(model))
+        return cls(model, row, layers, stored, untied, kept(model), names)
 
     @property
     def left_out(self) -> str | None:
@@ -155,11 +159,14 @@ class SavePlan:
 
     def quantization_config(self) -> dict[str, Any]:
         """What config.json says under this name."""
-        dense = [
-            name
-            for name, module in self.model.named_modules(remove_duplicate=False)
-            if isinstance(module, nn.Linear) and name not in self.layers
-        ]
+        if self.names is not None:
+            dense = self.names.dense(self.layers)
+        else:
+            dense = [
+                name
+                for name, module in self.model.named_modules(remove_duplicate=False)
+                if isinstance(module, nn.Linear) and name not in self.layers
+            ]
         assert self.row.write_config is not None
         section = self.row.write_config(self.kinds, dense)
         if self.row.keeps_kv_cache and self.cache.scheme:
@@ -175,8 +182,12 @@ class SavePlan:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         assert self.row.write_layer is not None
         for name, layer in self.layers.items():
-            for part, tensor in self.row.write_layer(layer.to_weight()).items():
-                yield f"{name}.{part}", tensor
+            whole = layer.to_weight()
+            weights = [(name, whole)] if self.names is None else self.names.weights(name, whole)
+            for stored, weight in weights:
+                for part, tensor in self.row.write_layer(weight).items():
+                    yield f"{stored}.{part}", tensor
+            del whole, weights, weight
             give_back_free_pages()
         places, sources = dense_places(self.model), ties(self.model)
         if self.row.keeps_kv_cache:
@@ -190,7 +201,10 @@ class SavePlan:
             key = (*_identity(place.tensor), id(source.module), source.name)
             if self.untied or key not in seen:
                 seen.add(key)
-                yield name, place.tensor
+                if self.names is None:
+                    yield name, place.tensor
+                else:
+                    yield from self.names.tensors(name, place.tensor.detach()).items()
 
 
 def _asks_for_ties(model: nn.Module) -> bool:
@@ -251,7 +265,7 @@ def _check_ties(model: nn.Module) -> None:
 
 
 def _kind(model: nn.Module, name: str, layer: WQLinear) -> WeightKind:
-    of_experts = isinstance(model.get_submodule(name.rpartition(".")[0]), WQExperts)
+    of_experts = isinstance(model.get_submodule(whole_name(name).rpartition(".")[0]), WQExperts)
     instead_of = "an expert of a fused parameter" if of_experts else None
     if layer.transposed:
         instead_of = "a Conv1D"

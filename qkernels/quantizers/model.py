@@ -16,7 +16,7 @@ from torch import nn
 from qkernels import rounding
 from qkernels.checkpoints import mark_quantized
 from qkernels.checkpoints.format import WeightKind
-from qkernels.checkpoints.table import check_holds
+from qkernels.checkpoints.written import check_writes
 from qkernels.errors import LayerError, SchemeError
 from qkernels.modules.kinds import become, is_plain_linear
 from qkernels.quantizers.driver import Plan, Progress, drive
@@ -122,7 +122,7 @@ def quantize_model(
     forms = LinearForms(model, plan.schemes)
     try:
         if format is not None:
-            check_holds(format, _kinds(model, plan.schemes, forms))
+            check_writes(format, model, _kinds(model, plan.schemes, forms))
         for name in plan.schemes:
             weight = cast(nn.Linear, model.get_submodule(name)).weight
             rounding.check_weight(weight.detach(), f"{name}.weight")
