@@ -11,7 +11,8 @@ from torch import nn
 import qkernels as qk
 from qkernels.errors import CheckpointError
 from tests.bounds import FOREIGN_LOGITS
-from tests.checkpoints.models import TOKENS, transformers
+from tests.checkpoints.models import TOKENS
+from tests.oracles.models import llama
 from tests.oracles.packages import package, read_folder, write_folder
 
 package("compressed_tensors")
@@ -37,25 +38,6 @@ REFUSED = {
 
 SIXTEEN_BIT_INPUTS = ("FP8_BLOCK", "NVFP4", "MXFP4", "MXFP4XFP8", "MXFP8")
 """Presets whose inputs are read as 16-bit ones."""
-
-
-def llama(dtype=torch.bfloat16):
-    config = transformers.LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        tie_word_embeddings=False,
-        attention_bias=True,
-        dtype=dtype,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter)
-    return model.to(dtype).eval()
 
 
 def blocks_of(weight, args):
