@@ -1,8 +1,9 @@
 """The quantization_config of compressed-tensors: config groups to schemes, and back.
 
 A group says what its targets' weights and inputs are quantized to. A target is a layer's name, a
-pattern ("re:...") or the name of a class of modules, and they count in this order, wherever they
-stand in the file. A group may also be the name of a preset, with its targets alone.
+pattern ("re:...") or the name of a class of modules, and they count in this order, and patterns in
+that of the alphabet, wherever they stand in the file. A group may also be the name of a preset,
+with its targets alone.
 
 Inputs that are quantized in groups, as beside float8 blocks and 4-bit floats, are read as 16-bit
 ones: the weights are what they are, and the products are nearer to the unquantized model's.
@@ -29,7 +30,7 @@ NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-qua
 _KEYS = frozenset(
     (
         *("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme"),
-        *("quantization_status", "sparsity_config", "transform_config"),
+        *("quantization_status", "sparsity_config", "transform_config", "moe_sparsity_config"),
         # These say nothing of what is stored.
         *("version", "global_compression_ratio", "run_compressed", "dequantize"),
     )
@@ -74,7 +75,8 @@ class Targets:
         self._names: dict[str, Any] = {}
         self._patterns: list[tuple[Pattern, Any]] = []
         self._linear: list[Any] = []
-        for target, value in said:
+        # Of a target that stands there twice the package knows the last alone.
+        for target, value in sorted(dict(said).items()):
             if target.startswith("re:"):
                 self._patterns.append((pattern(target[3:]), value))
             elif target == "Linear":
@@ -154,7 +156,7 @@ def read_section(section: Config) -> Section:
         CheckpointError: naming what is wrong with it, or unknown here.
     """
     only(section, _KEYS, "quantization_config")
-    for key in ("transform_config", "sparsity_config"):
+    for key in ("transform_config", "sparsity_config", "moe_sparsity_config"):
         if section.get(key):
             raise CheckpointError(
                 f"quantization_config.{key} is not supported: {brief(section[key])} changes what "
