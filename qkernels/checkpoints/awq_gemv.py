@@ -101,7 +101,7 @@ def _read_fast(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     scheme, (said, n, k) = layer.scheme, layer.details
     groups = scheme.groups(k)
     shape = (8 * _zero_words(groups, scheme.group_length(k)), n)
-    if k % 64:
+    if k % 64 or not k:
         raise CheckpointError(f"{store.folder}: {name} has {k} columns, no multiple of 64")
     key = f"{name}.scaled_zeros" if f"{name}.scaled_zeros" in store else f"{name}.qzeros"
     products = take_scales(store, key, shape, scheme, said)[:groups].t()

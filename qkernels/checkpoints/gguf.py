@@ -11,11 +11,10 @@ import contextlib
 import functools
 import importlib
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,13 +24,15 @@ from qkernels.bits.gguf import GGUF_TYPES
 from qkernels.checkpoints.config import Config
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.format import Format, StoredLayer, WeightKind
+from qkernels.checkpoints.gguf_header import MAGIC, GgufTensor, read_header
+from qkernels.checkpoints.limits import check_depth, parameters_on_meta
 from qkernels.checkpoints.store import Store
+from qkernels.checkpoints.ties import ties
 from qkernels.errors import CheckpointError
-from qkernels.modules.kinds import is_plain_linear
+from qkernels.modules.kinds import is_plain_embedding, is_plain_linear
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
 
-MAGIC = b"GGUF"
 _DAMAGED = "cannot be read, it may be damaged or of an unsupported kind"
 _HOLDS_FACTORS = "rope_freqs.weight"
 """Factors of long contexts, which Transformers does not apply."""
@@ -62,55 +63,15 @@ def has_quantized_tensors(path: Path) -> bool:
     """Whether a GGUF file holds matrices of types that schemes hold, by its header alone.
 
     Raises:
-        CheckpointError: for a file that ends within its header.
+        CheckpointError: for a file that does not hold what its header says.
     """
-    gguf = _package("gguf")
-    names = {gguf.GGMLQuantizationType[name].value for name in GGUF_TYPES}
-    try:
-        with path.open("rb") as file:
-            return any(kind in names for kind in _tensor_types(file))
-    except (struct.error, KeyError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{path} {_DAMAGED} ({error})") from None
+    names = {_package("gguf").GGMLQuantizationType[name].value for name in GGUF_TYPES}
+    return any(len(tensor.shape) >= 2 and tensor.kind in names for tensor in _header(path))
 
 
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of a value, by the number of its type in the header."""
-_STRING, _ARRAY = 8, 9
-
-
-def _tensor_types(file: BinaryIO) -> Iterator[int]:
-    """The type of each matrix, by its number in llama.cpp."""
-
-    def number(form: str) -> int:
-        (value,) = struct.unpack(f"<{form}", file.read(struct.calcsize(form)))
-        return int(value)
-
-    def skip(kind: int) -> None:
-        if kind == _STRING:
-            file.seek(number("Q"), 1)
-        elif kind == _ARRAY:
-            inner, count = number("I"), number("Q")
-            if inner in _SIZES:
-                file.seek(_SIZES[inner] * count, 1)
-            else:
-                for _ in range(count):
-                    skip(inner)
-        else:
-            file.seek(_SIZES[kind], 1)
-
-    file.seek(8)
-    tensors, values = number("Q"), number("Q")
-    for _ in range(values):
-        skip(_STRING)
-        skip(number("I"))
-    for _ in range(tensors):
-        skip(_STRING)
-        dimensions = number("I")
-        file.seek(8 * dimensions, 1)
-        kind = number("I")
-        file.seek(8, 1)
-        if dimensions >= 2:
-            yield kind
+def _header(path: Path) -> list[GgufTensor]:
+    sizes = _package("gguf").GGML_QUANT_SIZES
+    return read_header(path, {kind.value: size for kind, size in sizes.items()})
 
 
 @dataclass(frozen=True)
@@ -145,20 +106,31 @@ class GgufStore(Store):
     def __init__(self, path: Path) -> None:
         self.folder = path.parent
         self.where = self.config_path = path
+        self.metadata = {}
         gguf = _package("gguf")
         transformers, reading = _package("transformers"), _transformers_reading()
+        tensors = len(_header(path))
         with as_checkpoint_error(path, _DAMAGED), gguf_read_once():
             reader = gguf.GGUFReader(path)
             config = transformers.AutoConfig.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True
             )
-            with torch.device("meta"):
+            raw = json.loads(config.to_json_string(use_diff=False))
+            check_depth(raw, tensors, path)
+            with torch.device("meta"), parameters_on_meta(tensors):
                 model = transformers.AutoModelForCausalLM.from_config(config)
             self._processor = self._processor_of(reading, reader, config)
             self._names = reading.get_gguf_hf_weights_map(model, self._processor)
-        raw = json.loads(config.to_json_string(use_diff=False))
         self.config = {**raw, "architectures": [type(model).__name__]}
-        self._linears = {n for n, module in model.named_modules() if is_plain_linear(module)}
+        self._linears = {
+            name
+            for name, module in model.named_modules()
+            if is_plain_linear(module) or is_plain_embedding(module)
+        }
+        self._ties = {
+            name.removesuffix(".weight"): source.removesuffix(".weight")
+            for name, source in ties(model).items()
+        }
         self._sources: dict[str, _Source] = {}
         for tensor in reader.tensors:
             if tensor.name not in self._names:
@@ -237,7 +209,7 @@ class GgufStore(Store):
             return torch.from_numpy(np.array(made, dtype=np.float32))
 
     def layers(self) -> dict[str, str]:
-        """The linear layers whose blocks a scheme holds -> the name of their type."""
+        """The linear layers and embeddings whose blocks a scheme holds -> the name of its type."""
         found = {}
         for name, source in self._sources.items():
             layer = name.removesuffix(".weight")
@@ -246,6 +218,14 @@ class GgufStore(Store):
                 if known is not None and source.shape[1] % known.size == 0:
                     found[layer] = source.kind
         return found
+
+    def tied_heads(self) -> dict[str, str]:
+        """The linear layers that the file does not hold -> the embedding whose weight they have."""
+        return {
+            head: source
+            for head, source in self._ties.items()
+            if head in self._linears and f"{head}.weight" not in self
+        }
 
     def blocks(self, name: str) -> Tensor:
         """The blocks of a matrix, uint8 [N, blocks, bytes], in the model's order of rows."""
@@ -309,12 +289,17 @@ def _read_plan(config: Config, store: Store) -> dict[str, StoredLayer]:
         scheme = QuantScheme.parse(GGUF_TYPES[kind].scheme)
         tensors = (f"{name}.weight", f"{name}.bias")
         plan[name] = StoredLayer(scheme, tuple(t for t in tensors if t in store), kind)
+    for head, embedding in store.tied_heads().items():
+        if embedding in plan:
+            # The head has the packed weight, and the embedding looks its rows up there.
+            plan[head] = plan[embedding]
+            plan[embedding] = StoredLayer(plan[head].scheme, (), shares=head)
     return plan
 
 
 def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     assert isinstance(store, GgufStore)
-    found = GGUF_TYPES[layer.details].decode(store.blocks(f"{name}.weight"))
+    found = GGUF_TYPES[layer.details].decode(store.blocks(layer.tensors[0]))
     zeros = None
     if not layer.scheme.symmetric:
         zeros = torch.zeros(found.scales.shape, dtype=torch.uint8)
