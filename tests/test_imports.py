@@ -24,7 +24,8 @@ ORDER = (
     ("activations",),
     ("modules",),
     ("calibration", "checkpoints"),
-    ("quantizers", "integrations", "functional"),
+    ("quantizers", "functional"),
+    ("integrations",),
     ("models",),
     ("cli",),
 )

@@ -44,8 +44,11 @@ class Checkpoint:
         Raises:
             CheckpointError: naming the layer and what is wrong with it.
         """
+        stored = self.layers[name]
         try:
-            return self.format.read_layer(self.store, name, self.layers[name])
+            if stored.shares is not None:
+                return self.read(stored.shares).replace(bias=None)
+            return self.format.read_layer(self.store, name, stored)
         except CheckpointError:
             raise
         except QuantizationError as error:

@@ -25,6 +25,7 @@ class WeightKind:
         real_zeros: its zero points are floating numbers.
         instead_of: what its layer takes the place of, as in "a Conv1D"; None for an nn.Linear.
         negative_scales: some of its scales are below zero.
+        shares: the name of another layer whose weight it is, of an embedding; else None.
     """
 
     scheme: QuantScheme
@@ -33,6 +34,7 @@ class WeightKind:
     real_zeros: bool = False
     instead_of: str | None = None
     negative_scales: bool = False
+    shares: str | None = None
 
     @classmethod
     def of_scheme(cls, scheme: QuantScheme) -> WeightKind:
@@ -59,11 +61,13 @@ class StoredLayer:
         scheme: with the type of its scales.
         tensors: the names of all tensors that it is made of.
         details: what else the format has to remember for reading it.
+        shares: the name of the layer whose weight it is, so that it has no tensors; else None.
     """
 
     scheme: QuantScheme
     tensors: tuple[str, ...]
     details: Any = None
+    shares: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,7 @@ class Format:
             that is only read.
         write_config: (quantized layers, names of dense linear layers) -> quantization_config.
         keeps_kv_cache: has a place for the scheme and the scales of a KV cache in 8 bits.
+        embeddings: its readers take quantized embeddings.
         idle_biases: its writers store biases of zeros for layers that have none.
         head_beside_tie: its readers take a quantized head in a model whose config says that the
             head's weight is the embedding's; else the config has to say otherwise.
@@ -101,6 +106,7 @@ class Format:
     write_config: Callable[[Mapping[str, WeightKind], Sequence[str]], dict[str, Any]] | None = None
     keeps_kv_cache: bool = False
     why_not_together: Callable[[Mapping[str, WeightKind]], str | None] | None = None
+    embeddings: bool = False
     idle_biases: bool = False
     head_beside_tie: bool = False
     takes_stacks: bool = False

@@ -14,7 +14,7 @@ import torch
 
 from qkernels.checkpoints.config import Config, strings, typed
 from qkernels.errors import CheckpointError
-from qkernels.modules.linear import WQLinear
+from qkernels.modules.packed import PackedModule
 from qkernels.modules.rows import whole_name
 
 KEY = "qkernels_layer_dtypes"
@@ -24,7 +24,7 @@ _DTYPES = {
 }
 
 
-def written(layers: Mapping[str, WQLinear], own: torch.dtype) -> dict[str, list[str]]:
+def written(layers: Mapping[str, PackedModule], own: torch.dtype) -> dict[str, list[str]]:
     """What config.json says of the layers that stand for another type than `own`."""
     named: dict[str, dict[str, None]] = {}
     for name, layer in layers.items():

@@ -4,7 +4,10 @@
 `WQLinear.state_dict` holds. config.json has, for layers alike:
 
     "quantization_config": {"quant_method": "qkernels", "version": 1, "groups": [
-        {"scheme": "w4a16-g128", "shape": [N, K], "layers": [name, ...]}, ...]}
+        {"scheme": "w4a16-g128", "shape": [N, K], "layers": [name, ...]}, ...],
+        "shared": {name of an embedding: name of the layer whose weight it has, ...}}
+
+An embedding with a weight of its own is a layer too. "shared" stands where there are any.
 
 Scales may be any finite numbers, as in the hub: where all weights are zero, other packages write
 zeros (bitsandbytes, GGUF), and some types of GGUF have negative scales.
@@ -32,7 +35,7 @@ from qkernels.weight import QuantizedWeight
 VERSION = 1
 """Raised by a change that this reader would read wrongly."""
 
-_KEYS = frozenset(("quant_method", "version", "groups", kv_cache.KEY))
+_KEYS = frozenset(("quant_method", "version", "groups", "shared", kv_cache.KEY))
 _GROUP_KEYS = frozenset(("scheme", "shape", "layers"))
 
 
@@ -68,6 +71,14 @@ def _read_plan(config: Config, store: Store) -> dict[str, StoredLayer]:
             parts = ("words", *FIELDS, "bias")
             tensors = tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in store)
             layers[name] = StoredLayer(scheme, tensors, (n, k))
+    for name, source in typed(section.get("shared", {}), dict, "shared").items():
+        if name in layers or source not in layers or layers[source].shares is not None:
+            raise CheckpointError(
+                f"shared says that {name} has the weight of {source!r}, which must be a layer of "
+                "groups, and the other none"
+            )
+        stored = layers[source]
+        layers[name] = StoredLayer(stored.scheme, (), stored.details, shares=source)
     return layers
 
 
@@ -91,13 +102,16 @@ def _write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def _write_config(layers: Mapping[str, WeightKind], dense: Sequence[str]) -> dict[str, Any]:
     alike: dict[tuple[QuantScheme, tuple[int, int] | None], list[str]] = {}
-    for name, kind in layers.items():
+    shared = {n: kind.shares for n, kind in layers.items() if kind.shares is not None}
+    for name in (name for name in layers if name not in shared):
+        kind = layers[name]
         alike.setdefault((kind.scheme, kind.shape), []).append(name)
     groups = [
         {"scheme": str(scheme), "shape": shape, "layers": names}
         for (scheme, shape), names in alike.items()
     ]
-    return {"quant_method": NATIVE.name, "version": VERSION, "groups": groups}
+    section = {"quant_method": NATIVE.name, "version": VERSION, "groups": groups}
+    return {**section, "shared": shared} if shared else section
 
 
 NATIVE = Format(
@@ -110,6 +124,7 @@ NATIVE = Format(
     write_layer=_write_layer,
     write_config=_write_config,
     head_beside_tie=True,
+    embeddings=True,
     takes_stacks=True,
     keeps_kv_cache=True,
 )

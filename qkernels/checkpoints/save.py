@@ -18,20 +18,21 @@ from torch import Tensor, nn
 
 from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.atomic import new_folder
-from qkernels.checkpoints.dense import dense_places, quantized_layers
+from qkernels.checkpoints.dense import dense_places, quantized_layers, sharing
 from qkernels.checkpoints.format import Format, WeightKind
 from qkernels.checkpoints.kv_cache import KEY as KV_CACHE
 from qkernels.checkpoints.kv_cache import KVCache, is_of_cache, kept
 from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.checkpoints.store import ShardWriter
-from qkernels.checkpoints.table import first_holding
+from qkernels.checkpoints.table import check_holds, first_holding
 from qkernels.checkpoints.ties import ties
 from qkernels.checkpoints.written import WrittenNames, check_writes
 from qkernels.errors import CheckpointError
+from qkernels.modules.embedding import WQEmbedding
 from qkernels.modules.experts import WQExperts
 from qkernels.modules.foreign import foreign_layers, why_foreign
 from qkernels.modules.heads import output_heads
-from qkernels.modules.linear import WQLinear
+from qkernels.modules.packed import PackedModule
 from qkernels.modules.rows import whole_name
 
 
@@ -103,15 +104,18 @@ class SavePlan:
         untied: config.json says that embeddings are not tied, and they were.
         cache: what the model remembers of a quantized KV cache.
         names: those that are stored, where they are not the model's.
+        dense: the quantized embeddings that the format has no place for, by name: their rows are
+            stored as they are looked up.
     """
 
     model: Any
     row: Format
-    layers: Mapping[str, WQLinear]
+    layers: Mapping[str, PackedModule]
     kinds: Mapping[str, WeightKind]
     untied: bool
     cache: KVCache
     names: WrittenNames | None
+    dense: Mapping[str, WQEmbedding]
 
     @classmethod
     def of(cls, model: Any, format: str | None) -> SavePlan:
@@ -132,11 +136,22 @@ class SavePlan:
             if tensor.is_meta:
                 raise CheckpointError(f"{name} is offloaded: move the model to one device to save")
         _check_ties(model)
-        kinds = {name: _kind(model, name, layer) for name, layer in layers.items()}
-        row, names, stored = check_writes(format or first_holding(kinds), model, kinds)
+        shared = sharing(layers)
+        kinds = {n: _kind(model, n, layer, shared.get(n)) for n, layer in layers.items()}
+        format = format or first_holding(kinds)
+        dense = {} if check_holds(format, {}).embeddings else _embeddings(layers)
+        layers = {name: layer for name, layer in layers.items() if name not in dense}
+        kinds = {name: kind for name, kind in kinds.items() if name not in dense}
+        if not layers:
+            raise CheckpointError(
+                f"{format} has no place for quantized embeddings, and no layer is quantized beside "
+                "them: use the format qkernels"
+            )
+        row, names, stored = check_writes(format, model, kinds)
         heads = {id(head) for head in output_heads(model)}
         # A quantized head shares nothing with the embedding any more.
-        apart = any(id(layer) in heads for layer in layers.values()) and not row.head_beside_tie
+        quantized = any(id(layer) in heads for layer in layers.values())
+        apart = bool(quantized or dense) and not row.head_beside_tie
         untied = apart and bool(_tying_sections(model.config.to_dict()))
         if untied and _asks_for_ties(model):
             raise CheckpointError(
@@ -144,18 +159,25 @@ class SavePlan:
                 f"not tied, and {row.name} cannot say that they are beside a quantized head: use "
                 "the format qkernels, or leave the head alone"
             )
-        return cls(model, row, layers, stored, untied, kept(model), names)
+        return cls(model, row, layers, stored, untied, kept(model), names, dense)
 
     @property
     def left_out(self) -> str | None:
         """What the format has no place for, though the model comes with it, or None."""
         tensors = any(is_of_cache(name) for name in dense_places(self.model))
-        if self.row.keeps_kv_cache or not (self.cache or tensors):
-            return None
-        return (
-            f"{self.row.name} has no place for the scales of a KV cache ({self.cache}), which are "
-            "left out: readers will keep keys and values in 16 bits"
-        )
+        left = []
+        if not self.row.keeps_kv_cache and (self.cache or tensors):
+            left.append(
+                f"{self.row.name} has no place for the scales of a KV cache ({self.cache}), which "
+                "are left out: readers will keep keys and values in 16 bits"
+            )
+        if self.dense:
+            left.append(
+                f"{self.row.name} has no place for quantized embeddings: the numbers of "
+                f"{', '.join(self.dense)} are stored as {self.model.dtype}; the format qkernels "
+                "holds them as they are"
+            )
+        return "; ".join(left) or None
 
     def quantization_config(self) -> dict[str, Any]:
         """What config.json says under this name."""
@@ -182,6 +204,8 @@ class SavePlan:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         assert self.row.write_layer is not None
         for name, layer in self.layers.items():
+            if self.names is None and self.kinds[name].shares is not None:
+                continue
             whole = layer.to_weight()
             weights = [(name, whole)] if self.names is None else self.names.weights(name, whole)
             for stored, weight in weights:
@@ -189,6 +213,8 @@ class SavePlan:
                     yield f"{stored}.{part}", tensor
             del whole, weights, weight
             give_back_free_pages()
+        for name, embedding in self.dense.items():
+            yield from self._named(f"{name}.weight", embedding.dense_weight())
         places, sources = dense_places(self.model), ties(self.model)
         if self.row.keeps_kv_cache:
             yield from self.cache.tensors.items()
@@ -201,10 +227,18 @@ class SavePlan:
             key = (*_identity(place.tensor), id(source.module), source.name)
             if self.untied or key not in seen:
                 seen.add(key)
-                if self.names is None:
-                    yield name, place.tensor
-                else:
-                    yield from self.names.tensors(name, place.tensor.detach()).items()
+                yield from self._named(name, place.tensor)
+
+    def _named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A tensor of the model under the names that it is stored by."""
+        if self.names is None:
+            yield name, tensor
+        else:
+            yield from self.names.tensors(name, tensor.detach()).items()
+
+
+def _embeddings(layers: Mapping[str, PackedModule]) -> dict[str, WQEmbedding]:
+    return {name: layer for name, layer in layers.items() if isinstance(layer, WQEmbedding)}
 
 
 def _asks_for_ties(model: nn.Module) -> bool:
@@ -264,12 +298,15 @@ def _check_ties(model: nn.Module) -> None:
             )
 
 
-def _kind(model: nn.Module, name: str, layer: WQLinear) -> WeightKind:
+def _kind(model: nn.Module, name: str, layer: PackedModule, shares: str | None) -> WeightKind:
     of_experts = isinstance(model.get_submodule(whole_name(name).rpartition(".")[0]), WQExperts)
     instead_of = "an expert of a fused parameter" if of_experts else None
-    if layer.transposed:
+    if isinstance(layer, WQEmbedding):
+        instead_of = "an embedding"
+    elif getattr(layer, "transposed", False):
         instead_of = "a Conv1D"
-    return replace(WeightKind.of(layer.packed.parameters()), instead_of=instead_of)
+    kind = WeightKind.of(layer.packed.parameters())
+    return replace(kind, instead_of=instead_of, shares=shares)
 
 
 def _tying_sections(config: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qkernels.checkpoints.awq import AWQ_GEMM
@@ -107,9 +108,14 @@ def first_holding(weights: Mapping[str, WeightKind]) -> str:
     return _holding(weights)[0]
 
 
-def check_scheme(format: str, scheme: QuantScheme) -> None:
-    """Raises CheckpointError where `format` cannot be written or holds no weights of `scheme`."""
-    check_holds(format, {"the weight": WeightKind.of_scheme(scheme)})
+def check_scheme(format: str, scheme: QuantScheme, instead_of: str | None = None) -> None:
+    """Raises CheckpointError where `format` cannot be written or holds no weights of `scheme`.
+
+    Args:
+        instead_of: see `WeightKind`.
+    """
+    kind = replace(WeightKind.of_scheme(scheme), instead_of=instead_of)
+    check_holds(format, {"the weight": kind})
 
 
 def _holding(weights: Mapping[str, WeightKind]) -> list[str]:

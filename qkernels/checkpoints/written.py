@@ -25,6 +25,9 @@ from qkernels.modules.experts import WQExperts, expert_name
 from qkernels.modules.rows import WQRows, part_name
 from qkernels.weight import QuantizedWeight
 
+_WITH_WEIGHT = (nn.Linear, nn.Embedding)
+"""What may be quantized and then lacks the tensor of that name."""
+
 Rows = slice | Tensor | None
 
 
@@ -98,7 +101,7 @@ class WrittenNames:
         self._back_converters = [t for t in back if isinstance(t, converters)]
         modules = dict(model.named_modules(remove_duplicate=False))
         stacks = {name: m for name, m in modules.items() if isinstance(m, WQExperts)}
-        layers = {f"{name}.weight": m for name, m in modules.items() if isinstance(m, nn.Linear)}
+        layers = {f"{name}.weight": m for name, m in modules.items() if isinstance(m, _WITH_WEIGHT)}
         self._state: dict[str, Any] = {**model.state_dict(), **layers, **stacks}
         self.pieces: dict[str, list[Piece]] = {}
         for name, stack in stacks.items():

@@ -131,7 +131,9 @@ class WQEmbedding(PackedModule, nn.Embedding):
         self.padding_idx = cast(Any, before).padding_idx
         factor = before._buffers.get("embed_scale")
         if factor is not None:
-            self.register_buffer("embed_scale", factor, persistent=False)
+            if factor.is_meta:
+                factor = torch.tensor(cast(Any, before).scalar_embed_scale, dtype=factor.dtype)
+            self.register_buffer("embed_scale", factor.to(self._words.device), persistent=False)
         take_place_of(self, before)
         self._dense_class = type(before)
 
@@ -188,6 +190,11 @@ class WQEmbedding(PackedModule, nn.Embedding):
     def dequantize(self) -> Tensor:
         """The weight as fp32 [N, K], without `embed_scale`."""
         return torch.ops.qkernels.dequantize(self._packed_buffers(), self._packed_spec())
+
+    def dense_weight(self) -> Tensor:
+        """The weight [N, K] in `dtype`, as its rows are looked up, without `embed_scale`."""
+        rows = torch.arange(self.num_embeddings, device=self._words.device)
+        return ops.embedding_operator(rows, self._packed_buffers(), self._packed_spec(), self.dtype)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

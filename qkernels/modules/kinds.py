@@ -132,10 +132,11 @@ def is_plain_embedding(module: nn.Module) -> bool:
 
 
 def linear_parts(module: nn.Module) -> LinearParts:
-    """Of a module that `is_linear_kind`."""
+    """Of a module that `is_linear_kind`, or of an embedding."""
     layer: Any = module
     weight, transposed = layer.weight.detach(), is_conv1d(module)
-    return LinearParts(weight.t() if transposed else weight, layer.bias, transposed)
+    bias = getattr(layer, "bias", None)
+    return LinearParts(weight.t() if transposed else weight, bias, transposed)
 
 
 _HOOKS = (
