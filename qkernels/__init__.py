@@ -15,7 +15,13 @@ from qkernels.checkpoints import load_model, save_model
 from qkernels.checkpoints.registration import register_with_transformers
 from qkernels.errors import QuantizationError
 from qkernels.integrations.modules import replace_linears
-from qkernels.modules import WQEmbedding, WQLinear, WQLinear_GEMM, WQLinear_GEMV
+from qkernels.modules import (
+    WQEmbedding,
+    WQLinear,
+    WQLinear_GEMM,
+    WQLinear_GEMV,
+    WQLinear_GEMVFast,
+)
 from qkernels.ops import linear
 from qkernels.quantizers.model import quantize_model
 from qkernels.quantizers.report import LayerReport, QuantizationReport
@@ -37,6 +43,7 @@ __all__ = [
     "WQLinear",
     "WQLinear_GEMM",
     "WQLinear_GEMV",
+    "WQLinear_GEMVFast",
     "add_rms_norm_quantize",
     "errors",
     "explain",

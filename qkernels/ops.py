@@ -96,7 +96,7 @@ _library.define(
 )
 
 
-def _check_input(x: Tensor, width: int, name: str, words: Tensor) -> None:
+def check_input(x: Tensor, width: int, name: str, words: Tensor) -> None:
     if x.dim() == 0 or x.shape[-1] != width:
         raise WeightError(f"{name} must have shape [..., {width}], got {list(x.shape)}")
     if x.dtype not in X_DTYPES:
@@ -162,7 +162,7 @@ def _run_quantized(
 
 def _linear(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
-    _check_input(x, what.k, "x", buffers[0])
+    check_input(x, what.k, "x", buffers[0])
     return _run(_select(what, x, x.dtype), what, x, buffers, bias)
 
 
@@ -223,20 +223,20 @@ def _linear_quantized_fake(
 
 def _linear_fake(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
-    _check_input(x, what.k, "x", buffers[0])
+    check_input(x, what.k, "x", buffers[0])
     return x.new_empty((*x.shape[:-1], what.n))
 
 
 def _linear_grad_input(grad: Tensor, buffers: list[Tensor], spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
-    _check_input(grad, what.n, "grad", buffers[0])
+    check_input(grad, what.n, "grad", buffers[0])
     rows = grad.reshape(-1, what.n)
     return reference.grad_input(rows, what.packed(buffers)).view(*grad.shape[:-1], what.k)
 
 
 def _linear_grad_input_fake(grad: Tensor, buffers: list[Tensor], spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
-    _check_input(grad, what.n, "grad", buffers[0])
+    check_input(grad, what.n, "grad", buffers[0])
     return grad.new_empty((*grad.shape[:-1], what.k))
 
 
@@ -335,7 +335,7 @@ def _answer(
     """What qkernels._C asks where it knows no route: one, and the least and most rows it is for."""
     what = PackedSpec.parse(spec)
     if scale is None:
-        _check_input(x, what.k, "x", buffers[0])
+        check_input(x, what.k, "x", buffers[0])
     else:
         _check_quantized(x, scale, what, buffers[0])
     what.packed(buffers)  # raises where there are too few or too many

@@ -24,8 +24,9 @@ ORDER = (
     ("activations",),
     ("modules",),
     ("calibration", "checkpoints"),
-    ("quantizers", "functional"),
+    ("quantizers",),
     ("integrations",),
+    ("functional",),
     ("models",),
     ("cli",),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,14 +46,10 @@ class Checkpoint:
             CheckpointError: naming the layer and what is wrong with it.
         """
         stored = self.layers[name]
-        try:
-            if stored.shares is not None:
-                return self.read(stored.shares).replace(bias=None)
+        if stored.shares is not None:
+            return self.read(stored.shares).replace(bias=None)
+        with _naming(self.store, name):
             return self.format.read_layer(self.store, name, stored)
-        except CheckpointError:
-            raise
-        except QuantizationError as error:
-            raise CheckpointError(f"{self.store.where}: {name}: {error}") from None
 
     def read_parts(self, name: str) -> list[QuantizedWeight]:
         """One layer of a model: mostly one weight, else several whose rows follow each other, where
@@ -72,16 +69,39 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     file = gguf_file(folder)
     store = Store(folder) if file is None else GgufStore(file)
-    config = store.config if isinstance(store, GgufStore) else read_config(folder)
-    row = find_format(config, store)
-    layers = row.read_plan(config, store)
+    return understood(store.config if isinstance(store, GgufStore) else read_config(folder), store)
+
+
+def understood(config: Config, store: Store) -> Checkpoint:
+    """The quantized model of these tensors.
+
+    Raises:
+        CheckpointError: for formats that are not known, and tensors that do not fit the config.
+    """
+    with _naming(store):
+        row = find_format(config, store)
+        layers = row.read_plan(config, store)
     if not layers:
-        raise CheckpointError(f"{folder} holds no quantized layer")
+        raise CheckpointError(f"{store.where} holds no quantized layer")
     taken = {tensor for layer in layers.values() for tensor in layer.tensors}
     others = [name for name in store if name not in taken]
     of_cache = tuple(name for name in others if row.keeps_kv_cache and is_of_cache(name))
     dense = tuple(name for name in others if name not in set(of_cache))
     return Checkpoint(config, store, row, layers, dense, of_cache)
+
+
+@contextlib.contextmanager
+def _naming(store: Store, layer: str = "") -> Iterator[None]:
+    """Within, errors name the folder, and the layer if one is given."""
+    try:
+        yield
+    except QuantizationError as error:
+        text = str(error)
+        if layer not in text:
+            text = f"{layer}: {text}"
+        if str(store.where) not in text:
+            text = f"{store.where}: {text}"
+        raise CheckpointError(text) from None
 
 
 def read_weights(folder: str | Path) -> dict[str, QuantizedWeight]:

@@ -127,7 +127,7 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     given = {_part(key) for key in layer.tensors}
     codes, dense = _read_codes(store, name, scheme, group)
     n, k = codes.shape
-    perm = _read_columns(store, name, scheme, k)
+    perm = _read_columns(store, name, scheme, group, k)
     scales = _read_scales(store, name, scheme, group, n, k)
     if (scales < 0).any():
         raise CheckpointError(f"{name}.weight_scale is negative, which the format has no use for")
@@ -191,15 +191,16 @@ def _read_packed(store: Store, name: str, scheme: QuantScheme, group: Group) -> 
     bits, stored = group.bits, store.shape(f"{name}.weight_packed")
     widths = {True: dense_words(k, bits), False: -(-k // (32 // bits))}
     fitting = [dense for dense, width in widths.items() if stored == (n, width)]
-    dense = fitting[0] if len(fitting) == 1 else not _before_streams(group.version)
+    # Since 0.18 values are a stream of bits, that may lie in two words.
+    dense = fitting[0] if len(fitting) == 1 else not _before(group.version, 18)
     words = store.take(f"{name}.weight_packed", (n, widths[dense]), (torch.int32,))
     return _widened(_unpacked(words, k, bits, dense), bits, scheme), dense
 
 
-def _before_streams(version: str | None) -> bool:
-    """Whether the package of `version` packed no value into two words."""
+def _before(version: str | None, minor: int) -> bool:
+    """Whether `version` is one of before 0.<minor>."""
     numbers = re.match(r"(\d{1,9})\.(\d{1,9})", version or "")
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 18)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, minor)
 
 
 def _unpacked(words: Tensor, count: int, bits: int, dense: bool) -> Tensor:
@@ -272,10 +273,13 @@ def _check_zero(store: Store, key: str, where: str) -> None:
         raise CheckpointError(f"{key} is not zero, and the config says {where}")
 
 
-def _read_columns(store: Store, name: str, scheme: QuantScheme, k: int) -> Tensor | None:
+def _read_columns(
+    store: Store, name: str, scheme: QuantScheme, group: Group, k: int
+) -> Tensor | None:
     """The order of columns in which groups follow each other, or None where that is their own."""
     key = f"{name}.weight_g_idx"
-    if key not in store:
+    # Until 0.19 the package stored one wherever groups are by activations.
+    if key not in store and not (group.ordered and _before(group.version, 19)):
         return None
     index = store.take(key, (k,), (torch.int32, torch.int64)).long()
     in_order = torch.arange(k) // scheme.group_length(k)

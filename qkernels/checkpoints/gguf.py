@@ -25,11 +25,13 @@ from qkernels.checkpoints.config import Config
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.format import Format, StoredLayer, WeightKind
 from qkernels.checkpoints.gguf_config import FACTORS, complete_config, set_factors
-from qkernels.checkpoints.gguf_file import DAMAGED, package
+from qkernels.checkpoints.gguf_file import DAMAGED, header, package
+from qkernels.checkpoints.limits import check_depth, parameters_on_meta
 from qkernels.checkpoints.store import Store
+from qkernels.checkpoints.ties import ties
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import expert_name, fused_experts
-from qkernels.modules.kinds import is_conv1d, is_plain_linear
+from qkernels.modules.kinds import is_conv1d, is_plain_embedding, is_plain_linear
 from qkernels.modules.rows import part_name
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
@@ -90,6 +92,7 @@ class GgufStore(Store):
     def __init__(self, path: Path) -> None:
         self.folder, self.metadata = path.parent, {}
         self.where = self.config_path = path
+        count = len(header(path))
         gguf = package("gguf")
         transformers, reading = package("transformers"), _transformers_reading()
         with as_checkpoint_error(path, DAMAGED), gguf_read_once():
@@ -98,7 +101,8 @@ class GgufStore(Store):
                 path.parent, gguf_file=path.name, local_files_only=True
             )
             complete_config(config, self._said(reader), path)
-            with torch.device("meta"):
+            check_depth(json.loads(config.to_json_string(use_diff=False)), count, path)
+            with torch.device("meta"), parameters_on_meta(count):
                 model = transformers.AutoModelForCausalLM.from_config(config)
             self._processor = self._processor_of(reading, reader, config)
             self._names = reading.get_gguf_hf_weights_map(model, self._processor)
@@ -107,7 +111,15 @@ class GgufStore(Store):
                 set_factors(config, model, factors, self._said(reader), path)
         raw = json.loads(config.to_json_string(use_diff=False))
         self.config = {**raw, "architectures": [type(model).__name__]}
-        self._linears = {n for n, module in model.named_modules() if is_plain_linear(module)}
+        self._linears = {
+            name
+            for name, module in model.named_modules()
+            if is_plain_linear(module) or is_plain_embedding(module)
+        }
+        self._ties = {
+            name.removesuffix(".weight"): source.removesuffix(".weight")
+            for name, source in ties(model).items()
+        }
         self._turned = {n for n, module in model.named_modules() if is_conv1d(module)}
         self._experts = {n: s for n, s in fused_experts(model).items() if not s.transposed}
         self._sources: dict[str, list[_Source]] = {}
@@ -220,7 +232,8 @@ class GgufStore(Store):
             return torch.from_numpy(np.array(made[1], dtype=np.float32))
 
     def layers(self) -> dict[str, Blocks]:
-        """The linear layers whose blocks a scheme holds, those of experts one by one."""
+        """The linear layers and embeddings whose blocks a scheme holds, those of experts one by
+        one."""
         found = {}
         for name, sources in self._sources.items():
             layer = name.removesuffix(".weight")
@@ -237,6 +250,14 @@ class GgufStore(Store):
                         part = whole if len(sources) == 1 else f"{whole}.{part_name(number)}"
                         found[part] = Blocks(sources[i].kind, name, i, expert)
         return found
+
+    def tied_heads(self) -> dict[str, str]:
+        """The linear layers that the file does not hold -> the embedding whose weight they have."""
+        return {
+            head: source
+            for head, source in self._ties.items()
+            if head in self._linears and f"{head}.weight" not in self
+        }
 
     def blocks(self, layer: Blocks) -> Tensor:
         """The blocks of a layer, uint8 [N, blocks, bytes], in the model's order of rows."""
@@ -322,6 +343,11 @@ def _read_plan(config: Config, store: Store) -> dict[str, StoredLayer]:
         scheme = QuantScheme.parse(GGUF_TYPES[blocks.kind].scheme)
         tensors = (blocks.tensor, f"{name}.bias")
         plan[name] = StoredLayer(scheme, tuple(t for t in tensors if t in store), blocks)
+    for head, embedding in store.tied_heads().items():
+        if embedding in plan:
+            # The head has the packed weight, and the embedding looks its rows up there.
+            plan[head] = plan[embedding]
+            plan[embedding] = StoredLayer(plan[head].scheme, (), shares=head)
     return plan
 
 

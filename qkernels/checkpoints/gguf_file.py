@@ -1,17 +1,15 @@
-"""Which files are GGUF files, and what their headers say, without their tensors."""
+"""Which files are GGUF files, and what the package that reads them says of their headers."""
 
 from __future__ import annotations
 
 import importlib
-import struct
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from qkernels.bits.gguf import GGUF_TYPES
+from qkernels.checkpoints.gguf_header import MAGIC, GgufTensor, read_header
 from qkernels.errors import CheckpointError
 
-MAGIC = b"GGUF"
 DAMAGED = "cannot be read, it may be damaged or of an unsupported kind"
 
 
@@ -40,55 +38,20 @@ def has_quantized_tensors(path: Path) -> bool:
     """Whether a GGUF file holds matrices of types that schemes hold, by its header alone.
 
     Raises:
-        CheckpointError: for a file that ends within its header.
+        CheckpointError: for a file that does not hold what its header says.
     """
-    gguf = package("gguf")
-    names = {gguf.GGMLQuantizationType[name].value for name in GGUF_TYPES}
-    try:
-        with path.open("rb") as file:
-            return any(kind in names for kind in _tensor_types(file))
-    except (struct.error, KeyError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{path} {DAMAGED} ({error})") from None
+    names = {package("gguf").GGMLQuantizationType[name].value for name in GGUF_TYPES}
+    return any(len(tensor.shape) >= 2 and tensor.kind in names for tensor in header(path))
 
 
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of a value, by the number of its type in the header."""
-_STRING, _ARRAY = 8, 9
+def header(path: Path) -> list[GgufTensor]:
+    """The tensors that the header of a GGUF file names.
 
-
-def _tensor_types(file: BinaryIO) -> Iterator[int]:
-    """The type of each matrix, by its number in llama.cpp."""
-
-    def number(form: str) -> int:
-        (value,) = struct.unpack(f"<{form}", file.read(struct.calcsize(form)))
-        return int(value)
-
-    def skip(kind: int) -> None:
-        if kind == _STRING:
-            file.seek(number("Q"), 1)
-        elif kind == _ARRAY:
-            inner, count = number("I"), number("Q")
-            if inner in _SIZES:
-                file.seek(_SIZES[inner] * count, 1)
-            else:
-                for _ in range(count):
-                    skip(inner)
-        else:
-            file.seek(_SIZES[kind], 1)
-
-    file.seek(8)
-    tensors, values = number("Q"), number("Q")
-    for _ in range(values):
-        skip(_STRING)
-        skip(number("I"))
-    for _ in range(tensors):
-        skip(_STRING)
-        dimensions = number("I")
-        file.seek(8 * dimensions, 1)
-        kind = number("I")
-        file.seek(8, 1)
-        if dimensions >= 2:
-            yield kind
+    Raises:
+        CheckpointError: for a file that does not hold what its header says.
+    """
+    sizes = package("gguf").GGML_QUANT_SIZES
+    return read_header(path, {kind.value: size for kind, size in sizes.items()})
 
 
 def package(name: str) -> Any:

@@ -7,9 +7,8 @@ and the layers theirs when the rest is filled.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +65,8 @@ class PendingLayers:
                 layers that the model has no place for.
         """
         self._model = model
-        with _outside_of_meta():
-            self._stored = open_checkpoint(_folder_of(files))
-            checkpoint = in_names_of(model, self._stored)
+        self._stored = open_checkpoint(_folder_of(files))
+        checkpoint = in_names_of(model, self._stored)
         self.format = self._stored.format.name
         # What a folder has less than its own class is damage; another class may have more.
         self._strict = type(model).__name__ in (self._stored.config.get("architectures") or ())
@@ -160,19 +158,6 @@ class PendingLayers:
         own = config.get("dtype", config.get("torch_dtype", tensor.dtype))
         named = str(tensor.dtype).removeprefix("torch.")
         return tensor.to(self._model.dtype) if own in (named, tensor.dtype) else tensor
-
-
-@contextlib.contextmanager
-def _outside_of_meta() -> Iterator[None]:
-    """Within, tensors have values, and are of float32 where no type is said: Transformers changes
-    both where it makes a model."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _folder_of(files: Iterable[str] | None) -> Path:

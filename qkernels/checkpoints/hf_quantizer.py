@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
 from torch import Tensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -75,7 +78,8 @@ class StoredHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **options: Any
     ) -> None:
         refuse_distributed(model)
-        self._layers = PendingLayers(model, checkpoint_files)
+        with outside_of_meta():
+            self._layers = PendingLayers(model, checkpoint_files)
         # What is left is dense: Transformers is to read and cast it as in any other model.
         self.pre_quantized = False
         before_report(model, self._layers.fill)
@@ -92,6 +96,7 @@ class StoredHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         assert self._layers is not None
+        check_finished(model)
         # By the format's own name Transformers and PEFT know modules of another package.
         vars(model)["quantization_method"] = NATIVE.name
         model.config.quantization_config = StoredConfig(**self.quantization_config.to_dict())
@@ -169,8 +174,25 @@ class StoredHfQuantizer(HfQuantizer):
         return True
 
 
+_REPORT = "_adjust_missing_and_unexpected_keys"
+"""The method of a model by which Transformers prepares its report."""
+
+
 def _values(device_map: Any) -> Iterable[Any]:
     return device_map.values() if isinstance(device_map, Mapping) else ()
+
+
+@contextlib.contextmanager
+def outside_of_meta() -> Iterator[None]:
+    """Within, tensors have values, and are of float32 where no type is said: Transformers changes
+    both where it makes a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def refuse_distributed(model: PreTrainedModel) -> None:
@@ -188,12 +210,27 @@ def before_report(model: PreTrainedModel, finish: Callable[[Any], None]) -> None
     That is before it says what is missing, and before accelerate puts its hooks on modules, which
     are the last things it does.
     """
-    adjust = model._adjust_missing_and_unexpected_keys
+    adjust = getattr(model, _REPORT, None)
+    if adjust is None:
+        raise _unknown_transformers()
 
     @functools.wraps(adjust)
     def adjust_and_finish(info: Any) -> None:
-        del vars(model)["_adjust_missing_and_unexpected_keys"]
+        del vars(model)[_REPORT]
         adjust(info)
         finish(info)
 
-    vars(model)["_adjust_missing_and_unexpected_keys"] = adjust_and_finish
+    vars(model)[_REPORT] = adjust_and_finish
+
+
+def check_finished(model: PreTrainedModel) -> None:
+    """Raises CheckpointError where Transformers did not do what `before_report` asks of it."""
+    if _REPORT in vars(model):
+        raise _unknown_transformers()
+
+
+def _unknown_transformers() -> CheckpointError:
+    return CheckpointError(
+        f"from_pretrained of Transformers {transformers.__version__} loads this model in a way "
+        "that quantized layers do not follow: use qkernels.load_model or qkernels.quantize_model"
+    )

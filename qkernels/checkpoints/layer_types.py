@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from qkernels.checkpoints.config import Config, strings, typed
+from qkernels.checkpoints.config import Config, brief, strings, typed
 from qkernels.errors import CheckpointError
 from qkernels.modules.packed import PackedModule
 from qkernels.modules.rows import whole_name
@@ -44,9 +44,11 @@ def read(config: Config, layers: Collection[str]) -> dict[str, torch.dtype]:
     found = {}
     for text, names in typed(config.get(KEY, {}), dict, KEY).items():
         if text not in _DTYPES:
-            raise CheckpointError(f"{KEY} names {text!r}, which is not one of {', '.join(_DTYPES)}")
+            raise CheckpointError(
+                f"{KEY} names {brief(text)}, which is not one of {', '.join(_DTYPES)}"
+            )
         for name in strings(names, f"{KEY}.{text}"):
             if name not in layers:
-                raise CheckpointError(f"{KEY} names {name!r}, which is no quantized layer")
+                raise CheckpointError(f"{KEY} names {brief(name)}, which is no quantized layer")
             found[name] = _DTYPES[text]
     return found

@@ -10,7 +10,7 @@ from qkernels.checkpoints.awq import AWQ_GEMM
 from qkernels.checkpoints.awq_gemv import AWQ_FAST_ROW, AWQ_GEMV_ROW
 from qkernels.checkpoints.bitsandbytes import BITSANDBYTES
 from qkernels.checkpoints.compressed_tensors import COMPRESSED_TENSORS
-from qkernels.checkpoints.config import Config, quantization_of, read_config
+from qkernels.checkpoints.config import Config, brief, quantization_of, read_config
 from qkernels.checkpoints.format import Format, WeightKind
 from qkernels.checkpoints.gguf import GGUF
 from qkernels.checkpoints.gguf_file import gguf_file, has_quantized_tensors
@@ -56,7 +56,7 @@ def find_format(config: Config, store: Store) -> Format:
     if section is None:
         raise CheckpointError(f"{store.folder / 'config.json'} has no quantization_config")
     raise CheckpointError(
-        f"{store.folder} is in the format {section.get('quant_method')!r}; known are "
+        f"{store.folder} is in the format {brief(section.get('quant_method'))}; known are "
         f"{', '.join(FORMATS)}"
     )
 

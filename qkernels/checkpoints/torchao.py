@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qkernels.checkpoints.config import Config, only, quantization_of, strings, typed
+from qkernels.checkpoints.config import Config, only, quantization_of, shortened, strings, typed
 from qkernels.checkpoints.format import Format, StoredLayer, only_read, says_method
 from qkernels.checkpoints.store import Store
 from qkernels.checkpoints.torchao_floats import FLOAT_CLASSES
@@ -106,7 +106,8 @@ def _plan_layer(
 ) -> StoredLayer:
     if kind not in _CLASSES:
         raise CheckpointError(
-            f"{where}: the class {kind} is not supported; supported are {', '.join(_CLASSES)}"
+            f"{where}: the class {shortened(kind, 60)} is not supported; supported are "
+            f"{', '.join(_CLASSES)}"
         )
     row, data = _CLASSES[kind], typed(about.get("_data"), dict, f"{where}: _data")
     only(data, row.attributes, where)

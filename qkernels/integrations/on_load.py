@@ -16,11 +16,15 @@ from qkernels.checkpoints.hf_quantizer import (
     StoredConfig,
     StoredHfQuantizer,
     before_report,
+    check_finished,
+    outside_of_meta,
     refuse_distributed,
 )
 from qkernels.checkpoints.native import NATIVE
 from qkernels.checkpoints.table import check_holds
+from qkernels.checkpoints.written import check_writes
 from qkernels.errors import CheckpointError, LayerError, QuantizationError
+from qkernels.quantizers.embeddings import embedding_kinds
 from qkernels.quantizers.incoming import IncomingLayers, takes_weights_alone
 from qkernels.quantizers.model import check_methods, quantize_model
 from qkernels.quantizers.plan import plan_layers
@@ -179,12 +183,18 @@ class QKernelsHfQuantizer(StoredHfQuantizer):
                 "take its quantization_config out, and give it to from_pretrained"
             )
         refuse_distributed(model)
-        recipe = Recipe.parse(config.method)
+        with outside_of_meta():
+            self._plan(model)
+        before_report(model, lambda info: self._finish(model))
+
+    def _plan(self, model: PreTrainedModel) -> None:
+        """Raises for whatever does not fit the model, before its weights are read."""
+        config = self.quantization_config
+        recipe, scheme = Recipe.parse(config.method), QuantScheme.parse(config.scheme)
         overrides = {
             pattern: None if value is None else QuantScheme.parse(value)
             for pattern, value in config.overrides.items()
         }
-        scheme = QuantScheme.parse(config.scheme)
         with _tied(model):
             plan = plan_layers(model, scheme, config.include, config.exclude, overrides)
         check_methods(recipe, plan.schemes, calibrated=config.calibration is not None)
@@ -197,10 +207,10 @@ class QKernelsHfQuantizer(StoredHfQuantizer):
             check_kernels=config.check_kernels,
             tied={*ties, *ties.values()},
         )
-        check_holds(config.format, incoming.kinds())
+        check_holds(config.format, embedding_kinds(model, plan.embeddings))
+        check_writes(config.format, model, incoming.kinds())
         if config.calibration is None and takes_weights_alone(recipe, plan):
             self._incoming = incoming
-        before_report(model, lambda info: self._finish(model))
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **options: Any
@@ -246,6 +256,7 @@ class QKernelsHfQuantizer(StoredHfQuantizer):
         if self.quantization_config.is_stored:
             super()._process_model_after_weight_loading(model, **options)
             return
+        check_finished(model)
         model.config.quantization_config = self.quantization_config.without_data()
         mark_quantized(model, self.quantization_config.format)
 

@@ -101,7 +101,13 @@ def _stored(theirs: type[QuantizationConfigMixin]) -> type[QuantizationConfigMix
     It is a kind of theirs, of the same name: Transformers compares it with one that is given to
     `from_pretrained` beside the folder.
     """
-    return type(theirs.__name__, (_Stored, theirs), {})
+    computed = {
+        name: None
+        for kind in theirs.__mro__
+        for name, value in vars(kind).items()
+        if isinstance(value, property)
+    }
+    return type(theirs.__name__, (_Stored, theirs), computed)
 
 
 class _Stored(StoredConfig):

@@ -12,6 +12,7 @@ from typing import cast
 
 from torch import nn
 
+from qkernels.checkpoints.format import WeightKind
 from qkernels.errors import LayerError, SchemeError
 from qkernels.modules.embedding import WQEmbedding, why_not_scheme
 from qkernels.modules.linear import WQLinear
@@ -75,6 +76,17 @@ def _sharing(
     weight: int, chosen: Mapping[str, QuantScheme], embeddings: Mapping[str, int]
 ) -> dict[str, QuantScheme]:
     return {name: scheme for name, scheme in chosen.items() if embeddings[name] == weight}
+
+
+def embedding_kinds(model: nn.Module, shared: Iterable[SharedWeight]) -> dict[str, WeightKind]:
+    """What is known of the embeddings before they are quantized, by name."""
+    kinds = {}
+    for weight in shared:
+        for name in weight.names:
+            n, k = cast(nn.Embedding, model.get_submodule(name)).weight.shape
+            kind = WeightKind.of_scheme(weight.scheme)
+            kinds[name] = replace(kind, shape=(n, k), instead_of="an embedding")
+    return kinds
 
 
 class EmbeddingForms:

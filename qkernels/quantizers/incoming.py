@@ -18,6 +18,7 @@ from qkernels.modules.experts import FusedExperts, fused_experts, unfuse
 from qkernels.modules.kinds import is_conv1d, take_place_of
 from qkernels.modules.linear import WQLinear
 from qkernels.quantizers.driver import build_layer
+from qkernels.quantizers.embeddings import EmbeddingForms
 from qkernels.quantizers.method import LayerTask
 from qkernels.quantizers.plan import LayerPlan
 from qkernels.quantizers.recipe import Recipe
@@ -97,7 +98,7 @@ class IncomingLayers:
         return _Place(f"{name}.weight", self._model.get_submodule(name))
 
     def kinds(self) -> dict[str, WeightKind]:
-        """What is known of the layers, by name."""
+        """What is known of the linear layers, by name."""
         found = {}
         for name, place in self._places.items():
             n, k = place.weight_of(self._model.get_parameter(place.parameter)).shape
@@ -149,21 +150,23 @@ class IncomingLayers:
         self._made[key] = made, report
 
     def finish(self) -> QuantizationReport:
-        """Puts the layers in their places, with their biases, which the model has by now.
+        """Puts the layers in their places, with their biases, which the model has by now, and
+        quantizes embeddings.
 
         Raises:
             WeightError, SchemeError, NoKernelError: of a layer whose weight came to the model.
         """
-        model, reports = self._model, []
+        model, reports = self._model, {}
         for name, place in self._places.items():
             if place.key not in self._made:
                 self._make(name, place.weight_of(model.get_parameter(place.parameter)))
+        embeddings = EmbeddingForms(model, self._plan.embeddings)
         stacks = {place.parameter for place in self._places.values() if place.fused is not None}
         for stack in stacks:
             self._take_apart(stack)
         for name, place in self._places.items():
             layer, report = self._made[place.key]
-            reports.append(replace(report, name=name))
+            reports[name] = replace(report, name=name)
             before: Any = model.get_submodule(name)
             # A block that has several names has its layers by now.
             if before is not layer:
@@ -171,8 +174,12 @@ class IncomingLayers:
                 layer.transposed = is_conv1d(before)
                 take_place_of(layer, before)
                 model.set_submodule(name, layer)
+        reports |= embeddings.put(reports)
         return QuantizationReport(
-            str(self._recipe), reports, skipped=self._plan.skipped, shares=self._plan.shares
+            str(self._recipe),
+            list(reports.values()),
+            skipped=self._plan.skipped,
+            shares=self._plan.shares,
         )
 
     def _take_apart(self, stack: str) -> None:

@@ -21,7 +21,7 @@ from qkernels.checkpoints.written import check_writes
 from qkernels.errors import LayerError, SchemeError
 from qkernels.modules.kinds import become, is_plain_linear
 from qkernels.quantizers.driver import Outcome, Plan, Progress, drive
-from qkernels.quantizers.embeddings import EmbeddingForms
+from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.plan import plan_layers
 from qkernels.quantizers.recipe import Recipe
@@ -130,7 +130,7 @@ def quantize_model(
     try:
         if format is not None:
             kinds = _kinds(model, plan.schemes, forms)
-            check_holds(format, _embedding_kinds(model, embeddings))
+            check_holds(format, embedding_kinds(model, layers.embeddings))
             check_writes(format, model, kinds)
         for name in plan.schemes:
             weight = cast(nn.Linear, model.get_submodule(name)).weight
@@ -170,14 +170,6 @@ def _kinds(
         )
         for name, layer in layers.items()
     }
-
-
-def _embedding_kinds(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> dict[str, WeightKind]:
-    kinds = {}
-    for name, scheme in schemes.items():
-        n, k = cast(nn.Embedding, model.get_submodule(name)).weight.shape
-        kinds[name] = replace(WeightKind.of_scheme(scheme), shape=(n, k), instead_of="an embedding")
-    return kinds
 
 
 def _open_folder(

@@ -229,6 +229,34 @@ def test_save_pretrained_writes_our_own_format(tmp_path):
     assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_from_pretrained(name, tmp_path):
+    from qkernels.integrations.transformers import QKernelsConfig
+
+    model, _, _, _ = tied_model(name)
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model)) and nbytes(loaded) == nbytes(model)
+    dense, head = MODELS[name]()
+    dense.save_pretrained(tmp_path / "dense")
+    ends = {head: SCHEME, EMBEDDING[name]: SCHEME}
+    config = QKernelsConfig(scheme=SCHEME, overrides=ends, format="qkernels")
+    made = type(model).from_pretrained(tmp_path / "dense", quantization_config=config)
+    assert torch.equal(logits(made), logits(model)) and nbytes(made) == nbytes(model)
+    config = QKernelsConfig(scheme=SCHEME, overrides=ends, format="compressed-tensors")
+    with pytest.raises(CheckpointError, match="place of an embedding"):
+        type(model).from_pretrained(tmp_path / "dense", quantization_config=config)
+
+
+def test_a_base_model_of_a_folder_with_a_tied_head(tmp_path):
+    model, _, _, _ = tied_model("llama")
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    base = transformers.LlamaModel.from_pretrained(tmp_path / "out")
+    tokens = torch.arange(12)[None]
+    got, want = base(tokens).last_hidden_state, model.model(tokens).last_hidden_state
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize(
     ("shared", "message"),
     [

@@ -405,3 +405,17 @@ def test_nothing_changes_until_it_is_called_and_all_is_undone():
     assert [dict(table) for table in tables] == before
     stop_using()
     assert [dict(table) for table in tables] == before
+
+
+@pytest.mark.parametrize(
+    "method", ["_adjust_missing_and_unexpected_keys", "_finalize_model_loading"]
+)
+def test_a_transformers_that_works_otherwise(method, tmp_path, monkeypatch):
+    saved(tmp_path / "out")
+    if method.startswith("_adjust"):
+        monkeypatch.delattr(transformers.PreTrainedModel, method)
+    else:
+        done = classmethod(lambda cls, model, load_config, info: info)
+        monkeypatch.setattr(transformers.PreTrainedModel, method, done)
+    with pytest.raises(CheckpointError, match=r"quantized layers do not follow: use qkernels"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -103,6 +103,11 @@ CASES = {
         mixtral,
         {"scheme": "w4a16-g32", "overrides": {"*expert_1": None, "*gate_up*expert_2": "w8a16"}},
     ),
+    "an embedding": (llama, {"scheme": "w4a16-g32", "overrides": {"*embed_tokens": "w8a16"}}),
+    "an embedding with its head": (
+        lambda: llama(True),
+        {"scheme": "w4a16-g32", "overrides": {"*embed_tokens": "w8a16", "lm_head": "w8a16"}},
+    ),
     "others": (qwen3_moe, {"scheme": "w8a16"}),
 }
 
