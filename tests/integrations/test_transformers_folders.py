@@ -172,6 +172,16 @@ def test_a_folder_of_one_class_is_loaded_as_another(tmp_path):
         transformers.GPT2Model.from_pretrained(tmp_path / "bert", config=config)
 
 
+def test_nothing_of_the_folder_is_in_use(tmp_path):
+    model = saved(tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    # In place, as a copy onto it does.
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert same(loaded, model) and torch.equal(logits(loaded), logits(model))
+
+
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_the_type_of_what_is_dense(name, tmp_path):
     model = saved(tmp_path / "out")
