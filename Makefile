@@ -30,6 +30,10 @@ MODEL := $(STAMPS)/model
 # A block of it runs through the emulated kernels; with PYTHON, where it is installed.
 TEST_MODEL := $(if $(PYTHON),,$(MODEL))
 LINTERS := $(STAMPS)/linters
+# An environment of its own over that of the tests, for the packages whose formats are read and written.
+ORACLES := $(OUT)/oracles
+ORACLES_PY := $(if $(PYTHON),$(PY),$(CURDIR)/$(ORACLES)/bin/python)
+ORACLES_INSTALLED := $(if $(PYTHON),$(STAMPS),$(ORACLES))/oracles
 EMULATOR := $(OUT)/emulated/kernels.so
 # Which interpreter the extension in qkernels/ was last built for.
 BUILT_FOR := $(OUT)/stamps/built-for
@@ -39,12 +43,13 @@ export PATH := $(patsubst %/,%,$(dir $(PY))):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test emulated architectures bench gpu cubins budgets lint clean FORCE
+.PHONY: help demo test emulated oracles architectures bench gpu cubins budgets lint clean FORCE
 
 help:
 	@echo "make demo     quantize a real model, run it on WQLinear; results in $(OUT)/demo"
 	@echo "make test     run the tests"
 	@echo "make emulated run the tests of the CUDA kernels in their emulator; make test does it too"
+	@echo "make oracles  run the tests against the packages whose checkpoints are read and written"
 	@echo "make architectures  quantize, save and load a tiny model of every class of Transformers"
 	@echo "make bench    time the kernels and their peers on this machine; results in $(OUT)/bench"
 	@echo "make gpu      with PYTHON: build, test and time on the GPU; results in $(OUT)/gpu"
@@ -98,6 +103,10 @@ $(LINTERS): $(INSTALLED)
 	@$(call require,mypy ruff)
 	@touch $@
 
+$(ORACLES_INSTALLED): $(INSTALLED)
+	@$(call require,awq bitsandbytes compressed_tensors gptqmodel hqq optimum torchao)
+	@touch $@
+
 else
 
 $(VENV)/bin/python:
@@ -131,6 +140,17 @@ $(LINTERS): $(INSTALLED)
 	@$(call quietly,$(PY) -m pip install -c constraints.txt ruff mypy clang-format,install)
 	@touch $@
 
+# hqq compiles CUDA kernels unless it is told not to; builds see the torch of the tests.
+$(ORACLES_INSTALLED): constraints-oracles.txt $(INSTALLED)
+	@echo "Installing the packages that others quantize with ..."
+	@rm -rf $(ORACLES)
+	@$(PY) -m venv --without-pip $(ORACLES)
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		>$$($(ORACLES_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth
+	@$(call quietly,DISABLE_CUDA=1 $(PY) -m pip --python $(ORACLES_PY) install --no-deps \
+		--no-build-isolation -r constraints-oracles.txt,oracles-install)
+	@touch $@
+
 endif
 
 # Another interpreter may have another torch, which the extension must be built for.
@@ -160,6 +180,10 @@ test: $(INSTALLED) $(BUILT) $(EMULATOR) $(TEST_MODEL)
 emulated: $(INSTALLED) $(BUILT) $(EMULATOR) $(TEST_MODEL)
 	@$(call require,pytest hypothesis safetensors triton)
 	@$(EMULATED_PYTEST)
+
+oracles: private PY := $(ORACLES_PY)
+oracles: $(INSTALLED) $(BUILT) $(TEST_MODEL) $(ORACLES_INSTALLED)
+	@$(PYTEST) tests/oracles tests/integrations
 
 cubins: $(INSTALLED) $(BUILT)
 	@$(call require,pytest triton)

@@ -151,6 +151,7 @@ setup(
         *FOLDERS,
         *(f"{name}.{child}" for name, path in FOLDERS.items() for child in find_packages(path)),
     ],
+    py_modules=["qkernels_bitsandbytes"],
     package_dir=FOLDERS,
     package_data={
         "qkernels": ["py.typed", "*.pyi", "data/*"],

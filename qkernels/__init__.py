@@ -15,7 +15,13 @@ from qkernels.checkpoints import load_model, save_model
 from qkernels.checkpoints.registration import register_with_transformers
 from qkernels.errors import QuantizationError
 from qkernels.integrations.modules import replace_linears
-from qkernels.modules import WQLinear, WQLinear_GEMM, WQLinear_GEMV
+from qkernels.modules import (
+    WQEmbedding,
+    WQLinear,
+    WQLinear_GEMM,
+    WQLinear_GEMV,
+    WQLinear_GEMVFast,
+)
 from qkernels.ops import linear
 from qkernels.quantizers.model import quantize_model
 from qkernels.quantizers.report import LayerReport, QuantizationReport
@@ -33,9 +39,11 @@ __all__ = [
     "QuantizationReport",
     "QuantizedActivation",
     "QuantizedWeight",
+    "WQEmbedding",
     "WQLinear",
     "WQLinear_GEMM",
     "WQLinear_GEMV",
+    "WQLinear_GEMVFast",
     "add_rms_norm_quantize",
     "errors",
     "explain",

@@ -24,8 +24,10 @@ from qkernels.backends.kernel import Kernel, Problem
 from qkernels.errors import WeightError
 from qkernels.fields import FIELDS
 from qkernels.layouts import LAYOUTS, PackedWeight
+from qkernels.layouts.padding import kernel_group
 from qkernels.scheme import QuantScheme
 from qkernels.select import choose, make_problem, select
+from qkernels.weight import code_values, nested_table, row_slices
 
 X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -87,13 +89,14 @@ _library = torch.library.Library("qkernels", "DEF")
 _library.define("linear(Tensor x, Tensor[] buffers, Tensor? bias, str spec) -> Tensor")
 _library.define("linear_grad_input(Tensor grad, Tensor[] buffers, str spec) -> Tensor")
 _library.define("dequantize(Tensor[] buffers, str spec) -> Tensor")
+_library.define("embedding(Tensor indices, Tensor[] buffers, str spec, ScalarType dtype) -> Tensor")
 _library.define(
     "linear_quantized(Tensor x, Tensor scale, Tensor[] buffers, Tensor? bias, str spec, "
     "ScalarType dtype) -> Tensor"
 )
 
 
-def _check_input(x: Tensor, width: int, name: str, words: Tensor) -> None:
+def check_input(x: Tensor, width: int, name: str, words: Tensor) -> None:
     if x.dim() == 0 or x.shape[-1] != width:
         raise WeightError(f"{name} must have shape [..., {width}], got {list(x.shape)}")
     if x.dtype not in X_DTYPES:
@@ -159,7 +162,7 @@ def _run_quantized(
 
 def _linear(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
-    _check_input(x, what.k, "x", buffers[0])
+    check_input(x, what.k, "x", buffers[0])
     return _run(_select(what, x, x.dtype), what, x, buffers, bias)
 
 
@@ -220,20 +223,20 @@ def _linear_quantized_fake(
 
 def _linear_fake(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
-    _check_input(x, what.k, "x", buffers[0])
+    check_input(x, what.k, "x", buffers[0])
     return x.new_empty((*x.shape[:-1], what.n))
 
 
 def _linear_grad_input(grad: Tensor, buffers: list[Tensor], spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
-    _check_input(grad, what.n, "grad", buffers[0])
+    check_input(grad, what.n, "grad", buffers[0])
     rows = grad.reshape(-1, what.n)
     return reference.grad_input(rows, what.packed(buffers)).view(*grad.shape[:-1], what.k)
 
 
 def _linear_grad_input_fake(grad: Tensor, buffers: list[Tensor], spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
-    _check_input(grad, what.n, "grad", buffers[0])
+    check_input(grad, what.n, "grad", buffers[0])
     return grad.new_empty((*grad.shape[:-1], what.k))
 
 
@@ -246,13 +249,97 @@ def _dequantize_fake(buffers: list[Tensor], spec: str) -> Tensor:
     return torch.empty(what.n, what.k, dtype=torch.float32, device=buffers[0].device)
 
 
+_INDICES = (torch.int64, torch.int32)
+_LOOKED_UP = frozenset(("plain", "vnni"))
+"""Layouts whose rows qkernels._C looks up."""
+_FIELDS_LOOKED_UP = (
+    "scales",
+    "zeros",
+    "offsets",
+    "channel_scales",
+    "nested_absmax",
+    "nested_offset",
+)
+_FIELDS_OF_X = frozenset(("activation_scale", "activation_zero"))
+"""Of inputs of a product: they change no row."""
+
+
+def _check_indices(indices: Tensor, words: Tensor) -> None:
+    if indices.dtype not in _INDICES:
+        raise WeightError(f"indices must be int64 or int32, got {indices.dtype}")
+    if indices.device != words.device:
+        raise WeightError(
+            f"indices are on {indices.device} and the weight on {words.device}: move one of them"
+        )
+
+
+@lru_cache(maxsize=64)
+def _cpu_embedding(spec: str) -> Any:
+    """What looks up rows in qkernels._C, or None where that does not know the weight."""
+    what = PackedSpec.parse(spec)
+    known = {"words", *_FIELDS_LOOKED_UP, *_FIELDS_OF_X}
+    if _compiled is None or what.layout not in _LOOKED_UP or not known.issuperset(what.names):
+        return None
+    scheme, device = what.scheme, torch.device("cpu")
+    codes = torch.arange(1 << scheme.bits, dtype=torch.uint8, device=device)
+    values = code_values(scheme, codes)
+    if scheme.bits < 4:
+        # Words that no packing made may hold more than the scheme has.
+        values = torch.nn.functional.pad(values, (0, 16 - len(values)))
+    return _compiled.CpuEmbedding(
+        n=what.n,
+        k=what.k,
+        bits=scheme.bits,
+        group=scheme.group_length(what.k),
+        padded_group=kernel_group(scheme, what.k),
+        groups=scheme.groups(what.k),
+        one_scale=scheme.per_tensor,
+        panels=what.layout == "vnni",
+        values=values,
+        nested_table=nested_table(device) if scheme.scale_levels == "double" else None,
+    )
+
+
+def _embedding(indices: Tensor, buffers: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
+    _check_indices(indices, buffers[0])
+    what, rows = PackedSpec.parse(spec), indices.reshape(-1).long()
+    table = _cpu_embedding(spec) if rows.device.type == "cpu" else None
+    if table is not None:
+        named = dict(zip(what.names, buffers, strict=True))
+        fields = map(named.get, _FIELDS_LOOKED_UP)
+        out = table.look_up(rows, named["words"], *fields, dtype)
+    else:
+        out = _embedding_in_torch(rows, what.packed(buffers), dtype)
+    return out.view(*indices.shape, what.k)
+
+
+def _embedding_in_torch(rows: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Rows of any layout on any device, in launches that a CUDA graph can capture."""
+    in_range = ((rows >= 0) & (rows < packed.n)).all()
+    if rows.device.type == "cuda":
+        torch._assert_async(in_range, f"an index is out of range for {packed.n} rows")
+    elif not in_range:
+        raise IndexError(f"an index is out of range for an embedding of {packed.n} rows")
+    out = torch.empty(len(rows), packed.k, dtype=dtype, device=rows.device)
+    for start, stop in row_slices(len(rows), packed.k):
+        out[start:stop] = packed.look_up(rows[start:stop])
+    return out
+
+
+def _embedding_fake(
+    indices: Tensor, buffers: list[Tensor], spec: str, dtype: torch.dtype
+) -> Tensor:
+    _check_indices(indices, buffers[0])
+    return indices.new_empty((*indices.shape, PackedSpec.parse(spec).k), dtype=dtype)
+
+
 def _answer(
     x: Tensor, scale: Tensor | None, buffers: list[Tensor], spec: str, dtype: torch.dtype
 ) -> tuple[Any, int, int | None]:
     """What qkernels._C asks where it knows no route: one, and the least and most rows it is for."""
     what = PackedSpec.parse(spec)
     if scale is None:
-        _check_input(x, what.k, "x", buffers[0])
+        check_input(x, what.k, "x", buffers[0])
     else:
         _check_quantized(x, scale, what, buffers[0])
     what.packed(buffers)  # raises where there are too few or too many
@@ -298,6 +385,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (_linear, _linear_fake),
     "linear_grad_input": (_linear_grad_input, _linear_grad_input_fake),
     "dequantize": (_dequantize, _dequantize_fake),
+    "embedding": (_embedding, _embedding_fake),
     "linear_quantized": (_linear_quantized, _linear_quantized_fake),
 }
 
@@ -322,6 +410,7 @@ else:
 
 
 linear_operator = torch.ops.qkernels.linear.default
+embedding_operator = torch.ops.qkernels.embedding.default
 linear_quantized_operator = torch.ops.qkernels.linear_quantized.default
 """Looked up once: a lookup takes as long as a small layer's product."""
 

@@ -66,6 +66,19 @@ def nested_table(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
+def nested_scales(codes: Tensor, rows: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
+    """Doubly quantized scales of the rows with the numbers `rows`: fp32 [R, G].
+
+    Args:
+        codes: uint8 [R, G], of these rows.
+        rows: int64 [R].
+        absmax, offset: of the whole weight; see `WeightParameters`.
+    """
+    groups = codes.shape[1]
+    index = rows[:, None] * groups + torch.arange(groups, device=codes.device)
+    return nested_table(codes.device)[codes.int()] * absmax[index // NESTED_BLOCK] + offset
+
+
 @dataclass(frozen=True, eq=False, init=False)
 class WeightParameters:
     """All of a quantized weight [n, k] but its codes: small next to them, so held whole.
@@ -126,11 +139,8 @@ class WeightParameters:
         scales = self.scales[start:stop]
         if self.scheme.scale_levels == "double":
             assert self.nested_absmax is not None and self.nested_offset is not None
-            groups = self.scales.shape[1]
-            index = torch.arange(start * groups, stop * groups, device=scales.device)
-            block_max = self.nested_absmax[index // NESTED_BLOCK].view(stop - start, groups)
-            table = nested_table(scales.device)
-            return table[scales.int()] * block_max + self.nested_offset
+            rows = torch.arange(start, stop, device=scales.device)
+            return nested_scales(scales, rows, self.nested_absmax, self.nested_offset)
         if self.scheme.scale_levels == "two":
             assert self.channel_scales is not None
             return scales.float() * self.channel_scales[start:stop, None]

@@ -14,6 +14,9 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Else the layers of bitsandbytes that ours are compared with would run on ours.
+os.environ["QKERNELS_BITSANDBYTES"] = "0"
+
 if "QKERNELS_EMULATOR" in os.environ:
     torch.ops.load_library(os.environ["QKERNELS_EMULATOR"])
     ctypes.CDLL(os.environ["QKERNELS_EMULATOR"]).qkernels_emulator_check_races(1)

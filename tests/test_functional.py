@@ -5,7 +5,9 @@ import torch
 
 import qkernels as qk
 from qkernels import functional
+from qkernels.bits import pack_gptq, pack_gptq_zeros
 from qkernels.errors import WeightError
+from qkernels.integrations import words as words_of
 from qkernels.modules import twins
 from tests.integrations.modules import golden
 
@@ -52,6 +54,15 @@ def test_gptq_gives_the_weight_of_the_package_bit_for_bit(folder):
     assert torch.equal(y.t()[: len(weight)], weight)
 
 
+def test_groups_that_do_not_divide_the_columns_are_as_the_index_says():
+    codes, zeros = torch.randint(0, 16, (32, 96)), torch.randint(0, 16, (32, 2))
+    scales = torch.rand(2, 32, dtype=torch.float16)
+    index = torch.arange(96, dtype=torch.int32) // 64
+    words = pack_gptq(codes.byte(), 4), pack_gptq_zeros(zeros.byte(), 4), scales
+    y = functional.gptq_gemm(identity(96), *words, index, False, True, 4)
+    assert torch.equal(y, ((codes - zeros[:, index]) * scales.float().T[:, index]).T)
+
+
 def test_an_index_without_elements_is_none():
     folder = "words-auto_round-auto_gptq-4bit"
     words, index, v2, bits, weight = gptq(folder)
@@ -63,8 +74,8 @@ def test_an_index_without_elements_is_none():
 
 def test_words_are_packed_once_and_again_where_they_or_their_meaning_change(monkeypatch):
     packed = []
-    real = functional._pack
-    monkeypatch.setattr(functional, "_pack", lambda *a: (packed.append(a[1:]), real(*a))[1])
+    real = words_of._pack
+    monkeypatch.setattr(words_of, "_pack", lambda *a: (packed.append(a[0]), real(*a))[1])
     words, _, _, bits, _ = gptq("words-auto_round-auto_gptq-4bit")
     x = torch.randn(2, 32 * len(words[0]) // bits, dtype=torch.bfloat16)
 
@@ -75,15 +86,15 @@ def test_words_are_packed_once_and_again_where_they_or_their_meaning_change(monk
 
     first = run()
     assert torch.equal(run(), first) and len(packed) == 1
-    assert not torch.equal(run(v2=True), first) and packed[-1] == ("gptq_v2", bits)
+    assert not torch.equal(run(v2=True), first) and packed[-1].format == "gptq_v2"
     assert torch.equal(run(), first)
     count = len(packed)
     words[2].mul_(2)
     assert torch.equal(run(), 2 * first) and len(packed) == count + 1
-    assert id(words[0].untyped_storage()) in twins._twins
+    assert (id(words[0].untyped_storage()), 0) in twins._twins
 
 
-def test_compiled_and_without_gradients():
+def test_compiled_and_checked():
     words, scales, zeros, _ = awq()
     x = torch.randn(3, len(words))
 
@@ -92,15 +103,42 @@ def test_compiled_and_without_gradients():
 
     compiled = torch.compile(product, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), product(x))
-    checked = (x, [words, scales, zeros], "awq", 4)
-    torch.library.opcheck(torch.ops.qkernels.words_linear.default, checked)
-    torch.library.opcheck(torch.ops.qkernels.words_dequantize.default, checked[1:])
+    n, tensors = scales.shape[1], [words, scales, zeros]
+    spec = str(words_of.Words("awq", 4, n, len(words), 0, ("qweight", "scales", "qzeros")))
+    operators = torch.ops.qkernels
+    bias = torch.randn(n, requires_grad=True)
+    for given in (x, x.clone().requires_grad_()):
+        torch.library.opcheck(operators.words_linear.default, (given, tensors, bias, spec))
+    torch.library.opcheck(operators.words_linear_grad_input.default, (product(x), tensors, spec))
+    torch.library.opcheck(operators.words_dequantize.default, (tensors, spec))
+
+
+def test_gradients_go_to_x():
+    words, scales, zeros, _ = awq()
+    x = torch.randn(2, 3, len(words), requires_grad=True)
+    y = functional.awq_gemm(x, words, scales, zeros, 8)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    whole = functional.awq_gemm(identity(len(words)), words, scales, zeros, 8)
+    assert torch.allclose(x.grad, grad @ whole.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_says_the_type(dtype):
+    words, scales, zeros, _ = awq()
+    x = torch.randn(2, len(words))
+    plain = functional.awq_gemm(x.to(dtype), words, scales, zeros, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        y = functional.awq_gemm(x, words, scales, zeros, 8)
+        compiled = torch.compile(functional.awq_gemm, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x, words, scales, zeros, 8), y)
+    assert y.dtype == dtype and torch.equal(y, plain)
 
 
 def test_what_is_wrong_is_said():
     words, scales, zeros, _ = awq()
     x = torch.randn(2, len(words))
-    with pytest.raises(WeightError, match=r"x must be \[..., "):
+    with pytest.raises(WeightError, match=r"x must have shape \[..., "):
         functional.awq_gemm(x[:, :-1], words, scales, zeros, 8)
     with pytest.raises(WeightError, match="qzeros must be int32"):
         functional.awq_gemm(x, words, scales, zeros[:, :-1], 8)
@@ -108,6 +146,6 @@ def test_what_is_wrong_is_said():
     x = torch.randn(2, weight.shape[1])
     with pytest.raises(WeightError, match="gptq_shuffle"):
         functional.gptq_gemm(x, *words, None, True, v2, bits)
-    with pytest.raises(WeightError, match="5 bits"):
+    with pytest.raises(WeightError, match="of 5 bits"):
         functional.gptq_gemm(x, *words, None, False, v2, 5)
     assert qk.functional is functional

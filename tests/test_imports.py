@@ -24,7 +24,9 @@ ORDER = (
     ("activations",),
     ("modules",),
     ("calibration", "checkpoints"),
-    ("quantizers", "integrations", "functional"),
+    ("quantizers",),
+    ("integrations",),
+    ("functional",),
     ("models",),
     ("cli",),
 )

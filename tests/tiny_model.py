@@ -53,7 +53,11 @@ def write_folder(folder: Path) -> Path:
 
 
 def write_gguf(
-    path: Path, kind=None, dense: Sequence[str] = (), more: Mapping[str, np.ndarray] | None = None
+    path: Path,
+    kind=None,
+    dense: Sequence[str] = (),
+    more: Mapping[str, np.ndarray] | None = None,
+    tied: bool = False,
 ) -> Path:
     """The model as a GGUF file, and a byte-level tokenizer with two merges.
 
@@ -61,12 +65,15 @@ def write_gguf(
         kind: the `gguf.GGMLQuantizationType` of its matrices; None is Q8_0.
         dense: parts of names of matrices that are fp32.
         more: tensors to add.
+        tied: without a head of its own.
     """
     import gguf
 
     kind = gguf.GGMLQuantizationType.Q8_0 if kind is None else kind
 
     config, state = tiny_config(), tiny_model().state_dict()
+    if tied:
+        del state["lm_head.weight"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)

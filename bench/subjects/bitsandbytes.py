@@ -6,6 +6,7 @@ Its FP4 is not a peer of `fp4-g<N>`: it has 16 values of its own, which are not 
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ def _why_not(problem: Problem) -> str | None:
 
 
 def _prepare(problem: Problem, weight: QuantizedWeight) -> Prepared:
+    # Else its operators would be ours.
+    os.environ["QKERNELS_BITSANDBYTES"] = "0"
     import bitsandbytes as bnb
     from bitsandbytes import functional
 

@@ -56,5 +56,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   qkernels::bindings::register_cpu_routes(m);
   qkernels::bindings::register_cpu_rows(m);
   qkernels::bindings::register_cpu_packing(m);
+  qkernels::bindings::register_cpu_embedding(m);
   qkernels::bindings::register_cpu_machine(m);
 }

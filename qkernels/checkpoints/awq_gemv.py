@@ -20,9 +20,8 @@ Source: AutoAWQ (Casper Hansen, MIT licence) and llm-awq (Lin et al. 2023), read
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from qkernels.bits import unpack_awq_fast, unpack_dense
+from qkernels.bits import divide_awq_fast, unpack_awq_fast, unpack_dense
 from qkernels.checkpoints.awq import why_not_awq
 from qkernels.checkpoints.config import Config
 from qkernels.checkpoints.format import Format, StoredLayer
@@ -44,7 +43,7 @@ from qkernels.checkpoints.packed_layers import (
     take_scales,
 )
 from qkernels.checkpoints.store import Store
-from qkernels.errors import CheckpointError
+from qkernels.errors import CheckpointError, WeightError
 from qkernels.weight import QuantizedWeight
 
 _ZEROS = ("qzeros", "scaled_zeros")
@@ -102,13 +101,16 @@ def _read_fast(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     scheme, (said, n, k) = layer.scheme, layer.details
     groups = scheme.groups(k)
     shape = (8 * _zero_words(groups, scheme.group_length(k)), n)
-    if k % 64:
+    if k % 64 or not k:
         raise CheckpointError(f"{store.folder}: {name} has {k} columns, no multiple of 64")
     key = f"{name}.scaled_zeros" if f"{name}.scaled_zeros" in store else f"{name}.qzeros"
     products = take_scales(store, key, shape, scheme, said)[:groups].t()
     scales = take_scales(store, f"{name}.scales", shape, scheme, said)[:groups].t().contiguous()
     words = take(store, f"{name}.qweight", (n // 4, k), (torch.int16,), said)
-    zeros, offsets = _divided(products, scales, f"{store.folder}: {key}"), None
+    try:
+        zeros, offsets = divide_awq_fast(products, scales), None
+    except WeightError as error:
+        raise CheckpointError(f"{store.folder}: {key} holds {error}") from None
     if zeros is None and not scheme.symmetric:
         zeros, offsets = torch.zeros_like(scales, dtype=torch.uint8), products.contiguous()
     if zeros is None:
@@ -124,20 +126,6 @@ def _read_fast(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
         offsets=offsets,
         bias=take_bias(store, name, n),
     )
-
-
-def _divided(products: Tensor, scales: Tensor, key: str) -> Tensor | None:
-    """The zero points, uint8, of -s*z and s; None where a product was rounded."""
-    products, scales = products.float(), scales.float()
-    zeros = torch.where(products == 0, 0.0, -products / scales)
-    # A product is rounded to within one part in 256.
-    outside = ~((zeros > -0.1) & (zeros < 15.1))
-    if outside.any():
-        raise CheckpointError(
-            f"{key} holds zero points outside of 0..15, such as {float(zeros[outside][0])}"
-        )
-    whole = zeros.round()
-    return whole.to(torch.uint8).contiguous() if torch.equal(-whole * scales, products) else None
 
 
 AWQ_GEMV_ROW = Format(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from qkernels.checkpoints.config import Config, read_config
 from qkernels.checkpoints.format import Format, StoredLayer
-from qkernels.checkpoints.gguf import GgufStore, gguf_file
+from qkernels.checkpoints.gguf import GgufStore
+from qkernels.checkpoints.gguf_file import gguf_file
+from qkernels.checkpoints.kv_cache import is_of_cache
 from qkernels.checkpoints.store import Store
 from qkernels.checkpoints.table import find_format
 from qkernels.errors import CheckpointError, QuantizationError
@@ -22,8 +24,8 @@ class Checkpoint:
 
     Attributes:
         layers: the quantized layers, by name.
-        dense: the names of all tensors that belong to none of them, but for those that the format
-            knows to change nothing.
+        dense: the names of all tensors that belong to none of them, nor to `kv_cache`.
+        kv_cache: the names of those that say how a KV cache is quantized.
     """
 
     config: Config
@@ -31,6 +33,7 @@ class Checkpoint:
     format: Format
     layers: Mapping[str, StoredLayer]
     dense: tuple[str, ...]
+    kv_cache: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -42,12 +45,20 @@ class Checkpoint:
         Raises:
             CheckpointError: naming the layer and what is wrong with it.
         """
-        try:
-            return self.format.read_layer(self.store, name, self.layers[name])
-        except CheckpointError:
-            raise
-        except QuantizationError as error:
-            raise CheckpointError(f"{self.store.where}: {name}: {error}") from None
+        stored = self.layers[name]
+        if stored.shares is not None:
+            return self.read(stored.shares).replace(bias=None)
+        with _naming(self.store, name):
+            return self.format.read_layer(self.store, name, stored)
+
+    def read_parts(self, name: str) -> list[QuantizedWeight]:
+        """One layer of a model: mostly one weight, else several whose rows follow each other, where
+        no scheme holds them as one.
+
+        Raises:
+            CheckpointError: as `read` does.
+        """
+        return [self.read(name)]
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -58,15 +69,39 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     file = gguf_file(folder)
     store = Store(folder) if file is None else GgufStore(file)
-    config = store.config if isinstance(store, GgufStore) else read_config(folder)
-    row = find_format(config, store)
-    layers = row.read_plan(config, store)
+    return understood(store.config if isinstance(store, GgufStore) else read_config(folder), store)
+
+
+def understood(config: Config, store: Store) -> Checkpoint:
+    """The quantized model of these tensors.
+
+    Raises:
+        CheckpointError: for formats that are not known, and tensors that do not fit the config.
+    """
+    with _naming(store):
+        row = find_format(config, store)
+        layers = row.read_plan(config, store)
     if not layers:
-        raise CheckpointError(f"{folder} holds no quantized layer")
+        raise CheckpointError(f"{store.where} holds no quantized layer")
     taken = {tensor for layer in layers.values() for tensor in layer.tensors}
-    unused = [re.compile(pattern) for pattern in row.unused]
-    dense = (name for name in store if not any(pattern.search(name) for pattern in unused))
-    return Checkpoint(config, store, row, layers, tuple(n for n in dense if n not in taken))
+    others = [name for name in store if name not in taken]
+    of_cache = tuple(name for name in others if row.keeps_kv_cache and is_of_cache(name))
+    dense = tuple(name for name in others if name not in set(of_cache))
+    return Checkpoint(config, store, row, layers, dense, of_cache)
+
+
+@contextlib.contextmanager
+def _naming(store: Store, layer: str = "") -> Iterator[None]:
+    """Within, errors name the folder, and the layer if one is given."""
+    try:
+        yield
+    except QuantizationError as error:
+        text = str(error)
+        if layer not in text:
+            text = f"{layer}: {text}"
+        if str(store.where) not in text:
+            text = f"{store.where}: {text}"
+        raise CheckpointError(text) from None
 
 
 def read_weights(folder: str | Path) -> dict[str, QuantizedWeight]:

@@ -51,6 +51,7 @@ from qkernels.checkpoints.compressed_tensors_config import (
     write_section,
 )
 from qkernels.checkpoints.config import Config, quantization_of
+from qkernels.checkpoints.exact import with_integer_zeros
 from qkernels.checkpoints.format import Format, StoredLayer, WeightKind, says_method
 from qkernels.checkpoints.store import Store
 from qkernels.errors import CheckpointError, SchemeError
@@ -77,6 +78,8 @@ def _why_not(kind: WeightKind) -> str | None:
     scheme = kind.scheme
     if kind.instead_of is not None:
         return f"is read into nn.Linear alone, and this takes the place of {kind.instead_of}"
+    if scheme.weight.name == "fp4":
+        return "is not written with fp4 weights, whose scales it has in two levels or as exponents"
     if scheme.weight.kind == "codebook":
         return f"has no {scheme.weight.name} codebooks"
     if scheme.weight.name == "fp8e5m2":
@@ -127,7 +130,7 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     given = {_part(key) for key in layer.tensors}
     codes, dense = _read_codes(store, name, scheme, group)
     n, k = codes.shape
-    perm = _read_columns(store, name, scheme, k)
+    perm = _read_columns(store, name, scheme, group, k)
     scales = _read_scales(store, name, scheme, group, n, k)
     if (scales < 0).any():
         raise CheckpointError(f"{name}.weight_scale is negative, which the format has no use for")
@@ -191,15 +194,16 @@ def _read_packed(store: Store, name: str, scheme: QuantScheme, group: Group) -> 
     bits, stored = group.bits, store.shape(f"{name}.weight_packed")
     widths = {True: dense_words(k, bits), False: -(-k // (32 // bits))}
     fitting = [dense for dense, width in widths.items() if stored == (n, width)]
-    dense = fitting[0] if len(fitting) == 1 else not _before_streams(group.version)
+    # Since 0.18 values are a stream of bits, that may lie in two words.
+    dense = fitting[0] if len(fitting) == 1 else not _before(group.version, 18)
     words = store.take(f"{name}.weight_packed", (n, widths[dense]), (torch.int32,))
     return _widened(_unpacked(words, k, bits, dense), bits, scheme), dense
 
 
-def _before_streams(version: str | None) -> bool:
-    """Whether the package of `version` packed no value into two words."""
+def _before(version: str | None, minor: int) -> bool:
+    """Whether `version` is one of before 0.<minor>."""
     numbers = re.match(r"(\d{1,9})\.(\d{1,9})", version or "")
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 18)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, minor)
 
 
 def _unpacked(words: Tensor, count: int, bits: int, dense: bool) -> Tensor:
@@ -272,10 +276,13 @@ def _check_zero(store: Store, key: str, where: str) -> None:
         raise CheckpointError(f"{key} is not zero, and the config says {where}")
 
 
-def _read_columns(store: Store, name: str, scheme: QuantScheme, k: int) -> Tensor | None:
+def _read_columns(
+    store: Store, name: str, scheme: QuantScheme, group: Group, k: int
+) -> Tensor | None:
     """The order of columns in which groups follow each other, or None where that is their own."""
     key = f"{name}.weight_g_idx"
-    if key not in store:
+    # Until 0.19 the package stored one wherever groups are by activations.
+    if key not in store and not (group.ordered and _before(group.version, 19)):
         return None
     index = store.take(key, (k,), (torch.int32, torch.int64)).long()
     in_order = torch.arange(k) // scheme.group_length(k)
@@ -301,6 +308,7 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
 
 
 def _write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
+    weight = with_integer_zeros(weight)
     scheme, kind = weight.scheme, kind_of(weight.scheme)
     scales = weight.scales.flatten() if scheme.per_tensor else weight.scales
     tensors = {"weight_scale": scales.contiguous()}
@@ -352,6 +360,5 @@ COMPRESSED_TENSORS = Format(
     read_layer=_read_layer,
     write_layer=_write_layer,
     write_config=_write_config,
-    # Scales of a KV cache in 8 bits, by their names and by those they had at first.
-    unused=(r"\.[kvq]_(scale|zero_point)$", r"\.[kv]_proj\.output_(scale|zero_point)$"),
+    keeps_kv_cache=True,
 )

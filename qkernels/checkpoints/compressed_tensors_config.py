@@ -1,8 +1,9 @@
 """The quantization_config of compressed-tensors: config groups to schemes, and back.
 
 A group says what its targets' weights and inputs are quantized to. A target is a layer's name, a
-pattern ("re:...") or the name of a class of modules, and they count in this order, wherever they
-stand in the file. A group may also be the name of a preset, with its targets alone.
+pattern ("re:...") or the name of a class of modules, and they count in this order, and patterns in
+that of the alphabet, wherever they stand in the file. A group may also be the name of a preset,
+with its targets alone.
 
 Inputs that are quantized in groups, as beside float8 blocks and 4-bit floats, are read as 16-bit
 ones: the weights are what they are, and the products are nearer to the unquantized model's.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qkernels.checkpoints.compressed_tensors_presets import PRESETS
-from qkernels.checkpoints.config import Config, brief, only, strings, typed
+from qkernels.checkpoints.config import Config, brief, only, shortened, strings, typed
 from qkernels.checkpoints.patterns import Pattern, pattern
 from qkernels.errors import CheckpointError, SchemeError
 from qkernels.scheme import WEIGHT_TYPES, Activation, QuantScheme
@@ -29,9 +30,8 @@ NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-qua
 _KEYS = frozenset(
     (
         *("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme"),
-        *("quantization_status", "sparsity_config", "transform_config"),
-        # These say nothing of what is stored. A scheme of the KV cache is one of run time: keys and
-        # values stay in 16 bits here.
+        *("quantization_status", "sparsity_config", "transform_config", "moe_sparsity_config"),
+        # These say nothing of what is stored.
         *("version", "global_compression_ratio", "run_compressed", "dequantize"),
     )
 )
@@ -55,6 +55,7 @@ class Group:
         bits: of the stored codes; the scheme may hold them in more.
         block_rows: rows that share a scale, more than one of float8 blocks alone.
         version: of the package that wrote it, or None.
+        ordered: groups are by activations, as `weight_g_idx` says.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Group:
     bits: int
     block_rows: int = 1
     version: str | None = None
+    ordered: bool = False
 
 
 class Targets:
@@ -73,7 +75,8 @@ class Targets:
         self._names: dict[str, Any] = {}
         self._patterns: list[tuple[Pattern, Any]] = []
         self._linear: list[Any] = []
-        for target, value in said:
+        # Of a target that stands there twice the package knows the last alone.
+        for target, value in sorted(dict(said).items()):
             if target.startswith("re:"):
                 self._patterns.append((pattern(target[3:]), value))
             elif target == "Linear":
@@ -105,7 +108,7 @@ class Section:
         ignored = self.ignored.find(layer)
         if ignored is not None:
             raise CheckpointError(
-                f"{layer} is quantized in the file, and the config ignores {ignored!r}"
+                f"{layer} is quantized in the file, and the config ignores {brief(ignored)}"
             )
         group: Group | None = self.groups.find(layer)
         if group is None:
@@ -153,7 +156,7 @@ def read_section(section: Config) -> Section:
         CheckpointError: naming what is wrong with it, or unknown here.
     """
     only(section, _KEYS, "quantization_config")
-    for key in ("transform_config", "sparsity_config"):
+    for key in ("transform_config", "sparsity_config", "moe_sparsity_config"):
         if section.get(key):
             raise CheckpointError(
                 f"quantization_config.{key} is not supported: {brief(section[key])} changes what "
@@ -161,7 +164,9 @@ def read_section(section: Config) -> Section:
             )
     status = section.get("quantization_status")
     if status not in (None, "compressed"):
-        raise CheckpointError(f"quantization_status {status!r} is not supported, 'compressed' is")
+        raise CheckpointError(
+            f"quantization_status {brief(status)} is not supported, 'compressed' is"
+        )
     groups = section.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(f"quantization_config has no config_groups, but {brief(groups)}")
@@ -205,6 +210,7 @@ def _read_group(name: str, entry: object, section: Config) -> Group | None:
         bits=weights["num_bits"],
         block_rows=_block(weights, where)[0] if weights.get("strategy") == "block" else 1,
         version=version if isinstance(version, str) else None,
+        ordered=weights.get("actorder") in ("group", "dynamic"),
     )
 
 
@@ -221,7 +227,7 @@ def _read_kind(stated: object, weights: Config, scheme: QuantScheme, where: str)
         return kind_of(scheme) if len(fits) > 1 else fits[0]
     if stated not in fits:
         raise CheckpointError(
-            f"{where} has the format {stated!r}; supported for {scheme} are {', '.join(fits)}"
+            f"{where} has the format {brief(stated)}; supported for {scheme} are {', '.join(fits)}"
         )
     unpacked = FLOAT if scheme.weight.kind == "float8" else INTEGER
     return unpacked if stated == NAIVE else str(stated)
@@ -249,10 +255,11 @@ def _read_scheme(weights: Config, inputs: object, where: str) -> QuantScheme:
     known = _STRATEGIES["int" if kind == "int" else f"float{bits}"] if name in WEIGHT_TYPES else ()
     if strategy not in known:
         raise CheckpointError(
-            f"{where}: weights of {bits} bits, type {kind}, {strategy} are not supported"
+            f"{where}: weights of {bits} bits, type {shortened(kind)}, {shortened(strategy)} are "
+            "not supported"
         )
     if weights.get("actorder") not in (None, "static", "weight", "group", "dynamic"):
-        raise CheckpointError(f"{where}: actorder {weights['actorder']!r} is not supported")
+        raise CheckpointError(f"{where}: actorder {brief(weights['actorder'])} is not supported")
     if weights.get("dynamic"):
         raise CheckpointError(f"{where}: weights that are quantized dynamically are not supported")
     if strategy == "block":
@@ -295,8 +302,9 @@ def _read_activation(entry: object, where: str) -> Activation:
     asymmetric_floats = symmetric is not True and dtype != "int8"
     if bits != 8 or dtype is None or granularity is None or asymmetric_floats:
         raise CheckpointError(
-            f"{where}: input activations of {bits} bits, type {kind}, {strategy}, "
-            f"dynamic={dynamic}, symmetric={symmetric} are not supported"
+            f"{where}: input activations of {brief(bits)} bits, type {shortened(kind)}, "
+            f"{shortened(strategy)}, dynamic={brief(dynamic)}, symmetric={brief(symmetric)} are "
+            "not supported"
         )
     return Activation(dtype, granularity)
 

@@ -108,11 +108,17 @@ def only(section: Config, known: frozenset[str], where: str) -> None:
     if unknown:
         raise CheckpointError(
             f"{where} has {unknown[0]}={brief(section[unknown[0]])}, which is not known here, so "
-            "the model might be read wrongly"
+            "the model might be read wrongly: update qkernels, or take it out where it changes "
+            "nothing"
         )
 
 
 def brief(value: object) -> str:
     """`value` in at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(repr(value), 60)
+
+
+def shortened(text: object, most: int = 300) -> str:
+    """The first line of a text that others wrote, in at most so many characters."""
+    line = str(text).strip().partition("\n")[0]
+    return line if len(line) <= most else line[: most - 3] + "..."

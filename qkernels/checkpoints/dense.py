@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from qkernels.modules.linear import WQLinear
+from qkernels.modules.packed import PackedModule
 
 
 @dataclass(frozen=True)
@@ -22,20 +23,37 @@ class Place:
         return held
 
 
-def quantized_layers(model: nn.Module) -> dict[str, WQLinear]:
-    """The `WQLinear` layers of a model by name; one with several names is there under each."""
+def quantized_layers(model: nn.Module) -> dict[str, PackedModule]:
+    """The `WQLinear` layers and `WQEmbedding`s of a model by name; one with several names is there
+    under each."""
     modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, WQLinear)}
+    return {name: module for name, module in modules if isinstance(module, PackedModule)}
+
+
+def sharing(layers: Mapping[str, PackedModule]) -> dict[str, str]:
+    """Embeddings of `layers` that have the weight of another one -> the name of that."""
+    firsts: dict[int, str] = {}
+    found = {}
+    for name, layer in layers.items():
+        if getattr(layer, "source", None) is None:
+            firsts.setdefault(id(layer), name)
+    for name, layer in layers.items():
+        source = getattr(layer, "source", None)
+        # Of a model without the other, the first has it.
+        first = name if source is None else firsts.setdefault(id(source), name)
+        if first != name and source is not None:
+            found[name] = first
+    return found
 
 
 def dense_places(model: nn.Module) -> dict[str, Place]:
-    """Name -> place of each tensor that a model saves beside its `WQLinear` layers.
+    """Name -> place of each tensor that a model saves beside its quantized layers.
 
     A tensor with several names is there under each, in the order of the model.
     """
     places = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, WQLinear):
+        if isinstance(module, PackedModule):
             continue
         unsaved = module._non_persistent_buffers_set
         for held in (module._parameters, module._buffers):

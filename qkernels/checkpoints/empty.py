@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.checkpoint import Checkpoint
-from qkernels.checkpoints.config import QUANTIZATION_KEYS, brief
+from qkernels.checkpoints.config import QUANTIZATION_KEYS
+from qkernels.checkpoints.dense import Place, replace_tensor
 from qkernels.checkpoints.foreign import as_checkpoint_error
+from qkernels.checkpoints.limits import TooManyParametersError, check_depth, parameters_on_meta
 from qkernels.errors import CheckpointError
 
 _BUFFER_BYTES = 4 << 30
@@ -45,7 +44,7 @@ def empty_model(
         raise CheckpointError(f"loading needs {error.name}: pip install qkernels[models]") from None
     ours = (*QUANTIZATION_KEYS, layer_types.KEY)
     raw = {key: value for key, value in checkpoint.config.items() if key not in ours}
-    path, most = checkpoint.store.config_path, 4 * len(checkpoint.store) + 1000
+    path, tensors = checkpoint.store.config_path, len(checkpoint.store)
     with as_checkpoint_error(path, "describes no known model"):
         if "auto_map" in raw and not hasattr(transformers, raw["architectures"][0]):
             raise CheckpointError(
@@ -53,13 +52,13 @@ def empty_model(
                 "own, which load_model does not run; from_pretrained of Transformers does, with "
                 "trust_remote_code=True, for folders in compressed-tensors"
             )
-        _check_depth(raw, checkpoint)
+        check_depth(raw, tensors, path)
         config = transformers.AutoConfig.for_model(**raw)
         architecture = getattr(transformers, raw["architectures"][0])
         own = getattr(config, "dtype", None) or _common_type(checkpoint)
 
     def build() -> Any:
-        with as_checkpoint_error(path, "describes no known model"), _parameters_on_meta(most):
+        with as_checkpoint_error(path, "describes no known model"), parameters_on_meta(tensors):
             return architecture._from_config(copy.deepcopy(config), dtype=dtype or own)
 
     _check_memory(build, checkpoint, check_shapes)
@@ -71,19 +70,29 @@ def empty_model(
     return model, own
 
 
-def _check_depth(section: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Raises where the config asks for more layers than there can be: lists of that length are
-    made before the first layer is."""
-    for key, value in section.items():
-        if isinstance(value, dict):
-            _check_depth(value, checkpoint)
-            continue
-        counts = key.endswith(("layer", "layers")) and isinstance(value, int)
-        if counts and value > max(len(checkpoint.store), 1000):
-            raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'} says {key}={brief(value)}, and the files "
-                f"hold {len(checkpoint.store)} tensors"
-            )
+def compute_parameters(model: Any, places: Mapping[str, Place]) -> None:
+    """Gives those of `places` values that the model's own code computes, such as positions.
+
+    It is the code that Transformers runs for new weights, which draws others at random: what comes
+    out different from another seed is left on the meta device.
+    """
+    for place in places.values():
+        made = [_initialized(model, place, seed) for seed in (0, 1)]
+        if torch.equal(*made):
+            replace_tensor([place], made[0])
+
+
+def _initialized(model: Any, place: Place, seed: int) -> Tensor:
+    module = copy.deepcopy(place.module).to_empty(device="cpu", recurse=False)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for tensor in module._parameters.values():
+            if tensor is not None and tensor.is_floating_point():
+                # Never equal, where it is not written.
+                tensor.fill_(math.nan)
+        torch.manual_seed(seed)
+        model._init_weights(module)
+    found: Tensor = getattr(module, place.name).detach()
+    return found
 
 
 def _check_memory(
@@ -93,7 +102,7 @@ def _check_memory(
     try:
         with torch.device("meta"):
             model = build()
-    except _TooManyParametersError:
+    except TooManyParametersError:
         raise
     except CheckpointError:
         # Code that asks for values cannot be tried like this, and what is wrong comes up again.
@@ -115,32 +124,6 @@ def _common_type(checkpoint: Checkpoint) -> torch.dtype:
         numbers[checkpoint.store.dtype(name)] += math.prod(checkpoint.store.shape(name))
     floating = [dtype for dtype, _ in numbers.most_common() if dtype.is_floating_point]
     return floating[0] if floating else torch.get_default_dtype()
-
-
-class _TooManyParametersError(CheckpointError):
-    pass
-
-
-@contextlib.contextmanager
-def _parameters_on_meta(most: int) -> Iterator[None]:
-    """Within, a parameter that a module registers goes to the meta device; up to `most` may.
-
-    Under `torch.device("meta")` buffers would go there too, and those that are not saved be lost.
-    """
-    register, numbers = nn.Module.register_parameter, itertools.count(1)
-
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and next(numbers) > most:
-            raise _TooManyParametersError(
-                f"config.json describes a model with more than {most} parameters, many more than "
-                "the files hold"
-            )
-        if type(param) is nn.Parameter and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
-
-    with mock.patch.object(nn.Module, "register_parameter", on_meta):
-        yield
 
 
 def _unsaved_buffers(model: nn.Module) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from qkernels.checkpoints.config import shortened
 from qkernels.errors import CheckpointError, QuantizationError
 
 
@@ -19,6 +20,5 @@ def as_checkpoint_error(path: str | Path, what: str) -> Iterator[None]:
     # A damaged file or a config with odd values fails anywhere in code that is not ours, with any
     # exception.
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else "no reason given"
+        reason = shortened(error) or "no reason given"
         raise CheckpointError(f"{path} {what} ({type(error).__name__}: {reason})") from error

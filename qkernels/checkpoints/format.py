@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from qkernels.checkpoints.config import Config, quant_method
+from qkernels.checkpoints.exact import are_codes
 from qkernels.checkpoints.store import Store
 from qkernels.fields import FIELDS
 from qkernels.scheme import QuantScheme
@@ -22,9 +23,10 @@ class WeightKind:
     Attributes:
         fields: the names of all hub fields that it has.
         shape: (N, K), or None where it is not known yet.
-        real_zeros: its zero points are floating numbers.
+        real_zeros: its zero points are no integers of its bits.
         instead_of: what its layer takes the place of, as in "a Conv1D"; None for an nn.Linear.
         negative_scales: some of its scales are below zero.
+        shares: the name of another layer whose weight it is, of an embedding; else None.
     """
 
     scheme: QuantScheme
@@ -33,6 +35,7 @@ class WeightKind:
     real_zeros: bool = False
     instead_of: str | None = None
     negative_scales: bool = False
+    shares: str | None = None
 
     @classmethod
     def of_scheme(cls, scheme: QuantScheme) -> WeightKind:
@@ -46,7 +49,7 @@ class WeightKind:
             weight.scheme,
             frozenset(weight.fields),
             shape=(weight.n, weight.k),
-            real_zeros=zeros is not None and zeros.is_floating_point(),
+            real_zeros=zeros is not None and not are_codes(zeros, weight.scheme.bits),
             negative_scales=not scales.is_meta and bool((scales < 0).any()),
         )
 
@@ -59,11 +62,13 @@ class StoredLayer:
         scheme: with the type of its scales.
         tensors: the names of all tensors that it is made of.
         details: what else the format has to remember for reading it.
+        shares: the name of the layer whose weight it is, so that it has no tensors; else None.
     """
 
     scheme: QuantScheme
     tensors: tuple[str, ...]
     details: Any = None
+    shares: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +88,13 @@ class Format:
         write_layer: the tensors of a layer, by their names below the layer's; None for a format
             that is only read.
         write_config: (quantized layers, names of dense linear layers) -> quantization_config.
-        unused: patterns (`re.search`) of tensors that belong to no layer and change nothing here.
+        keeps_kv_cache: has a place for the scheme and the scales of a KV cache in 8 bits.
+        embeddings: its readers take quantized embeddings.
         idle_biases: its writers store biases of zeros for layers that have none.
         head_beside_tie: its readers take a quantized head in a model whose config says that the
             head's weight is the embedding's; else the config has to say otherwise.
+        takes_stacks: its readers take experts of one parameter under the model's names; those of
+            others want a module an expert.
     """
 
     name: str
@@ -97,10 +105,12 @@ class Format:
     read_layer: Callable[[Store, str, StoredLayer], QuantizedWeight]
     write_layer: Callable[[QuantizedWeight], dict[str, Tensor]] | None = None
     write_config: Callable[[Mapping[str, WeightKind], Sequence[str]], dict[str, Any]] | None = None
-    unused: tuple[str, ...] = ()
+    keeps_kv_cache: bool = False
     why_not_together: Callable[[Mapping[str, WeightKind]], str | None] | None = None
+    embeddings: bool = False
     idle_biases: bool = False
     head_beside_tie: bool = False
+    takes_stacks: bool = False
 
     def why_not_all(self, layers: Mapping[str, WeightKind]) -> str | None:
         """Why it cannot hold all layers in one model, or None."""

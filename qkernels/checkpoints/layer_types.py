@@ -12,9 +12,10 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from qkernels.checkpoints.config import Config, strings, typed
+from qkernels.checkpoints.config import Config, brief, strings, typed
 from qkernels.errors import CheckpointError
-from qkernels.modules.linear import WQLinear
+from qkernels.modules.packed import PackedModule
+from qkernels.modules.rows import whole_name
 
 KEY = "qkernels_layer_dtypes"
 _DTYPES = {
@@ -23,13 +24,15 @@ _DTYPES = {
 }
 
 
-def written(layers: Mapping[str, WQLinear], own: torch.dtype) -> dict[str, list[str]]:
+def written(layers: Mapping[str, PackedModule], own: torch.dtype) -> dict[str, list[str]]:
     """What config.json says of the layers that stand for another type than `own`."""
-    named: dict[str, list[str]] = {}
+    named: dict[str, dict[str, None]] = {}
     for name, layer in layers.items():
         if layer.dtype != own:
-            named.setdefault(str(layer.dtype).removeprefix("torch."), []).append(name)
-    return named
+            dtype = str(layer.dtype).removeprefix("torch.")
+            # Parts of a layer stand for one type.
+            named.setdefault(dtype, {})[whole_name(name)] = None
+    return {dtype: list(names) for dtype, names in named.items()}
 
 
 def read(config: Config, layers: Collection[str]) -> dict[str, torch.dtype]:
@@ -41,9 +44,11 @@ def read(config: Config, layers: Collection[str]) -> dict[str, torch.dtype]:
     found = {}
     for text, names in typed(config.get(KEY, {}), dict, KEY).items():
         if text not in _DTYPES:
-            raise CheckpointError(f"{KEY} names {text!r}, which is not one of {', '.join(_DTYPES)}")
+            raise CheckpointError(
+                f"{KEY} names {brief(text)}, which is not one of {', '.join(_DTYPES)}"
+            )
         for name in strings(names, f"{KEY}.{text}"):
             if name not in layers:
-                raise CheckpointError(f"{KEY} names {name!r}, which is no quantized layer")
+                raise CheckpointError(f"{KEY} names {brief(name)}, which is no quantized layer")
             found[name] = _DTYPES[text]
     return found

@@ -149,7 +149,8 @@ class PackedSection:
         for name in self.dense:
             if layer == name or layer.endswith("." + name):
                 raise CheckpointError(
-                    f"{layer} is quantized in the file, and modules_to_not_convert has {name!r}"
+                    f"{layer} is quantized in the file, and modules_to_not_convert has "
+                    f"{brief(name)}"
                 )
         matching = (
             (text, changes) for text, changes in self.patterns if pattern(text).matches(layer)
@@ -160,9 +161,9 @@ class PackedSection:
             text, changes = next(matching, ("", {}))
         if changes is None:
             raise CheckpointError(
-                f"{layer} is quantized in the file, and the config leaves {text!r} dense"
+                f"{layer} is quantized in the file, and the config leaves {brief(text)} dense"
             )
-        return _changed(self.settings, changes, f"the config of {text!r}")
+        return _changed(self.settings, changes, f"the config of {brief(text)}")
 
 
 def row_of(config: Config, store: Store) -> str | None:
@@ -275,7 +276,7 @@ def _check_format(section: Config) -> None:
     if stated not in layouts:
         known = ", ".join(name for name in layouts if name is not None)
         reason = f": {_REFUSED[stated]}" if stated in _REFUSED else f"; known are {known}"
-        raise CheckpointError(f"the {method} format {stated!r} is not supported{reason}")
+        raise CheckpointError(f"the {method} format {brief(stated)} is not supported{reason}")
 
 
 def _changed(settings: Settings, section: Mapping[str, Any], where: str) -> Settings:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NoReturn
 
+from qkernels.checkpoints.config import brief
 from qkernels.errors import CheckpointError
 
 LONGEST = 500
@@ -44,7 +45,7 @@ class Pattern:
             self._plain = re.compile(text)
         # re fails in its own ways at counts and nesting beyond what it takes.
         except (re.error, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{text!r} is no regular expression: {error}") from None
+            raise CheckpointError(f"{brief(text)} is no regular expression: {error}") from None
         self._root = _Parser(text).parse()
 
     def matches(self, name: str) -> bool:
@@ -245,4 +246,4 @@ class _Parser:
         return self.text[self.at : self.at + 1]
 
     def _refuse(self, what: str) -> NoReturn:
-        raise CheckpointError(f"{self.text!r} has {what}, which is not supported in a pattern")
+        raise CheckpointError(f"{brief(self.text)} has {what}, which is not supported in a pattern")

@@ -1,4 +1,7 @@
-"""Quantized layers of a folder, put into the places of a model's dense ones."""
+"""Quantized layers of a folder, put into the places of a model's dense ones.
+
+The folder has the model's names here: see `names.in_names_of`.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,17 @@ from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.checkpoint import Checkpoint
 from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.errors import CheckpointError
+from qkernels.modules.embedding import WQEmbedding
 from qkernels.modules.experts import fused_experts, unfuse
-from qkernels.modules.kinds import is_plain_linear, linear_parts
+from qkernels.modules.kinds import (
+    is_embedding_kind,
+    is_plain_embedding,
+    is_plain_linear,
+    linear_parts,
+)
 from qkernels.modules.linear import WQLinear
+from qkernels.modules.packed import PackedModule
+from qkernels.modules.rows import WQRows
 from qkernels.weight import QuantizedWeight
 
 UNUSED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
@@ -41,7 +52,7 @@ def find_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Modul
             raise CheckpointError(
                 f"{checkpoint.folder}: the model has no layer {name}, which is in the file"
             ) from None
-        if not is_plain_linear(layer):
+        if not is_plain_linear(layer) and not is_plain_embedding(layer):
             raise CheckpointError(
                 f"{checkpoint.folder}: {name} is quantized in the file, and in the model a "
                 f"{type(layer).__name__}, which is not supported"
@@ -70,29 +81,84 @@ def place_layers(
         CheckpointError: for tensors that are damaged or do not fit the model.
     """
     types = layer_types.read(checkpoint.config, checkpoint.layers)
-    made: dict[int, WQLinear] = {}
-    for name, linear in linears.items():
-        weight = checkpoint.read(name)
+    made: dict[int, nn.Module] = {}
+    shared = {name: checkpoint.layers[name].shares for name in linears}
+    # What has the weight of another layer comes after that.
+    for name in sorted(linears, key=lambda name: shared[name] in linears):
+        linear = linears[name]
+        if shared[name] in linears:
+            source = model.get_submodule(str(shared[name]))
+            embedding = _embedding(checkpoint, name, linear, source, types.get(name))
+            model.set_submodule(name, made.setdefault(id(linear), embedding))
+            continue
+        weights = checkpoint.read_parts(name)
         if checkpoint.format.idle_biases:
-            weight = _without_idle_bias(weight, linear)
-        _check_layer(checkpoint, name, linear, weight)
-        if weight.bias is not None:
-            weight = weight.replace(bias=cast(weight.bias))
-        parts = linear_parts(linear)
-        layer = WQLinear.from_weight(
-            weight,
+            weights = [_without_idle_bias(weight, linear) for weight in weights]
+        _check_layer(checkpoint, name, linear, weights)
+        layer = _packed_layer(
+            linear,
+            weights,
             device=device_of(name),
+            dtype=types.get(name, linear_parts(linear).weight.dtype),
+            cast=cast,
             check_kernels=check_kernels,
-            dtype=types.get(name, parts.weight.dtype),
         )
-        layer.transposed = parts.transposed
         # One layer under several names stays one.
         first = made.setdefault(id(linear), layer)
         if first is not layer:
             _check_same(checkpoint, name, layer, first)
         model.set_submodule(name, first)
-        del weight, layer
+        del layer
         give_back_free_pages()
+
+
+def _packed_layer(
+    before: nn.Module,
+    weights: list[QuantizedWeight],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    cast: Callable[[Tensor], Tensor],
+    check_kernels: bool,
+) -> nn.Module:
+    """What takes the place of `before`; `weights` is emptied as they are packed."""
+    if is_embedding_kind(before):
+        embedding = WQEmbedding.from_weight(weights.pop(), device=device, dtype=dtype)
+        embedding.stand_in_for(before)
+        return embedding
+    packed = []
+    while weights:
+        weight = weights.pop(0)
+        if weight.bias is not None:
+            weight = weight.replace(bias=cast(weight.bias))
+        part = WQLinear.from_weight(weight, device=device, check_kernels=check_kernels, dtype=dtype)
+        part.transposed = linear_parts(before).transposed
+        packed.append(part)
+    return packed[0] if len(packed) == 1 else WQRows(packed)
+
+
+def _embedding(
+    checkpoint: Checkpoint,
+    name: str,
+    before: nn.Module,
+    source: nn.Module,
+    dtype: torch.dtype | None,
+) -> WQEmbedding:
+    """An embedding in the memory of the layer `source`."""
+    shape = tuple(linear_parts(before).weight.shape)
+    if not isinstance(source, PackedModule) or not is_embedding_kind(before):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} is a {type(before).__name__} in the model, and in the "
+            f"file it has the weight of a {type(source).__name__}: not supported"
+        )
+    if (source.packed.n, source.packed.k) != shape:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} has a weight of {[source.packed.n, source.packed.k]} in "
+            f"the file and of {list(shape)} in the model's config"
+        )
+    embedding = WQEmbedding(source, dtype=dtype or linear_parts(before).weight.dtype)
+    embedding.stand_in_for(before)
+    return embedding
 
 
 def _unfuse_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -112,20 +178,32 @@ def _without_idle_bias(weight: QuantizedWeight, linear: nn.Module) -> QuantizedW
 
 
 def _check_layer(
-    checkpoint: Checkpoint, name: str, linear: nn.Module, weight: QuantizedWeight
+    checkpoint: Checkpoint, name: str, linear: nn.Module, weights: list[QuantizedWeight]
 ) -> None:
     where, parts = f"{checkpoint.folder}: {name}", linear_parts(linear)
-    if tuple(parts.weight.shape) != weight.shape:
+    shape, bias = (sum(weight.n for weight in weights), weights[0].k), weights[0].bias
+    if tuple(parts.weight.shape) != shape:
         raise CheckpointError(
-            f"{where} is {list(weight.shape)} in the file and {list(parts.weight.shape)} in the "
+            f"{where} is {list(shape)} in the file and {list(parts.weight.shape)} in the "
             "model's config"
         )
-    if (parts.bias is None) != (weight.bias is None):
-        there, not_there = ("model", "file") if weight.bias is None else ("file", "model")
+    if (parts.bias is None) != (bias is None):
+        there, not_there = ("model", "file") if bias is None else ("file", "model")
         raise CheckpointError(f"{where} has a bias in the {there}, and none in the {not_there}")
+    if len(weights) == 1:
+        return
+    if is_embedding_kind(linear):
+        raise CheckpointError(f"{where} is an embedding whose rows are not quantized alike")
+    if any(weight.k != shape[1] or (weight.bias is None) != (bias is None) for weight in weights):
+        raise CheckpointError(f"{where} is made of layers with other columns, or biases in some")
+    if parts.transposed:
+        raise CheckpointError(
+            f"{where} is made of layers that are not quantized alike, and is a "
+            f"{type(linear).__name__} in the model: not supported"
+        )
 
 
-def _check_same(checkpoint: Checkpoint, name: str, layer: WQLinear, first: WQLinear) -> None:
+def _check_same(checkpoint: Checkpoint, name: str, layer: nn.Module, first: nn.Module) -> None:
     held, wanted = layer.state_dict(), first.state_dict()
     if held.keys() != wanted.keys() or not all(torch.equal(held[n], wanted[n]) for n in held):
         raise CheckpointError(

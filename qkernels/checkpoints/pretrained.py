@@ -11,12 +11,15 @@ from qkernels.checkpoints.dense import quantized_layers
 from qkernels.checkpoints.ties import tie_no_quantized_layer
 
 
-def mark_quantized(model: nn.Module) -> None:
+def mark_quantized(model: nn.Module, format: str | None = None) -> None:
     """Makes `save_pretrained` write what `save_model` writes, and ties only dense layers.
 
     Takes each Transformers model in `model` that has `WQLinear` layers, `model` itself included.
     Without this Transformers would write their buffers as if they were parameters of its own, and
     read them back as random weights.
+
+    Args:
+        format: what they are saved in; see `StoredHfQuantizer`.
     """
     transformers = sys.modules.get("transformers")
     if transformers is None:
@@ -25,5 +28,5 @@ def mark_quantized(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, transformers.PreTrainedModel) and quantized_layers(module):
             hook = importlib.import_module("qkernels.checkpoints.hf_quantizer")
-            module.hf_quantizer = hook.QKernelsHfQuantizer(hook.QKernelsConfig())
+            module.hf_quantizer = hook.StoredHfQuantizer(hook.StoredConfig(), format=format)
             tie_no_quantized_layer(module)

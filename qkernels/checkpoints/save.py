@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +18,22 @@ from torch import Tensor, nn
 
 from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.atomic import new_folder
-from qkernels.checkpoints.dense import dense_places, quantized_layers
+from qkernels.checkpoints.dense import dense_places, quantized_layers, sharing
 from qkernels.checkpoints.format import Format, WeightKind
+from qkernels.checkpoints.kv_cache import KEY as KV_CACHE
+from qkernels.checkpoints.kv_cache import KVCache, is_of_cache, kept
 from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.checkpoints.store import ShardWriter
 from qkernels.checkpoints.table import check_holds, first_holding
 from qkernels.checkpoints.ties import ties
+from qkernels.checkpoints.written import WrittenNames, check_writes
 from qkernels.errors import CheckpointError
+from qkernels.modules.embedding import WQEmbedding
 from qkernels.modules.experts import WQExperts
+from qkernels.modules.foreign import foreign_layers, why_foreign
 from qkernels.modules.heads import output_heads
-from qkernels.modules.linear import WQLinear
+from qkernels.modules.packed import PackedModule
+from qkernels.modules.rows import whole_name
 
 
 def save_model(
@@ -52,6 +59,8 @@ def save_model(
             format does not hold. Nothing is written then. Also for a full disk and the like.
     """
     plan, folder = SavePlan.of(model, format), Path(folder)
+    if plan.left_out is not None:
+        warnings.warn(plan.left_out, stacklevel=2)
     with as_written(folder), new_folder(folder) as aside:
         write_model(plan, aside, max_shard_size)
 
@@ -91,15 +100,22 @@ class SavePlan:
     Attributes:
         row: the format, which holds all layers.
         layers: the quantized layers, by name.
-        kinds: what the format must know of each.
+        kinds: what the format must know of each that is stored, by its stored name.
         untied: config.json says that embeddings are not tied, and they were.
+        cache: what the model remembers of a quantized KV cache.
+        names: those that are stored, where they are not the model's.
+        dense: the quantized embeddings that the format has no place for, by name: their rows are
+            stored as they are looked up.
     """
 
     model: Any
     row: Format
-    layers: Mapping[str, WQLinear]
+    layers: Mapping[str, PackedModule]
     kinds: Mapping[str, WeightKind]
     untied: bool
+    cache: KVCache
+    names: WrittenNames | None
+    dense: Mapping[str, WQEmbedding]
 
     @classmethod
     def of(cls, model: Any, format: str | None) -> SavePlan:
@@ -107,22 +123,35 @@ class SavePlan:
 
         Raises:
             CheckpointError: for what is no Transformers model, or one with adapters; where no layer
-                is quantized, one is not held by `format`, a tensor is offloaded, or the config says
-                that two are one which are not.
+                is quantized, one is by another package, one is not held by `format`, a tensor is
+                offloaded, or the config says that two are one which are not.
         """
         _check_model(model)
         layers = quantized_layers(model)
+        for name, module in foreign_layers(model).items():
+            raise CheckpointError(f"{why_foreign(name, module)}; formats hold no such layers")
         if not layers:
             raise CheckpointError("the model has no WQLinear layer: quantize it first")
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_meta:
                 raise CheckpointError(f"{name} is offloaded: move the model to one device to save")
         _check_ties(model)
-        kinds = {name: _kind(model, name, layer) for name, layer in layers.items()}
-        row = check_holds(format or first_holding(kinds), kinds)
+        shared = sharing(layers)
+        kinds = {n: _kind(model, n, layer, shared.get(n)) for n, layer in layers.items()}
+        format = format or first_holding(kinds)
+        dense = {} if check_holds(format, {}).embeddings else _embeddings(layers)
+        layers = {name: layer for name, layer in layers.items() if name not in dense}
+        kinds = {name: kind for name, kind in kinds.items() if name not in dense}
+        if not layers:
+            raise CheckpointError(
+                f"{format} has no place for quantized embeddings, and no layer is quantized beside "
+                "them: use the format qkernels"
+            )
+        row, names, stored = check_writes(format, model, kinds)
         heads = {id(head) for head in output_heads(model)}
         # A quantized head shares nothing with the embedding any more.
-        apart = any(id(layer) in heads for layer in layers.values()) and not row.head_beside_tie
+        quantized = any(id(layer) in heads for layer in layers.values())
+        apart = bool(quantized or dense) and not row.head_beside_tie
         untied = apart and bool(_tying_sections(model.config.to_dict()))
         if untied and _asks_for_ties(model):
             raise CheckpointError(
@@ -130,17 +159,41 @@ class SavePlan:
                 f"not tied, and {row.name} cannot say that they are beside a quantized head: use "
                 "the format qkernels, or leave the head alone"
             )
-        return cls(model, row, layers, kinds, untied)
+        return cls(model, row, layers, stored, untied, kept(model), names, dense)
+
+    @property
+    def left_out(self) -> str | None:
+        """What the format has no place for, though the model comes with it, or None."""
+        tensors = any(is_of_cache(name) for name in dense_places(self.model))
+        left = []
+        if not self.row.keeps_kv_cache and (self.cache or tensors):
+            left.append(
+                f"{self.row.name} has no place for the scales of a KV cache ({self.cache}), which "
+                "are left out: readers will keep keys and values in 16 bits"
+            )
+        if self.dense:
+            left.append(
+                f"{self.row.name} has no place for quantized embeddings: the numbers of "
+                f"{', '.join(self.dense)} are stored as {self.model.dtype}; the format qkernels "
+                "holds them as they are"
+            )
+        return "; ".join(left) or None
 
     def quantization_config(self) -> dict[str, Any]:
         """What config.json says under this name."""
-        dense = [
-            name
-            for name, module in self.model.named_modules(remove_duplicate=False)
-            if isinstance(module, nn.Linear) and name not in self.layers
-        ]
+        if self.names is not None:
+            dense = self.names.dense(self.layers)
+        else:
+            dense = [
+                name
+                for name, module in self.model.named_modules(remove_duplicate=False)
+                if isinstance(module, nn.Linear) and name not in self.layers
+            ]
         assert self.row.write_config is not None
-        return self.row.write_config(self.kinds, dense)
+        section = self.row.write_config(self.kinds, dense)
+        if self.row.keeps_kv_cache and self.cache.scheme:
+            section[KV_CACHE] = self.cache.scheme
+        return section
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor to store, by its name, one layer at a time."""
@@ -151,10 +204,22 @@ class SavePlan:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         assert self.row.write_layer is not None
         for name, layer in self.layers.items():
-            for part, tensor in self.row.write_layer(layer.to_weight()).items():
-                yield f"{name}.{part}", tensor
+            if self.names is None and self.kinds[name].shares is not None:
+                continue
+            whole = layer.to_weight()
+            weights = [(name, whole)] if self.names is None else self.names.weights(name, whole)
+            for stored, weight in weights:
+                for part, tensor in self.row.write_layer(weight).items():
+                    yield f"{stored}.{part}", tensor
+            del whole, weights, weight
             give_back_free_pages()
+        for name, embedding in self.dense.items():
+            yield from self._named(f"{name}.weight", embedding.dense_weight())
         places, sources = dense_places(self.model), ties(self.model)
+        if self.row.keeps_kv_cache:
+            yield from self.cache.tensors.items()
+        else:
+            places = {name: place for name, place in places.items() if not is_of_cache(name)}
         seen: set[tuple[Any, ...]] = set()
         for name, place in places.items():
             # What the model's code ties when it is loaded is stored once, under its first name.
@@ -162,7 +227,18 @@ class SavePlan:
             key = (*_identity(place.tensor), id(source.module), source.name)
             if self.untied or key not in seen:
                 seen.add(key)
-                yield name, place.tensor
+                yield from self._named(name, place.tensor)
+
+    def _named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A tensor of the model under the names that it is stored by."""
+        if self.names is None:
+            yield name, tensor
+        else:
+            yield from self.names.tensors(name, tensor.detach()).items()
+
+
+def _embeddings(layers: Mapping[str, PackedModule]) -> dict[str, WQEmbedding]:
+    return {name: layer for name, layer in layers.items() if isinstance(layer, WQEmbedding)}
 
 
 def _asks_for_ties(model: nn.Module) -> bool:
@@ -222,12 +298,15 @@ def _check_ties(model: nn.Module) -> None:
             )
 
 
-def _kind(model: nn.Module, name: str, layer: WQLinear) -> WeightKind:
-    of_experts = isinstance(model.get_submodule(name.rpartition(".")[0]), WQExperts)
+def _kind(model: nn.Module, name: str, layer: PackedModule, shares: str | None) -> WeightKind:
+    of_experts = isinstance(model.get_submodule(whole_name(name).rpartition(".")[0]), WQExperts)
     instead_of = "an expert of a fused parameter" if of_experts else None
-    if layer.transposed:
+    if isinstance(layer, WQEmbedding):
+        instead_of = "an embedding"
+    elif getattr(layer, "transposed", False):
         instead_of = "a Conv1D"
-    return replace(WeightKind.of(layer.packed.parameters()), instead_of=instead_of)
+    kind = WeightKind.of(layer.packed.parameters())
+    return replace(kind, instead_of=instead_of, shares=shares)
 
 
 def _tying_sections(config: Mapping[str, Any]) -> list[str]:

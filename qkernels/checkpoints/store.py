@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qkernels.checkpoints.config import brief, read_json, typed
+from qkernels.checkpoints.config import brief, read_json, shortened, typed
 from qkernels.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -35,6 +35,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 """What safetensors calls the types of torch."""
 
@@ -164,7 +165,9 @@ class Store:
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
-            raise CheckpointError(f"{self.folder}: {name} is missing")
+            raise CheckpointError(
+                f"{self.folder}: {name} is missing: copy or save the whole model anew"
+            )
         return self._entries[name]
 
 
@@ -181,7 +184,12 @@ def _only_file(folder: Path) -> Path:
             f"{INDEX_FILE}, which says what they hold"
         )
     pickles = sorted(path.name for path in folder.glob("*.*") if path.suffix in _PICKLES)
-    hint = f" ({pickles[0]} is a pickle, and those are never read)" if pickles else ""
+    hint = ""
+    if pickles:
+        hint = (
+            f" ({pickles[0]} is a pickle, which may run code and is never read: save the model "
+            "anew as safetensors, with the package that made it)"
+        )
     raise CheckpointError(f"{folder} holds no .safetensors file{hint}")
 
 
@@ -207,10 +215,13 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(length))
     except OSError as error:
-        reason = "does not exist" if not path.exists() else f"cannot be read: {error}"
-        raise CheckpointError(f"{path} {reason}") from None
+        gone = isinstance(error, FileNotFoundError)
+        reason = "does not exist" if gone else f"cannot be read: {shortened(error)}"
+        raise CheckpointError(f"{shortened(path)} {reason}") from None
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
+        raise CheckpointError(
+            f"{path} is damaged or truncated ({shortened(error)}): copy it anew"
+        ) from None
     metadata = header.pop("__metadata__", None) or {}
     entries = {}
     for name, about in header.items():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qkernels.checkpoints.awq import AWQ_GEMM
 from qkernels.checkpoints.awq_gemv import AWQ_FAST_ROW, AWQ_GEMV_ROW
 from qkernels.checkpoints.bitsandbytes import BITSANDBYTES
 from qkernels.checkpoints.compressed_tensors import COMPRESSED_TENSORS
-from qkernels.checkpoints.config import Config, quantization_of, read_config
+from qkernels.checkpoints.config import Config, brief, quantization_of, read_config
 from qkernels.checkpoints.format import Format, WeightKind
-from qkernels.checkpoints.gguf import GGUF, gguf_file, has_quantized_tensors
+from qkernels.checkpoints.gguf import GGUF
+from qkernels.checkpoints.gguf_file import gguf_file, has_quantized_tensors
 from qkernels.checkpoints.gptq import GPTQ_1, GPTQ_2
 from qkernels.checkpoints.hqq import HQQ
 from qkernels.checkpoints.marlin import MARLIN_ROW
@@ -54,7 +56,7 @@ def find_format(config: Config, store: Store) -> Format:
     if section is None:
         raise CheckpointError(f"{store.folder / 'config.json'} has no quantization_config")
     raise CheckpointError(
-        f"{store.folder} is in the format {section.get('quant_method')!r}; known are "
+        f"{store.folder} is in the format {brief(section.get('quant_method'))}; known are "
         f"{', '.join(FORMATS)}"
     )
 
@@ -106,9 +108,14 @@ def first_holding(weights: Mapping[str, WeightKind]) -> str:
     return _holding(weights)[0]
 
 
-def check_scheme(format: str, scheme: QuantScheme) -> None:
-    """Raises CheckpointError where `format` cannot be written or holds no weights of `scheme`."""
-    check_holds(format, {"the weight": WeightKind.of_scheme(scheme)})
+def check_scheme(format: str, scheme: QuantScheme, instead_of: str | None = None) -> None:
+    """Raises CheckpointError where `format` cannot be written or holds no weights of `scheme`.
+
+    Args:
+        instead_of: see `WeightKind`.
+    """
+    kind = replace(WeightKind.of_scheme(scheme), instead_of=instead_of)
+    check_holds(format, {"the weight": kind})
 
 
 def _holding(weights: Mapping[str, WeightKind]) -> list[str]:

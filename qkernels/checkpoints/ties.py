@@ -74,20 +74,20 @@ def tie_no_quantized_layer(model: Any) -> None:
     """
     if hasattr(model, "get_expanded_tied_weights_keys"):
         vars(model)["get_expanded_tied_weights_keys"] = functools.partial(_dense_ties, model)
-        model.all_tied_weights_keys = _without(quantized_layers(model), model.all_tied_weights_keys)
+        model.all_tied_weights_keys = without(quantized_layers(model), model.all_tied_weights_keys)
 
 
 def _dense_ties(model: Any, all_submodels: bool = False) -> dict[str, str]:
     """In place of the model's own `get_expanded_tied_weights_keys`."""
     declared = model._tied_weights_keys
     if isinstance(declared, dict):
-        declared = _without(quantized_layers(model), declared)
+        declared = without(quantized_layers(model), declared)
     with mock.patch.object(model, "_tied_weights_keys", declared):
         found: dict[str, str] = type(model).get_expanded_tied_weights_keys(model, all_submodels)
     return found
 
 
-def _without(layers: Mapping[str, Any], tied: Mapping[str, str]) -> dict[str, str]:
+def without(layers: Mapping[str, Any], tied: Mapping[str, str]) -> dict[str, str]:
     """Those of `tied`, tensor -> tensor, that concern none of `layers`."""
     return {
         name: source

@@ -38,6 +38,8 @@ def convert(
     if tokenizer is None:
         note(f"note: {model} holds no tokenizer, so {out} will hold none")
     plan = SavePlan.of(network, to)
+    if plan.left_out is not None:
+        note(f"note: {plan.left_out}")
     with tempfile.TemporaryDirectory() as temporary:
         companions = Path(temporary) / "companions"
         quantize.write_companions(model, tokenizer, companions)

@@ -60,7 +60,7 @@ def inspect(
     ] = False,
     dtype: models.StoredPrecisionOption = None,
 ) -> None:
-    """List the linear layers of a model: schemes, shapes, bits per weight and sizes."""
+    """List the linear layers of a model and its quantized embeddings: schemes, shapes, sizes."""
     network, _ = models.load(path, dtype, "cpu", tokenizer=False)
     layers = linear_layers(network)
     rows = table(
@@ -77,6 +77,8 @@ def inspect(
         rows.add_row(name, str(len(alike)), alike[0].stored, *_sizes(alike))
     rows.add_section()
     rows.add_row("all linear layers", str(len(layers)), "", "", "", *_sizes(layers)[2:])
+    for table_of in quantized_embeddings(network):
+        rows.add_row(table_of.name, "1", table_of.stored, *_sizes([table_of]))
     console = output()
     console.print(f"{path}: {type(network).__name__}", style="bold")
     console.print(rows)
@@ -99,6 +101,22 @@ def linear_layers(network: Any) -> list[LayerSize]:
             n, k = weight.shape
             stored = str(weight.dtype).removeprefix("torch.")
             found.append(LayerSize(name, stored, n, k, weight.nbytes))
+    return found
+
+
+def quantized_embeddings(network: Any) -> list[LayerSize]:
+    """The quantized embeddings of a model; one in the memory of another layer takes no bytes."""
+    from qkernels.modules import WQEmbedding
+
+    names = {id(module): name for name, module in network.named_modules()}
+    found = []
+    for name, module in network.named_modules():
+        if isinstance(module, WQEmbedding):
+            n, k, stored = module.num_embeddings, module.embedding_dim, str(module.scheme)
+            nbytes = module.packed.nbytes
+            if id(module.source) in names:
+                stored, nbytes = f"{stored}, as {names[id(module.source)]}", 0
+            found.append(LayerSize(name, stored, n, k, nbytes))
     return found
 
 

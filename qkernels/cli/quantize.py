@@ -57,6 +57,18 @@ def quantize(
             help="Another scheme for some layers, or none to leave them alone; may be repeated.",
         ),
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="SCHEME", help="Quantize the output head too, so. Else it stays."),
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME",
+            help="Quantize the embedding of tokens too; with the head's scheme, as one weight with "
+            "it where the model ties them. Needs --format qkernels.",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="A text to measure output errors and static activation scales on."),
@@ -85,6 +97,11 @@ def quantize(
     parsed, recipe = QuantScheme.parse(scheme), Recipe.parse(method)
     overrides = parse_overrides(override or [])
     text = None if calibration is None else read_text(calibration)
+    ends = {
+        part: QuantScheme.parse(text)
+        for part, text in (("head", head), ("embedding", embedding))
+        if text is not None
+    }
     from qkernels.checkpoints import check_scheme
     from qkernels.checkpoints.save import SavePlan
     from qkernels.models.loading import has_tokenizer
@@ -92,10 +109,14 @@ def quantize(
     for wanted in (parsed, *overrides.values()):
         if wanted is not None:
             check_scheme(format, wanted)
+    for part, wanted in ends.items():
+        check_scheme(format, wanted, instead_of="an embedding" if part == "embedding" else None)
     reads = text is not None or has_tokenizer(model)
     network, tokenizer = models.load(model, dtype, device, dense=True, tokenizer=reads)
     if tokenizer is None:
         note(f"note: {model} holds no tokenizer, so {out} will hold none")
+    # The first match of an override counts, and these name one layer.
+    overrides = {**{end_of(network, part): wanted for part, wanted in ends.items()}, **overrides}
     batches = None if text is None else calibration_batches(network, tokenizer, text)
     with tempfile.TemporaryDirectory() as temporary:
         companions = Path(temporary) / "companions"
@@ -113,8 +134,7 @@ def quantize(
             format=format,
         )
         write_folder(SavePlan.of(network, format), companions, out, force)
-    numbers = sum(layer.n * layer.k for layer in report.layers)
-    print_report(report, numbers * dtype.dtype.itemsize, out)
+    print_report(report, report.numbers * dtype.dtype.itemsize, out)
 
 
 def write_companions(model: Path, tokenizer: Any, folder: Path) -> None:
@@ -155,6 +175,32 @@ def parse_overrides(texts: list[str]) -> dict[str, qk.QuantScheme | None]:
             )
         overrides[pattern] = None if scheme == "none" else QuantScheme.parse(scheme)
     return overrides
+
+
+def end_of(model: Any, part: str) -> str:
+    """The name of a model's output head or of its embedding of tokens.
+
+    Args:
+        part: "head" or "embedding".
+
+    Raises:
+        QuantizationError: where it has none.
+    """
+    from torch import nn
+
+    from qkernels.errors import QuantizationError
+    from qkernels.modules.heads import input_embedding, output_heads
+
+    ends = output_heads(model) if part == "head" else [input_embedding(model)]
+    kind = nn.Linear if part == "head" else nn.Embedding
+    names = (n for n, m in model.named_modules() if isinstance(m, kind) and m in ends)
+    name = next(names, None)
+    if name is None:
+        raise QuantizationError(
+            f"a {type(model).__name__} does not say which layer is its {part}: name it by "
+            "--override NAME=SCHEME"
+        )
+    return name
 
 
 def calibration_batches(model: Any, tokenizer: Any, text: str) -> list[torch.Tensor]:

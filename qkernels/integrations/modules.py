@@ -14,12 +14,10 @@ from qkernels.checkpoints.pretrained import mark_quantized
 from qkernels.checkpoints.table import FORMATS
 from qkernels.errors import CheckpointError, LayerError, QuantizationError
 from qkernels.integrations.kinds import KINDS, ModuleKind
+from qkernels.modules.foreign import is_foreign
 from qkernels.modules.kinds import is_linear_kind, take_place_of, why_not_plain
 from qkernels.modules.linear import WQLinear
 from qkernels.weight import QuantizedWeight
-
-_OTHER_SIGNS = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "W_q")
-"""Tensors that only quantized layers have, as are integers in one called B."""
 
 _DENSE = "it is not quantized"
 
@@ -151,10 +149,7 @@ def _candidates(model: nn.Module, left: dict[str, str]) -> list[_Candidate]:
 
 def _why_unknown(module: nn.Module) -> str | None:
     """Why a module of no known kind is left, or None where nobody would expect otherwise."""
-    held = {**module._parameters, **module._buffers}
-    marlin = held.get("B")
-    integers = marlin is not None and not marlin.is_floating_point()
-    if integers or any(held.get(sign) is not None for sign in _OTHER_SIGNS):
+    if is_foreign(module):
         return (
             f"a {type(module).__name__}, whose tensors are those of no known layer, or may be in "
             "the order of a kernel of its own: load the model with the package's plain backend "
@@ -220,7 +215,7 @@ def _read(
 def _simplest(weight: QuantizedWeight) -> QuantizedWeight:
     """The same numbers without zero points where all of these are half the range."""
     scheme, zeros = weight.scheme, weight.zeros
-    if scheme.symmetric or zeros is None or not scheme.weight_only:
+    if scheme.symmetric or zeros is None or not scheme.weight_only or weight.offsets is not None:
         return weight
     symmetric = replace(scheme, symmetric=True)
     if zeros.is_floating_point() or (zeros != symmetric.implied_zero).any():

@@ -108,6 +108,25 @@ def _unpack_rows(scheme: QuantScheme, words: Tensor, start: int, stop: int, k: i
     return codes.contiguous() if order is None else codes.index_select(1, order[1])
 
 
+def _take_rows(scheme: QuantScheme, words: Tensor, rows: Tensor, k: int) -> Tensor:
+    bits, lanes = scheme.bits, words.unflatten(2, (8, 4))  # [tile, unit, g, t, word]
+    # [R, unit, t, word]: those of the lanes that hold the row, beside the one 8 rows from it.
+    taken = lanes[rows // TILE_ROWS, :, rows % 8]
+    half = (rows // 8 % 2).int()
+    fields = torch.arange(0, 32 // bits, 2, dtype=torch.int32, device=words.device)
+    shifts = bits * (half[:, None] + fields)
+    codes = (taken[..., None] >> shifts[:, None, None, None]) & ((1 << bits) - 1)
+    if bits == 4:
+        # [R, unit, t, step, odd, columns]
+        parts = codes.unflatten(4, (2, 2)).permute(0, 1, 3, 5, 2, 4)
+    else:
+        # [R, unit, t, step, columns, odd]
+        parts = codes.unflatten(3, (2, 2)).permute(0, 1, 3, 4, 2, 5)
+    columns = parts.to(torch.uint8).flatten(1)[:, : kernel_columns(scheme, k)]
+    order = column_order(scheme, k, words.device)
+    return columns if order is None else columns.index_select(1, order[1])
+
+
 def pack_words(packed: PackedWeight, source: Tensor, kind: str, perm: Tensor | None = None) -> None:
     """Writes the words of `packed` from those of another format, on the device, with no copy.
 
@@ -188,6 +207,18 @@ def _load_groups(scheme: QuantScheme, n: int, stored: Tensor) -> Tensor:
     return rows[:1, :1].contiguous() if scheme.per_tensor else rows[:n].contiguous()
 
 
+def _take_groups(stored: Tensor, rows: Tensor) -> Tensor:
+    return stored.index_select(1, rows // 16 * 16 + rows % 8 * 2 + rows // 8 % 2).t()
+
+
 FRAGMENT = Layout(
-    "fragment", _why_not, _allocate, _pack_rows, _unpack_rows, _store_groups, _load_groups
+    name="fragment",
+    why_not=_why_not,
+    allocate=_allocate,
+    pack_rows=_pack_rows,
+    unpack_rows=_unpack_rows,
+    store_groups=_store_groups,
+    load_groups=_load_groups,
+    take_rows=_take_rows,
+    take_groups=_take_groups,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,13 @@ from torch import Tensor
 from qkernels.errors import WeightError
 from qkernels.fields import FIELDS
 from qkernels.scheme import QuantScheme
-from qkernels.weight import QuantizedWeight, WeightParameters, check_parameters, row_slices
+from qkernels.weight import (
+    QuantizedWeight,
+    WeightParameters,
+    check_parameters,
+    nested_scales,
+    row_slices,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,9 @@ class Layout:
         unpack_rows: (scheme, words, start, stop, k) -> codes [stop - start, K] uint8.
         store_groups: (scheme, n, scales or zeros as the hub has them) -> as the layout has them.
         load_groups: (scheme, n, scales or zeros of the layout) -> the hub's: [N, G], or [1, 1].
+        take_rows: (scheme, words, rows int64 [R], k) -> codes [R, K] uint8 of those rows alone.
+        take_groups: (scales or zeros of the layout, rows int64 [R]) -> those of the rows [R, G], of
+            a scheme that has them for each row.
     """
 
     name: str
@@ -35,6 +44,8 @@ class Layout:
     unpack_rows: Callable[[QuantScheme, Tensor, int, int, int], Tensor]
     store_groups: Callable[[QuantScheme, int, Tensor], Tensor]
     load_groups: Callable[[QuantScheme, int, Tensor], Tensor]
+    take_rows: Callable[[QuantScheme, Tensor, Tensor, int], Tensor]
+    take_groups: Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +90,32 @@ class PackedWeight:
         for start, stop in row_slices(self.n, self.k):
             codes[start:stop] = self.codes(start, stop)
         return QuantizedWeight(scheme=self.scheme, codes=codes, bias=bias, **parameters.fields)
+
+    def look_up(self, rows: Tensor) -> Tensor:
+        """The rows of the weight with the numbers `rows`, int64 [R] in [0, N): fp32 [R, K].
+
+        No others are unpacked. They are those of `QuantizedWeight.dequantize`, bit for bit.
+        """
+        scheme, layout = self.scheme, self.layout
+        fields = {}
+        for name, buffer in self.buffers.items():
+            if name == "words":
+                continue
+            axes = FIELDS[name].axes
+            if FIELDS[name].by_group and scheme.per_tensor:
+                fields[name] = layout.load_groups(scheme, self.n, buffer)
+            elif FIELDS[name].by_group:
+                fields[name] = layout.take_groups(buffer, rows)
+            else:
+                fields[name] = buffer.index_select(axes.index("n"), rows) if "n" in axes else buffer
+        if scheme.scale_levels == "double":
+            # Their blocks go over all rows, so that those taken have one level of scales.
+            nested = fields.pop("nested_absmax"), fields.pop("nested_offset")
+            fields["scales"] = nested_scales(fields["scales"], rows, *nested)
+            scheme = replace(scheme, scale_levels="one", scale_dtype=torch.float32)
+        taken = WeightParameters(scheme=scheme, n=len(rows), k=self.k, **fields)
+        codes = layout.take_rows(self.scheme, self.buffers["words"], rows, self.k)
+        return taken.to_column_order(taken.dequantize_rows(codes, 0))
 
     def dequantize_rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the weight, fp32, in the codes' column order."""

@@ -30,6 +30,28 @@ def _as_it_is(scheme: QuantScheme, n: int, values: Tensor) -> Tensor:
     return values
 
 
+def _take_rows(scheme: QuantScheme, words: Tensor, rows: Tensor, k: int) -> Tensor:
+    taken = words.index_select(0, rows)
+    if words.device.type == "cpu" or 32 % scheme.bits:
+        return unpack_dense(taken, k, scheme.bits)
+    # A few launches for all codes of a word: a few rows take no longer than these.
+    shifts = torch.arange(0, 32, scheme.bits, dtype=torch.int32, device=words.device)
+    fields = (taken[:, :, None] >> shifts) & ((1 << scheme.bits) - 1)
+    return fields.to(torch.uint8).flatten(1)[:, :k]
+
+
+def _take_groups(stored: Tensor, rows: Tensor) -> Tensor:
+    return stored.index_select(0, rows)
+
+
 PLAIN = Layout(
-    "plain", lambda scheme: None, _allocate, _pack_rows, _unpack_rows, _as_it_is, _as_it_is
+    name="plain",
+    why_not=lambda scheme: None,
+    allocate=_allocate,
+    pack_rows=_pack_rows,
+    unpack_rows=_unpack_rows,
+    store_groups=_as_it_is,
+    load_groups=_as_it_is,
+    take_rows=_take_rows,
+    take_groups=_take_groups,
 )

@@ -55,7 +55,14 @@ def _pack_rows(scheme: QuantScheme, words: Tensor, start: int, codes: Tensor) ->
 
 
 def _unpack_rows(scheme: QuantScheme, words: Tensor, start: int, stop: int, k: int) -> Tensor:
-    source = words[:, start:stop]
+    return _unpack(scheme, words[:, start:stop], k)
+
+
+def _take_rows(scheme: QuantScheme, words: Tensor, rows: Tensor, k: int) -> Tensor:
+    return _unpack(scheme, words.index_select(1, rows), k)
+
+
+def _unpack(scheme: QuantScheme, source: Tensor, k: int) -> Tensor:
     if scheme.bits == 8:
         codes = source.t().contiguous()
         return codes.view(torch.uint8) ^ 128 if _holds_integers(scheme) else codes
@@ -70,12 +77,18 @@ def _load_groups(scheme: QuantScheme, n: int, stored: Tensor) -> Tensor:
     return stored[:1, :1] if scheme.per_tensor else stored.t().contiguous()
 
 
+def _take_groups(stored: Tensor, rows: Tensor) -> Tensor:
+    return stored.index_select(1, rows).t()
+
+
 PLANAR = Layout(
-    "planar",
-    lambda scheme: None,
-    _allocate,
-    _pack_rows,
-    _unpack_rows,
-    _store_groups,
-    _load_groups,
+    name="planar",
+    why_not=lambda scheme: None,
+    allocate=_allocate,
+    pack_rows=_pack_rows,
+    unpack_rows=_unpack_rows,
+    store_groups=_store_groups,
+    load_groups=_load_groups,
+    take_rows=_take_rows,
+    take_groups=_take_groups,
 )

@@ -72,6 +72,14 @@ def _unpack_rows(scheme: QuantScheme, words: Tensor, start: int, stop: int, k: i
     return codes.contiguous() if order is None else codes.index_select(1, order[1])
 
 
+def _take_rows(scheme: QuantScheme, words: Tensor, rows: Tensor, k: int) -> Tensor:
+    # [R, steps], which are panels of one row each.
+    taken = words[rows // LANES, :, rows % LANES]
+    codes = _unpack_fields(taken, _is_nibble(scheme))[:, : kernel_columns(scheme, k)]
+    order = column_order(scheme, k, words.device)
+    return codes if order is None else codes.index_select(1, order[1])
+
+
 def pack_vnni_torch(codes: Tensor, nibbles: bool) -> Tensor:
     """uint8 codes [N, K] -> int32 words [N/16, steps, 16], in plain torch."""
     n, k = codes.shape
@@ -88,11 +96,15 @@ def pack_vnni_torch(codes: Tensor, nibbles: bool) -> Tensor:
 
 def unpack_vnni_torch(words: Tensor, nibbles: bool) -> Tensor:
     """int32 words [panels, steps, 16] -> uint8 codes [16 * panels, K padded], in plain torch."""
-    rows = words.transpose(1, 2)
+    return _unpack_fields(words.transpose(1, 2), nibbles).flatten(0, 1)
+
+
+def _unpack_fields(words: Tensor, nibbles: bool) -> Tensor:
+    """int32 words [..., steps] of rows -> uint8 codes [..., K padded]."""
     shifts = [8 * c + 4 * h for h in range(2 if nibbles else 1) for c in range(4)]
     mask = 15 if nibbles else 255
-    fields = torch.stack([(rows >> shift) & mask for shift in shifts], dim=-1)
-    return fields.to(torch.uint8).flatten(2).flatten(0, 1)
+    fields = torch.stack([(words >> shift) & mask for shift in shifts], dim=-1)
+    return fields.to(torch.uint8).flatten(-2)
 
 
 def _store_groups(scheme: QuantScheme, n: int, values: Tensor) -> Tensor:
@@ -106,12 +118,18 @@ def _load_groups(scheme: QuantScheme, n: int, stored: Tensor) -> Tensor:
     return rows[:1, :1].contiguous() if scheme.per_tensor else rows[:n].contiguous()
 
 
+def _take_groups(stored: Tensor, rows: Tensor) -> Tensor:
+    return stored[rows // LANES, :, rows % LANES]
+
+
 VNNI = Layout(
-    "vnni",
-    lambda scheme: None,
-    _allocate,
-    _pack_rows,
-    _unpack_rows,
-    _store_groups,
-    _load_groups,
+    name="vnni",
+    why_not=lambda scheme: None,
+    allocate=_allocate,
+    pack_rows=_pack_rows,
+    unpack_rows=_unpack_rows,
+    store_groups=_store_groups,
+    load_groups=_load_groups,
+    take_rows=_take_rows,
+    take_groups=_take_groups,
 )

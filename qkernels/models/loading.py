@@ -21,7 +21,8 @@ from torch import nn
 from qkernels.checkpoints import is_quantized, load_model
 from qkernels.checkpoints.config import read_config
 from qkernels.checkpoints.foreign import as_checkpoint_error
-from qkernels.checkpoints.gguf import MAGIC, gguf_read_once
+from qkernels.checkpoints.gguf import gguf_read_once
+from qkernels.checkpoints.gguf_header import MAGIC
 from qkernels.errors import CheckpointError
 from qkernels.modules.heads import output_heads
 from qkernels.modules.kinds import is_linear_kind

@@ -1,6 +1,7 @@
-"""Modules that take the place of `nn.Linear`."""
+"""Modules that take the place of `nn.Linear` and `nn.Embedding`."""
 
-from qkernels.modules.awq import WQLinear_GEMM, WQLinear_GEMV
+from qkernels.modules.awq import WQLinear_GEMM, WQLinear_GEMV, WQLinear_GEMVFast
+from qkernels.modules.embedding import WQEmbedding
 from qkernels.modules.linear import WQLinear
 
-__all__ = ["WQLinear", "WQLinear_GEMM", "WQLinear_GEMV"]
+__all__ = ["WQEmbedding", "WQLinear", "WQLinear_GEMM", "WQLinear_GEMV", "WQLinear_GEMVFast"]

@@ -1,12 +1,16 @@
-"""`WQLinear_GEMM` and `WQLinear_GEMV` with the buffers and signatures that users of AutoAWQ know.
+"""`WQLinear_GEMM`, `_GEMV` and `_GEMVFast` with the buffers and signatures that AutoAWQ's have.
 
     GEMM  qweight int32 [K, N/8]: nibble i of word c holds column 8c + [0,2,4,6,1,3,5,7][i]
           qzeros  int32 [K/g, N/8] in the same order, scales fp16 [K/g, N]
     GEMV  qweight int32 [N, K/8], nibble i holds column 8c + i of K
           qzeros  int32 [N, Z], nibble i holds group 8c + i; scales fp16 [N, 8Z], zero padded;
           Z = ceil(ceil(K/g / 8) / m) * m with m = 1, 2, 4 for g >= 128, 64, 32
+    GEMVFast  qweight int16 [N/4, K], in the order of `bits/awq.py`
+          qzeros  fp16 [8Z, N], the products -s*z, rounded; scales fp16 [8Z, N], zero padded
 
-w = (q - z) * s. Source: AutoAWQ (Casper Hansen, MIT licence), awq/modules/linear, for the layouts.
+w = (q - z) * s, in GEMVFast q * s + qzeros. Source: AutoAWQ (Casper Hansen, MIT licence),
+awq/modules/linear, for the layouts.
+
 The buffers are what is stored, and all that a module has. `forward` is the operator
 `qkernels.awq_linear`, which packs them for this machine's kernels at the first call and keeps the
 packed twin beside them: see `twins`.
@@ -21,8 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import ops, rounding
-from qkernels.bits import pack_awq, pack_dense, unpack_awq, unpack_dense
-from qkernels.errors import LayerError, WeightError
+from qkernels.bits import (
+    divide_awq_fast,
+    pack_awq,
+    pack_awq_fast,
+    pack_dense,
+    unpack_awq,
+    unpack_awq_fast,
+    unpack_dense,
+)
+from qkernels.errors import LayerError
 from qkernels.layouts import FRAGMENT, allocate, pack_words
 from qkernels.modules import twins
 from qkernels.modules.linear import WQLinear
@@ -32,7 +44,7 @@ from qkernels.weight import QuantizedWeight, WeightParameters
 
 
 class _AwqLinear(nn.Module):
-    """What the two classes share: attributes, checks, and the packed layer behind `forward`."""
+    """What the classes share: attributes, checks, and the packed layer behind `forward`."""
 
     version: ClassVar[str]
     transposed_scales: ClassVar[bool]
@@ -80,8 +92,8 @@ class _AwqLinear(nn.Module):
         Args:
             linear: its weight [N, K] is what the scales and zeros were found for.
             init_only: allocate the buffers, to be filled by `load_state_dict`.
-            scales, zeros: [K/g, N] for GEMM, [N, K/g] for GEMV; zeros integers in 0..15. Where both
-                are left out, they are found by rounding to nearest.
+            scales, zeros: [K/g, N] for GEMM, [N, K/g] for the others; zeros integers in 0..15.
+                Where both are left out, they are found by rounding to nearest.
 
         Raises:
             LayerError: for bits or sizes the layout cannot hold, or scales of a wrong shape.
@@ -149,10 +161,8 @@ class _AwqLinear(nn.Module):
 
     def to_weight(self) -> QuantizedWeight:
         """The buffers as the hub's form."""
-        codes, zeros, scales = self._load()
-        return QuantizedWeight(
-            scheme=self.scheme, codes=codes, scales=scales, zeros=zeros, bias=self.bias
-        )
+        codes, fields = self._load()
+        return QuantizedWeight(scheme=self.scheme, codes=codes, bias=self.bias, **fields)
 
     def packed_layer(self) -> WQLinear:
         """A layer of the same weight, packed for the kernels of its device."""
@@ -178,7 +188,8 @@ class _AwqLinear(nn.Module):
     def _store(self, weight: QuantizedWeight) -> None:
         raise AssertionError("a subclass stores weights")
 
-    def _load(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _load(self) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Codes, and the fields of the weight."""
         raise AssertionError("a subclass loads weights")
 
     def _divides(self, what: str, value: int, divisor: int) -> None:
@@ -213,8 +224,9 @@ class WQLinear_GEMM(_AwqLinear):
         self.qzeros = pack_awq(weight.zeros.t())
         self.scales, self.bias = weight.scales.t().contiguous(), weight.bias
 
-    def _load(self) -> tuple[Tensor, Tensor, Tensor]:
-        return unpack_awq(self.qweight).t().contiguous(), *self._load_groups()
+    def _load(self) -> tuple[Tensor, dict[str, Tensor | None]]:
+        zeros, scales = self._load_groups()
+        return unpack_awq(self.qweight).t().contiguous(), {"scales": scales, "zeros": zeros}
 
     def _load_groups(self) -> tuple[Tensor, Tensor]:
         zeros = unpack_awq(self.qzeros)
@@ -232,19 +244,18 @@ class WQLinear_GEMM(_AwqLinear):
         return WQLinear(packed, self.bias)
 
 
-class WQLinear_GEMV(_AwqLinear):
-    """AutoAWQ's `version="gemv"` layer."""
+class _PaddedGroups(_AwqLinear):
+    """What pads its groups to whole words."""
 
-    version = "gemv"
     transposed_scales = False
     _PAD_MULTIPLE: ClassVar[dict[int, int]] = {64: 2, 32: 4}
 
     def _check_sizes(self) -> None:
-        self._divides("in_features", self.in_features, 8)
         self._divides("in_features", self.in_features, self.group_size)
         if self.group_size < 128 and self.group_size not in self._PAD_MULTIPLE:
             raise LayerError(
-                f"WQLinear_GEMV holds groups of 32, 64, or 128 and more, got {self.group_size}"
+                f"{type(self).__name__} holds groups of 32, 64, or 128 and more, got "
+                f"{self.group_size}"
             )
 
     @property
@@ -252,6 +263,24 @@ class WQLinear_GEMV(_AwqLinear):
         multiple = self._PAD_MULTIPLE.get(self.group_size, 1)
         words = -(-(self.in_features // self.group_size) // 8)
         return -(-words // multiple) * multiple
+
+    @property
+    def _groups(self) -> int:
+        return self.in_features // self.group_size
+
+    def _padded(self, tensor: Tensor) -> Tensor:
+        """[N, G] -> [N, 8Z]."""
+        return nn.functional.pad(tensor, (0, 8 * self._zero_words - tensor.shape[1]))
+
+
+class WQLinear_GEMV(_PaddedGroups):
+    """AutoAWQ's `version="gemv"` layer."""
+
+    version = "gemv"
+
+    def _check_sizes(self) -> None:
+        self._divides("in_features", self.in_features, 8)
+        super()._check_sizes()
 
     def _buffer_shapes(self) -> list[tuple[str, tuple[int, int], torch.dtype]]:
         n = self.out_features
@@ -263,20 +292,60 @@ class WQLinear_GEMV(_AwqLinear):
 
     def _store(self, weight: QuantizedWeight) -> None:
         assert weight.zeros is not None
-        padding = (0, 8 * self._zero_words - weight.scales.shape[1])
         self.qweight = pack_dense(weight.codes, 4)
-        self.qzeros = pack_dense(nn.functional.pad(weight.zeros, padding), 4)
-        self.scales, self.bias = nn.functional.pad(weight.scales, padding), weight.bias
+        self.qzeros = pack_dense(self._padded(weight.zeros), 4)
+        self.scales, self.bias = self._padded(weight.scales), weight.bias
 
-    def _load(self) -> tuple[Tensor, Tensor, Tensor]:
-        groups = self.in_features // self.group_size
+    def _load(self) -> tuple[Tensor, dict[str, Tensor | None]]:
+        zeros = unpack_dense(self.qzeros, 8 * self._zero_words, 4)[:, : self._groups]
+        scales = self.scales[:, : self._groups].to(torch.float16).contiguous()
         codes = unpack_dense(self.qweight, self.in_features, 4)
-        zeros = unpack_dense(self.qzeros, 8 * self._zero_words, 4)[:, :groups].contiguous()
-        return codes, zeros, self.scales[:, :groups].to(torch.float16).contiguous()
+        return codes, {"scales": scales, "zeros": zeros.contiguous()}
+
+
+class WQLinear_GEMVFast(_PaddedGroups):
+    """AutoAWQ's `version="gemv_fast"` layer."""
+
+    version = "gemv_fast"
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.interleave = 4
+
+    def _check_sizes(self) -> None:
+        self._divides("in_features", self.in_features, 64)
+        self._divides("out_features", self.out_features, 8)
+        super()._check_sizes()
+
+    def _buffer_shapes(self) -> list[tuple[str, tuple[int, int], torch.dtype]]:
+        n = self.out_features
+        return [
+            ("qweight", (n // 4, self.in_features), torch.int16),
+            ("qzeros", (8 * self._zero_words, n), torch.float16),
+            ("scales", (8 * self._zero_words, n), torch.float16),
+        ]
+
+    def _store(self, weight: QuantizedWeight) -> None:
+        assert weight.zeros is not None
+        products = -(weight.scales * weight.zeros.float()).to(torch.float16)
+        self.qweight = pack_awq_fast(weight.codes)
+        self.qzeros = self._padded(products).t().contiguous()
+        self.scales, self.bias = self._padded(weight.scales).t().contiguous(), weight.bias
+
+    def _load(self) -> tuple[Tensor, dict[str, Tensor | None]]:
+        def groups(stored: Tensor) -> Tensor:
+            return stored[: self._groups].to(torch.float16).t().contiguous()
+
+        products, scales = groups(self.qzeros), groups(self.scales)
+        zeros, offsets = divide_awq_fast(products, scales), None
+        if zeros is None:
+            zeros, offsets = torch.zeros_like(scales, dtype=torch.uint8), products
+        fields = {"scales": scales, "zeros": zeros, "offsets": offsets}
+        return unpack_awq_fast(self.qweight), fields
 
 
 _VERSIONS: dict[str, type[_AwqLinear]] = {
-    cls.version: cls for cls in (WQLinear_GEMM, WQLinear_GEMV)
+    cls.version: cls for cls in (WQLinear_GEMM, WQLinear_GEMV, WQLinear_GEMVFast)
 }
 
 
@@ -289,22 +358,10 @@ def _pack(version: str, sizes: list[int], buffers: list[Tensor], bias: Tensor | 
     return module.packed_layer()
 
 
-def _check(x: Tensor, buffers: list[Tensor], sizes: list[int]) -> None:
-    k = sizes[0]
-    if x.dim() == 0 or x.shape[-1] != k or x.dtype not in ops.X_DTYPES:
-        raise WeightError(
-            f"x must be [..., {k}] of fp16, bf16 or fp32, got {x.dtype} {list(x.shape)}"
-        )
-    if x.device != buffers[0].device:
-        raise WeightError(
-            f"x is on {x.device} and the weight on {buffers[0].device}: move one of them"
-        )
-
-
 def _linear(
     x: Tensor, buffers: list[Tensor], bias: Tensor | None, version: str, sizes: list[int]
 ) -> Tensor:
-    _check(x, buffers, sizes)
+    ops.check_input(x, sizes[0], "x", buffers[0])
     twin = twins.of([*buffers, bias], partial(_pack, version, sizes, buffers, bias))
     y: Tensor = twin(x)
     return y
@@ -313,7 +370,7 @@ def _linear(
 def _linear_fake(
     x: Tensor, buffers: list[Tensor], bias: Tensor | None, version: str, sizes: list[int]
 ) -> Tensor:
-    _check(x, buffers, sizes)
+    ops.check_input(x, sizes[0], "x", buffers[0])
     return x.new_empty((*x.shape[:-1], sizes[1]))
 
 

@@ -1,4 +1,4 @@
-"""Output heads: the layers that make logits."""
+"""The ends of a model: its embedding of tokens, and the layers that make logits."""
 
 from __future__ import annotations
 
@@ -19,3 +19,16 @@ def output_heads(module: Any) -> list[nn.Module]:
         return []
     heads = found if isinstance(found, list | tuple | nn.ModuleList) else [found]
     return [head for head in heads if isinstance(head, nn.Module)]
+
+
+def input_embedding(module: Any) -> nn.Module | None:
+    """What a Transformers model says embeds its tokens; None for other modules."""
+    find = getattr(module, "get_input_embeddings", None)
+    if find is None:
+        return None
+    try:
+        found = find()
+    except (NotImplementedError, AttributeError):
+        # Of models that have none, or only in some of their forms.
+        return None
+    return found if isinstance(found, nn.Module) else None

@@ -1,7 +1,9 @@
-"""Which modules are linear layers, and can be replaced by one that computes the same product."""
+"""Which modules are linear layers or embeddings, and can be replaced by one that computes the
+same."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,12 @@ _EQUIVALENTS = frozenset(
     )
 )
 """Subclasses, by module and name, that were read and compute the same."""
+
+_SCALED = (
+    "return super().forward(input_ids) * self.embed_scale",
+    "return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)",
+)
+"""What embeddings of Transformers compute that multiply their rows by a number, as Gemma's do."""
 
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 """x @ weight + bias: GPT-2's linear layer, whose weight is [K, N]."""
@@ -66,6 +74,14 @@ def why_not_plain(module: nn.Module) -> str | None:
     if not known and not is_conv1d(module):
         kind = type(module).__name__
         return f"a {kind}, a subclass of nn.Linear that may compute something else"
+    return _why_not_own_weight(module, {"weight", "bias"}, frozenset())
+
+
+def _why_not_own_weight(
+    module: nn.Module, expected: set[str], buffers: frozenset[str]
+) -> str | None:
+    """Why its forward is not that of its class with these parameters and buffers, or None."""
+    weight: Any = module._parameters.get("weight")
     if "forward" in vars(module):
         if hasattr(module, "_hf_hook"):
             return (
@@ -73,10 +89,9 @@ def why_not_plain(module: nn.Module) -> str | None:
                 "accelerate.hooks.remove_hook_from_submodules"
             )
         return "its forward has been replaced"
-    expected = {"weight", "bias"}
     if set(module._parameters) != expected or weight is None:
         return "its weight is computed from other parameters"
-    if module._buffers or any(True for _ in module.children()):
+    if not buffers.issuperset(module._buffers) or any(True for _ in module.children()):
         return "it has buffers or modules of its own"
     if not isinstance(weight, nn.Parameter) or type(weight.data) is not torch.Tensor:
         return f"its weight is a {type(weight.data).__name__}"
@@ -88,11 +103,40 @@ def is_plain_linear(module: nn.Module) -> bool:
     return is_linear_kind(module) and why_not_plain(module) is None
 
 
+def is_embedding_kind(module: nn.Module) -> bool:
+    """Whether it has the class of an embedding, or a subclass of it."""
+    return isinstance(module, nn.Embedding)
+
+
+def why_not_plain_embedding(module: nn.Module) -> str | None:
+    """Why another module with the same rows cannot take the place of an embedding, or None."""
+    if type(module) is not nn.Embedding and not _multiplies_rows(type(module)):
+        kind = type(module).__name__
+        return f"a {kind}, a subclass of nn.Embedding that may compute something else"
+    if getattr(module, "max_norm", None) is not None:
+        return "it shortens rows of its weight when they are looked up (max_norm)"
+    return _why_not_own_weight(module, {"weight"}, frozenset(("embed_scale",)))
+
+
+def _multiplies_rows(kind: type[nn.Module]) -> bool:
+    """Whether it is an embedding of Transformers that multiplies its rows by `embed_scale`."""
+    module, name = kind.__module__, kind.__name__
+    if not module.startswith("transformers.models.") or not name.endswith("ScaledWordEmbedding"):
+        return False
+    return inspect.getsource(kind.forward).split(":", 2)[-1].strip() in _SCALED
+
+
+def is_plain_embedding(module: nn.Module) -> bool:
+    """Whether a module with the same rows can take its place."""
+    return is_embedding_kind(module) and why_not_plain_embedding(module) is None
+
+
 def linear_parts(module: nn.Module) -> LinearParts:
-    """Of a module that `is_linear_kind`."""
+    """Of a module that `is_linear_kind`, or of an embedding."""
     layer: Any = module
     weight, transposed = layer.weight.detach(), is_conv1d(module)
-    return LinearParts(weight.t() if transposed else weight, layer.bias, transposed)
+    bias = getattr(layer, "bias", None)
+    return LinearParts(weight.t() if transposed else weight, bias, transposed)
 
 
 _HOOKS = (

@@ -26,8 +26,9 @@ class _Twin:
 
 
 _lock = threading.Lock()
-_twins: dict[int, _Twin] = {}
-"""By the identity of the first buffer's memory, whose end takes the entry away."""
+_twins: dict[tuple[int, int], _Twin] = {}
+"""By the identity of the first buffer's memory, whose end takes the entry away, and where in it the
+buffer begins: weights of experts lie behind each other in one."""
 
 
 def of(
@@ -43,8 +44,9 @@ def of(
     present = [buffer for buffer in buffers if buffer is not None]
     storages = [buffer.untyped_storage() for buffer in present]
     marks = (meaning, *(_mark(buffer) for buffer in present))
+    key = _key(present[0])
     with _lock:
-        held = _twins.get(id(storages[0]))
+        held = _twins.get(key)
     if (
         held is not None
         and held.marks == marks
@@ -53,19 +55,23 @@ def of(
         return held.layer
     layer = make()
     with _lock:
-        if id(storages[0]) not in _twins:
-            weakref.finalize(storages[0], _twins.pop, id(storages[0]), None)
+        if key not in _twins:
+            weakref.finalize(storages[0], _twins.pop, key, None)
         refs = tuple(weakref.ref(storage) for storage in storages)
-        _twins[id(storages[0])] = _Twin(refs, marks, layer)
+        _twins[key] = _Twin(refs, marks, layer)
     return layer
 
 
 def forget(first: Tensor) -> None:
     """Has the twin of the buffers whose first is `first` made anew."""
     with _lock:
-        held = _twins.get(id(first.untyped_storage()))
+        held = _twins.get(_key(first))
         if held is not None:
-            _twins[id(first.untyped_storage())] = _Twin(held.storages, (), held.layer)
+            _twins[_key(first)] = _Twin(held.storages, (), held.layer)
+
+
+def _key(first: Tensor) -> tuple[int, int]:
+    return id(first.untyped_storage()), int(first.storage_offset()) * first.itemsize
 
 
 def _mark(buffer: Tensor) -> tuple[Any, ...]:

@@ -312,8 +312,12 @@ def _set_grad(view: Any, grad: Any) -> Any:
 
 def _set_data(tensor: Any, data: Any) -> Any:
     """What tools do that move weights, or make them contiguous, one by one."""
-    if not isinstance(tensor, WeightView) or not isinstance(data, WeightView):
+    if not isinstance(tensor, WeightView):
         return NotImplemented
+    if not isinstance(data, WeightView):
+        # An embedding that gets another number of rows becomes dense.
+        resize = getattr(tensor.source, "view_resize", None)
+        return tensor if resize is not None and resize(data) else NotImplemented
     same = tensor.source is data.source and tensor.transposed == data.transposed
     return tensor if same and tensor.dtype == data.dtype else NotImplemented
 

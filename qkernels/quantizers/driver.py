@@ -244,7 +244,7 @@ class _Run:
                 inputs=inputs,
                 activation_scale=_activation_scale(scheme, inputs),
             )
-            made[id(layer)] = _build(task, part, self._plan.options)
+            made[id(layer)] = build_layer(task, part, self._plan.options)
         rows = None if inputs is None else inputs.quantized["rows"].rows
         self._install(layer, compare(name, layer, made[id(layer)], rows, str(part)))
 
@@ -266,7 +266,8 @@ def _activation_scale(scheme: QuantScheme, inputs: LayerInputs | None) -> float 
     return largest / scheme.activation.largest or 1.0
 
 
-def _build(task: LayerTask, part: Part, options: Mapping[str, Any]) -> WQLinear:
+def build_layer(task: LayerTask, part: Part, options: Mapping[str, Any]) -> WQLinear:
+    """The layer that a part of a recipe makes."""
     assert part.method.quantize is not None
     try:
         made = part.method.quantize(task, part.parameters)

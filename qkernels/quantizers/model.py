@@ -17,9 +17,11 @@ from qkernels import rounding
 from qkernels.checkpoints import mark_quantized
 from qkernels.checkpoints.format import WeightKind
 from qkernels.checkpoints.table import check_holds
+from qkernels.checkpoints.written import check_writes
 from qkernels.errors import LayerError, SchemeError
 from qkernels.modules.kinds import become, is_plain_linear
-from qkernels.quantizers.driver import Plan, Progress, drive
+from qkernels.quantizers.driver import Outcome, Plan, Progress, drive
+from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.plan import plan_layers
 from qkernels.quantizers.recipe import Recipe
@@ -44,11 +46,13 @@ def quantize_model(
     format: str | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
-    """Replaces the linear layers of `model`, in place, by `WQLinear`.
+    """Replaces the linear layers of `model`, in place, by `WQLinear`; embeddings where asked.
 
     These are its `nn.Linear`s, the Conv1Ds of Transformers, and the experts that Transformers holds
     in one parameter, each a layer of its own: `<parameter>.expert_<number>`. A subclass of
-    `nn.Linear` may compute something else, and is left alone.
+    `nn.Linear` may compute something else, and is left alone. An embedding that is named becomes a
+    `WQEmbedding`, rounded to nearest; where an output head has its weight and is quantized too,
+    both have that of the head.
 
     Args:
         model: its linear layers hold fp16, bf16 or fp32 weights. A model that is an `nn.Linear`
@@ -62,10 +66,12 @@ def quantize_model(
             reach is rounded to nearest, with activations per token where they would be static.
         include: patterns (`fnmatch`) of layer names to quantize; None for all but output heads and
             layers that share their weight with an embedding. The name of a parameter of experts
-            stands for all of them.
+            stands for all of them. An embedding is quantized by a pattern whose last part, behind
+            dots, names it: "*embed_tokens" and not "*" or "model.*".
         exclude: patterns of layers to leave alone.
         overrides: pattern -> scheme, or None to leave the layer alone; the first match counts. A
-            pattern here includes an output head.
+            pattern here includes an output head, and an embedding that it names as above. Head and
+            embedding of one weight must have one scheme where both are named.
         check_kernels: check a kernel on this device before it runs there first.
         resume: a folder, empty or of an interrupted run with the same arguments. Each block is
             stored there when it is finished, and taken from there by the next run, whose result is
@@ -114,7 +120,8 @@ def quantize_model(
         become(model, holder[0])
         return report
     layers = plan_layers(model, default, include, exclude, parsed)
-    _check_methods(recipe, layers.schemes, calibrated=calibration is not None)
+    embeddings = {name: e.scheme for e in layers.embeddings for name in e.names}
+    check_methods(recipe, layers.schemes, calibrated=calibration is not None)
     batches = None if calibration is None else list(calibration)
     if batches is not None and not batches:
         raise LayerError("calibration holds no batch")
@@ -122,20 +129,27 @@ def quantize_model(
     forms = LinearForms(model, plan.schemes)
     try:
         if format is not None:
-            check_holds(format, _kinds(model, plan.schemes, forms))
+            kinds = _kinds(model, plan.schemes, forms)
+            check_holds(format, embedding_kinds(model, layers.embeddings))
+            check_writes(format, model, kinds)
         for name in plan.schemes:
             weight = cast(nn.Linear, model.get_submodule(name)).weight
             rounding.check_weight(weight.detach(), f"{name}.weight")
-        folder = None if resume is None else _open_folder(resume, model, plan)
-        outcome = drive(model, plan, progress or (lambda done, total, name: None), folder)
+        looked_up = EmbeddingForms(model, layers.embeddings)
+        folder = None if resume is None else _open_folder(resume, model, plan, embeddings)
+        if plan.schemes:
+            outcome = drive(model, plan, progress or (lambda done, total, name: None), folder)
+        else:
+            outcome = Outcome(None)
     except BaseException:
         forms.undo()
         raise
     forms.finish()
+    reports = outcome.layers | looked_up.put(outcome.layers)
     mark_quantized(model)
     return QuantizationReport(
         str(recipe),
-        layers=[outcome.layers[name] for name in plan.schemes],
+        layers=[reports[name] for name in (*plan.schemes, *embeddings)],
         skipped=layers.skipped,
         shares=layers.shares,
         unreached=outcome.unreached,
@@ -158,19 +172,21 @@ def _kinds(
     }
 
 
-def _open_folder(folder: str | Path, model: nn.Module, plan: Plan) -> ResumeFolder:
+def _open_folder(
+    folder: str | Path, model: nn.Module, plan: Plan, embeddings: Mapping[str, QuantScheme]
+) -> ResumeFolder:
     batches = plan.batches
     run = {
         "recipe": str(plan.recipe),
         "backend": plan.backend,
-        "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
+        "schemes": {name: str(scheme) for name, scheme in {**plan.schemes, **embeddings}.items()},
         "model": fingerprint_model(model),
         "calibration": None if batches is None else fingerprint_batches(batches),
     }
     return ResumeFolder(folder, run)
 
 
-def _check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:
+def check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:
     """Raises where a part of the recipe cannot make a layer's scheme, or lacks calibration."""
     for name, scheme in schemes.items():
         static = scheme.activation.granularity == "static"

@@ -19,9 +19,17 @@ from qkernels.modules.experts import (
     fused_experts,
     outward,
 )
+from qkernels.modules.foreign import is_foreign, why_foreign
 from qkernels.modules.heads import output_heads
-from qkernels.modules.kinds import is_linear_kind, linear_parts, why_not_plain
-from qkernels.modules.linear import WQLinear
+from qkernels.modules.kinds import (
+    is_embedding_kind,
+    is_linear_kind,
+    linear_parts,
+    why_not_plain,
+    why_not_plain_embedding,
+)
+from qkernels.modules.packed import PackedModule
+from qkernels.quantizers.embeddings import SharedWeight, shared_weights
 from qkernels.scheme import QuantScheme
 
 OUTPUT_HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_projection")
@@ -32,21 +40,27 @@ of the embedding."""
 MENTIONED_SHARE = 0.01
 """What is no linear layer is mentioned from this part of all parameters on."""
 
+_EMBEDDING = "an embedding, which stays in 16 bits unless it is included by name"
+
 _HEAD = "the output head, which stays in 16 bits unless it is included by name"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A linear layer.
+    """A linear layer, or an embedding.
 
     Attributes:
         size: numbers in its own parameters.
+        weight: the identity of its weight, which others may have too; of an entry of a stack, -1.
+        embedding: it is one.
         stack: the name of the fused parameter that it is an entry of, or None.
         why_not: why it can not be quantized, or None.
         hint: why it is not quantized unless it is included by name, or None.
     """
 
     size: int
+    weight: int = -1
+    embedding: bool = False
     stack: str | None = None
     why_not: str | None = None
     hint: str | None = None
@@ -55,12 +69,14 @@ class Candidate:
 @dataclass
 class LayerPlan:
     """Attributes:
-    schemes: of each layer to quantize, by name, in the model's order.
+    schemes: of each linear layer to quantize, by name, in the model's order.
+    embeddings: the weights of embeddings to quantize.
     skipped: what is left alone -> the reason.
     shares: name in `skipped` -> its part of the model's parameters.
     """
 
     schemes: dict[str, QuantScheme] = field(default_factory=dict)
+    embeddings: list[SharedWeight] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
 
@@ -75,37 +91,55 @@ def plan_layers(
     """Arguments as for `quantize_model`, with their schemes parsed.
 
     Raises:
-        LayerError: where nothing is left to quantize, a pattern matches no layer, or a layer is
-            quantized already.
+        LayerError: where nothing is left to quantize, a pattern matches no layer, a layer is
+            quantized already, or a head and an embedding of one weight are to have two schemes.
+        SchemeError: for an embedding whose scheme has quantized activations.
     """
     candidates = find_candidates(model)
+    linears = {name: c for name, c in candidates.items() if not c.embedding}
     for pattern in (*(include or ()), *(exclude or ()), *overrides):
         if not any(_matches(name, c, (pattern,)) for name, c in candidates.items()):
             raise LayerError(
-                f"pattern {pattern!r} matches none of the {len(candidates)} linear layers, "
-                f"for example {list(candidates)[:3]}"
+                f"pattern {pattern!r} matches none of the {len(linears)} linear layers, "
+                f"for example {list(linears)[:3]}, nor an embedding"
             )
     plan = LayerPlan()
+    chosen_embeddings: dict[str, QuantScheme] = {}
     reasons: dict[str, str] = {}
     for name, candidate in candidates.items():
-        override = next((p for p in overrides if _matches(name, candidate, (p,))), None)
+        override = next((p for p in overrides if _names(name, candidate, (p,))), None)
         chosen = default if override is None else overrides[override]
         if candidate.why_not is not None:
             reasons[name] = candidate.why_not
         elif _matches(name, candidate, exclude or ()):
             reasons[name] = "excluded"
-        elif override is None and include is not None and not _matches(name, candidate, include):
-            reasons[name] = "not included"
+        elif override is None and include is not None and not _names(name, candidate, include):
+            reasons[name] = _EMBEDDING if candidate.embedding else "not included"
         elif override is None and include is None and candidate.hint is not None:
             reasons[name] = candidate.hint
         elif chosen is None:
             reasons[name] = f"left alone by the override {override!r}"
+        elif candidate.embedding:
+            chosen_embeddings[name] = chosen
         else:
             plan.schemes[name] = chosen
-    if not plan.schemes:
-        raise LayerError(_nothing_left(model, candidates, reasons))
-    _tell(plan, model, candidates, reasons)
+    able = {n: c.weight for n, c in candidates.items() if c.embedding and c.why_not is None}
+    weights = {name: candidates[name].weight for name in plan.schemes}
+    plan.embeddings = shared_weights(chosen_embeddings, able, plan.schemes, weights)
+    if not plan.schemes and not plan.embeddings:
+        raise LayerError(_nothing_left(model, linears, reasons))
+    planned = {name for shared in plan.embeddings for name in shared.names}
+    _tell(plan, model, candidates, {n: r for n, r in reasons.items() if n not in planned})
     return plan
+
+
+def _names(name: str, candidate: Candidate, patterns: Iterable[str]) -> bool:
+    """Whether one of `patterns` includes it: an embedding only by its own name, not by that of a
+    module around it or by a pattern for everything."""
+    if candidate.embedding:
+        own = (p.rpartition(".")[2] for p in patterns if fnmatchcase(name, p))
+        return any(any(letter.isalnum() for letter in part) for part in own)
+    return _matches(name, candidate, patterns)
 
 
 def _matches(name: str, candidate: Candidate, patterns: Iterable[str]) -> bool:
@@ -127,21 +161,34 @@ def _nothing_left(
 
 
 def find_candidates(model: nn.Module) -> dict[str, Candidate]:
-    """Every linear layer by name, in the model's order; experts of a fused parameter one by one.
+    """Every linear layer and embedding by name, in the model's order; experts of a fused parameter
+    one by one.
 
     Raises:
-        LayerError: where a layer is quantized already.
+        LayerError: where a layer is quantized already, by whatever package.
     """
     hints, fused = _hints(model), _by_owner(fused_experts(model))
     candidates: dict[str, Candidate] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, WQLinear | WQExperts | _AwqLinear):
+        if isinstance(module, PackedModule | WQExperts | _AwqLinear):
             raise LayerError(f"{name} is quantized already: start from the original model")
+        if is_foreign(module):
+            raise LayerError(why_foreign(name, module))
         if is_linear_kind(module):
             candidates[name] = Candidate(
                 size=_size(module._parameters.values()),
+                weight=id(module._parameters.get("weight")),
                 why_not=why_not_plain(module) or _why_not_empty(module),
                 hint=hints.get(id(module)) or _hint_by_name(name),
+            )
+        if is_embedding_kind(module) and name:
+            candidates[name] = Candidate(
+                size=_size(module._parameters.values()),
+                weight=id(module._parameters.get("weight")),
+                embedding=True,
+                why_not=why_not_plain_embedding(module)
+                or (None if _size(module._parameters.values()) else "it has no weights"),
+                hint=_EMBEDDING,
             )
         for stack in fused.get(id(module), ()):
             candidates |= _experts(f"{name}.{stack.name}".lstrip("."), stack)
@@ -160,7 +207,8 @@ def _by_owner(fused: Mapping[str, FusedExperts]) -> dict[int, list[FusedExperts]
 
 def _experts(stack: str, fused: FusedExperts) -> dict[str, Candidate]:
     experts = len(fused.parameter)
-    candidate = Candidate(fused.parameter.numel() // max(1, experts), stack, fused.why_not())
+    size = fused.parameter.numel() // max(1, experts)
+    candidate = Candidate(size, stack=stack, why_not=fused.why_not())
     return {f"{stack}.{expert_name(number)}": candidate for number in range(experts)}
 
 
@@ -229,13 +277,15 @@ def _tell(
     told: dict[str, tuple[str, int]] = {}
     for name, reason in reasons.items():
         stack = candidates[name].stack
+        if candidates[name].embedding and candidates[name].size < MENTIONED_SHARE * total:
+            continue
         entries = () if stack is None else whole[stack]
         if stack is not None and all(reasons.get(entry) == reason for entry in entries):
             told[stack] = reason, candidates[name].size * len(entries)
         else:
             told[name] = reason, candidates[name].size
     for name, module, size in _others(model):
-        if size >= MENTIONED_SHARE * total and name not in told:
+        if size >= MENTIONED_SHARE * total and name not in candidates:
             told[name] = _why_no_linear(module), size
     order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
 
@@ -270,8 +320,6 @@ def _others(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 
 def _why_no_linear(module: nn.Module) -> str:
     kind = type(module).__name__
-    if isinstance(module, nn.Embedding):
-        return "an embedding, which is not quantized"
     if "Conv" in kind:
         return f"a {kind}: convolutions are not quantized"
     if isinstance(module, nn.MultiheadAttention):

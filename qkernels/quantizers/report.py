@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.modules import WQLinear
+from qkernels.modules.packed import PackedModule
 from qkernels.weight import row_slices
 
 
@@ -22,6 +22,8 @@ class LayerReport:
             without any.
         bits_per_weight: all bytes of the packed weight but the bias, in bits over N * K.
         method: the part of the recipe that quantized it.
+        shares: the layer whose packed weight it has, in whose memory it is; None where it has its
+            own. Of embeddings, whose `n` is the size of the vocabulary.
     """
 
     name: str
@@ -32,6 +34,7 @@ class LayerReport:
     output_error: float | None
     bits_per_weight: float
     method: str = "rtn"
+    shares: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class QuantizationReport:
 
     Attributes:
         method: the recipe, in its canonical spelling.
-        layers: the quantized ones, in the model's order.
+        layers: the quantized ones, in the model's order; embeddings come last.
         skipped: linear layers that were left alone, and whatever else has more than a small share
             of the model's parameters -> the reason.
         shares: name in `skipped` -> its part of the model's parameters, from 0 to 1.
@@ -59,12 +62,21 @@ class QuantizationReport:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all quantized weights, their scales included."""
-        return round(sum(r.bits_per_weight * r.n * r.k for r in self.layers) / 8)
+        return round(sum(r.bits_per_weight * r.n * r.k for r in self._stored) / 8)
+
+    @property
+    def numbers(self) -> int:
+        """How many weights all of them have, each counted once."""
+        return sum(r.n * r.k for r in self._stored)
+
+    @property
+    def _stored(self) -> list[LayerReport]:
+        return [report for report in self.layers if report.shares is None]
 
     @property
     def bits_per_weight(self) -> float:
         """Mean over all quantized weights."""
-        return 8 * self.weight_bytes / max(1, sum(r.n * r.k for r in self.layers))
+        return 8 * self.weight_bytes / max(1, self.numbers)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -81,12 +93,16 @@ class QuantizationReport:
 
 
 def compare(
-    name: str, layer: nn.Linear, packed: WQLinear, rows: Tensor | None, method: str
+    name: str,
+    layer: nn.Linear | nn.Embedding,
+    packed: PackedModule,
+    rows: Tensor | None,
+    method: str,
 ) -> LayerReport:
     """The report of one layer, with its errors measured.
 
     Args:
-        rows: [R, K], inputs to measure the output's error on.
+        rows: [R, K], inputs of a linear layer to measure the output's error on.
     """
     weight, held = layer.weight.detach(), packed.packed
     parameters = held.parameters()
@@ -99,7 +115,8 @@ def compare(
     output_error = None
     if rows is not None:
         with torch.no_grad():
-            exact = nn.functional.linear(rows, layer.weight, layer.bias).double()
+            bias = layer.bias if isinstance(layer, nn.Linear) else None
+            exact = nn.functional.linear(rows, layer.weight, bias).double()
             got = packed(rows).double()
         output_error = _relative(float((got - exact).norm()), float(exact.norm()))
     return LayerReport(

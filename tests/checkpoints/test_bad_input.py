@@ -232,10 +232,10 @@ CASES = {
     ),
     "blocks": (TORCHAO, tells("int7.weight", block_size=[2, 32]), r"block_size \[2, 32\] .* not"),
     "an unknown attribute": (TORCHAO, tells("int7.weight", axis=1), "axis=1, which is not known"),
-    "asymmetric inputs": (
+    "unknown inputs": (
         TORCHAO,
-        tells("int7.weight", activation_quantization="int8_asym_per_token"),
-        "inputs quantized as 'int8_asym_per_token' are not supported",
+        tells("int7.weight", activation_quantization="int4_per_token"),
+        "inputs quantized as 'int4_per_token' are not supported",
     ),
     "no metadata": (TORCHAO, lambda f: edit_metadata(f, dict.clear), "metadata .* says nothing of"),
     "an unknown class": (

@@ -61,6 +61,40 @@ def test_a_model_is_what_the_packages_dequantize(kind, tmp_path):
     assert relative(logits(half).float(), logits(dense)) < 0.05
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_tied_head_and_the_embedding_are_one_weight(kind, tmp_path):
+    file = written(tmp_path, kind, tied=True)
+    model, dense = qk.load_model(file), load_dense(file, torch.float32)[0]
+    embedding, head = model.model.embed_tokens, model.lm_head
+    assert isinstance(embedding, qk.WQEmbedding) and embedding.source is head
+    assert str(head.scheme) == TYPES[kind]
+    assert torch.equal(head.dequantize(), dense.lm_head.weight)
+    assert torch.equal(embedding(IDS), dense.model.embed_tokens(IDS))
+    assert relative(logits(model), logits(dense)) < 1e-5
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
+
+
+def test_an_embedding_beside_a_head_of_its_own(tmp_path):
+    file = written(tmp_path, "Q8_0")
+    model, dense = qk.load_model(file), load_dense(file, torch.float32)[0]
+    embedding = model.model.embed_tokens
+    assert isinstance(embedding, qk.WQEmbedding) and embedding.source is None
+    assert torch.equal(embedding(IDS), dense.model.embed_tokens(IDS))
+    # Other formats have its numbers, in 16 bits or 32 as the model is.
+    with pytest.warns(UserWarning, match="no place for quantized embeddings"):
+        qk.save_model(model, tmp_path / "out", format="compressed-tensors")
+    assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
+
+
+def test_an_embedding_of_another_type_stays_dense(tmp_path):
+    file = written(tmp_path, "Q8_0", dense=("token_embd",), tied=True)
+    model, dense = qk.load_model(file), load_dense(file, torch.float32)[0]
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert relative(logits(model), logits(dense)) < 1e-5
+
+
 def test_a_model_by_llama_cpp_itself():
     oracle = load_file(GOLDEN / "oracle.safetensors")
     model = qk.load_model(GOLDEN / "model.gguf")
@@ -147,7 +181,7 @@ def test_damage_is_an_error_of_ours(tmp_path):
 def test_a_scale_that_is_no_number_is_named(tmp_path):
     file = written(tmp_path, "Q4_0")
     store = open_checkpoint(file).store
-    source = store._sources["model.layers.1.mlp.up_proj.weight"].tensor
+    source = store._sources["model.layers.1.mlp.up_proj.weight"][0].tensor
     data = bytearray(file.read_bytes())
     data[source.data_offset : source.data_offset + 2] = b"\xff\xff"
     file.write_bytes(data)

@@ -88,6 +88,11 @@ FOLDERS = {
         "ordered_bytes": "w8a16-g32-sym-sbf16",
     },
     "ct-widths-0.20": WIDTHS,
+    "ct-patterns": {
+        "o_proj": "w8a16-sbf16",
+        "k_proj": "w4a16-sbf16",
+        "v_proj": "w8a16-sbf16",
+    },
     "ct-micro": {
         "nv": "fp4-g16-sfp32",
         "nv_inputs": "fp4-g16-sfp32",
@@ -122,7 +127,7 @@ def test_the_numbers_are_those_of_the_package(folder):
         assert (weight.bias is None) == (bias not in checkpoint.store)
         assert weight.bias is None or torch.equal(weight.bias, checkpoint.store.get(bias))
     assert found == FOLDERS[folder]
-    assert not checkpoint.dense
+    assert checkpoint.dense == (("layer.q_proj.weight",) if folder == "ct-patterns" else ())
 
 
 @pytest.mark.parametrize("folder", ["bnb-int8", "bnb-int8-model"])

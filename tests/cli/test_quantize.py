@@ -13,7 +13,8 @@ import torch
 
 import qkernels as qk
 from qkernels.checkpoints.store import ShardWriter
-from qkernels.cli.quantize import print_report
+from qkernels.cli.quantize import end_of, print_report
+from qkernels.errors import QuantizationError
 from qkernels.models.loading import load_dense, load_model_and_tokenizer
 from qkernels.quantizers.resume import ResumeFolder
 from tests.checkpoints.folders import edit_tensors
@@ -143,6 +144,9 @@ def test_the_report_says_what_calibration_did_not_reach(capsys):
         (("--override", "*=w5"), "scheme 'w5' does not parse"),
         (("--include", "nope"), "pattern 'nope' matches none of the 15 linear layers"),
         (("--exclude", "*"), "no linear layer is left"),
+        (("--head", "w5"), "scheme 'w5' does not parse"),
+        (("--embedding", "w8a16"), "takes the place of an embedding; formats that hold it: qk"),
+        (("--embedding", "w8a8", "--format", "qkernels"), "has no activations to quantize"),
         (("--format", "exl2"), "format 'exl2' is not one of compressed-tensors, qkernels"),
         (("--method", "magic"), "method 'magic' is not one of"),
         (("--calibration", "missing.txt"), "cannot read the text missing.txt"),
@@ -156,6 +160,23 @@ def test_wrong_options_write_nothing(run, model_folder, tmp_path, options, messa
     assert message in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_head_and_embedding(run, model_folder, tmp_path):
+    out, scheme = tmp_path / "out", "w8a16-g32"
+    ends = ("--head", scheme, "--embedding", scheme, "--format", "qkernels")
+    code, text, _ = run("quantize", model_folder, "--scheme", "w4a16-g32", *ends, "-o", out)
+    assert code == 0 and re.search(r"quantized layers +│ 16 \(w4a16-g32, w8a16-g32\)", text)
+    model = qk.load_model(out)
+    assert str(model.lm_head.scheme) == str(model.model.embed_tokens.scheme) == scheme
+    code, text, _ = run("inspect", out)
+    assert code == 0 and re.search(rf"model.embed_tokens +│ +1 │ {scheme} ", text)
+
+
+def test_what_has_no_ends():
+    for part in ("head", "embedding"):
+        with pytest.raises(QuantizationError, match=f"does not say which layer is its {part}"):
+            end_of(torch.nn.Linear(2, 2), part)
 
 
 def test_a_missing_model_and_a_missing_parent(run, model_folder, tmp_path):

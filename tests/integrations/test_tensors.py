@@ -141,10 +141,10 @@ def test_groups_along_the_outputs_are_left_alone():
 def test_tensors_that_no_scheme_holds_are_left_alone():
     layer = torchao("torchao-int8wo", "model.layers.0.self_attn.k_proj")
     weight = layer._parameters["weight"]
-    other = type("Int4TilePackedTo4dTensor", (), {})()
+    other = type("Int4PreshuffledTensor", (), {})()
     vars(other).update(vars(weight))
     layer._parameters["weight"] = other
-    with pytest.raises(LayerError, match="Int4TilePackedTo4dTensor is not supported"):
+    with pytest.raises(LayerError, match="Int4PreshuffledTensor is not supported"):
         qk.replace_linears(nn.Sequential(layer))
 
 

@@ -42,6 +42,24 @@ def test_layouts_give_back_what_was_packed(layout, text, with_perm, device):
     assert torch.equal(before.dequantize(), after.dequantize())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("text", schemes.ALL)
+@pytest.mark.parametrize("with_perm", [False, True])
+def test_rows_are_looked_up_one_by_one(layout, text, with_perm, device):
+    n, k = 37, 200
+    scheme, weight = QuantScheme.parse(text), torch.randn(n, k, device=device)
+    if layout.why_not(scheme) is not None:
+        pytest.skip(f"{layout.name} does not hold {text}")
+    perm = torch.randperm(k, device=device) if with_perm else None
+    scale = schemes.activation_scale(scheme, weight)
+    quantized = rounding.quantize(weight, scheme, perm=perm, activation_scale=scale)
+    rows = torch.tensor([36, 0, 7, 8, 9, 15, 16, 31, 8, 24], device=device)
+    found = pack(quantized, layout).look_up(rows)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, quantized.dequantize()[rows])
+    assert pack(quantized, layout).look_up(rows[:0]).shape == (0, k)
+
+
 @pytest.mark.parametrize("text", ["w2a16", "w3a16", "w4a16", "w4a8", "w2a8"])
 @pytest.mark.parametrize("k", [16, 576, 1536, 4096, 11008, 14336])
 def test_planes_are_tall_enough_for_the_product_and_pad_little(text, k):

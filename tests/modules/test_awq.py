@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from qkernels import WQLinear_GEMM, WQLinear_GEMV, rounding
+from qkernels import WQLinear_GEMM, WQLinear_GEMV, WQLinear_GEMVFast, rounding
+from qkernels.bits import unpack_awq_fast
 from qkernels.errors import LayerError, WeightError
 from qkernels.modules import twins
+from tests.integrations.modules import golden
 
 
 def nibble(words, row, column_word, i):
@@ -72,7 +74,31 @@ def test_buffers_are_autoawqs(cls, group_size):
     assert set(module.state_dict()) == {"qweight", "qzeros", "scales", "bias"}
 
 
-@pytest.mark.parametrize("cls", [WQLinear_GEMM, WQLinear_GEMV])
+def test_fast_buffers_are_autoawqs():
+    tensors, weight, _ = golden("words-awq-gemv_fast-g64")
+    rows, k = tensors["qweight"].shape
+    module = WQLinear_GEMVFast(4, 64, k, 4 * rows, "bias" in tensors, "cpu")
+    module.load_state_dict(tensors, strict=True)
+    assert torch.equal(module.to_weight().dequantize()[: len(weight)], weight)
+    assert module.interleave == 4
+
+    linear, scales, zeros = case(WQLinear_GEMVFast, 64)
+    module = WQLinear_GEMVFast.from_linear(linear, 4, 64, scales=scales, zeros=zeros)
+    codes, _ = truth(linear, scales, zeros, WQLinear_GEMVFast, 64)
+    assert module.qweight.shape == (12, 256) and module.qweight.dtype == torch.int16
+    assert torch.equal(unpack_awq_fast(module.qweight), codes.to(torch.uint8))
+    assert module.scales.shape == module.qzeros.shape == (16, 48)
+    assert torch.equal(module.scales[:4], scales.T) and not module.scales[4:].any()
+    products = (scales * zeros.float()).half().T
+    assert torch.equal(module.qzeros[:4], -products) and not module.qzeros[4:].any()
+    s, z = scales.float().repeat_interleave(64, 1), products.T.float().repeat_interleave(64, 1)
+    assert torch.equal(module.to_weight().dequantize(), codes * s - z)
+
+
+MODULES = pytest.mark.parametrize("cls", [WQLinear_GEMM, WQLinear_GEMV, WQLinear_GEMVFast])
+
+
+@MODULES
 def test_init_only_is_filled_by_load_state_dict(cls):
     linear, scales, zeros = case(cls, bias=False)
     filled = cls.from_linear(linear, 4, 64, scales=scales, zeros=zeros)
@@ -85,7 +111,7 @@ def test_init_only_is_filled_by_load_state_dict(cls):
     assert torch.equal(copy.deepcopy(filled)(x), filled(x))
 
 
-@pytest.mark.parametrize("cls", [WQLinear_GEMM, WQLinear_GEMV])
+@MODULES
 def test_without_scales_it_rounds_to_nearest(cls):
     linear = nn.Linear(256, 48).half()
     module = cls.from_linear(linear, 4, -1 if cls is WQLinear_GEMM else 128)
@@ -110,15 +136,19 @@ def test_what_the_layouts_cannot_hold_is_named():
         WQLinear_GEMV.from_linear(linear, 4, 16)
 
 
-MODULES = pytest.mark.parametrize("cls", [WQLinear_GEMM, WQLinear_GEMV])
-
-
 def made(cls, bias=True):
     linear, scales, zeros = case(cls, bias=bias)
     module = cls.from_linear(linear, 4, 64, scales=scales, zeros=zeros)
     x = torch.randn(5, 256).half()
     exact = x.double() @ module.to_weight().dequantize().double().t()
     return module, x, exact if linear.bias is None else exact + linear.bias.double()
+
+
+def scale(module, factor):
+    """Multiplies the weight by a power of two, in place."""
+    module.scales.mul_(factor)
+    if module.version == "gemv_fast":
+        module.qzeros.mul_(factor)
 
 
 def right(y, exact):
@@ -150,10 +180,11 @@ def test_in_inference_mode(cls, bias):
 def test_what_is_written_to_the_buffers_counts(cls):
     module, x, exact = made(cls)
     assert right(module(x), exact)
-    module.scales.mul_(2)
+    scale(module, 2)
     bias = module.bias.double()
     assert right(module(x), 2 * (exact - bias) + bias)
-    module.scales = module.scales / 2
+    module.scales = module.scales.clone()
+    scale(module, 0.5)
     assert right(module(x), exact)
     module.bias.data = torch.zeros(48).half()
     assert right(module(x), exact - bias)
@@ -172,9 +203,9 @@ def test_it_compiles_whole_and_exports(cls, dynamic):
         assert right(compiled(x), exact)
     with torch.inference_mode():
         assert right(compiled(x), exact)
-    module.scales.mul_(2)
+    scale(module, 2)
     assert right(compiled(x), 2 * (exact - module.bias.double()) + module.bias.double())
-    module.scales.div_(2)
+    scale(module, 0.5)
     exported = torch.export.export(module, (x,))
     assert right(exported.module()(x), exact)
     given = x.clone().requires_grad_()

@@ -124,12 +124,12 @@ def test_moving_repacks(text):
 
 def test_moving_between_layouts_is_exact(monkeypatch):
     """What `.to(device)` does, between the layouts of two backends on one device."""
-    from qkernels.modules.linear import _moved
+    from qkernels.modules.packed import moved
 
     for text in SOME:
         plain = quantized(text, backend="reference").packed
-        planar = _moved(plain, LAYOUTS["planar"], plain.device)
-        back = _moved(planar, LAYOUTS["plain"], plain.device)
+        planar = moved(plain, LAYOUTS["planar"], plain.device)
+        back = moved(planar, LAYOUTS["plain"], plain.device)
         assert list(plain.buffers) == list(back.buffers)
         for name, buffer in plain.buffers.items():
             assert torch.equal(buffer, back.buffers[name]), (text, name)

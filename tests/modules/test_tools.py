@@ -54,11 +54,11 @@ def test_it_is_assigned_to_a_model_without_memory(text):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_dict_of_any_layout_loads(layout, assign):
-    from qkernels.modules.linear import _moved
+    from qkernels.modules.packed import moved
 
     layer = WQLinear.from_linear(nn.Linear(64, 48), "w4a16-g32")
     other = copy.deepcopy(layer)
-    other._install(_moved(layer.packed, LAYOUTS[layout], torch.device("cpu")))
+    other._install(moved(layer.packed, LAYOUTS[layout], torch.device("cpu")))
     state = other.state_dict()
     names = {name for name in state if name.startswith("words")}
     assert names == {"words" if layout == "plain" else f"words_{layout}"}

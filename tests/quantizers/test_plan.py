@@ -87,6 +87,40 @@ def test_a_layer_that_shares_its_weight_with_an_embedding_is_left_alone():
     assert found.skipped["table"].startswith("an embedding")
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_embeddings_are_taken_where_their_own_name_is_in_a_pattern(name):
+    model, head = make(name)
+    embedding = model.get_input_embeddings()
+    names = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Embedding) and m.weight is embedding.weight
+    ]
+    if not names:
+        pytest.skip(f"the input of {name} is no embedding of tokens")
+    around = f"{names[0].rpartition('.')[0]}.*" if "." in names[0] else "*"
+    for include in (["*"], ["*", around]):
+        found = plan(model, include=include)
+        assert not found.embeddings and head in found.schemes
+        assert found.skipped[names[0]].startswith("an embedding, which stays in 16 bits")
+    for pattern in (names[-1], f"*{names[-1].rpartition('.')[2]}"):
+        (shared,) = (s for s in plan(model, include=[pattern]).embeddings if names[0] in s.names)
+        # All that have this weight, and no head, which is not named.
+        assert shared.names == tuple(names) and shared.head is None
+        assert str(shared.scheme) == "w8a16"
+    tied = model.get_submodule(head).weight is embedding.weight
+    (shared,) = plan(model, include=[names[0], head]).embeddings
+    assert shared.head == (head if tied else None)
+    other = {head: QuantScheme.parse("w4a16-g32"), names[0]: QuantScheme.parse("w8a16")}
+    if tied:
+        with pytest.raises(LayerError, match="they share one weight"):
+            plan(model, **other)
+    else:
+        assert plan(model, **other).schemes[head] == other[head]
+    left = plan(model, **{names[0]: None})
+    assert not left.embeddings and "left alone by the override" in left.skipped[names[0]]
+
+
 def test_what_is_no_linear_layer_is_named_from_a_share_on():
     class Own(nn.Module):
         def __init__(self, size):

@@ -24,9 +24,13 @@ cpu::Isa isa_here(std::string_view name);
 // Throws ValueError for a type that kernels do not read.
 cpu::FloatType float_type(const char* name, at::ScalarType type);
 
+// That of scales, zero points and offsets. Throws ValueError for any other.
+cpu::GroupType group_type(const char* name, at::ScalarType type);
+
 void register_cpu_routes(pybind11::module_& m);
 void register_cpu_rows(pybind11::module_& m);
 void register_cpu_packing(pybind11::module_& m);
+void register_cpu_embedding(pybind11::module_& m);
 void register_cpu_machine(pybind11::module_& m);
 
 }  // namespace qkernels::bindings

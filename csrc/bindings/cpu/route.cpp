@@ -17,16 +17,6 @@ namespace qkernels::bindings {
 
 namespace {
 
-cpu::GroupType group_type(const char* name, at::ScalarType type) {
-  switch (type) {
-    case at::kHalf: return cpu::GroupType::kFp16;
-    case at::kBFloat16: return cpu::GroupType::kBf16;
-    case at::kFloat: return cpu::GroupType::kFp32;
-    case at::kByte: return cpu::GroupType::kUint8;
-    default: TORCH_CHECK_VALUE(false, name, " must be uint8, fp16, bf16 or fp32, got ", type);
-  }
-}
-
 cpu::Code code_of(std::string_view name) {
   if (name == "int4") return cpu::Code::kInt4;
   if (name == "table4") return cpu::Code::kTable4;
@@ -239,6 +229,16 @@ class CpuRoute final : public Route {
 };
 
 }  // namespace
+
+cpu::GroupType group_type(const char* name, at::ScalarType type) {
+  switch (type) {
+    case at::kHalf: return cpu::GroupType::kFp16;
+    case at::kBFloat16: return cpu::GroupType::kBf16;
+    case at::kFloat: return cpu::GroupType::kFp32;
+    case at::kByte: return cpu::GroupType::kUint8;
+    default: TORCH_CHECK_VALUE(false, name, " must be uint8, fp16, bf16 or fp32, got ", type);
+  }
+}
 
 void register_cpu_routes(py::module_& m) {
   py::class_<CpuRoute, Route, std::shared_ptr<CpuRoute>>(

@@ -1,0 +1,1 @@
+"""Against the packages whose checkpoints are read and written; `make oracles` installs them."""
