@@ -61,6 +61,10 @@ DAMAGES = {
     "unknown class": (change(architectures=["Nonesuch"]), "no known model"),
     "no class": (change(architectures=[]), "no known model"),
     "class a number": (change(architectures=7), "no known model"),
+    "no class, and of no known type": (
+        change(architectures=None, model_type="clip"),
+        "names no architectures, and model_type 'clip' is no language model",
+    ),
     "size a string": (
         change(hidden_size="64"),
         "no known model",

@@ -184,6 +184,16 @@ def test_what_a_model_says_it_does_not_use_is_passed_over(tmp_path, monkeypatch)
     assert len(qk.load_model(tmp_path / "out").model.layers) == 1
 
 
+def test_without_a_class_it_is_the_language_model_of_its_type(tmp_path):
+    model = tiny_model()
+    qk.quantize_model(model, scheme="w4a16-g32")
+    qk.save_model(model, tmp_path / "out")
+    edit_config(tmp_path / "out", lambda config: config.pop("architectures"))
+    loaded = qk.load_model(tmp_path / "out")
+    assert type(loaded) is type(model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 @pytest.mark.parametrize("format", holding("w8a16"))
 @pytest.mark.parametrize("head", [None, "w8a16"])
 def test_one_embedding_under_several_names(tmp_path, head, format):
