@@ -282,6 +282,10 @@ def _cpu_embedding(spec: str) -> Any:
         return None
     scheme, device = what.scheme, torch.device("cpu")
     codes = torch.arange(1 << scheme.bits, dtype=torch.uint8, device=device)
+    values = code_values(scheme, codes)
+    if scheme.bits < 4:
+        # Words that no packing made may hold more than the scheme has.
+        values = torch.nn.functional.pad(values, (0, 16 - len(values)))
     return _compiled.CpuEmbedding(
         n=what.n,
         k=what.k,
@@ -291,7 +295,7 @@ def _cpu_embedding(spec: str) -> Any:
         groups=scheme.groups(what.k),
         one_scale=scheme.per_tensor,
         panels=what.layout == "vnni",
-        values=code_values(scheme, codes),
+        values=values,
         nested_table=nested_table(device) if scheme.scale_levels == "double" else None,
     )
 

@@ -31,7 +31,7 @@ struct EmbeddingTable {
   int64_t group, padded_group;  // columns of a group, and its distance to the next
   int64_t groups;
   bool one_scale;       // for the whole weight; panels hold it for each row
-  const float* values;  // [2^bits], what codes stand for
+  const float* values;  // [16], or [256] of 8 bits: what codes stand for
   GroupNumbers scales, zeros, offsets;
   const float* channel_scales;  // [n], where scales are integers; else null
   const float* nested_table;    // [256], of scales of kNested

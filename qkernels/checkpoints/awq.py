@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qkernels.bits import pack_awq, unpack_awq
 from qkernels.checkpoints.config import Config
+from qkernels.checkpoints.exact import by_channel, with_integer_zeros
 from qkernels.checkpoints.format import Format, StoredLayer, WeightKind
 from qkernels.checkpoints.packed_config import AWQ, Settings, detects, layer_names, read_section
 from qkernels.checkpoints.packed_layers import (
@@ -100,6 +101,7 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
 
 
 def _write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
+    weight = with_integer_zeros(by_channel(weight))
     tensors = {
         "qweight": pack_awq(weight.codes.t()),
         "qzeros": pack_awq(stored_zeros(weight).t()),

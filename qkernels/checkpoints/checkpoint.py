@@ -9,7 +9,8 @@ from pathlib import Path
 
 from qkernels.checkpoints.config import Config, read_config
 from qkernels.checkpoints.format import Format, StoredLayer
-from qkernels.checkpoints.gguf import GgufStore, gguf_file
+from qkernels.checkpoints.gguf import GgufStore
+from qkernels.checkpoints.gguf_file import gguf_file
 from qkernels.checkpoints.kv_cache import is_of_cache
 from qkernels.checkpoints.store import Store
 from qkernels.checkpoints.table import find_format

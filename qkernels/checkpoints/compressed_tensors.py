@@ -51,6 +51,7 @@ from qkernels.checkpoints.compressed_tensors_config import (
     write_section,
 )
 from qkernels.checkpoints.config import Config, quantization_of
+from qkernels.checkpoints.exact import with_integer_zeros
 from qkernels.checkpoints.format import Format, StoredLayer, WeightKind, says_method
 from qkernels.checkpoints.store import Store
 from qkernels.errors import CheckpointError, SchemeError
@@ -77,6 +78,8 @@ def _why_not(kind: WeightKind) -> str | None:
     scheme = kind.scheme
     if kind.instead_of is not None:
         return f"is read into nn.Linear alone, and this takes the place of {kind.instead_of}"
+    if scheme.weight.name == "fp4":
+        return "is not written with fp4 weights, whose scales it has in two levels or as exponents"
     if scheme.weight.kind == "codebook":
         return f"has no {scheme.weight.name} codebooks"
     if scheme.weight.name == "fp8e5m2":
@@ -305,6 +308,7 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
 
 
 def _write_layer(weight: QuantizedWeight) -> dict[str, Tensor]:
+    weight = with_integer_zeros(weight)
     scheme, kind = weight.scheme, kind_of(weight.scheme)
     scales = weight.scales.flatten() if scheme.per_tensor else weight.scales
     tensors = {"weight_scale": scales.contiguous()}

@@ -6,7 +6,7 @@ import copy
 import importlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.checkpoint import Checkpoint
 from qkernels.checkpoints.config import QUANTIZATION_KEYS, Config, brief
+from qkernels.checkpoints.dense import Place, replace_tensor
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.limits import TooManyParametersError, check_depth, parameters_on_meta
 from qkernels.errors import CheckpointError
@@ -87,6 +88,31 @@ def _class_name(config: Config, path: Path) -> str:
             "no language model of Transformers: add the name of the class"
         )
     return str(name)
+
+
+def compute_parameters(model: Any, places: Mapping[str, Place]) -> None:
+    """Gives those of `places` values that the model's own code computes, such as positions.
+
+    It is the code that Transformers runs for new weights, which draws others at random: what comes
+    out different from another seed is left on the meta device.
+    """
+    for place in places.values():
+        made = [_initialized(model, place, seed) for seed in (0, 1)]
+        if torch.equal(*made):
+            replace_tensor([place], made[0])
+
+
+def _initialized(model: Any, place: Place, seed: int) -> Tensor:
+    module = copy.deepcopy(place.module).to_empty(device="cpu", recurse=False)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for tensor in module._parameters.values():
+            if tensor is not None and tensor.is_floating_point():
+                # Never equal, where it is not written.
+                tensor.fill_(math.nan)
+        torch.manual_seed(seed)
+        model._init_weights(module)
+    found: Tensor = getattr(module, place.name).detach()
+    return found
 
 
 def _check_memory(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from qkernels.checkpoints.config import Config, quant_method
+from qkernels.checkpoints.exact import are_codes
 from qkernels.checkpoints.store import Store
 from qkernels.fields import FIELDS
 from qkernels.scheme import QuantScheme
@@ -22,7 +23,7 @@ class WeightKind:
     Attributes:
         fields: the names of all hub fields that it has.
         shape: (N, K), or None where it is not known yet.
-        real_zeros: its zero points are floating numbers.
+        real_zeros: its zero points are no integers of its bits.
         instead_of: what its layer takes the place of, as in "a Conv1D"; None for an nn.Linear.
         negative_scales: some of its scales are below zero.
         shares: the name of another layer whose weight it is, of an embedding; else None.
@@ -48,7 +49,7 @@ class WeightKind:
             weight.scheme,
             frozenset(weight.fields),
             shape=(weight.n, weight.k),
-            real_zeros=zeros is not None and zeros.is_floating_point(),
+            real_zeros=zeros is not None and not are_codes(zeros, weight.scheme.bits),
             negative_scales=not scales.is_meta and bool((scales < 0).any()),
         )
 

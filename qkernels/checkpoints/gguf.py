@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,54 +24,17 @@ from qkernels.bits.gguf import GGUF_TYPES
 from qkernels.checkpoints.config import Config
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.format import Format, StoredLayer, WeightKind
-from qkernels.checkpoints.gguf_header import MAGIC, GgufTensor, read_header
+from qkernels.checkpoints.gguf_config import FACTORS, complete_config, set_factors
+from qkernels.checkpoints.gguf_file import DAMAGED, header, package
 from qkernels.checkpoints.limits import check_depth, parameters_on_meta
 from qkernels.checkpoints.store import Store
 from qkernels.checkpoints.ties import ties
 from qkernels.errors import CheckpointError
-from qkernels.modules.kinds import is_plain_embedding, is_plain_linear
+from qkernels.modules.experts import expert_name, fused_experts
+from qkernels.modules.kinds import is_conv1d, is_plain_embedding, is_plain_linear
+from qkernels.modules.rows import part_name
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
-
-_DAMAGED = "cannot be read, it may be damaged or of an unsupported kind"
-_HOLDS_FACTORS = "rope_freqs.weight"
-"""Factors of long contexts, which Transformers does not apply."""
-
-
-def gguf_file(path: str | Path) -> Path | None:
-    """The GGUF file that `path` is, or the one of a folder without config.json; or None.
-
-    Raises:
-        CheckpointError: where a folder without config.json holds several.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if (path / "config.json").exists():
-            return None
-        found = sorted(path.glob("*.gguf"))
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
-            raise CheckpointError(f"{path} holds several GGUF files ({names}): give one of them")
-        path = found[0] if found else path
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return path if file.read(len(MAGIC)) == MAGIC else None
-
-
-def has_quantized_tensors(path: Path) -> bool:
-    """Whether a GGUF file holds matrices of types that schemes hold, by its header alone.
-
-    Raises:
-        CheckpointError: for a file that does not hold what its header says.
-    """
-    names = {_package("gguf").GGMLQuantizationType[name].value for name in GGUF_TYPES}
-    return any(len(tensor.shape) >= 2 and tensor.kind in names for tensor in _header(path))
-
-
-def _header(path: Path) -> list[GgufTensor]:
-    sizes = _package("gguf").GGML_QUANT_SIZES
-    return read_header(path, {kind.value: size for kind, size in sizes.items()})
 
 
 @dataclass(frozen=True)
@@ -83,16 +46,39 @@ class _Source:
         shape: of the model's tensor.
         rows: int64 [N], the row of the file's matrix that is row n of the model's; None where
             the model's is no matrix of these rows.
+        first: of experts, the row of each of the model's that the file's first row is; else None.
     """
 
     tensor: Any
     shape: tuple[int, ...]
-    rows: Tensor | None
+    rows: Tensor | None = None
+    first: int | None = None
 
     @property
     def kind(self) -> str:
         name: str = self.tensor.tensor_type.name
         return name
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the blocks of a layer are.
+
+    Attributes:
+        kind: the name of their type.
+        tensor: the model's that they belong to.
+        part: which of the file's tensors that this is made of.
+        expert: which of its entries; None for all of it.
+    """
+
+    kind: str
+    tensor: str
+    part: int = 0
+    expert: int | None = None
+
+
+_HEAD, _OWN_HEAD = "output.weight", "lm_head.weight"
+"""Transformers puts this one of GPT-2 in its place by itself."""
 
 
 class GgufStore(Store):
@@ -104,23 +90,26 @@ class GgufStore(Store):
     """
 
     def __init__(self, path: Path) -> None:
-        self.folder = path.parent
+        self.folder, self.metadata = path.parent, {}
         self.where = self.config_path = path
-        self.metadata = {}
-        gguf = _package("gguf")
-        transformers, reading = _package("transformers"), _transformers_reading()
-        tensors = len(_header(path))
-        with as_checkpoint_error(path, _DAMAGED), gguf_read_once():
+        count = len(header(path))
+        gguf = package("gguf")
+        transformers, reading = package("transformers"), _transformers_reading()
+        with as_checkpoint_error(path, DAMAGED), gguf_read_once():
             reader = gguf.GGUFReader(path)
             config = transformers.AutoConfig.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True
             )
-            raw = json.loads(config.to_json_string(use_diff=False))
-            check_depth(raw, tensors, path)
-            with torch.device("meta"), parameters_on_meta(tensors):
+            complete_config(config, self._said(reader), path)
+            check_depth(json.loads(config.to_json_string(use_diff=False)), count, path)
+            with torch.device("meta"), parameters_on_meta(count):
                 model = transformers.AutoModelForCausalLM.from_config(config)
             self._processor = self._processor_of(reading, reader, config)
             self._names = reading.get_gguf_hf_weights_map(model, self._processor)
+            factors = {t.name: t.data for t in reader.tensors if t.name in FACTORS}
+            if factors:
+                set_factors(config, model, factors, self._said(reader), path)
+        raw = json.loads(config.to_json_string(use_diff=False))
         self.config = {**raw, "architectures": [type(model).__name__]}
         self._linears = {
             name
@@ -131,53 +120,85 @@ class GgufStore(Store):
             name.removesuffix(".weight"): source.removesuffix(".weight")
             for name, source in ties(model).items()
         }
-        self._sources: dict[str, _Source] = {}
+        self._turned = {n for n, module in model.named_modules() if is_conv1d(module)}
+        self._experts = {n: s for n, s in fused_experts(model).items() if not s.transposed}
+        self._sources: dict[str, list[_Source]] = {}
         for tensor in reader.tensors:
-            if tensor.name not in self._names:
-                raise CheckpointError(self._no_place(tensor.name, type(model).__name__))
-            name = self._names[tensor.name]
-            with as_checkpoint_error(path, _DAMAGED):
-                self._sources[name] = self._source(tensor)
+            if tensor.name in factors:
+                continue
+            with as_checkpoint_error(path, DAMAGED):
+                name, source = self._source(tensor, type(model).__name__)
+            self._sources.setdefault(name, []).append(source)
 
     def _processor_of(self, reading: Any, reader: Any, config: Any) -> Any:
-        architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-        kind = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)
+        kind = reading.TENSOR_PROCESSORS.get(_architecture(reader), reading.TensorProcessor)
         return kind(config=config.to_dict())
 
-    def _no_place(self, name: str, model: str) -> str:
-        if name == _HOLDS_FACTORS:
-            return (
-                f"{self.config_path} holds {name}, factors of its position embedding that "
-                "Transformers does not apply, so the model would be read wrongly"
-            )
-        return (
-            f"{self.config_path} holds {name}, which has no place in a {model} of Transformers, "
-            "or is shared out among experts there: not supported"
-        )
+    def _said(self, reader: Any) -> Callable[[str], Any]:
+        def said(key: str) -> Any:
+            found = reader.fields.get(f"{_architecture(reader)}.{key}")
+            return None if found is None else found.contents()
 
-    def _source(self, tensor: Any) -> _Source:
+        return said
+
+    def _source(self, tensor: Any, model: str) -> tuple[str, _Source]:
+        """The model's tensor that one of the file is, or is a part of."""
         import numpy as np
 
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        if len(shape) == 2:
-            # Numbers of rows, twice, with another number beside each.
-            numbers = np.arange(shape[0] * 2, dtype=np.int64).reshape(-1, 2)
-            found = self._process(numbers, tensor.name)
-            if found.shape == numbers.shape and (found[:, 1] == found[:, 0] + 1).all():
-                order = torch.from_numpy(found[:, 0] // 2)
+        made = self._numbered(tensor.name, shape) if len(shape) > 1 else None
+        if made is not None:
+            name, numbers, found = made
+            turned = found.dim() == 2 and name.removesuffix(".weight") in self._turned
+            rows = found.mT if turned else found
+            if len(shape) == 2 and rows.shape == numbers.shape and _follow(rows):
+                order = rows[:, 0] // rows.shape[1] - 1
                 if torch.equal(order.sort().values, torch.arange(shape[0])):
-                    return _Source(tensor, shape, order)
-        made = self._process(np.zeros(shape, dtype=np.float32), tensor.name)
-        return _Source(tensor, tuple(made.shape), None)
+                    return name, _Source(tensor, shape[::-1] if turned else shape, order)
+            if len(shape) == 3 and found.dim() == 3 and len(found) == shape[0]:
+                whole = (*found.shape[:2], shape[2])
+                return name, _Source(tensor, whole, None, _first_row(found, numbers))
+        placed = self._process({}, np.zeros(shape, dtype=np.float32), tensor.name)
+        if placed is None:
+            raise CheckpointError(
+                f"{self.config_path} holds {tensor.name}, which has no place in a {model} of "
+                "Transformers: not supported"
+            )
+        return placed[0], _Source(tensor, tuple(placed[1].shape))
 
-    def _process(self, values: Any, name: str) -> Any:
-        parsed: dict[str, Any] = {"tensors": {}}
+    def _numbered(self, name: str, shape: tuple[int, ...]) -> tuple[str, Tensor, Tensor] | None:
+        """The model's name of a matrix of the file; numbers in its place, W from W(n + 1) on in row
+        n, so that none is 0, which stands for rows that another tensor fills; and what becomes of
+        them."""
+        rows = math.prod(shape[:-1])
+        # Code that reshapes by sizes of the config needs all columns.
+        for width in (2, shape[-1]):
+            numbers = torch.arange(width, width + width * rows).view(*shape[:-1], width)
+            with contextlib.suppress(ValueError):
+                made = self._process({}, numbers.numpy(), name)
+                return made and (made[0], numbers, torch.from_numpy(made[1].copy()))
+        return None
+
+    def _process(self, parsed: dict[str, Any], values: Any, name: str) -> tuple[str, Any] | None:
+        """The model's name of a tensor, and what Transformers makes of it; None if it has no place.
+
+        Args:
+            parsed: what was made of others that are parts of the same; added to.
+        """
+        experts = name.removesuffix(".weight")
+        if name not in self._names and experts not in self._names and name != _HEAD:
+            return None
         result = self._processor.process(
-            weights=values, name=name, tensor_key_mapping=self._names, parsed_parameters=parsed
+            weights=values,
+            name=name,
+            tensor_key_mapping=self._names,
+            parsed_parameters={"tensors": parsed},
         )
-        if parsed["tensors"] or result.name != name:
-            raise CheckpointError(self._no_place(name, "model"))
-        return result.weights
+        if result.name is None:
+            # The part is in its place among others.
+            made = self._names.get(experts, _OWN_HEAD)
+            return (made, parsed[made].numpy()) if made in parsed else None
+        return (self._names[name], result.weights) if result.name == name in self._names else None
 
     def __contains__(self, name: object) -> bool:
         return name in self._sources
@@ -192,7 +213,7 @@ class GgufStore(Store):
         return self._source_of(name).shape
 
     def nbytes(self, name: str) -> int:
-        return int(self._source_of(name).tensor.n_bytes)
+        return sum(int(source.tensor.n_bytes) for source in self._parts_of(name))
 
     def dtype(self, name: str) -> torch.dtype:
         self._source_of(name)
@@ -202,21 +223,32 @@ class GgufStore(Store):
         """One tensor, dequantized, in memory of its own."""
         import numpy as np
 
-        source, gguf = self._source_of(name), _package("gguf")
-        with as_checkpoint_error(self.config_path, _DAMAGED):
-            values = gguf.dequantize(source.tensor.data, source.tensor.tensor_type)
-            made = self._process(values, source.tensor.name)
-            return torch.from_numpy(np.array(made, dtype=np.float32))
+        gguf, parsed, made = package("gguf"), dict[str, Any](), None
+        with as_checkpoint_error(self.config_path, DAMAGED):
+            for source in self._parts_of(name):
+                values = gguf.dequantize(source.tensor.data, source.tensor.tensor_type)
+                made = self._process(parsed, values, source.tensor.name)
+            assert made is not None, name
+            return torch.from_numpy(np.array(made[1], dtype=np.float32))
 
-    def layers(self) -> dict[str, str]:
-        """The linear layers and embeddings whose blocks a scheme holds -> the name of its type."""
+    def layers(self) -> dict[str, Blocks]:
+        """The linear layers and embeddings whose blocks a scheme holds, those of experts one by
+        one."""
         found = {}
-        for name, source in self._sources.items():
+        for name, sources in self._sources.items():
             layer = name.removesuffix(".weight")
-            if layer != name and layer in self._linears and source.rows is not None:
-                known = GGUF_TYPES.get(source.kind)
-                if known is not None and source.shape[1] % known.size == 0:
-                    found[layer] = source.kind
+            if any(not _held(source) for source in sources):
+                continue
+            if layer != name and layer in self._linears and sources[0].rows is not None:
+                found[layer] = Blocks(sources[0].kind, name)
+            elif name in self._experts and all(source.first is not None for source in sources):
+                ordered = sorted(range(len(sources)), key=lambda i: sources[i].first or 0)
+                for expert in range(sources[0].shape[0]):
+                    whole = f"{name}.{expert_name(expert)}"
+                    for number, i in enumerate(ordered):
+                        # Rows of two tensors, such as those of gate and up.
+                        part = whole if len(sources) == 1 else f"{whole}.{part_name(number)}"
+                        found[part] = Blocks(sources[i].kind, name, i, expert)
         return found
 
     def tied_heads(self) -> dict[str, str]:
@@ -227,33 +259,55 @@ class GgufStore(Store):
             if head in self._linears and f"{head}.weight" not in self
         }
 
-    def blocks(self, name: str) -> Tensor:
-        """The blocks of a matrix, uint8 [N, blocks, bytes], in the model's order of rows."""
+    def blocks(self, layer: Blocks) -> Tensor:
+        """The blocks of a layer, uint8 [N, blocks, bytes], in the model's order of rows."""
         import numpy as np
 
-        source = self._source_of(name)
-        assert source.rows is not None
-        n, nbytes = source.shape[0], GGUF_TYPES[source.kind].nbytes
-        raw = torch.from_numpy(np.array(source.tensor.data)).view(torch.uint8)
-        return raw.reshape(n, -1, nbytes).index_select(0, source.rows)
+        source, nbytes = self._parts_of(layer.tensor)[layer.part], GGUF_TYPES[layer.kind].nbytes
+        data = source.tensor.data
+        raw = np.array(data if layer.expert is None else data[layer.expert])
+        rows = raw.shape[0]
+        blocks = torch.from_numpy(raw).view(torch.uint8).reshape(rows, -1, nbytes)
+        return blocks if source.rows is None else blocks.index_select(0, source.rows)
+
+    def _parts_of(self, name: str) -> list[_Source]:
+        self._source_of(name)
+        return self._sources[name]
 
     def _source_of(self, name: str) -> _Source:
         if name not in self._sources:
             raise CheckpointError(f"{self.config_path}: {name} is missing")
-        return self._sources[name]
+        return self._sources[name][0]
 
 
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise CheckpointError(
-            f"loading a GGUF file needs {name} ({error}): pip install 'qkernels[models]'"
-        ) from None
+def _architecture(reader: Any) -> str:
+    return bytes(reader.fields["general.architecture"].parts[-1]).decode()
+
+
+def _held(source: _Source) -> bool:
+    """Whether a scheme holds the blocks."""
+    known = GGUF_TYPES.get(source.kind)
+    return known is not None and int(source.tensor.shape[0]) % known.size == 0
+
+
+def _follow(numbers: Tensor) -> bool:
+    """Whether each row has numbers that follow each other from a multiple of their count on."""
+    first, width = numbers[:, :1], numbers.shape[1]
+    steps = torch.arange(width, dtype=numbers.dtype)
+    return bool((first % width == 0).all() and (numbers == first + steps).all())
+
+
+def _first_row(found: Tensor, numbers: Tensor) -> int | None:
+    """Where the rows of each expert begin among those found, or None where they are not in order
+    and alike."""
+    filled = found[0, :, 0].nonzero().flatten()
+    start, count = (int(filled[0]) if len(filled) else 0), numbers.shape[1]
+    same = torch.equal(found[:, start : start + count], numbers)
+    return start if same else None
 
 
 def _transformers_reading() -> Any:
-    return _package("transformers.modeling_gguf_pytorch_utils")
+    return package("transformers.modeling_gguf_pytorch_utils")
 
 
 @contextlib.contextmanager
@@ -264,7 +318,7 @@ def gguf_read_once() -> Iterator[None]:
     weights and tokenizer, and builds the table of tensor names once a module: on one file of 98 MB
     18 s in all, 8 s with both remembered.
     """
-    gguf = _package("gguf")
+    gguf = package("gguf")
     with contextlib.ExitStack() as stack:
         for name in ("GGUFReader", "get_tensor_name_map"):
             if not hasattr(getattr(gguf, name), "cache_info"):
@@ -285,10 +339,10 @@ def _detect(config: Config, store: Store) -> bool:
 def _read_plan(config: Config, store: Store) -> dict[str, StoredLayer]:
     assert isinstance(store, GgufStore)
     plan = {}
-    for name, kind in store.layers().items():
-        scheme = QuantScheme.parse(GGUF_TYPES[kind].scheme)
-        tensors = (f"{name}.weight", f"{name}.bias")
-        plan[name] = StoredLayer(scheme, tuple(t for t in tensors if t in store), kind)
+    for name, blocks in store.layers().items():
+        scheme = QuantScheme.parse(GGUF_TYPES[blocks.kind].scheme)
+        tensors = (blocks.tensor, f"{name}.bias")
+        plan[name] = StoredLayer(scheme, tuple(t for t in tensors if t in store), blocks)
     for head, embedding in store.tied_heads().items():
         if embedding in plan:
             # The head has the packed weight, and the embedding looks its rows up there.
@@ -299,7 +353,7 @@ def _read_plan(config: Config, store: Store) -> dict[str, StoredLayer]:
 
 def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     assert isinstance(store, GgufStore)
-    found = GGUF_TYPES[layer.details].decode(store.blocks(layer.tensors[0]))
+    found = GGUF_TYPES[layer.details.kind].decode(store.blocks(layer.details))
     zeros = None
     if not layer.scheme.symmetric:
         zeros = torch.zeros(found.scales.shape, dtype=torch.uint8)

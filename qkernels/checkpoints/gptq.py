@@ -33,6 +33,7 @@ from torch import Tensor
 
 from qkernels.bits import dense_words, pack_gptq, pack_gptq_zeros, unpack_gptq, unpack_gptq_zeros
 from qkernels.checkpoints.config import Config
+from qkernels.checkpoints.exact import by_channel, with_integer_zeros
 from qkernels.checkpoints.format import Format, StoredLayer, WeightKind
 from qkernels.checkpoints.packed_config import (
     GPTQ,
@@ -174,6 +175,7 @@ def _read_perm(
 
 
 def _write_layer(weight: QuantizedWeight, less_one: str | None) -> dict[str, Tensor]:
+    weight = with_integer_zeros(by_channel(weight))
     scheme, bits = weight.scheme, weight.scheme.bits
     codes = weight.codes
     index = torch.arange(weight.k, device=codes.device) // scheme.group_length(weight.k)

@@ -140,6 +140,7 @@ class PendingLayers:
                     f"{folder}: {name} is {list(held[name].shape)} in the file and "
                     f"{list(self._shapes[name])} in the model's config"
                 )
+        _unmap(model)
         cache = kv_cache.read(self._stored.config, self._stored.store, self._stored.kv_cache)
         place_layers(
             model,
@@ -158,6 +159,15 @@ class PendingLayers:
         own = config.get("dtype", config.get("torch_dtype", tensor.dtype))
         named = str(tensor.dtype).removeprefix("torch.")
         return tensor.to(self._model.dtype) if own in (named, tensor.dtype) else tensor
+
+
+def _unmap(model: nn.Module) -> None:
+    """Copies what lies in the mapping of a file: the file may be replaced while the model is in
+    use, and torch computes by other code where memory is not aligned, to other last bits."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        # What torch has allocated it can resize.
+        if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
+            tensor.data = tensor.data.clone()
 
 
 def _folder_of(files: Iterable[str] | None) -> Path:

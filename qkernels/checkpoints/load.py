@@ -13,7 +13,7 @@ from torch import Tensor
 from qkernels.checkpoints import kv_cache
 from qkernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qkernels.checkpoints.dense import Place, dense_places, replace_tensor
-from qkernels.checkpoints.empty import empty_model
+from qkernels.checkpoints.empty import compute_parameters, empty_model
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.names import in_names_of
 from qkernels.checkpoints.place import find_linears, is_unused, matches, place_layers
@@ -60,6 +60,13 @@ def load_model(
     linears = find_linears(model, checkpoint)
     replaced = set(linears.values())
     places = {n: place for n, place in dense_places(model).items() if place.module not in replaced}
+    absent = {
+        name: places[name]
+        for names in _tied(places).values()
+        for name in names[:1]
+        if set(checkpoint.dense).isdisjoint(names) and _is_computed(model, name)
+    }
+    compute_parameters(model, {n: place for n, place in absent.items() if place.tensor.is_meta})
     # Whatever can be wrong without the tensors' data is checked before they are read.
     _check_names(model, checkpoint, places)
     cache = kv_cache.read(stored.config, stored.store, stored.kv_cache)
@@ -83,8 +90,6 @@ def load_model(
 def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
     """Each tensor of the folder has a place, each place a tensor, and of the same shape."""
     dense = set(checkpoint.dense)
-    # The code of the model says that it computes these itself.
-    computed = tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
     unexpected = [
         name for name in checkpoint.dense if name not in places and not is_unused(model, name)
     ]
@@ -92,7 +97,7 @@ def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]
         names[0]
         for names in _tied(places).values()
         if dense.isdisjoint(names)
-        and (places[names[0]].tensor.is_meta or not matches(names[0], computed))
+        and (places[names[0]].tensor.is_meta or not _is_computed(model, names[0]))
     ]
     if missing or unexpected:
         raise CheckpointError(
@@ -100,6 +105,11 @@ def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]
             f"unexpected {unexpected[:3]}"
         )
     _check_shapes(checkpoint, places)
+
+
+def _is_computed(model: Any, name: str) -> bool:
+    """Whether the code of the model says that it computes a tensor itself."""
+    return matches(name, tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()))
 
 
 def _check_shapes(checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:

@@ -145,8 +145,6 @@ def why_not_integers(kind: WeightKind, fields: frozenset[str]) -> str | None:
         return "has no quantized activations"
     if scheme.scale_levels != "one":
         return "has no scales of several levels"
-    if scheme.per_tensor:
-        return "has no scale of a whole tensor"
     beyond = sorted(kind.fields - fields - {"scales", "zeros"})
     if beyond:
         return f"has no tensor for {', '.join(beyond)}"

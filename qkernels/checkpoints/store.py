@@ -215,9 +215,9 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(length))
     except OSError as error:
-        gone = isinstance(error, FileNotFoundError) and not path.is_symlink()
+        gone = isinstance(error, FileNotFoundError)
         reason = "does not exist" if gone else f"cannot be read: {shortened(error)}"
-        raise CheckpointError(f"{path} {reason}") from None
+        raise CheckpointError(f"{shortened(path)} {reason}") from None
     except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged or truncated ({shortened(error)}): copy it anew"

@@ -12,7 +12,8 @@ from qkernels.checkpoints.bitsandbytes import BITSANDBYTES
 from qkernels.checkpoints.compressed_tensors import COMPRESSED_TENSORS
 from qkernels.checkpoints.config import Config, brief, quantization_of, read_config
 from qkernels.checkpoints.format import Format, WeightKind
-from qkernels.checkpoints.gguf import GGUF, gguf_file, has_quantized_tensors
+from qkernels.checkpoints.gguf import GGUF
+from qkernels.checkpoints.gguf_file import gguf_file, has_quantized_tensors
 from qkernels.checkpoints.gptq import GPTQ_1, GPTQ_2
 from qkernels.checkpoints.hqq import HQQ
 from qkernels.checkpoints.marlin import MARLIN_ROW

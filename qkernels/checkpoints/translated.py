@@ -207,10 +207,12 @@ def translated(
     stored: Checkpoint, origins: Mapping[str, Origin], store: Store, dense: Sequence[str]
 ) -> Checkpoint:
     layers = {}
+    renamed = {origin.sources[0].name: name for name, origin in origins.items()}
     for name, origin in origins.items():
         parts = [stored.layers[source.name] for source in origin.sources]
         tensors = tuple(tensor for part in parts for tensor in part.tensors)
-        layers[name] = StoredLayer(parts[0].scheme, tensors)
+        shares = None if parts[0].shares is None else renamed.get(parts[0].shares)
+        layers[name] = StoredLayer(parts[0].scheme, tensors, shares=shares)
     return TranslatedCheckpoint(
         config=stored.config,
         store=store,

@@ -299,7 +299,8 @@ KINDS: tuple[ModuleKind, ...] = (
         name="AWQ GEMM, of AutoAWQ or GPTQModel",
         format="awq",
         matches=_has_words(
-            "WQLinear_GEMM", "AwqTorchLinear", "AwqGEMMLinear", "AwqGEMMTritonLinear"
+            *("WQLinear_GEMM", "AwqTorchLinear", "AwqGEMMLinear", "AwqGEMMTritonLinear"),
+            "QKernelsAWQLinear",
         ),
         section=_awq("gemm"),
         why_not=_computes_more,
@@ -323,7 +324,8 @@ KINDS: tuple[ModuleKind, ...] = (
         name="GPTQ of GPTQModel",
         format="gptq_v2",
         matches=_has_words(
-            "TorchLinear", "TritonV2Linear", "TorchQuantLinear", "TritonV2QuantLinear"
+            *("TorchLinear", "TritonV2Linear", "TorchQuantLinear", "TritonV2QuantLinear"),
+            "QKernelsGPTQLinear",
         ),
         section=_gptq("gptq_v2"),
         why_not=_computes_more,

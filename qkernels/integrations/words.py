@@ -94,6 +94,13 @@ def dequantize(
     return torch.ops.qkernels.words_dequantize(list(tensors.values()), str(words))
 
 
+def check(
+    tensors: Mapping[str, Tensor], *, format: str, bits: int, n: int, k: int, group: int = 0
+) -> None:
+    """Packs tensors ahead of their first product; raises what `linear` would."""
+    twin(list(tensors.values()), Words(format, bits, n, k, group, tuple(tensors)))
+
+
 def _section(words: Words, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a quantization_config would say."""
     group, index = words.group, tensors.get("g_idx")

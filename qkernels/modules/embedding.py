@@ -33,7 +33,8 @@ class WQEmbedding(PackedModule, nn.Embedding):
         scheme: the `QuantScheme`.
         dtype: of the rows, and of the weight that the module stands for.
         source: the module whose packed weight this one looks up, or None where it has its own. They
-            move together, and state dicts have the weight under both names.
+            move together. Its buffers are there under this one's name too, as one parameter of two
+            dense modules is, for state dicts and for tools that move tensors by name.
         embed_scale: what the rows are multiplied by, in embeddings of Transformers that do so.
     """
 
@@ -63,9 +64,9 @@ class WQEmbedding(PackedModule, nn.Embedding):
         own = packed.scheme.scale_dtype if self.source is None else self.source.dtype
         self.dtype = own if dtype is None else dtype
         self._dense_class: type[nn.Module] = nn.Embedding
-        if self.source is None:
-            assert packed.layout is PLAIN
-            self._install(packed)
+        assert self.source is not None or packed.layout is PLAIN
+        self._install(packed)
+        self._follow(always=True)
 
     @classmethod
     def from_embedding(
@@ -140,7 +141,8 @@ class WQEmbedding(PackedModule, nn.Embedding):
     @property
     def packed(self) -> PackedWeight:
         """The weight as it is held now."""
-        return super().packed if self.source is None else self.source.packed
+        self._follow()
+        return super().packed
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -151,7 +153,7 @@ class WQEmbedding(PackedModule, nn.Embedding):
 
     def view_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """For `WeightView`."""
-        return ops.linear_operator(x, self._packed_buffers(), bias, self._packed_spec())
+        return ops.linear_operator(x, self._packed_buffers(), bias, self._spec)
 
     def view_resize(self, values: Tensor) -> bool:
         """For `WeightView`: becomes dense where `values` have another number of rows."""
@@ -178,9 +180,7 @@ class WQEmbedding(PackedModule, nn.Embedding):
             IndexError: for an index that is not in [0, N). On a GPU a later call of torch raises.
             WeightError: for a wrong dtype or device of `input`.
         """
-        rows = ops.embedding_operator(
-            input, self._packed_buffers(), self._packed_spec(), self.dtype
-        )
+        rows = ops.embedding_operator(input, self._packed_buffers(), self._spec, self.dtype)
         factor: Any = self._buffers.get("embed_scale", vars(self).get("embed_scale"))
         if factor is None:
             return rows
@@ -189,16 +189,17 @@ class WQEmbedding(PackedModule, nn.Embedding):
 
     def dequantize(self) -> Tensor:
         """The weight as fp32 [N, K], without `embed_scale`."""
-        return torch.ops.qkernels.dequantize(self._packed_buffers(), self._packed_spec())
+        return torch.ops.qkernels.dequantize(self._packed_buffers(), self._spec)
 
     def dense_weight(self) -> Tensor:
         """The weight [N, K] in `dtype`, as its rows are looked up, without `embed_scale`."""
         rows = torch.arange(self.num_embeddings, device=self._words.device)
-        return ops.embedding_operator(rows, self._packed_buffers(), self._packed_spec(), self.dtype)
+        return ops.embedding_operator(rows, self._packed_buffers(), self._spec, self.dtype)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        layout = self._layout if self.source is None else "that of another module"
+        self._follow()
+        layout = self._layout if self.source is None else f"{self._layout} of another module"
         return (
             f"{self.num_embeddings}, {self.embedding_dim}{padding}, scheme={self.scheme}, "
             f"layout={layout}"
@@ -219,14 +220,31 @@ class WQEmbedding(PackedModule, nn.Embedding):
 
     @property
     def _words(self) -> Tensor:
-        return super()._words if self.source is None else self.source._words
+        self._follow()
+        return super()._words
 
     def _packed_buffers(self) -> list[Tensor]:
-        source = self.source
-        return super()._packed_buffers() if source is None else source._packed_buffers()
+        self._follow()
+        return super()._packed_buffers()
 
-    def _packed_spec(self) -> str:
-        return self._spec if self.source is None else self.source._spec
+    def _follow(self, *, always: bool = False) -> None:
+        """Takes the buffers that `source` has now.
+
+        Where these are on another device, as while accelerate keeps them elsewhere, those stay that
+        are here.
+        """
+        source = self.source
+        if source is None or torch.compiler.is_compiling():
+            return
+        words, own = source._words, super()._words
+        if not always and (words is own or words.device != own.device):
+            return
+        for name in self._held:
+            del self._buffers[name]
+        self._layout, self._spec = source._layout, source._spec
+        self._names, self._held = source._names, source._held
+        for name in self._held:
+            self.register_buffer(name, source._buffers[name])
 
     def _apply(self, fn: Any, recurse: bool = True) -> WQEmbedding:
         factor = self._buffers.get("embed_scale")
@@ -238,23 +256,19 @@ class WQEmbedding(PackedModule, nn.Embedding):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._words.device)).dtype
         # What is moved already stays where it is, when its own turn comes.
         self.source._apply(fn, recurse)
+        self._follow(always=True)
         return self
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        if self.source is None:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            return
-        names = self.source._held
-        for name, buffer in zip(names, self._packed_buffers(), strict=True):
-            destination[prefix + name] = buffer if keep_vars else buffer.detach()
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._follow()
+        super()._save_to_state_dict(*arguments)
 
     def _load_packed(self, *arguments: Any, with_bias: bool = False) -> None:
         if self.source is None:
             super()._load_packed(*arguments)
         else:
             self.source._load_packed(*arguments, with_bias=with_bias)
+            self._follow(always=True)
 
 
 def why_not_scheme(scheme: QuantScheme) -> str | None:

@@ -34,7 +34,8 @@ VALUES = st.sampled_from(
 OF_OTHERS = ("awq-autoawq-gemv-g64", "gptq-4bit-g32-asym-desc-act")
 LAYERS = (
     *("words-awq-gemv_fast-g64", "words-awq-marlin-channel", "words-gptq-3bit"),
-    *("words-auto_round-4bit", "words-auto_round-auto_awq-sym"),
+    *("words-auto_round-4bit", "words-auto_round-auto_awq-sym", "words-gptq_v2-2bit-desc-act"),
+    *("ct-micro", "ct-widths-0.17", "bnb-fp4-blocks", "hqq-bits", "torchao-classes"),
 )
 READ = ("bnb-nf4-dq-model", "bnb-int8-model", "hqq-model", "torchao-model")
 """Whole models in formats that are only read."""
@@ -104,15 +105,21 @@ def test_values_of_a_config(saved, tmp_path, data, file):
 
 def changed_config(file, data):
     """What a JSON file says, with one value changed, removed or added."""
-    content = json.loads(file.read_text())
-    path = data.draw(st.sampled_from(list(places(content))), label="path")
+    return changed(json.loads(file.read_text()), data)
+
+
+def changed(content, data):
+    """A JSON object with one value changed, removed or added."""
+    # A folder that says nothing is told something.
+    found = list(places(content)) or [("quantization_config",)]
+    path = data.draw(st.sampled_from(found), label="path")
     value = data.draw(st.one_of(VALUES, st.sampled_from([20, 900]).map(nested)), label="value")
     owner = content
     for key in path[:-1]:
         owner = owner[key]
     action = data.draw(st.sampled_from(["change", "change", "remove", "add"]), label="action")
     if action == "remove":
-        del owner[path[-1]]
+        owner.pop(path[-1], None) if isinstance(owner, dict) else owner.pop(path[-1])
     elif action == "add" and isinstance(owner, dict):
         owner["more"] = value
     else:
@@ -205,7 +212,29 @@ def test_tensors_of_layers(words, tmp_path, data, damage):
     *_, tensors, _, _ = changed_tensors(words, data, damage)
 
     def write(folder):
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / "model.safetensors", metadata=metadata_of(words))
+
+    load_damaged(words, tmp_path, write, read_weights)
+
+
+@FUZZ
+@given(data=st.data())
+def test_values_of_a_header(words, tmp_path, data):
+    """Types, shapes and places of tensors, and what torchao says of them."""
+    raw = (words / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    about = header.get("__metadata__", {})
+    key = data.draw(st.sampled_from(["", *sorted(k for k in about if about[k][0] == "{")]))
+    if key:
+        about[key] = json.dumps(changed(json.loads(about[key]), data))
+    else:
+        header = changed(header, data)
+    text = json.dumps(header).encode()
+
+    def write(folder):
+        content = len(text).to_bytes(8, "little") + text + raw[8 + length :]
+        (folder / "model.safetensors").write_bytes(content)
 
     load_damaged(words, tmp_path, write, read_weights)
 

@@ -2,9 +2,11 @@
 back."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import qkernels as qk
@@ -24,6 +26,7 @@ EMBEDDING = {
     "bart": "model.shared",
 }
 SCHEME = "w8a16-g32"
+GOLDEN = Path(__file__).parents[1] / "golden" / "ct-embedding"
 
 
 def tied_model(name, scheme=SCHEME):
@@ -192,6 +195,22 @@ def test_generation_and_checkpointed_gradients():
     assert rows[0].grad is not None and rows[0].grad.abs().sum() > 0
 
 
+def test_peft_trains_adapters_on_it():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model, *_ = tied_model("llama")
+    want = logits(model)
+    prepared = peft.prepare_model_for_kbit_training(model)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
+    adapted = peft.get_peft_model(prepared, config)
+    assert torch.equal(logits(adapted), want)
+    tokens = torch.arange(3, 9)[None]
+    adapted.train()
+    adapted(input_ids=tokens, labels=tokens).loss.backward()
+    trained = [n for n, parameter in adapted.named_parameters() if parameter.grad is not None]
+    assert any("embed_tokens.lora_embedding" in name for name in trained)
+    assert all("lora_" in name for name in trained)
+
+
 def test_gemma_multiplies_rows(tmp_path):
     torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(
@@ -273,6 +292,22 @@ def test_a_damaged_config(shared, message, tmp_path):
     edit_config(tmp_path / "out", lambda c: c["quantization_config"].update(shared=shared))
     with pytest.raises(CheckpointError, match=message):
         qk.load_model(tmp_path / "out")
+
+
+def test_an_embedding_that_compressed_tensors_packed(tmp_path):
+    oracle = load_file(GOLDEN / "oracle.safetensors")
+    model = qk.load_model(GOLDEN)
+    embedding = model.model.embed_tokens
+    assert isinstance(embedding, qk.WQEmbedding) and str(embedding.scheme) == "w4a16-g32-sym-sfp32"
+    for name in ("model.embed_tokens", "lm_head"):
+        weight = model.get_submodule(name).dequantize()
+        assert torch.equal(weight, oracle[f"{name}.weight"])
+    with torch.no_grad():
+        got = model(oracle["input_ids"]).logits
+    assert (got - oracle["logits"]).norm() / oracle["logits"].norm() < 1e-5
+    with pytest.warns(UserWarning, match="no place for quantized embeddings"):
+        qk.save_model(model, tmp_path / "out", format="compressed-tensors")
+    assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
 
 
 def test_the_types_that_embeddings_stand_for(tmp_path):

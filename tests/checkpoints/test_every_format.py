@@ -318,6 +318,10 @@ def test_files(copied, format, name):
             json.dumps({"weight_map": {key: target}})
         )
         refused(folder, "names the file .*, outside of the folder")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {key: "x" * 5000}})
+    )
+    refused(folder, "does not exist|cannot be read")
 
 
 def _with(header, key, **changes):

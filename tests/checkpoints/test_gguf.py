@@ -181,7 +181,7 @@ def test_damage_is_an_error_of_ours(tmp_path):
 def test_a_scale_that_is_no_number_is_named(tmp_path):
     file = written(tmp_path, "Q4_0")
     store = open_checkpoint(file).store
-    source = store._sources["model.layers.1.mlp.up_proj.weight"].tensor
+    source = store._sources["model.layers.1.mlp.up_proj.weight"][0].tensor
     data = bytearray(file.read_bytes())
     data[source.data_offset : source.data_offset + 2] = b"\xff\xff"
     file.write_bytes(data)

@@ -16,7 +16,7 @@ from qkernels.modules.rows import WQRows
 from tests.bounds import FROBENIUS_BOUND
 from tests.checkpoints import experts
 from tests.checkpoints.experts import CLASSES, mixture, outputs, rewrite, save_dense
-from tests.checkpoints.folders import edit_tensors
+from tests.checkpoints.folders import edit_config, edit_tensors
 
 transformers = pytest.importorskip("transformers", reason="models come from transformers")
 loading = pytest.importorskip(
@@ -201,8 +201,6 @@ def test_two_names_for_one_place_are_an_error(tmp_path):
 
 
 def test_a_config_that_claims_more_experts_costs_nothing(tmp_path):
-    from tests.checkpoints.folders import edit_config
-
     folder, _ = folder_of(mixture("Mixtral"), tmp_path, "awq")
     edit_config(folder, lambda config: config.update(num_local_experts=10**9))
     with pytest.raises(CheckpointError):
@@ -275,3 +273,66 @@ def test_rows_that_take_turns_must_be_quantized_alike(converted):
     )
     with pytest.raises(CheckpointError, match="take turns"):
         qk.load_model(folder)
+
+
+def marian():
+    torch.manual_seed(0)
+    config = transformers.MarianConfig(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=48,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    return transformers.MarianMTModel(config).eval()
+
+
+def test_tables_of_positions_that_are_not_stored_are_computed(tmp_path):
+    def linear(tensor):
+        return bool(re.search(r"(proj|fc\d)\.weight$", tensor))
+
+    def answer(model):
+        ids = experts.TOKENS[:, 1:]
+        with torch.no_grad():
+            return model(input_ids=ids, decoder_input_ids=ids).logits
+
+    folder, wanted = folder_of(marian(), tmp_path, "bitsandbytes", chosen=linear)
+    assert "model.encoder.embed_positions.weight" not in open_checkpoint(folder).store
+    model = qk.load_model(folder)
+    positions = model.model.encoder.embed_positions.weight
+    assert torch.equal(positions, wanted.model.encoder.embed_positions.weight)
+    got, want = answer(model), answer(wanted)
+    assert (got - want).norm() <= FROBENIUS_BOUND[torch.float32] * want.norm()
+    # What the code would draw at random is missing still.
+    edit_tensors(folder, without("encoder.layers.0.final_layer_norm.weight"))
+    with pytest.raises(CheckpointError, match="missing"):
+        qk.load_model(folder)
+
+
+def test_what_would_be_random_is_not_computed(tmp_path, monkeypatch):
+    folder, _ = folder_of(mixture("Mixtral"), tmp_path, "awq")
+    edit_tensors(folder, without("embed_tokens"))
+    monkeypatch.setattr(
+        transformers.MixtralForCausalLM, "_keys_to_ignore_on_load_missing", ["embed_tokens"]
+    )
+    with pytest.raises(CheckpointError, match=r"missing .*embed_tokens"):
+        qk.load_model(folder)
+
+
+def test_scales_of_a_cache_go_along(tmp_path):
+    folder, _ = folder_of(mixture("Mixtral"), tmp_path, "compressed-tensors")
+    name, scheme = "model.layers.0.self_attn.k_scale", {"num_bits": 8, "type": "float"}
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.tensor([0.5])}))
+    edit_config(folder, lambda config: config["quantization_config"].update(kv_cache_scheme=scheme))
+    model = qk.load_model(folder)
+    qk.save_model(model, tmp_path / "out")
+    again = open_checkpoint(tmp_path / "out")
+    assert again.kv_cache == (name,) and float(again.store.get(name)) == 0.5
+    assert again.config["quantization_config"]["kv_cache_scheme"] == scheme
+    assert torch.equal(outputs(qk.load_model(tmp_path / "out")), outputs(model))

@@ -172,6 +172,16 @@ def test_a_folder_of_one_class_is_loaded_as_another(tmp_path):
         transformers.GPT2Model.from_pretrained(tmp_path / "bert", config=config)
 
 
+def test_nothing_of_the_folder_is_in_use(tmp_path):
+    model = saved(tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    # In place, as a copy onto it does.
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert same(loaded, model) and torch.equal(logits(loaded), logits(model))
+
+
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_the_type_of_what_is_dense(name, tmp_path):
     model = saved(tmp_path / "out")
@@ -419,3 +429,14 @@ def test_a_transformers_that_works_otherwise(method, tmp_path, monkeypatch):
         monkeypatch.setattr(transformers.PreTrainedModel, method, done)
     with pytest.raises(CheckpointError, match=r"quantized layers do not follow: use qkernels"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_embeddings_stay_one_beside_a_quantized_head(used, tmp_path):
+    model = bart().eval()
+    qk.quantize_model(model, scheme="w8a16", overrides={"lm_head": "w8a16"})
+    qk.save_model(model, tmp_path / "out", format="compressed-tensors")
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert same(loaded, model) and isinstance(loaded.lm_head, qk.WQLinear)
+    shared = loaded.model.shared.weight
+    assert loaded.model.encoder.embed_tokens.weight is shared
+    assert loaded.model.decoder.embed_tokens.weight is shared

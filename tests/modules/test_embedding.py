@@ -43,6 +43,10 @@ class Tied(nn.Module):
         return self.lm_head(self.embed(ids))
 
 
+def named(model):
+    return model.named_buffers(remove_duplicate=False)
+
+
 @pytest.mark.parametrize("text", schemes.WEIGHT_ONLY)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_those_of_the_weight(text, dtype):
@@ -244,6 +248,38 @@ def test_moving_a_tied_embedding_moves_the_head():
     assert model.lm_head.weight.is_meta
 
 
+def test_a_tied_embedding_follows_the_head():
+    moved = Tied()
+    want = moved.embed(IDS)
+    layout = LAYOUTS["planar"]
+    moved.lm_head._install(pack(moved.lm_head.to_weight(), layout))
+    assert torch.equal(moved.embed(IDS), want) and "planar of another module" in repr(moved.embed)
+    assert all(held is moved.lm_head.get_buffer(name) for name, held in moved.embed.named_buffers())
+    total = sum(buffer.nbytes for buffer in moved.buffers())
+    assert total == sum(buffer.nbytes for buffer in moved.lm_head.buffers())
+    # Both names are of one tensor, as those of two dense modules are.
+    copies = {id(tensor): tensor + 0 for tensor in moved.buffers()}
+    state = {name: copies[id(tensor)] for name, tensor in named(moved)}
+    assert torch.equal(torch.func.functional_call(moved, state, (IDS,)), moved(IDS))
+    del state["embed.words_planar"]
+    assert torch.equal(torch.func.functional_call(moved, state, (IDS,)), moved(IDS))
+
+
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+def test_accelerate_offloads_it(way, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = Tied()
+    want = model(IDS)
+    options = {"execution_device": torch.device("cpu"), "offload_buffers": True}
+    if way == "cpu":
+        accelerate.cpu_offload(model, **options)
+    else:
+        accelerate.disk_offload(model, tmp_path, **options)
+    assert all(buffer.is_meta for buffer in model.buffers())
+    assert torch.equal(model(IDS), want)
+    assert all(buffer.is_meta for buffer in model.buffers())
+
+
 def test_its_rows_get_a_gradient_where_a_hook_asks_for_it():
     """What `enable_input_require_grads` of Transformers does, for adapters behind it."""
     embedding = quantized()
@@ -257,7 +293,7 @@ def test_its_rows_get_a_gradient_where_a_hook_asks_for_it():
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_operator(tied):
     embedding = head_and_embedding()[1] if tied else quantized()
-    arguments = (IDS, embedding._packed_buffers(), embedding._packed_spec(), torch.bfloat16)
+    arguments = (IDS, embedding._packed_buffers(), embedding._spec, torch.bfloat16)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     opcheck(ops.embedding_operator, arguments, test_utils=tests)
 

@@ -26,7 +26,7 @@ class CpuEmbedding {
             "n, k and groups must be above 0 and fit, got ", n, ", ", k, ", ", groups, " of ",
             group);
     require(bits == 8 || (bits > 0 && bits <= 4), "bits must be 1, 2, 3, 4 or 8, got ", bits);
-    check("values", values, at::kCPU, {int64_t{1} << bits}, at::kFloat);
+    check("values", values, at::kCPU, {bits == 8 ? 256 : 16}, at::kFloat);
     table_.order = panels ? cpu::RowOrder::kPanels : cpu::RowOrder::kDense;
     table_.bits = static_cast<int>(bits);
     table_.n = n;
