@@ -21,7 +21,7 @@ from torch import nn
 from qkernels.checkpoints import is_quantized, load_model
 from qkernels.checkpoints.config import read_config
 from qkernels.checkpoints.foreign import as_checkpoint_error
-from qkernels.checkpoints.gguf import gguf_read_once
+from qkernels.checkpoints.gguf import GgufStore, gguf_read_once
 from qkernels.checkpoints.gguf_header import MAGIC
 from qkernels.errors import CheckpointError
 from qkernels.modules.heads import output_heads
@@ -97,10 +97,14 @@ def load_dense(
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _quiet_transformers(), _read_once(gguf_file):
         encoder = _tokenizer(folder, gguf_file) if tokenizer else None
-        with as_checkpoint_error(path, _DAMAGED):
-            kind: Any = transformers.AutoModelForCausalLM
-            if gguf_file is None:
+        kind: Any = transformers.AutoModelForCausalLM
+        if gguf_file is None:
+            with as_checkpoint_error(path, _DAMAGED):
                 kind = _model_class(folder) or kind
+        else:
+            # Transformers' own leaves out what scales positions, among others.
+            options["config"] = GgufStore(folder / gguf_file).model_config
+        with as_checkpoint_error(path, _DAMAGED):
             model, info = kind.from_pretrained(folder, **options, output_loading_info=True)
     _check_tensors(model, path, info)
     if gguf_file is not None:
