@@ -26,6 +26,7 @@ from qkernels.checkpoints.gguf_header import MAGIC
 from qkernels.errors import CheckpointError
 from qkernels.modules.heads import output_heads
 from qkernels.modules.kinds import is_linear_kind
+from qkernels.progress import Progress, silent
 
 _DAMAGED = "cannot be loaded, it may be damaged or of an unsupported kind"
 _TOKENIZER_FILES = (
@@ -40,7 +41,11 @@ class UnusedTensorsWarning(UserWarning):
 
 
 def load_model_and_tokenizer(
-    path: str | Path, dtype: torch.dtype | None = None, *, tokenizer: bool = True
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    tokenizer: bool = True,
+    progress: Progress = silent,
 ) -> tuple[nn.Module, Any]:
     """The model at `path`, quantized or not, in evaluation mode, and its tokenizer.
 
@@ -50,6 +55,7 @@ def load_model_and_tokenizer(
         dtype: of the layers that are not quantized; None is bf16, and what the folder of a
             quantized model was saved in.
         tokenizer: False loads the model alone, and None in place of the tokenizer.
+        progress: called as progress(done, total, layer name) for a quantized model.
 
     Raises:
         CheckpointError: for a path that is missing or holds no model or no tokenizer, naming it.
@@ -64,7 +70,7 @@ def load_model_and_tokenizer(
     with _quiet_transformers(), _read_once(gguf_file):
         # The tokenizer comes first: where it is missing, nobody has waited for the model.
         encoder = _tokenizer(folder, gguf_file) if tokenizer else None
-        return load_model(path, dtype=dtype), encoder
+        return load_model(path, dtype=dtype, progress=progress), encoder
 
 
 def load_dense(
