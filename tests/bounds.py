@@ -15,3 +15,7 @@ SUM_BOUND = 2**-18
 
 FOLDED_BOUND = 2**-14
 """|difference| / |output| of a block whose factors were moved between its layers, in fp32."""
+DEEP_LOGITS = 2**-5
+"""Logits of a model of 30 layers in bf16 against those of the same weights in fp32."""
+SAME_PERPLEXITY = 1e-5
+"""Relative, in fp32 with the same weights: only the order of sums differs."""

@@ -20,9 +20,9 @@ Codes of 3, 5, 6 and 7 bits are one stream of bits since version 0.18 of the pac
 straddled no words. Mostly the width of weight_packed tells which. Integers of 1, 5, 6 and 7 bits
 are held in the next wider weight type.
 
-Scales are never negative, since they come from max |w| or max w - min w. They may be zero: some
-writers keep them from that by a smallest scale and some do not, and one of fp16 may be too small
-for its type. All weights of such a group are zero.
+Scales may be zero: some writers keep them from that by a smallest scale and some do not, and one of
+fp16 may be too small for its type. All weights of such a group are zero. They may be negative too,
+as AutoRound writes them where that rounds better.
 Source: the compressed-tensors package (Neural Magic, Apache-2.0), read as documentation.
 """
 
@@ -91,8 +91,6 @@ def _why_not(kind: WeightKind) -> str | None:
         return f"has no tensor for {', '.join(beyond)}"
     if kind.real_zeros:
         return "has no zero points that are no integers"
-    if kind.negative_scales:
-        return "has no negative scales"
     if kind.shape is not None and scheme.group_size is not None:
         k, size = kind.shape[1], scheme.group_size
         if k > size and k % size:
@@ -132,8 +130,6 @@ def _read_layer(store: Store, name: str, layer: StoredLayer) -> QuantizedWeight:
     n, k = codes.shape
     perm = _read_columns(store, name, scheme, group, k)
     scales = _read_scales(store, name, scheme, group, n, k)
-    if (scales < 0).any():
-        raise CheckpointError(f"{name}.weight_scale is negative, which the format has no use for")
     zeros = None
     if not scheme.symmetric:
         zeros = _read_zeros(store, name, scheme, group, dense, n, scheme.groups(k))

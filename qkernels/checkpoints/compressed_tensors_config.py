@@ -32,7 +32,7 @@ _KEYS = frozenset(
         *("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme"),
         *("quantization_status", "sparsity_config", "transform_config", "moe_sparsity_config"),
         # These say nothing of what is stored.
-        *("version", "global_compression_ratio", "run_compressed", "dequantize"),
+        *("version", "provider", "global_compression_ratio", "run_compressed", "dequantize"),
     )
 )
 _GROUP_KEYS = frozenset(("targets", "weights", "input_activations", "output_activations", "format"))

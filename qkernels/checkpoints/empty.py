@@ -7,6 +7,7 @@ import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.checkpoint import Checkpoint
-from qkernels.checkpoints.config import QUANTIZATION_KEYS
+from qkernels.checkpoints.config import QUANTIZATION_KEYS, Config, brief
 from qkernels.checkpoints.dense import Place, replace_tensor
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.limits import TooManyParametersError, check_depth, parameters_on_meta
@@ -46,15 +47,16 @@ def empty_model(
     raw = {key: value for key, value in checkpoint.config.items() if key not in ours}
     path, tensors = checkpoint.store.config_path, len(checkpoint.store)
     with as_checkpoint_error(path, "describes no known model"):
-        if "auto_map" in raw and not hasattr(transformers, raw["architectures"][0]):
+        name = _class_name(raw, path)
+        if "auto_map" in raw and not hasattr(transformers, name):
             raise CheckpointError(
-                f"{path}: {raw['architectures'][0]} is no model of Transformers but code of its "
+                f"{path}: {name} is no model of Transformers but code of its "
                 "own, which load_model does not run; from_pretrained of Transformers does, with "
                 "trust_remote_code=True, for folders in compressed-tensors"
             )
         check_depth(raw, tensors, path)
         config = transformers.AutoConfig.for_model(**raw)
-        architecture = getattr(transformers, raw["architectures"][0])
+        architecture = getattr(transformers, name)
         own = getattr(config, "dtype", None) or _common_type(checkpoint)
 
     def build() -> Any:
@@ -68,6 +70,24 @@ def empty_model(
         with as_checkpoint_error(path, "describes no known model"):
             model = architecture._from_config(config, dtype=dtype or own)
     return model, own
+
+
+def _class_name(config: Config, path: Path) -> str:
+    """The class of the model; where none is named, the language model of its type.
+
+    Quantizers that save a model which was made in memory, and not loaded, name none.
+    """
+    named = config.get("architectures")
+    if named is not None:
+        return str(named[0])
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    name = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type"))
+    if name is None:
+        raise CheckpointError(
+            f"{path} names no architectures, and model_type {brief(config.get('model_type'))} is "
+            "no language model of Transformers: add the name of the class"
+        )
+    return str(name)
 
 
 def compute_parameters(model: Any, places: Mapping[str, Place]) -> None:

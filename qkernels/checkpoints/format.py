@@ -25,7 +25,6 @@ class WeightKind:
         shape: (N, K), or None where it is not known yet.
         real_zeros: its zero points are no integers of its bits.
         instead_of: what its layer takes the place of, as in "a Conv1D"; None for an nn.Linear.
-        negative_scales: some of its scales are below zero.
         shares: the name of another layer whose weight it is, of an embedding; else None.
     """
 
@@ -34,7 +33,6 @@ class WeightKind:
     shape: tuple[int, int] | None = None
     real_zeros: bool = False
     instead_of: str | None = None
-    negative_scales: bool = False
     shares: str | None = None
 
     @classmethod
@@ -44,13 +42,12 @@ class WeightKind:
 
     @classmethod
     def of(cls, weight: WeightParameters) -> WeightKind:
-        zeros, scales = weight.fields.get("zeros"), weight.fields["scales"]
+        zeros = weight.fields.get("zeros")
         return cls(
             weight.scheme,
             frozenset(weight.fields),
             shape=(weight.n, weight.k),
             real_zeros=zeros is not None and not are_codes(zeros, weight.scheme.bits),
-            negative_scales=not scales.is_meta and bool((scales < 0).any()),
         )
 
 

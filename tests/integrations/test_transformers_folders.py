@@ -429,3 +429,14 @@ def test_a_transformers_that_works_otherwise(method, tmp_path, monkeypatch):
         monkeypatch.setattr(transformers.PreTrainedModel, method, done)
     with pytest.raises(CheckpointError, match=r"quantized layers do not follow: use qkernels"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_embeddings_stay_one_beside_a_quantized_head(used, tmp_path):
+    model = bart().eval()
+    qk.quantize_model(model, scheme="w8a16", overrides={"lm_head": "w8a16"})
+    qk.save_model(model, tmp_path / "out", format="compressed-tensors")
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert same(loaded, model) and isinstance(loaded.lm_head, qk.WQLinear)
+    shared = loaded.model.shared.weight
+    assert loaded.model.encoder.embed_tokens.weight is shared
+    assert loaded.model.decoder.embed_tokens.weight is shared

@@ -55,7 +55,7 @@ def blocks_of(weight, args):
     return weight.reshape(n, -1, args.group_size)
 
 
-def calibrate(model):
+def calibrate(model, sign=1):
     """Scales and zero points from the weights, and some for inputs, where they are stored."""
     for module in model.modules():
         scheme = getattr(module, "quantization_scheme", None)
@@ -69,6 +69,7 @@ def calibrate(model):
         scales, zeros = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, **more)
         # Scales of floats in groups have types of their own; they are stored later.
         module.weight_scale.data = scales.reshape(module.weight_scale.shape).to(module.weight.dtype)
+        module.weight_scale.data *= sign
         if not scheme.weights.symmetric:
             module.weight_zero_point.data = zeros.reshape(module.weight_zero_point.shape)
         for name, value in (("input_scale", 0.03), ("input_global_scale", 20.0)):
@@ -79,9 +80,9 @@ def calibrate(model):
             module.input_zero_point.data.fill_(0 if inputs.symmetric else -9)
 
 
-def quantized(model, config):
+def quantized(model, config, sign=1):
     apply_quantization_config(model, config, show_progress=False)
-    calibrate(model)
+    calibrate(model, sign)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     return compressor
@@ -164,8 +165,8 @@ def schemes(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(schemes(), st.booleans(), st.booleans())
-def test_any_integers(tmp_path_factory, drawn, bias, naive):
+@given(schemes(), st.booleans(), st.booleans(), st.sampled_from([1, -1]))
+def test_any_integers(tmp_path_factory, drawn, bias, naive, sign):
     weights, inputs, (n, k), dtype = drawn
     # Types of inputs beside weights of 8 bits and less; the package packs the weights of these.
     args = INPUTS[inputs] and QuantizationArgs(num_bits=8, **INPUTS[inputs])
@@ -176,7 +177,9 @@ def test_any_integers(tmp_path_factory, drawn, bias, naive):
         format="naive-quantized" if naive else None,
     )
     model = nn.Sequential(nn.Linear(k, n, bias=bias, dtype=dtype))
-    compressor = quantized(model, QuantizationConfig(config_groups={"group_0": scheme}))
+    config = QuantizationConfig(config_groups={"group_0": scheme})
+    # AutoRound takes the sign of a scale that rounds better.
+    compressor = quantized(model, config, sign)
     folder = tmp_path_factory.mktemp("folder")
     write_folder(folder, model.state_dict(), None)
     compressor.update_config(folder)
