@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +17,17 @@ from qkernels.calibration.walks import DENSE, QUANTIZED, Walk, replace_forward
 
 
 def observe(
-    walk: Walk, layers: Mapping[str, nn.Linear], needs: Mapping[str, Needs]
+    walk: Walk,
+    layers: Mapping[str, nn.Linear],
+    needs: Mapping[str, Needs],
+    until: Sequence[nn.Linear] = (),
 ) -> dict[str, LayerInputs]:
     """What reaches each layer of the walk's present block, over all batches.
 
     A layer that has several names has one result, of all its calls.
+
+    Args:
+        until: layers before which all `layers` have run; a run ends where one of them is called.
     """
     observers = {
         id(layer): _Observer(LayerInputs.empty(needs[name], layer.in_features))
@@ -31,16 +38,39 @@ def observe(
     with contextlib.ExitStack() as stack:
         for layer in {id(layer): layer for layer in layers.values()}.values():
             stack.callback(_watch(layer, observers[id(layer)].add))
+        for layer in {id(layer): layer for layer in until}.values():
+            stack.callback(_watch(layer, _end_run))
         for batch in walk.batches(QUANTIZED):
             for chain in (DENSE, QUANTIZED) if batch in dense else (QUANTIZED,):
                 for observer in observers.values():
                     observer.begin(batch, chain)
-                walk.run(batch, chain)
+                with contextlib.suppress(_RunEnded):
+                    walk.run(batch, chain)
     return {name: observers[id(layer)].inputs for name, layer in layers.items()}
 
 
-def stages(walk: Walk, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
-    """Names of layers in the order in which the present block runs them, grouped.
+class _RunEnded(BaseException):
+    """Ends a run of a block whose rest nobody needs. Models catch `Exception` at most."""
+
+
+def _end_run(x: Tensor) -> None:
+    raise _RunEnded
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers of a block that are calibrated together.
+
+    Attributes:
+        until: layers that run when all of these have; none where that is not sure.
+    """
+
+    names: list[str]
+    until: list[str]
+
+
+def stages(walk: Walk, layers: Mapping[str, nn.Linear]) -> list[Stage]:
+    """Layers in the order in which the present block runs them, grouped.
 
     Layers that read the same tensor, such as the projections to q, k and v, go together; so do
     layers whose names differ in numbers alone, such as the experts'. Those that the first batch
@@ -51,12 +81,14 @@ def stages(walk: Walk, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
         grouped.setdefault(re.sub(r"\d+", "*", name), []).append(name)
     # The inputs are held until the end, so that no two of them are in the same memory.
     first: dict[str, Tensor] = {}
+    calls: list[str] = []
     with contextlib.ExitStack() as stack:
         for kind, names in grouped.items():
             for name in names:
 
                 def note(x: Tensor, kind: str = kind) -> None:
                     first.setdefault(kind, x)
+                    calls.append(kind)
 
                 stack.callback(_watch(layers[name], note))
         for batch in walk.batches()[:1]:
@@ -65,12 +97,23 @@ def stages(walk: Walk, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
     previous: Tensor | None = None
     for kind, x in first.items():
         if previous is not None and x.data_ptr() == previous.data_ptr():
-            found[-1] += grouped[kind]
+            found[-1].append(kind)
         else:
-            found.append(list(grouped[kind]))
+            found.append([kind])
         previous = x
-    rest = [name for kind, names in grouped.items() if kind not in first for name in names]
-    return [*found, rest] if rest else found
+
+    def names_of(kinds: Iterable[str]) -> list[str]:
+        return [name for kind in kinds for name in grouped[kind]]
+
+    rest = [kind for kind in grouped if kind not in first]
+    made = []
+    for number, kinds in enumerate(found):
+        later = [kind for group in found[number + 1 :] for kind in group]
+        # Experts run one after the other, each all of its layers.
+        last = max(at for at, kind in enumerate(calls) if kind in kinds)
+        apart = all(at > last for at, kind in enumerate(calls) if kind in later)
+        made.append(Stage(names_of(kinds), names_of(later) if apart else []))
+    return [*made, Stage(names_of(rest), [])] if rest else made
 
 
 class _Observer:

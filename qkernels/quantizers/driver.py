@@ -16,7 +16,7 @@ from torch import nn
 
 from qkernels.calibration.blocks import Block, find_blocks
 from qkernels.calibration.forwards import CannotFollow
-from qkernels.calibration.observe import calibrating, observe, stages
+from qkernels.calibration.observe import Stage, calibrating, observe, stages
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.calibration.walks import BlockByBlock, Walk, WholeModel
 from qkernels.errors import LayerError, QuantizationError
@@ -181,18 +181,19 @@ class _Run:
         for part in parts:
             if part.method.prepare_block is not None:
                 self._prepare(part, block, layers)
-        for group in self._groups(parts[-1], layers):
-            inputs = self._observe(parts[-1], group, self._for_report)
+        for stage in self._stages(parts[-1], layers):
+            group = {name: layers[name] for name in stage.names}
+            until = [layers[name] for name in stage.until]
+            inputs = self._observe(parts[-1], group, self._for_report, until)
             for name, layer in group.items():
                 self._tell(name)
                 self._quantize_layer(name, layer, parts[-1], inputs.get(name))
 
-    def _groups(self, part: Part, layers: Mapping[str, nn.Linear]) -> list[Mapping[str, nn.Linear]]:
+    def _stages(self, part: Part, layers: Mapping[str, nn.Linear]) -> list[Stage]:
         """The layers of a block that are calibrated together."""
         if self._plan.batches is None or not part.method.in_stages(part.parameters):
-            return [layers]
-        found = stages(self._walk, layers)
-        return [{name: layers[name] for name in names} for names in found]
+            return [Stage(list(layers), [])]
+        return stages(self._walk, layers)
 
     def _for_report(self, name: str) -> Needs:
         """What is collected of every layer, whatever the method."""
@@ -204,11 +205,12 @@ class _Run:
         part: Part,
         layers: Mapping[str, nn.Linear],
         beside: Callable[[str], Needs] = lambda name: Needs(),
+        until: Sequence[nn.Linear] = (),
     ) -> dict[str, LayerInputs]:
         if self._plan.batches is None:
             return {}
         needs = {name: self._plan.needs(part, name) | beside(name) for name in layers}
-        found = observe(self._walk, layers, needs) if any(needs.values()) else {}
+        found = observe(self._walk, layers, needs, until) if any(needs.values()) else {}
         for name, inputs in found.items():
             if not inputs.finite:
                 raise LayerError(f"{name}: a calibration batch gives it inputs that are not finite")

@@ -32,14 +32,36 @@ def test_layers_go_by_the_order_they_run_in_and_the_tensor_they_read():
     walk.next()
     with torch.no_grad():
         found = stages(walk, layers)
-    assert [sorted(stage) for stage in found] == [
-        ["k", "q", "v"],
-        ["o"],
-        [f"experts.{i}.up" for i in range(3)],
-        [f"experts.{i}.down" for i in range(3)],
-        ["unused"],
+    ups, downs = ([f"experts.{i}.{name}" for i in range(3)] for name in ("up", "down"))
+    assert [(sorted(stage.names), sorted(stage.until)) for stage in found] == [
+        (["k", "q", "v"], sorted(["o", *ups, *downs])),
+        (["o"], sorted([*ups, *downs])),
+        # The first one's down runs before the last one's up.
+        (ups, []),
+        (downs, []),
+        (["unused"], []),
     ]
     assert all("forward" not in vars(layer) for layer in layers.values())
+
+
+def test_a_run_ends_where_nothing_more_is_needed():
+    model = Attention()
+    layers = {"q": model.q, "k": model.k, "v": model.v}
+    batches = [torch.randn(4, 16), torch.randn(6, 16)]
+    walk = WholeModel(model, [Block("", tuple(layers))], batches, None)
+    walk.next()
+    reached = []
+    model.experts[0]["up"].register_forward_hook(lambda *call: reached.append(call))
+    needs = dict.fromkeys(layers, Needs(quantized=("rows",)))
+    with torch.no_grad():
+        found = observe(walk, layers, needs, until=[model.o])
+        assert not reached
+        whole = observe(walk, layers, needs)
+    assert reached
+    for name in layers:
+        assert found[name].rows == whole[name].rows == 10
+        assert torch.equal(found[name].quantized["rows"].rows, whole[name].quantized["rows"].rows)
+    assert "forward" not in vars(model.o)
 
 
 class Pairs:
