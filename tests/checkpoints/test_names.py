@@ -213,6 +213,29 @@ def test_a_folder_with_the_models_names_is_taken_as_it_is(tmp_path):
     qk.save_model(model, tmp_path / "out", format="qkernels")
     checkpoint = open_checkpoint(tmp_path / "out")
     assert in_names_of(mixture("Mixtral"), checkpoint) is checkpoint
+
+
+def test_experts_of_our_own_format_are_found_by_a_model_without_a_head(tmp_path):
+    writer = functools.partial(experts.gptq, order_of=hash_of)
+    folder, _ = folder_of(mixture("Qwen3Moe"), tmp_path, (writer, experts.GPTQ_SECTION))
+    model = qk.load_model(folder)
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    base, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert any(isinstance(module, WQRows) for module in base.modules())
+    with torch.no_grad():
+        found, wanted = (m(experts.TOKENS).last_hidden_state for m in (base, model.model))
+    assert torch.equal(found, wanted)
+
+
+def test_a_tensor_that_no_model_has_changes_nothing_about_experts(tmp_path):
+    writer = functools.partial(experts.gptq, order_of=hash_of)
+    folder, _ = folder_of(mixture("Qwen3Moe"), tmp_path, (writer, experts.GPTQ_SECTION))
+    model = qk.load_model(folder)
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    unused = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    edit_tensors(tmp_path / "out", lambda tensors: tensors.update(unused))
+    assert torch.equal(outputs(qk.load_model(tmp_path / "out")), outputs(model))
     assert torch.equal(outputs(qk.load_model(tmp_path / "out")), outputs(model))
 
 
