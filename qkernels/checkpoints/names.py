@@ -174,6 +174,8 @@ class _Translator:
 
     def _convert(self, conversion: Conversion) -> None:
         """Tensors that are not quantized are converted as Transformers does it."""
+        for pattern, names in conversion.collected.items():
+            self._check_count(conversion, pattern, names, len(names))
         for target in conversion.targets:
             if target in self.tensors:
                 self._put(self.tensors, target, (Source(conversion.names[0]),))
@@ -276,12 +278,16 @@ class _Translator:
     def _check_count(
         self, conversion: Conversion, pattern: str, names: Sequence[str], wanted: int
     ) -> None:
-        if len(names) == wanted:
+        numbers = [_numbered(name) for name in names]
+        # Experts have a number each. Others share that of their block, or have none.
+        numbered = 1 < len(names) == len(set(numbers))
+        if len(names) == wanted and not (numbered and numbers != list(range(wanted))):
             return
         where = f"{self.checkpoint.folder}: {conversion.target} of the model takes {wanted} of"
-        held = {_numbered(name) for name in names}
-        missing = sorted(set(range(wanted)) - held)
+        missing = sorted(set(range(wanted)).difference(numbers))
         which = f", and number {missing[0]} is missing" if missing and names else ""
+        if len(names) == wanted and not missing:
+            which = ", in another order"
         raise CheckpointError(f"{where} {pattern}, and the file has {len(names)}{which}")
 
     def _refuse(self, conversion: Conversion, name: str) -> NoReturn:

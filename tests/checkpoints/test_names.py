@@ -167,6 +167,14 @@ def copied(old, new):
     return change
 
 
+def moved(old, new):
+    def change(tensors):
+        for name in [name for name in tensors if old in name]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
 def shorter(part):
     def change(tensors):
         for name in [name for name in tensors if part in name]:
@@ -181,6 +189,9 @@ def shorter(part):
         (without("layers.1.mlp.experts.1.gate_proj"), r"takes 3 of .*gate_proj.*number 1 is miss"),
         (without("layers.0.mlp.experts.2."), r"takes 3 of .*has 2, and number 2 is missing"),
         (without("layers.0.mlp.experts.0.up_proj.qweight"), r"experts\.0\.up_proj"),
+        (moved("experts.1.", "experts.7."), r"takes 3 of .*has 3, and number 1 is missing"),
+        (moved("experts.2.up", "experts.3.up"), r"takes 3 of .*up_proj.*number 2 is missing"),
+        (moved("model.layers.0.mlp.experts.1", "layers.0.mlp.experts.1"), r"in another order"),
         (copied("experts.2.", "experts.3."), r"takes 3 of .*the file has 4"),
         (copied("experts.2.", "expert.2."), r"no layer .*mlp\.expert\.2\.(gate|up|down)_proj"),
         (shorter("layers.0.mlp.experts.1.up_proj"), r"experts\.1\.up_proj has 16 rows.* 32"),
