@@ -84,6 +84,9 @@ _HEAD, _OWN_HEAD = "output.weight", "lm_head.weight"
 class GgufStore(Store):
     """The tensors of a GGUF file, under the names of the model of Transformers.
 
+    Attributes:
+        model_config: what the file says of the model, as a configuration of Transformers.
+
     Raises:
         CheckpointError: for packages that are missing, a file that they do not read, a model that
             Transformers does not know, and tensors that it has no place for.
@@ -109,6 +112,7 @@ class GgufStore(Store):
             factors = {t.name: t.data for t in reader.tensors if t.name in FACTORS}
             if factors:
                 set_factors(config, model, factors, self._said(reader), path)
+        self.model_config = config
         raw = json.loads(config.to_json_string(use_diff=False))
         self.config = {**raw, "architectures": [type(model).__name__]}
         self._linears = {

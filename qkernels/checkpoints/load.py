@@ -20,6 +20,7 @@ from qkernels.checkpoints.place import find_linears, is_unused, matches, place_l
 from qkernels.checkpoints.pretrained import mark_quantized
 from qkernels.checkpoints.ties import tie_beside_head
 from qkernels.errors import CheckpointError
+from qkernels.progress import Progress, silent
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OTHER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -32,6 +33,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     check_kernels: bool = True,
+    progress: Progress = silent,
 ) -> Any:
     """The Transformers model in `folder`, with `WQLinear` layers packed for `device`.
 
@@ -42,6 +44,7 @@ def load_model(
         dtype: for what is not quantized and stored in the folder's own type; None keeps that. What
             is stored in another type, such as fp32 norms of a bf16 model, keeps its own.
         check_kernels: check a kernel on the device before it runs there first.
+        progress: called as progress(done, total, layer name).
 
     Raises:
         CheckpointError: for files that are missing or damaged, formats that are not known, and
@@ -71,7 +74,13 @@ def load_model(
     _check_names(model, checkpoint, places)
     cache = kv_cache.read(stored.config, stored.store, stored.kv_cache)
     place_layers(
-        model, checkpoint, linears, lambda _: device, cast=cast, check_kernels=check_kernels
+        model,
+        checkpoint,
+        linears,
+        lambda _: device,
+        cast=cast,
+        check_kernels=check_kernels,
+        progress=progress,
     )
     for names in _tied(places).values():
         tied = {name: places[name] for name in names}

@@ -27,6 +27,7 @@ from qkernels.modules.kinds import (
 from qkernels.modules.linear import WQLinear
 from qkernels.modules.packed import PackedModule
 from qkernels.modules.rows import WQRows
+from qkernels.progress import Progress, silent
 from qkernels.weight import QuantizedWeight
 
 UNUSED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
@@ -69,6 +70,7 @@ def place_layers(
     *,
     cast: Callable[[Tensor], Tensor],
     check_kernels: bool,
+    progress: Progress = silent,
 ) -> None:
     """Reads the layers `linears` one by one and puts each, packed, in its place in the model.
 
@@ -84,7 +86,9 @@ def place_layers(
     made: dict[int, nn.Module] = {}
     shared = {name: checkpoint.layers[name].shares for name in linears}
     # What has the weight of another layer comes after that.
-    for name in sorted(linears, key=lambda name: shared[name] in linears):
+    names = sorted(linears, key=lambda name: shared[name] in linears)
+    for number, name in enumerate(names):
+        progress(number, len(names), name)
         linear = linears[name]
         if shared[name] in linears:
             source = model.get_submodule(str(shared[name]))
@@ -110,6 +114,7 @@ def place_layers(
         model.set_submodule(name, first)
         del layer
         give_back_free_pages()
+    progress(len(names), len(names), "")
 
 
 def _packed_layer(

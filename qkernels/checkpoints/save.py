@@ -34,6 +34,7 @@ from qkernels.modules.foreign import foreign_layers, why_foreign
 from qkernels.modules.heads import output_heads
 from qkernels.modules.packed import PackedModule
 from qkernels.modules.rows import whole_name
+from qkernels.progress import Progress, silent
 
 
 def save_model(
@@ -42,6 +43,7 @@ def save_model(
     format: str = "compressed-tensors",
     *,
     max_shard_size: int | str = "5GB",
+    progress: Progress = silent,
 ) -> None:
     """Writes a Transformers model whose linear layers are `WQLinear` to a new folder.
 
@@ -53,6 +55,7 @@ def save_model(
         format: one of the formats that are written; `qkernels list formats` lists them. "qkernels"
             holds every scheme.
         max_shard_size: bytes of a file, or such as "5GB"; larger models get several and an index.
+        progress: called as progress(done, total, layer name).
 
     Raises:
         CheckpointError: for a folder with files in it, an unknown format, or a weight that the
@@ -62,10 +65,15 @@ def save_model(
     if plan.left_out is not None:
         warnings.warn(plan.left_out, stacklevel=2)
     with as_written(folder), new_folder(folder) as aside:
-        write_model(plan, aside, max_shard_size)
+        write_model(plan, aside, max_shard_size, progress)
 
 
-def write_model(plan: SavePlan, folder: Path, max_shard_size: int | str = "5GB") -> None:
+def write_model(
+    plan: SavePlan,
+    folder: Path,
+    max_shard_size: int | str = "5GB",
+    progress: Progress = silent,
+) -> None:
     """Writes the files of a model to `folder`, which is there and holds none of them."""
     # The small files come first: what is wrong with them shows before the weights are written.
     for part in (plan.model, plan.model.config):
@@ -78,7 +86,7 @@ def write_model(plan: SavePlan, folder: Path, max_shard_size: int | str = "5GB")
         # Without the checks of save_pretrained, which refuses what the model came with.
         plan.model.generation_config.to_json_file(folder / "generation_config.json")
     writer = ShardWriter(folder, max_shard_size)
-    for name, tensor in plan.tensors():
+    for name, tensor in plan.tensors(progress):
         writer.add(name, tensor)
     writer.finish()
 
@@ -195,15 +203,16 @@ class SavePlan:
             section[KV_CACHE] = self.cache.scheme
         return section
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, progress: Progress = silent) -> Iterator[tuple[str, Tensor]]:
         """Every tensor to store, by its name, one layer at a time."""
         with as_loaded(self.model) as changed:
-            for name, tensor in self._tensors():
+            for name, tensor in self._tensors(progress):
                 yield name, tensor.clone() if changed else tensor
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, progress: Progress) -> Iterator[tuple[str, Tensor]]:
         assert self.row.write_layer is not None
-        for name, layer in self.layers.items():
+        for number, (name, layer) in enumerate(self.layers.items()):
+            progress(number, len(self.layers), name)
             if self.names is None and self.kinds[name].shares is not None:
                 continue
             whole = layer.to_weight()
@@ -215,6 +224,7 @@ class SavePlan:
             give_back_free_pages()
         for name, embedding in self.dense.items():
             yield from self._named(f"{name}.weight", embedding.dense_weight())
+        progress(len(self.layers), len(self.layers), "")
         places, sources = dense_places(self.model), ties(self.model)
         if self.row.keeps_kv_cache:
             yield from self.cache.tensors.items()

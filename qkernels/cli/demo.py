@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.cli import demo_report
-from qkernels.cli.demo_report import Demo, Progress, Row
+from qkernels.cli.demo_report import Demo, Row
 from qkernels.errors import CheckpointError, QuantizationError
 from qkernels.models import evaluation
 from qkernels.models.loading import load_dense, output_head
 from qkernels.modules import WQLinear
+from qkernels.progress import Progress
 from qkernels.quantizers.model import quantize_model
 from qkernels.scheme import QuantScheme
 

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from qkernels import machine
+from qkernels.progress import Progress
 
 ANSWER_WIDTH = 40
 """Characters of the answer that the table shows; the JSON has all."""
-
-Progress = Callable[[int, int, str], None]
-"""Called as progress(done, total, what is done)."""
 
 HEADINGS = (
     "scheme",

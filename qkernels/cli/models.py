@@ -88,14 +88,16 @@ def load(
     target = find_device(device)
     from qkernels.models import loading
 
-    with progress_bar(f"loading {path}"), warnings.catch_warnings(record=True) as caught:
+    with progress_bar(f"loading {path}") as update, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", loading.UnusedTensorsWarning)
         if dense:
             dtype = (precision or Precision.bf16).dtype
             model, encoder = loading.load_dense(path, dtype, tokenizer=tokenizer)
         else:
             stored = None if precision is None else precision.dtype
-            model, encoder = loading.load_model_and_tokenizer(path, stored, tokenizer=tokenizer)
+            model, encoder = loading.load_model_and_tokenizer(
+                path, stored, tokenizer=tokenizer, progress=update
+            )
     for warning in caught:
         if issubclass(warning.category, loading.UnusedTensorsWarning):
             note(f"note: {warning.message}")

@@ -155,8 +155,12 @@ def write_folder(plan: SavePlan, companions: Path, out: Path, force: bool) -> No
     from qkernels.checkpoints.atomic import new_folder
     from qkernels.checkpoints.save import as_written, write_model
 
-    with progress_bar(f"writing {out}"), as_written(out), new_folder(out, replace=force) as new:
-        write_model(plan, new)
+    with (
+        progress_bar(f"writing {out}") as update,
+        as_written(out),
+        new_folder(out, replace=force) as new,
+    ):
+        write_model(plan, new, progress=update)
         # The contents alone: a file made here has the mode that the umask leaves.
         shutil.copytree(companions, new, copy_function=shutil.copyfile, dirs_exist_ok=True)
 

@@ -21,11 +21,12 @@ from torch import nn
 from qkernels.checkpoints import is_quantized, load_model
 from qkernels.checkpoints.config import read_config
 from qkernels.checkpoints.foreign import as_checkpoint_error
-from qkernels.checkpoints.gguf import gguf_read_once
+from qkernels.checkpoints.gguf import GgufStore, gguf_read_once
 from qkernels.checkpoints.gguf_header import MAGIC
 from qkernels.errors import CheckpointError
 from qkernels.modules.heads import output_heads
 from qkernels.modules.kinds import is_linear_kind
+from qkernels.progress import Progress, silent
 
 _DAMAGED = "cannot be loaded, it may be damaged or of an unsupported kind"
 _TOKENIZER_FILES = (
@@ -40,7 +41,11 @@ class UnusedTensorsWarning(UserWarning):
 
 
 def load_model_and_tokenizer(
-    path: str | Path, dtype: torch.dtype | None = None, *, tokenizer: bool = True
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    tokenizer: bool = True,
+    progress: Progress = silent,
 ) -> tuple[nn.Module, Any]:
     """The model at `path`, quantized or not, in evaluation mode, and its tokenizer.
 
@@ -50,6 +55,7 @@ def load_model_and_tokenizer(
         dtype: of the layers that are not quantized; None is bf16, and what the folder of a
             quantized model was saved in.
         tokenizer: False loads the model alone, and None in place of the tokenizer.
+        progress: called as progress(done, total, layer name) for a quantized model.
 
     Raises:
         CheckpointError: for a path that is missing or holds no model or no tokenizer, naming it.
@@ -64,7 +70,7 @@ def load_model_and_tokenizer(
     with _quiet_transformers(), _read_once(gguf_file):
         # The tokenizer comes first: where it is missing, nobody has waited for the model.
         encoder = _tokenizer(folder, gguf_file) if tokenizer else None
-        return load_model(path, dtype=dtype), encoder
+        return load_model(path, dtype=dtype, progress=progress), encoder
 
 
 def load_dense(
@@ -97,10 +103,14 @@ def load_dense(
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _quiet_transformers(), _read_once(gguf_file):
         encoder = _tokenizer(folder, gguf_file) if tokenizer else None
-        with as_checkpoint_error(path, _DAMAGED):
-            kind: Any = transformers.AutoModelForCausalLM
-            if gguf_file is None:
+        kind: Any = transformers.AutoModelForCausalLM
+        if gguf_file is None:
+            with as_checkpoint_error(path, _DAMAGED):
                 kind = _model_class(folder) or kind
+        else:
+            # Transformers' own leaves out what scales positions, among others.
+            options["config"] = GgufStore(folder / gguf_file).model_config
+        with as_checkpoint_error(path, _DAMAGED):
             model, info = kind.from_pretrained(folder, **options, output_loading_info=True)
     _check_tensors(model, path, info)
     if gguf_file is not None:

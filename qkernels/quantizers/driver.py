@@ -21,6 +21,7 @@ from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.calibration.walks import BlockByBlock, Walk, WholeModel
 from qkernels.errors import LayerError, QuantizationError
 from qkernels.modules import WQLinear
+from qkernels.progress import Progress
 from qkernels.quantizers.changes import Changes
 from qkernels.quantizers.method import BlockTask, LayerTask
 from qkernels.quantizers.methods import LAST, METHODS
@@ -29,8 +30,6 @@ from qkernels.quantizers.report import LayerReport, compare
 from qkernels.quantizers.resume import FinishedBlock, ResumeFolder
 from qkernels.scheme import Activation, QuantScheme
 from qkernels.weight import QuantizedWeight
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from qkernels.checkpoints.table import check_holds
 from qkernels.checkpoints.written import check_writes
 from qkernels.errors import LayerError, SchemeError
 from qkernels.modules.kinds import become, is_plain_linear
-from qkernels.quantizers.driver import Outcome, Plan, Progress, drive
+from qkernels.progress import Progress, silent
+from qkernels.quantizers.driver import Outcome, Plan, drive
 from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.plan import plan_layers
@@ -44,7 +45,7 @@ def quantize_model(
     check_kernels: bool = True,
     resume: str | Path | None = None,
     format: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> QuantizationReport:
     """Replaces the linear layers of `model`, in place, by `WQLinear`; embeddings where asked.
 
@@ -137,10 +138,7 @@ def quantize_model(
             rounding.check_weight(weight.detach(), f"{name}.weight")
         looked_up = EmbeddingForms(model, layers.embeddings)
         folder = None if resume is None else _open_folder(resume, model, plan, embeddings)
-        if plan.schemes:
-            outcome = drive(model, plan, progress or (lambda done, total, name: None), folder)
-        else:
-            outcome = Outcome(None)
+        outcome = drive(model, plan, progress, folder) if plan.schemes else Outcome(None)
     except BaseException:
         forms.undo()
         raise

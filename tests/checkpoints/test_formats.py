@@ -265,3 +265,17 @@ def test_a_field_added_to_the_table_is_saved_and_loaded(tmp_path, monkeypatch):
     assert list(FIELDS)[-1] == "toy_offset" and same_weight(loaded, weight)
     with pytest.raises(CheckpointError, match="compressed-tensors has no tensor for toy_offset"):
         qk.save_model(model, tmp_path / "other")
+
+
+def test_loading_and_saving_tell_how_far_they_are(tmp_path):
+    told = []
+    model = tiny_model()
+    qk.quantize_model(model, "rtn", "w4a16-g32", check_kernels=False)
+    names = [name for name, module in model.named_modules() if isinstance(module, qk.WQLinear)]
+    qk.save_model(model, tmp_path / "out", progress=lambda *call: told.append(call))
+    qk.load_model(tmp_path / "out", progress=lambda *call: told.append(call))
+    expected = [(i, len(names), name) for i, name in enumerate([*names, ""])]
+    half = len(told) // 2
+    assert told[:half] == expected
+    assert sorted(told[half:], key=lambda call: call[0]) == told[half:]
+    assert {call[2] for call in told[half:]} == {*names, ""}

@@ -124,6 +124,14 @@ def test_factors_of_llama_3_are_those_that_transformers_works_out(tmp_path):
     assert torch.allclose(inverse_frequencies(model), wanted, rtol=2**-20, atol=0)
 
 
+def test_a_dense_model_of_the_file_has_its_factors(tmp_path):
+    file = write(tmp_path / "model.gguf", "llama", more={"rope_freqs.weight": FACTORS})
+    dense, _ = load_dense(file, torch.float32, tokenizer=False)
+    quantized = qk.load_model(file, dtype=torch.float32)
+    assert torch.equal(inverse_frequencies(dense), inverse_frequencies(quantized))
+    assert dense.config.rope_parameters == quantized.config.rope_parameters
+
+
 def test_factors_of_two_lengths(tmp_path):
     tensors = {
         "rope_factors_short.weight": FACTORS,
