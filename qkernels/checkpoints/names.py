@@ -115,11 +115,14 @@ class _Translator:
         keys = {**{name: name for name in checkpoint.dense}, **layers}
         for key in sorted(keys, key=self._natural):
             name = keys[key]
-            ours = _OURS.fullmatch(name) if key in layers else None
+            ours = _OURS.fullmatch(key.removesuffix(".weight"))
             if ours is not None:
                 # It lies as the model has it, whatever its tables do to stacks of that name.
-                stack = self._without_prefix(ours[1])
-                self._put(self.layers, f"{stack}{ours[2]}", (Source(name),))
+                expert = f"{self._without_prefix(ours[1])}{ours[2]}"
+                if key in layers:
+                    self._put(self.layers, expert, (Source(name),))
+                else:
+                    self._put(self.tensors, f"{expert}.weight", (Source(name),))
                 continue
             target, pattern = self._rename(key)
             if target not in self.state:

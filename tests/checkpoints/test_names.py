@@ -226,9 +226,25 @@ def test_a_folder_with_the_models_names_is_taken_as_it_is(tmp_path):
     assert in_names_of(mixture("Mixtral"), checkpoint) is checkpoint
 
 
+@pytest.mark.parametrize("count", [2, 10**4])
+def test_a_config_with_other_experts_than_our_own_format_costs_nothing(tmp_path, count):
+    model = mixture("Qwen3Moe")
+    qk.quantize_model(model, scheme="w4a16-g16")
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    edit_tensors(tmp_path / "out", without(".mlp.gate."))
+    edit_config(tmp_path / "out", lambda config: config.update(num_local_experts=count))
+    for load in (qk.load_model, transformers.AutoModel.from_pretrained):
+        with pytest.raises(CheckpointError, match=rf"{count} experts in the .*, and 3 in the file"):
+            load(tmp_path / "out")
+
+
 def test_experts_of_our_own_format_are_found_by_a_model_without_a_head(tmp_path):
+    def some(tensor):
+        return experts.is_expert(tensor) and ".experts.2." not in tensor
+
     writer = functools.partial(experts.gptq, order_of=hash_of)
-    folder, _ = folder_of(mixture("Qwen3Moe"), tmp_path, (writer, experts.GPTQ_SECTION))
+    section = experts.GPTQ_SECTION
+    folder, _ = folder_of(mixture("Qwen3Moe"), tmp_path, (writer, section), chosen=some)
     model = qk.load_model(folder)
     qk.save_model(model, tmp_path / "out", format="qkernels")
     base, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
