@@ -302,7 +302,7 @@ def _cpu_embedding(spec: str) -> Any:
 
 def _embedding(indices: Tensor, buffers: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
     _check_indices(indices, buffers[0])
-    what, rows = PackedSpec.parse(spec), indices.reshape(-1).long()
+    what, rows = PackedSpec.parse(spec), indices.reshape(-1).long().contiguous()
     table = _cpu_embedding(spec) if rows.device.type == "cpu" else None
     if table is not None:
         named = dict(zip(what.names, buffers, strict=True))

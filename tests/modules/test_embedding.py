@@ -115,6 +115,13 @@ def test_any_shape_of_indices(shape):
     assert embedding(ids).shape == (*shape, K)
 
 
+@pytest.mark.parametrize("indices", [IDS[:, 1], torch.arange(20)[::3], torch.tensor(7).expand(4)])
+def test_indices_of_any_strides(indices):
+    for given in (indices, indices.int()):
+        embedding = quantized()
+        assert torch.equal(embedding(given), embedding.dequantize()[indices])
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("wrong", [-1, N, N + 5, 1 << 40])
 @pytest.mark.parametrize("compiled", [True, False])
