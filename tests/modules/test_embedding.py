@@ -348,3 +348,15 @@ def test_embeddings_of_transformers_that_multiply_their_rows():
         assert type(embedding) is kind and embedding(IDS).abs().max() == 0
     with pytest.raises(LayerError, match="a BartLearnedPositionalEmbedding, a subclass"):
         WQEmbedding.from_embedding(BartLearnedPositionalEmbedding(N, K), "w8a16-g64")
+
+
+def test_a_class_without_its_source_may_compute_something_else(monkeypatch):
+    pytest.importorskip("transformers", reason="the classes are those of transformers")
+    from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+
+    def missing(function):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr("qkernels.modules.kinds.inspect.getsource", missing)
+    with pytest.raises(LayerError, match="a BartScaledWordEmbedding, a subclass"):
+        WQEmbedding.from_embedding(BartScaledWordEmbedding(N, K, 0), "w8a16-g64")
