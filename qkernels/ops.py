@@ -302,7 +302,7 @@ def _cpu_embedding(spec: str) -> Any:
 
 def _embedding(indices: Tensor, buffers: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
     _check_indices(indices, buffers[0])
-    what, rows = PackedSpec.parse(spec), indices.reshape(-1).long()
+    what, rows = PackedSpec.parse(spec), indices.reshape(-1).long().contiguous()
     table = _cpu_embedding(spec) if rows.device.type == "cpu" else None
     if table is not None:
         named = dict(zip(what.names, buffers, strict=True))
@@ -428,7 +428,7 @@ def linear(
     Args:
         x: fp16, bf16 or fp32, any leading shape and strides; on the weight's device.
         packed: the weight.
-        bias: [N] or None.
+        bias: [N] or None. The gradient goes to x alone.
         backend: name of the backend to use instead of the first that can run this.
         batch_invariant: make each row's result independent of the other rows and of their number.
 

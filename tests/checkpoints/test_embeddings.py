@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import qkernels as qk
-from qkernels.checkpoints import read_weights
+from qkernels.checkpoints import mark_quantized, read_weights
 from qkernels.checkpoints.config import read_config
 from qkernels.errors import CheckpointError, LayerError, SchemeError
 from qkernels.modules.packed import PackedModule
@@ -308,6 +308,27 @@ def test_an_embedding_that_compressed_tensors_packed(tmp_path):
     with pytest.warns(UserWarning, match="no place for quantized embeddings"):
         qk.save_model(model, tmp_path / "out", format="compressed-tensors")
     assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
+    mark_quantized(model, "compressed-tensors")
+    with pytest.warns(UserWarning, match="no place for quantized embeddings"):
+        model.save_pretrained(tmp_path / "pretrained")
+    assert torch.equal(logits(qk.load_model(tmp_path / "pretrained")), logits(model))
+
+
+def test_a_class_that_ties_embeddings_whatever_a_file_says(tmp_path):
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    qk.quantize_model(model, scheme=SCHEME, overrides={"shared": SCHEME})
+    assert type(model.lm_head) is nn.Linear
+    with pytest.raises(CheckpointError, match="T5Config ties embeddings whatever"):
+        qk.save_model(model, tmp_path / "out", format="compressed-tensors")
+    assert not (tmp_path / "out").exists()
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    tokens = torch.arange(12)[None]
+    loaded = qk.load_model(tmp_path / "out")
+    got, want = (m(input_ids=tokens, decoder_input_ids=tokens).logits for m in (loaded, model))
+    assert torch.equal(got, want)
 
 
 def test_the_types_that_embeddings_stand_for(tmp_path):
