@@ -115,6 +115,21 @@ def test_any_shape_of_indices(shape):
     assert embedding(ids).shape == (*shape, K)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_indices_with_gaps(dtype):
+    embedding, ids = quantized(), IDS.to(dtype)
+    for some in (ids[:, 1], ids[1, ::2], ids[0, :1].expand(4), ids.t()[1:]):
+        assert torch.equal(
+            embedding(some), embedding(some.clone(memory_format=torch.contiguous_format))
+        )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_float64(tied):
+    embedding = (head_and_embedding()[1] if tied else quantized()).double()
+    assert torch.equal(embedding(IDS), embedding.dequantize()[IDS].double())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("wrong", [-1, N, N + 5, 1 << 40])
 @pytest.mark.parametrize("compiled", [True, False])
