@@ -28,12 +28,11 @@ def register() -> None:
         )
         return
     try:
-        integration = importlib.import_module("qkernels.integrations.bitsandbytes")
-    except ImportError as error:
+        importlib.import_module("qkernels.integrations.bitsandbytes").register(devices)
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        # Of a part that is missing, or versions of torch and bitsandbytes that do not fit.
         warnings.warn(
-            f"qkernels cannot be imported, so bitsandbytes runs on its own kernels: {error}. "
+            f"qkernels cannot be used here, so bitsandbytes runs on its own kernels: {error}. "
             f"{VARIABLE}=0 says nothing of it",
             stacklevel=2,
         )
-        return
-    integration.register(devices)

@@ -154,7 +154,8 @@ setup(
     py_modules=["qkernels_bitsandbytes"],
     package_dir=FOLDERS,
     package_data={
-        "qkernels": ["py.typed", "*.pyi", "data/*"],
+        "qkernels": ["py.typed", "*.pyi"],
+        "qkernels.models": ["data/*"],
         "qkernels.triton_kernels": ["tuned/*.json"],
     },
     ext_modules=modules,

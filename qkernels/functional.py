@@ -37,6 +37,7 @@ def awq_gemm(
     Raises:
         WeightError: for tensors of other shapes or types.
     """
+    _check_two_dimensions(qweight=qweight, scales=scales)
     tensors = {"qweight": qweight, "scales": scales, "qzeros": qzeros}
     n, k = scales.shape[-1], len(qweight)
     return words.linear(input, tensors, None, format="awq", bits=_AWQ_BITS, n=n, k=k)
@@ -52,6 +53,7 @@ def awq_dequantize(
     Raises:
         WeightError: for tensors of other shapes or types.
     """
+    _check_two_dimensions(qweight=qweight, scales=scales)
     tensors = {"qweight": qweight, "scales": scales, "qzeros": qzeros}
     n, k = scales.shape[-1], len(qweight)
     weight = words.dequantize(tensors, format="awq", bits=_AWQ_BITS, n=n, k=k)
@@ -91,6 +93,7 @@ def gptq_gemm(
         )
     if bit not in (2, 3, 4, 8):
         raise WeightError(f"GPTQ words of {bit} bits are not supported: 2, 3, 4 and 8 are")
+    _check_two_dimensions(b_q_weight=b_q_weight, b_gptq_scales=b_gptq_scales)
     tensors = {
         "qweight": b_q_weight,
         "scales": b_gptq_scales,
@@ -215,6 +218,12 @@ def awq_marlin_repack(
     return pack_marlin(unpack_awq(b_q_weight, num_bits).t(), num_bits)
 
 
+def _check_two_dimensions(**arguments: Tensor) -> None:
+    for name, tensor in arguments.items():
+        if tensor.dim() != 2:
+            raise WeightError(f"{name} must have two dimensions, got {list(tensor.shape)}")
+
+
 def _refuse(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
@@ -271,6 +280,11 @@ def _marlin(
             f"size_m, size_n, size_k are {list(sizes)}: x must be of M * K elements, K a multiple "
             f"of 16 and N of 64, got x {list(a.shape)}"
         )
+    _check_two_dimensions(b_scales=scales)
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise WeightError(f"b_bias must be [{n}], got {list(bias.shape)}")
+    if c is not None and c.numel() != m * n:
+        raise WeightError(f"c must be of M * N = {m * n} elements, got {list(c.shape)}")
     tensors = {"words": stored, "scales": scales, "qzeros": zeros, "perm": perm}
     y = words.linear(
         a,

@@ -429,7 +429,7 @@ def linear(
     Args:
         x: fp16, bf16 or fp32, any leading shape and strides; on the weight's device.
         packed: the weight.
-        bias: [N] or None.
+        bias: [N] or None. The gradient goes to x alone.
         backend: name of the backend to use instead of the first that can run this.
         batch_invariant: make each row's result independent of the other rows and of their number.
 

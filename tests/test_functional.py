@@ -123,6 +123,17 @@ def test_gradients_go_to_x():
     assert torch.allclose(x.grad, grad @ whole.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
+def test_gradients_go_to_a_bias(shape):
+    tensors, weight, _ = golden("words-awq-gemm-g32")
+    n, k = tensors["scales"].shape[-1], weight.shape[1]
+    tensors = {name: tensors[name] for name in ("qweight", "scales", "qzeros")}
+    x, bias = torch.randn(*shape, k), torch.zeros(n, requires_grad=True)
+    y = words_of.linear(x, tensors, bias, format="awq", bits=4, n=n, k=k)
+    y.sum().backward()
+    assert torch.equal(bias.grad, torch.full((n,), float(y.numel() // n)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_says_the_type(dtype):
     words, scales, zeros, _ = awq()
@@ -142,8 +153,20 @@ def test_what_is_wrong_is_said():
         functional.awq_gemm(x[:, :-1], words, scales, zeros, 8)
     with pytest.raises(WeightError, match="qzeros must be int32"):
         functional.awq_gemm(x, words, scales, zeros[:, :-1], 8)
+    for wrong in ((words, scales[0]), (words[0, 0], scales)):
+        for function in (functional.awq_gemm, functional.awq_dequantize):
+            given = (x,) if function is functional.awq_gemm else ()
+            more = (8,) if given else (0, 0, 0)
+            with pytest.raises(WeightError, match="must have two dimensions"):
+                function(*given, *wrong, zeros, *more)
     words, _, v2, bits, weight = gptq("words-auto_round-auto_gptq-4bit")
     x = torch.randn(2, weight.shape[1])
+    with pytest.raises(WeightError, match="b_gptq_scales must have two dimensions"):
+        functional.gptq_gemm(x, *words[:2], words[2][0], None, False, v2, bits)
+    groups = torch.arange(weight.shape[1], dtype=torch.int32) // 32
+    for index in (groups - 1, groups + 2**30, groups.view(2, -1)):
+        with pytest.raises(WeightError, match="g_idx must be"):
+            functional.gptq_gemm(x, *words, index, False, v2, bits)
     with pytest.raises(WeightError, match="gptq_shuffle"):
         functional.gptq_gemm(x, *words, None, True, v2, bits)
     with pytest.raises(WeightError, match="of 5 bits"):

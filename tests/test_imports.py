@@ -58,6 +58,11 @@ def test_imports_run_one_way():
                 assert below, f"{path} imports {name}"
 
 
+def test_every_folder_of_modules_is_a_package():
+    """Others are left out of a wheel."""
+    assert all(path.with_name("__init__.py").exists() for path in PACKAGE.rglob("*.py"))
+
+
 def test_triton_kernels_import_nothing_of_qkernels():
     import qkernels.triton_kernels as kernels
 

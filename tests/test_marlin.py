@@ -46,6 +46,7 @@ class Case:
         given = {
             "c": None,
             "b_bias": bias,
+            "b_scales": self.stored,
             "a_scales": None,
             "global_scale": None,
             "b_zeros": self.zeros,
@@ -55,9 +56,7 @@ class Case:
             "size_n": N,
             "size_k": K,
         }
-        return functional.marlin_gemm(
-            x, b_q_weight=self.words, b_scales=self.stored, **{**given, **more}
-        )
+        return functional.marlin_gemm(x, b_q_weight=self.words, **{**given, **more})
 
 
 @pytest.mark.parametrize("has_zeros", [False, True])
@@ -151,6 +150,9 @@ def test_what_is_wrong_is_said():
             case.run(x, **wrong)
     with pytest.raises(WeightError, match="Marlin words of a weight"):
         case.run(x, size_n=64)
+    for name in ("b_bias", "c", "b_scales"):
+        with pytest.raises(WeightError, match=f"{name} must "):
+            case.run(x, **{name: torch.zeros(5)})
     for name, value in (("a_scales", x), ("global_scale", x), ("is_zp_float", True)):
         with pytest.raises(WeightError, match=f"{name} is for types"):
             case.run(x, **{name: value})

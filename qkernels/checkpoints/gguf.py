@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,6 +315,10 @@ def _transformers_reading() -> Any:
     return package("transformers.modeling_gguf_pytorch_utils")
 
 
+_PATCHING = threading.Lock()
+"""Two threads that both took the other's function for the package's would leave it there."""
+
+
 @contextlib.contextmanager
 def gguf_read_once() -> Iterator[None]:
     """Within, a GGUF file is parsed once.
@@ -324,10 +329,11 @@ def gguf_read_once() -> Iterator[None]:
     """
     gguf = package("gguf")
     with contextlib.ExitStack() as stack:
-        for name in ("GGUFReader", "get_tensor_name_map"):
-            if not hasattr(getattr(gguf, name), "cache_info"):
-                remembered = functools.lru_cache(getattr(gguf, name))
-                stack.enter_context(mock.patch.object(gguf, name, remembered))
+        with _PATCHING:
+            for name in ("GGUFReader", "get_tensor_name_map"):
+                if not hasattr(getattr(gguf, name), "cache_info"):
+                    remembered = functools.lru_cache(getattr(gguf, name))
+                    stack.enter_context(mock.patch.object(gguf, name, remembered))
         yield
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qkernels.checkpoints import kv_cache, layer_types
 from qkernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qkernels.checkpoints.dense import dense_places
-from qkernels.checkpoints.names import in_names_of
+from qkernels.checkpoints.names import has_place, in_names_of
 from qkernels.checkpoints.place import find_linears, is_unused, place_layers
 from qkernels.checkpoints.ties import tie_beside_head, without
 from qkernels.errors import CheckpointError
@@ -180,12 +180,8 @@ def _folder_of(files: Iterable[str] | None) -> Path:
 def _with_places(model: Any, checkpoint: Checkpoint) -> Checkpoint:
     """The folder without layers that the model lacks, as one without an output head does."""
     state = model.state_dict()
-    layers = {
-        name: layer
-        for name, layer in checkpoint.layers.items()
-        if f"{name}.weight" in state or name.rpartition(".")[0] in state
-    }
-    types = checkpoint.config.get(layer_types.KEY, {})
+    layers = {name: layer for name, layer in checkpoint.layers.items() if has_place(state, name)}
+    types = layer_types.stated(checkpoint.config)
     kept = {text: [name for name in names if name in layers] for text, names in types.items()}
     config = {**checkpoint.config, layer_types.KEY: kept}
     return dataclasses.replace(checkpoint, layers=layers, config=config)

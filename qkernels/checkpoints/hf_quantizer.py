@@ -145,6 +145,12 @@ class StoredHfQuantizer(HfQuantizer):
         return tensors, {}
 
     def _save_plan(self, model: PreTrainedModel) -> SavePlan:
+        plan = self._chosen_plan(model)
+        if plan.left_out is not None:
+            warnings.warn(plan.left_out, stacklevel=4)
+        return plan
+
+    def _chosen_plan(self, model: PreTrainedModel) -> SavePlan:
         if self._format is not None and FORMATS[self._format].writes:
             try:
                 return SavePlan.of(model, self._format)
@@ -157,7 +163,7 @@ class StoredHfQuantizer(HfQuantizer):
             warnings.warn(
                 f"saved in the qkernels format, {reason}: qkernels.load_model reads it, and "
                 "from_pretrained where qkernels is imported; Transformers alone does not",
-                stacklevel=4,
+                stacklevel=5,
             )
         return plan
 

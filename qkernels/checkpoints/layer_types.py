@@ -35,6 +35,16 @@ def written(layers: Mapping[str, PackedModule], own: torch.dtype) -> dict[str, l
     return {dtype: list(names) for dtype, names in named.items()}
 
 
+def stated(config: Config) -> dict[str, list[str]]:
+    """Type -> names of layers, as a config.json has them.
+
+    Raises:
+        CheckpointError: for what is no object with lists of names.
+    """
+    said = typed(config.get(KEY, {}), dict, KEY)
+    return {text: strings(names, f"{KEY}.{text}") for text, names in said.items()}
+
+
 def read(config: Config, layers: Collection[str]) -> dict[str, torch.dtype]:
     """The types that a config.json names, by layer.
 
@@ -42,12 +52,12 @@ def read(config: Config, layers: Collection[str]) -> dict[str, torch.dtype]:
         CheckpointError: for what is no type, or no layer.
     """
     found = {}
-    for text, names in typed(config.get(KEY, {}), dict, KEY).items():
+    for text, names in stated(config).items():
         if text not in _DTYPES:
             raise CheckpointError(
                 f"{KEY} names {brief(text)}, which is not one of {', '.join(_DTYPES)}"
             )
-        for name in strings(names, f"{KEY}.{text}"):
+        for name in names:
             if name not in layers:
                 raise CheckpointError(f"{KEY} names {brief(name)}, which is no quantized layer")
             found[name] = _DTYPES[text]

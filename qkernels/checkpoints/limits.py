@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ def check_depth(section: Mapping[str, Any], tensors: int, path: Path) -> None:
             )
 
 
+_PATCHING = threading.RLock()
+"""Held while the method of all modules is another."""
+
+
 class TooManyParametersError(CheckpointError):
     """A model that is described with many more parameters than its files hold."""
 
@@ -36,14 +41,15 @@ class TooManyParametersError(CheckpointError):
 @contextlib.contextmanager
 def parameters_on_meta(tensors: int) -> Iterator[None]:
     """Within, a parameter that a module registers goes to the meta device; not many more than
-    `tensors` may.
+    `tensors` may. Modules that other threads make are left alone, and one thread at a time is here.
 
     Under `torch.device("meta")` buffers would go there too, and those that are not saved be lost.
     """
-    most = 4 * tensors + 1000
-    register, numbers = nn.Module.register_parameter, itertools.count(1)
+    most, numbers, here = 4 * tensors + 1000, itertools.count(1), threading.get_ident()
 
     def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if threading.get_ident() != here:
+            return register(module, name, param)
         if param is not None and next(numbers) > most:
             raise TooManyParametersError(
                 f"config.json describes a model with more than {most} parameters, many more than "
@@ -51,7 +57,9 @@ def parameters_on_meta(tensors: int) -> Iterator[None]:
             )
         if type(param) is nn.Parameter and not param.is_meta:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
+        return register(module, name, param)
 
-    with mock.patch.object(nn.Module, "register_parameter", on_meta):
-        yield
+    with _PATCHING:
+        register = nn.Module.register_parameter
+        with mock.patch.object(nn.Module, "register_parameter", on_meta):
+            yield

@@ -27,7 +27,7 @@ from qkernels.modules.experts import expert_name, fused_experts
 from qkernels.modules.kinds import is_linear_kind, linear_parts
 from qkernels.modules.rows import part_name
 
-_OURS = re.compile(rf"(.+)\.{expert_name(0)[:-1]}\d+(?:\.{part_name(0)[:-1]}\d+)?")
+_OURS = re.compile(rf"(.+)(\.{expert_name(0)[:-1]}\d+)")
 _PART = re.compile(rf"(.+)\.{part_name(0)[:-1]}(\d+)")
 
 
@@ -45,10 +45,11 @@ def in_names_of(model: Any, checkpoint: Checkpoint) -> Checkpoint:
         CheckpointError: for experts that are missing or too many, two tensors for one place, and
             conversions that quantized layers cannot take.
     """
+    checkpoint = _with_parts_joined(checkpoint)
     transforms = transforms_of(model)
     state = model.state_dict() if transforms else {}
     if not transforms or _fits(state, checkpoint):
-        return _with_parts_joined(checkpoint)
+        return checkpoint
     return _Translator(model, checkpoint, state, transforms).translated()
 
 
@@ -67,7 +68,8 @@ def _loading() -> Any:
     return importlib.import_module("transformers.core_model_loading")
 
 
-def _has_place(state: Mapping[str, Tensor], layer: str) -> bool:
+def has_place(state: Mapping[str, Tensor], layer: str) -> bool:
+    """Whether a model with this state dict has a layer, or an expert, of that name."""
     ours = _OURS.fullmatch(layer)
     return f"{layer}.weight" in state or (ours is not None and ours[1] in state)
 
@@ -75,10 +77,10 @@ def _has_place(state: Mapping[str, Tensor], layer: str) -> bool:
 def _fits(state: Mapping[str, Tensor], checkpoint: Checkpoint) -> bool:
     """Whether all names of the folder are names of the model."""
     store = checkpoint.store
-    return all(_has_place(state, layer) for layer in checkpoint.layers) and all(
+    return all(has_place(state, layer) for layer in checkpoint.layers) and all(
         tuple(state[name].shape) == store.shape(name)
         if name in state
-        else _has_place(state, name.rpartition(".")[0])
+        else has_place(state, name.rpartition(".")[0])
         for name in checkpoint.dense
     )
 
@@ -113,6 +115,15 @@ class _Translator:
         keys = {**{name: name for name in checkpoint.dense}, **layers}
         for key in sorted(keys, key=self._natural):
             name = keys[key]
+            ours = _OURS.fullmatch(key.removesuffix(".weight"))
+            if ours is not None:
+                # It lies as the model has it, whatever its tables do to stacks of that name.
+                expert = f"{self._without_prefix(ours[1])}{ours[2]}"
+                if key in layers:
+                    self._put(self.layers, expert, (Source(name),))
+                else:
+                    self._put(self.tensors, f"{expert}.weight", (Source(name),))
+                continue
             target, pattern = self._rename(key)
             if target not in self.state:
                 self._put(self.layers if key in layers else self.tensors, name, (Source(name),))
@@ -139,10 +150,15 @@ class _Translator:
         )
         if renamed not in self.state:
             # Its name may be the model's, perhaps without a prefix.
-            kept, _ = self._rename_key(key, [], [], prefix, self.state)
+            kept = self._without_prefix(key)
             if kept in self.state:
                 return kept, None
         return renamed, pattern
+
+    def _without_prefix(self, key: str) -> str:
+        """A name with the prefix of the base model or without it, as the model has it."""
+        kept, _ = self._rename_key(key, [], [], self.model.base_model_prefix, self.state)
+        return str(kept)
 
     def _put(
         self,
@@ -161,6 +177,8 @@ class _Translator:
 
     def _convert(self, conversion: Conversion) -> None:
         """Tensors that are not quantized are converted as Transformers does it."""
+        for pattern, names in conversion.collected.items():
+            self._check_count(conversion, pattern, names, len(names))
         for target in conversion.targets:
             if target in self.tensors:
                 self._put(self.tensors, target, (Source(conversion.names[0]),))
@@ -263,12 +281,16 @@ class _Translator:
     def _check_count(
         self, conversion: Conversion, pattern: str, names: Sequence[str], wanted: int
     ) -> None:
-        if len(names) == wanted:
+        numbers = [_numbered(name) for name in names]
+        # Experts have a number each. Others share that of their block, or have none.
+        numbered = 1 < len(names) == len(set(numbers))
+        if len(names) == wanted and not (numbered and numbers != list(range(wanted))):
             return
         where = f"{self.checkpoint.folder}: {conversion.target} of the model takes {wanted} of"
-        held = {_numbered(name) for name in names}
-        missing = sorted(set(range(wanted)) - held)
+        missing = sorted(set(range(wanted)).difference(numbers))
         which = f", and number {missing[0]} is missing" if missing and names else ""
+        if len(names) == wanted and not missing:
+            which = ", in another order"
         raise CheckpointError(f"{where} {pattern}, and the file has {len(names)}{which}")
 
     def _refuse(self, conversion: Conversion, name: str) -> NoReturn:

@@ -6,6 +6,7 @@ The folder has the model's names here: see `names.in_names_of`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -168,12 +169,21 @@ def _embedding(
 
 def _unfuse_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Takes apart the experts that are stored one by one."""
-    stored = {name.rpartition(".")[0] for name in checkpoint.layers}
+    dense = (tensor.removesuffix(".weight") for tensor in checkpoint.dense)
+    numbers = Counter(name.rpartition(".")[0] for name in (*checkpoint.layers, *dense))
+    quantized = {name.rpartition(".")[0] for name in checkpoint.layers}
     for name, fused in fused_experts(model).items():
-        if name in stored and fused.name in fused.owner._parameters:
+        if name in quantized and fused.name in fused.owner._parameters:
             reason = fused.why_not()
             if reason is not None:
                 raise CheckpointError(f"{checkpoint.folder}: {name} is not supported: {reason}")
+            # A module is made for each, however many the config says there are.
+            wanted, found = len(fused.parameter), numbers[name]
+            if wanted != found:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {name} has {wanted} experts in the model's config, and "
+                    f"{found} in the file"
+                )
             unfuse(fused)
 
 

@@ -120,7 +120,7 @@ def _plan_layer(
         scheme = row.scheme(parts)
     except SchemeError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    keys = (*(parts.key(part) for part in sorted(row.parts)), f"{name}.bias")
+    keys = (*(parts.key(part) for part in sorted(parts.names)), f"{name}.bias")
     return StoredLayer(scheme, tuple(key for key in keys if key in store), parts)
 
 

@@ -67,14 +67,30 @@ class TranslatedCheckpoint(Checkpoint):
     stored: Checkpoint
     origins: Mapping[str, Origin]
 
+    def read(self, name: str) -> QuantizedWeight:
+        parts = self.read_parts(name)
+        if len(parts) > 1:
+            raise CheckpointError(
+                f"{self.folder}: no scheme holds the rows of {name} as one weight"
+            )
+        return parts[0]
+
     def read_parts(self, name: str) -> list[QuantizedWeight]:
         if name not in self.origins:
             return self.stored.read_parts(name)
         origin, parts = self.origins[name], []
         for source in origin.sources:
-            weight = self.stored.read(source.name)
-            source.check(self.folder, weight.shape)
-            parts.append(weight if source.rows is None else pick(weight, source.rows))
+            stored = self.stored.read_parts(source.name)
+            source.check(self.folder, (sum(weight.n for weight in stored),))
+            if source.rows is None:
+                parts += stored
+            elif len(stored) == 1:
+                parts.append(pick(stored[0], source.rows))
+            else:
+                raise CheckpointError(
+                    f"{self.folder}: {name} of the model has some rows of {source.name}, which "
+                    "are not quantized alike: not supported"
+                )
         joined = join(parts)
         if origin.order is None:
             return joined

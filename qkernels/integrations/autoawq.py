@@ -29,7 +29,9 @@ _BITS = 4
 _MOE_BLOCK = 16
 """The rows of an expert in grouped_gemm_forward come in blocks of so many."""
 
+_installed: dict[str, ModuleType] = {}
 _replaced: dict[str, ModuleType | None] = {}
+"""What was there before, under the names that had anything."""
 
 
 def install() -> None:
@@ -38,7 +40,7 @@ def install() -> None:
     Raises:
         LayerError: where AutoAWQ was imported before: it has looked for its extensions then.
     """
-    if _replaced:
+    if _installed:
         return
     if "awq" in sys.modules:
         raise LayerError(
@@ -50,16 +52,22 @@ def install() -> None:
         module.__spec__ = ModuleSpec(name, None)
         for function in functions:
             setattr(module, function.__name__, function)
-        _replaced[name] = sys.modules.get(name)
-        sys.modules[name] = module
+        if name in sys.modules:
+            _replaced[name] = sys.modules[name]
+        sys.modules[name] = _installed[name] = module
 
 
 def uninstall() -> None:
     """Takes the modules away again. What AutoAWQ has imported keeps them."""
-    for name, before in _replaced.items():
-        del sys.modules[name]
-        if before is not None:
-            sys.modules[name] = before
+    modules: dict[str, Any] = sys.modules
+    for name, ours in _installed.items():
+        if modules.get(name) is not ours:
+            # Someone has put another there since.
+            continue
+        del modules[name]
+        if name in _replaced:
+            modules[name] = _replaced[name]
+    _installed.clear()
     _replaced.clear()
 
 

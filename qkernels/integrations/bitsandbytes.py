@@ -23,7 +23,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
@@ -35,7 +35,7 @@ from torch.nn import functional
 from qkernels.activations import QuantizedActivation
 from qkernels.checkpoints.held import HeldStore
 from qkernels.checkpoints.table import FORMATS
-from qkernels.errors import QuantizationError
+from qkernels.errors import LayerError, QuantizationError
 from qkernels.modules import twins
 from qkernels.modules.linear import WQLinear
 from qkernels.scheme import QuantScheme
@@ -48,6 +48,7 @@ _NESTED_BLOCK = 256
 
 _INT8 = QuantScheme.parse("w8a8")
 _REPACKS = "support_avx512bf16_for_cpu"
+_DEVICES = ("cpu", "cuda")
 
 _MOST_ROWS = {
     ("cpu_avx512_float", torch.bfloat16): 64,
@@ -61,14 +62,26 @@ with AVX-512 and without AMX; the others are faster for any number there."""
 _undo: list[Callable[[], None]] = []
 
 
-def register(devices: Sequence[str] = ("cpu",)) -> None:
+def register(devices: Collection[str] = ("cpu",)) -> None:
     """Takes bitsandbytes' operators over on `devices`, of `cpu` and `cuda`; once.
 
     Raises:
+        LayerError: for another device.
         ModuleNotFoundError: where there is no bitsandbytes.
     """
+    for device in devices:
+        if device not in _DEVICES:
+            raise LayerError(f"device {device!r} is not one of {', '.join(_DEVICES)}")
     if _undo:
         return
+    try:
+        _register(frozenset(devices))
+    except BaseException:
+        unregister()
+        raise
+
+
+def _register(devices: Collection[str]) -> None:
     modules = importlib.import_module("bitsandbytes.nn.modules")
     library = torch.library.Library("bitsandbytes", "FRAGMENT")
     _undo.append(library._destroy)

@@ -102,6 +102,8 @@ def _bits(dtype: Any) -> int:
 
 
 def _scale_type(dtype: torch.dtype | None) -> list[str]:
+    if dtype is not None and dtype not in _SCALES:
+        raise SchemeError(f"scales of {dtype} are not supported")
     return [] if dtype is None else [_SCALES[dtype]]
 
 

@@ -104,8 +104,8 @@ def check(
 def _section(words: Words, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a quantization_config would say."""
     group, index = words.group, tensors.get("g_idx")
-    if not group and index is not None:
-        group = int(index.long().bincount().max())
+    if not group and index is not None and index.numel():
+        group = int(index.unique(return_counts=True)[1].max())
     said: dict[str, Any] = {"bits": words.bits}
     if group:
         said["group_size"] = -1 if group >= words.k else group
@@ -229,7 +229,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[None], Tensor
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.qkernels.words_linear_grad_input(grad, ctx.tensors, ctx.spec)
     if ctx.needs_input_grad[2]:
-        grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_type)
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_type)
     return grad_x, [None] * len(ctx.tensors), grad_bias, None
 
 

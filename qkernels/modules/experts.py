@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from qkernels.modules.packed import scale_all
 from qkernels.modules.view import Source, WeightView
 
 
@@ -70,9 +71,8 @@ class WQExperts(nn.Module):
         raise AssertionError("a stack is multiplied entry by entry")
 
     def view_scale(self, factor: float) -> None:
-        """For `WeightView`: multiplies every expert in place."""
-        for layer in self.layers:
-            layer.weight.mul_(factor)
+        """For `WeightView`: multiplies every expert in place, or none."""
+        scale_all(self.layers, factor)
 
     def view_entry(self, number: int) -> Source:
         """For `WeightView`."""

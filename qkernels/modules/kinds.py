@@ -123,7 +123,12 @@ def _multiplies_rows(kind: type[nn.Module]) -> bool:
     module, name = kind.__module__, kind.__name__
     if not module.startswith("transformers.models.") or not name.endswith("ScaledWordEmbedding"):
         return False
-    return inspect.getsource(kind.forward).split(":", 2)[-1].strip() in _SCALED
+    try:
+        source = inspect.getsource(kind.forward)
+    except OSError:
+        # Installed without its source.
+        return False
+    return source.split(":", 2)[-1].strip() in _SCALED
 
 
 def is_plain_embedding(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -69,10 +70,14 @@ class PackedModule(nn.Module):
         raise AssertionError("one weight has no entries")
 
     def view_scale(self, factor: float) -> None:
-        """For `WeightView`: multiplies the weight by a power of two, which changes scales alone.
+        """For `WeightView`: see `scale_all`."""
+        scale_all((self,), factor)
+
+    def scales_times(self, factor: float) -> dict[str, Tensor]:
+        """The buffers that multiply the whole weight, times `factor`, by name.
 
         Raises:
-            LayerError: for a factor that the scales do not take exactly.
+            LayerError: for a factor that they do not take exactly.
         """
         names = next(names for names in _OUTER_SCALES if names[0] in self._names)
         names = (*names, *(name for name in ("outlier_values",) if name in self._names))
@@ -86,8 +91,7 @@ class PackedModule(nn.Module):
                 f"the weight of a quantized layer is not multiplied in place by {factor}, which "
                 "its scales do not take exactly: change the original layer, and quantize it again"
             )
-        for name, scale in new.items():
-            old[name].copy_(scale)
+        return new
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name in ("weight", "bias") and param is not None:
@@ -273,6 +277,25 @@ def _words_name(layout: Layout) -> str:
 def _held_names(layout: Layout, names: tuple[str, ...]) -> tuple[str, ...]:
     """The module's buffers of a packed weight's `names`."""
     return tuple(_words_name(layout) if name == "words" else name for name in names)
+
+
+def scale_all(layers: Iterable[nn.Module], factor: float) -> None:
+    """Multiplies the weights of all layers in place, or of none.
+
+    Of quantized ones, scales are what changes: a power of two is taken by most.
+
+    Raises:
+        LayerError: for a factor that the scales of one do not take exactly.
+    """
+    layers = list(layers)
+    quantized = [layer for layer in layers if isinstance(layer, PackedModule)]
+    scaled = [layer.scales_times(factor) for layer in quantized]
+    for dense in layers:
+        if not isinstance(dense, PackedModule):
+            cast(Tensor, dense.weight).mul_(factor)
+    for layer, scales in zip(quantized, scaled, strict=True):
+        for name, scale in scales.items():
+            cast(Tensor, layer._buffers[name]).copy_(scale)
 
 
 def moved(packed: PackedWeight, layout: Layout, device: torch.device) -> PackedWeight:

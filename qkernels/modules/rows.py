@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.modules.linear import WQLinear
+from qkernels.modules.packed import scale_all
 from qkernels.modules.view import Source, WeightView
 
 
@@ -50,8 +51,10 @@ class WQRows(nn.Module):
         return self.layers[0].dtype
 
     @property
-    def weight(self) -> WeightView:
+    def weight(self) -> Tensor:
         """What stands for the weight: [N, K]."""
+        if torch.compiler.is_compiling():
+            return self.dequantize().to(self.dtype)
         shape = (self.out_features, self.in_features)
         return WeightView(self, shape, self.dtype, self.layers[0].weight.device)
 
@@ -80,9 +83,8 @@ class WQRows(nn.Module):
         return y if bias is None else y + bias
 
     def view_scale(self, factor: float) -> None:
-        """For `WeightView`: multiplies every part in place."""
-        for layer in self.layers:
-            layer.weight.mul_(factor)
+        """For `WeightView`: multiplies every part in place, or none."""
+        scale_all(self.layers, factor)
 
     def view_entry(self, number: int) -> Source:
         """For `WeightView`."""

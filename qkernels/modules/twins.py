@@ -2,7 +2,8 @@
 
 A twin is known by the memory that it was packed from, which the table does not keep alive. Where a
 buffer was written to in place, as torch's version of it tells, the twin is made anew. Tensors made
-in inference mode have no version: whoever writes to them calls `forget`.
+in inference mode have no version, and a write through `.data` leaves it as it is: whoever does
+either calls `forget`.
 """
 
 from __future__ import annotations

@@ -70,6 +70,9 @@ class WeightView(torch.Tensor):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] @ W.T + bias on the layer's kernels, whichever way this view lies."""
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            # The operator has a gradient for x alone.
+            return self.source.view_product(x, None) + bias
         return self.source.view_product(x, bias)
 
     def turned(self) -> WeightView:

@@ -231,7 +231,8 @@ def _hints(model: nn.Module) -> dict[int, str]:
     embeddings = {
         id(module._parameters["weight"]): name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
+        # A quantized one has no parameter, and one that computes its weight has others.
+        if isinstance(module, nn.Embedding) and "weight" in module._parameters
     }
     hints: dict[int, str] = {}
     for module in model.modules():

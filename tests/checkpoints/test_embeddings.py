@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import qkernels as qk
-from qkernels.checkpoints import read_weights
+from qkernels.checkpoints import mark_quantized, read_weights
 from qkernels.checkpoints.config import read_config
 from qkernels.errors import CheckpointError, LayerError, SchemeError
 from qkernels.modules.packed import PackedModule
@@ -308,6 +308,10 @@ def test_an_embedding_that_compressed_tensors_packed(tmp_path):
     with pytest.warns(UserWarning, match="no place for quantized embeddings"):
         qk.save_model(model, tmp_path / "out", format="compressed-tensors")
     assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
+    mark_quantized(model, "compressed-tensors")
+    with pytest.warns(UserWarning, match="no place for quantized embeddings"):
+        model.save_pretrained(tmp_path / "pretrained")
+    assert torch.equal(logits(qk.load_model(tmp_path / "pretrained")), logits(model))
 
 
 def test_the_types_that_embeddings_stand_for(tmp_path):

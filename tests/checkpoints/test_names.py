@@ -167,6 +167,14 @@ def copied(old, new):
     return change
 
 
+def moved(old, new):
+    def change(tensors):
+        for name in [name for name in tensors if old in name]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
 def shorter(part):
     def change(tensors):
         for name in [name for name in tensors if part in name]:
@@ -181,6 +189,9 @@ def shorter(part):
         (without("layers.1.mlp.experts.1.gate_proj"), r"takes 3 of .*gate_proj.*number 1 is miss"),
         (without("layers.0.mlp.experts.2."), r"takes 3 of .*has 2, and number 2 is missing"),
         (without("layers.0.mlp.experts.0.up_proj.qweight"), r"experts\.0\.up_proj"),
+        (moved("experts.1.", "experts.7."), r"takes 3 of .*has 3, and number 1 is missing"),
+        (moved("experts.2.up", "experts.3.up"), r"takes 3 of .*up_proj.*number 2 is missing"),
+        (moved("model.layers.0.mlp.experts.1", "layers.0.mlp.experts.1"), r"in another order"),
         (copied("experts.2.", "experts.3."), r"takes 3 of .*the file has 4"),
         (copied("experts.2.", "expert.2."), r"no layer .*mlp\.expert\.2\.(gate|up|down)_proj"),
         (shorter("layers.0.mlp.experts.1.up_proj"), r"experts\.1\.up_proj has 16 rows.* 32"),
@@ -213,6 +224,45 @@ def test_a_folder_with_the_models_names_is_taken_as_it_is(tmp_path):
     qk.save_model(model, tmp_path / "out", format="qkernels")
     checkpoint = open_checkpoint(tmp_path / "out")
     assert in_names_of(mixture("Mixtral"), checkpoint) is checkpoint
+
+
+@pytest.mark.parametrize("count", [2, 10**4])
+def test_a_config_with_other_experts_than_our_own_format_costs_nothing(tmp_path, count):
+    model = mixture("Qwen3Moe")
+    qk.quantize_model(model, scheme="w4a16-g16")
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    edit_tensors(tmp_path / "out", without(".mlp.gate."))
+    edit_config(tmp_path / "out", lambda config: config.update(num_local_experts=count))
+    for load in (qk.load_model, transformers.AutoModel.from_pretrained):
+        with pytest.raises(CheckpointError, match=rf"{count} experts in the .*, and 3 in the file"):
+            load(tmp_path / "out")
+
+
+def test_experts_of_our_own_format_are_found_by_a_model_without_a_head(tmp_path):
+    def some(tensor):
+        return experts.is_expert(tensor) and ".experts.2." not in tensor
+
+    writer = functools.partial(experts.gptq, order_of=hash_of)
+    section = experts.GPTQ_SECTION
+    folder, _ = folder_of(mixture("Qwen3Moe"), tmp_path, (writer, section), chosen=some)
+    model = qk.load_model(folder)
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    base, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert any(isinstance(module, WQRows) for module in base.modules())
+    with torch.no_grad():
+        found, wanted = (m(experts.TOKENS).last_hidden_state for m in (base, model.model))
+    assert torch.equal(found, wanted)
+
+
+def test_a_tensor_that_no_model_has_changes_nothing_about_experts(tmp_path):
+    writer = functools.partial(experts.gptq, order_of=hash_of)
+    folder, _ = folder_of(mixture("Qwen3Moe"), tmp_path, (writer, experts.GPTQ_SECTION))
+    model = qk.load_model(folder)
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    unused = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    edit_tensors(tmp_path / "out", lambda tensors: tensors.update(unused))
+    assert torch.equal(outputs(qk.load_model(tmp_path / "out")), outputs(model))
     assert torch.equal(outputs(qk.load_model(tmp_path / "out")), outputs(model))
 
 

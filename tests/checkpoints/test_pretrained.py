@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import qkernels as qk
+from qkernels.errors import CheckpointError
+from tests.checkpoints.folders import edit_config
 from tests.tiny_model import tiny_config
 
 transformers = pytest.importorskip("transformers", reason="models come from transformers")
@@ -99,6 +101,14 @@ def test_a_model_that_is_loaded_with_other_names_than_it_has(tmp_path):
     qk.quantize_model(model, scheme="w8a16")
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(qk.load_model(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize("said", [5, {"float32": 5}, {"float32": [["lm_head"]]}])
+def test_types_of_layers_that_are_none_are_an_error_for_every_class(tmp_path, said):
+    qk.save_model(quantized(), tmp_path / "out", format="qkernels")
+    edit_config(tmp_path / "out", lambda config: config.update(qkernels_layer_dtypes=said))
+    with pytest.raises(CheckpointError, match=r"qkernels_layer_dtypes.* must be"):
+        transformers.AutoModel.from_pretrained(tmp_path / "out")
 
 
 ORDERS = {

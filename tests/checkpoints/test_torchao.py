@@ -109,6 +109,18 @@ def tells(name, **changes):
     return change
 
 
+def hides(part):
+    """The metadata names no longer a part that is stored."""
+    layer, name = part.split(".")
+
+    def change(metadata):
+        content = json.loads(metadata[f"{layer}.weight"])
+        content["_tensor_data_names"].remove(name.removeprefix("_weight_"))
+        metadata[f"{layer}.weight"] = json.dumps(content)
+
+    return change
+
+
 def put(name, make):
     return lambda tensors: tensors.update({name: make(tensors[name]).contiguous()})
 
@@ -205,6 +217,11 @@ def moved(tensors):
             put("mxfp4._weight_scale", lambda x: x.view(torch.uint8).fill_(255)),
             None,
             "mxfp4._weight_scale holds 255, which stands for NaN",
+        ),
+        (
+            None,
+            hides("intx_real_zeros._weight_zero_point"),
+            "says nothing of intx_real_zeros._weight_zero_point",
         ),
         (None, tells("mxfp4", elem_dtype="fp6_e3m2"), "elem_dtype 'fp6_e3m2' is not supported"),
         (None, tells("mxfp4", block_size=33), r"block_size 33 does not divide 160 columns"),

@@ -165,3 +165,18 @@ def test_installed_and_taken_away_again(monkeypatch):
     with pytest.raises(LayerError, match="before the first import of awq"):
         autoawq.install()
     assert sys.modules["awq_ext"] is before
+
+
+def test_what_others_put_there_stays(monkeypatch):
+    monkeypatch.delitem(sys.modules, "awq", raising=False)
+    # None keeps a module from being imported.
+    monkeypatch.setitem(sys.modules, "awq_ext", None)
+    monkeypatch.setitem(sys.modules, "awq_v2_ext", None)
+    autoawq.install()
+    sys.modules["awq_v2_ext"] = theirs = types.ModuleType("awq_v2_ext")
+    autoawq.uninstall()
+    assert sys.modules["awq_ext"] is None and sys.modules["awq_v2_ext"] is theirs
+    autoawq.install()
+    del sys.modules["awq_ext"]
+    autoawq.uninstall()
+    assert "awq_ext" not in sys.modules and sys.modules["awq_v2_ext"] is theirs

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import qkernels_bitsandbytes as entry
+from qkernels.errors import LayerError
 from qkernels.integrations import bitsandbytes as ours
 from tests.bounds import FROBENIUS_BOUND
 from tests.integrations.modules import golden
@@ -113,5 +114,26 @@ def test_the_environment_names_the_devices(monkeypatch, said, devices):
 def test_nothing_of_ours_keeps_bitsandbytes_from_being_imported(monkeypatch):
     with pytest.warns(UserWarning, match="runs on its own kernels"):
         register(monkeypatch, None, None)
+
+    def unable(devices):
+        raise RuntimeError("the dispatcher will not have it")
+
+    with pytest.warns(UserWarning, match="the dispatcher will not have it"):
+        register(monkeypatch, None, types.SimpleNamespace(register=unable))
     with pytest.warns(UserWarning, match="'tpu' is neither 0 nor"):
         register(monkeypatch, "tpu", None)
+
+
+def test_another_device_is_an_error():
+    with pytest.raises(LayerError, match="device 'tpu' is not one of cpu, cuda"):
+        ours.register(("cpu", "tpu"))
+
+
+def test_what_fails_half_way_leaves_nothing(monkeypatch):
+    """Here for want of its operators."""
+    modules = types.ModuleType("bitsandbytes.nn.modules")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn.modules", modules)
+    monkeypatch.setattr(torch.library, "get_kernel", None, raising=False)
+    with pytest.raises(TypeError):
+        ours.register(("cpu",))
+    assert not ours._undo

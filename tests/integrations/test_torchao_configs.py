@@ -159,6 +159,7 @@ def test_a_scheme_says_the_same(name, changes, scheme):
         (INTX, {"weight_dtype": torch.float16}, "weights of torch.float16 are not"),
         (INTX, {"granularity": PerAxis(1)}, r"weights by PerAxis\(axis=1\)"),
         (INTX, {"mapping_type": Mapping.SYMMETRIC_NO_CLIPPING_ERR}, "in a way of its own"),
+        (INTX, {"scale_dtype": torch.float64}, "scales of torch.float64 are not"),
         (INT8_INTX, {"weight_mapping_type": Mapping.ASYMMETRIC}, "do not fit an int8 product"),
         (FLOAT8, {"weight_dtype": torch.bfloat16}, "weights of torch.bfloat16"),
         (BOTH_FLOAT8, {"granularity": [PerBlock((1, 128)), PerBlock((128, 128))]}, "PerBlock"),

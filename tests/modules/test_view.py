@@ -82,6 +82,13 @@ def test_a_bias_is_the_callers():
     assert torch.equal(layer.weight @ x[0], F.linear(x[0], layer.weight))
 
 
+def test_a_product_has_the_gradient_of_a_bias():
+    layer, x, bias = make(), torch.randn(5, K), torch.zeros(N, requires_grad=True)
+    for product in (F.linear(x, layer.weight, bias), torch.addmm(bias, x, layer.weight.t())):
+        (grad,) = torch.autograd.grad(product.sum(), bias)
+        assert torch.equal(grad, torch.full((N,), 5.0))
+
+
 def test_a_product_has_the_gradient_of_x():
     layer, x = make(), torch.randn(5, K, requires_grad=True)
     F.linear(x, layer.weight).sum().backward()

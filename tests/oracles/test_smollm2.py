@@ -61,7 +61,7 @@ def cases():
             yield pytest.param(format, scheme, marks=() if often else pytest.mark.full)
 
 
-@pytest.mark.parametrize(("format", "scheme"), cases())
+@pytest.mark.parametrize(("format", "scheme"), list(cases()))
 def test_saved_and_loaded_it_has_the_same_perplexity(tmp_path, dense, format, scheme):
     model, tokenizer = saved(dense[0], tmp_path / "out", format, scheme), dense[1]
     before, after = measured(model, tokenizer), measured(qk.load_model(tmp_path / "out"), tokenizer)

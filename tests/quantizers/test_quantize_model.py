@@ -270,6 +270,17 @@ def test_twice_is_an_error():
     qk.quantize_model(model, scheme="w8a16")
     with pytest.raises(LayerError, match=r"blocks\.0\.up is quantized already"):
         qk.quantize_model(model, scheme="w8a16")
+    model = nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 32))
+    qk.quantize_model(model, scheme="w8a16", include=["0"])
+    with pytest.raises(LayerError, match="0 is quantized already"):
+        qk.quantize_model(model, scheme="w8a16")
+
+
+def test_an_embedding_that_computes_its_weight_is_left_alone():
+    model = nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 32))
+    nn.utils.parametrizations.weight_norm(model[0])
+    report = qk.quantize_model(model, scheme="w8a16", include=["*", "0"])
+    assert [layer.name for layer in report.layers] == ["1"]
 
 
 def test_a_shared_layer_stays_shared():

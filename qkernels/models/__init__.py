@@ -1,0 +1,1 @@
+"""Models from folders, what to judge them by, and the text that is shipped for it."""
