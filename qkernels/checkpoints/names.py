@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qkernels.checkpoints.checkpoint import Checkpoint
 from qkernels.checkpoints.foreign import as_checkpoint_error
+from qkernels.checkpoints.rows import as_slice
 from qkernels.checkpoints.translated import Conversion, Origin, Source, TranslatedStore, translated
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import expert_name, fused_experts
@@ -265,7 +266,7 @@ class _Translator:
         made = []
         for number in numbers:
             source, rows = sources[number], row_of[source_of == number]
-            made.append(Source(source.name, _as_slice(rows, source.of), source.of, source.turned))
+            made.append(Source(source.name, as_slice(rows, source.of), source.of, source.turned))
         quantized = {source.name in self.checkpoint.layers for source in made}
         if len(quantized) > 1:
             dense = next(s.name for s in made if s.name not in self.checkpoint.layers)
@@ -339,13 +340,6 @@ def row_numbers(array: Tensor) -> tuple[Tensor | None, bool]:
             if (rows[:, 0] % 2 == 0).all() and (rows[:, 1] == rows[:, 0] + 1).all():
                 return rows[:, 0] // 2, turned
     return None, False
-
-
-def _as_slice(rows: Tensor, of: int | None) -> slice | Tensor | None:
-    start = int(rows[0])
-    if not torch.equal(rows, torch.arange(start, start + len(rows))):
-        return rows
-    return None if len(rows) == of else slice(start, start + len(rows))
 
 
 def _numbered(name: str) -> int | None:

@@ -33,6 +33,14 @@ def pick(weight: QuantizedWeight, rows: slice | Tensor) -> QuantizedWeight:
     return QuantizedWeight(scheme=weight.scheme, codes=codes, bias=bias, **fields)
 
 
+def as_slice(rows: Tensor, of: int | None) -> slice | Tensor | None:
+    """Numbers of rows, at least one, in the shortest terms: None for all of `of` in their order."""
+    start = int(rows[0])
+    if not torch.equal(rows, torch.arange(start, start + len(rows))):
+        return rows
+    return None if len(rows) == of else slice(start, start + len(rows))
+
+
 def join(weights: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
     """One weight with the rows of all, where some scheme holds them exactly; else `weights`.
 

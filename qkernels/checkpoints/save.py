@@ -167,6 +167,12 @@ class SavePlan:
                 f"not tied, and {row.name} cannot say that they are beside a quantized head: use "
                 "the format qkernels, or leave the head alone"
             )
+        if untied and dense and not quantized and _ties_anyway(model.config):
+            raise CheckpointError(
+                f"a {type(model.config).__name__} ties embeddings whatever config.json says, and "
+                f"{row.name} has no place for a quantized one beside a head that is not: use the "
+                "format qkernels, or quantize the head too"
+            )
         return cls(model, row, layers, stored, untied, kept(model), names, dense)
 
     @property
@@ -254,6 +260,13 @@ def _embeddings(layers: Mapping[str, PackedModule]) -> dict[str, WQEmbedding]:
 def _asks_for_ties(model: nn.Module) -> bool:
     """Whether its forward depends on `tie_word_embeddings`, as that of T5's relatives does."""
     return "tie_word_embeddings" in inspect.getsource(type(model).forward)
+
+
+def _ties_anyway(config: Any) -> bool:
+    """Whether a config of this class says that embeddings are tied where its file says otherwise,
+    as that of T5 does."""
+    read = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+    return bool(read.tie_word_embeddings)
 
 
 @contextlib.contextmanager

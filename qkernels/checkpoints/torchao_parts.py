@@ -162,11 +162,6 @@ def stated_shape(parts: Parts) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def no_inputs(parts: Parts) -> Activation:
-    """Inputs that are not quantized."""
-    return Activation()
-
-
 def quantized_inputs(parts: Parts, kwargs: str, dtype: str) -> Activation:
     """Inputs as `act_quant_kwargs` says, an object of the class `kwargs`.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.format import Format, WeightKind
 from qkernels.checkpoints.names import row_numbers, transforms_of
-from qkernels.checkpoints.rows import pick
+from qkernels.checkpoints.rows import as_slice, pick
 from qkernels.checkpoints.table import check_holds
 from qkernels.errors import CheckpointError
 from qkernels.modules.experts import WQExperts, expert_name
@@ -190,7 +190,9 @@ class WrittenNames:
                     continue
                 if not inside.all():
                     self._refuse(name, f"{key} has rows of several layers")
-                piece = Piece(key.removesuffix(".weight"), _rows(rows - start, stop), len(rows))
+                piece = Piece(
+                    key.removesuffix(".weight"), as_slice(rows - start, stop - start), len(rows)
+                )
                 self.pieces.setdefault(layer, []).append(piece)
             if self._read(key) != name:
                 self._refuse(name, f"{key} would be read as {self._read(key)}")
@@ -246,10 +248,3 @@ def _parts(name: str, layer: nn.Module) -> Iterator[tuple[str, int, int]]:
         own = f"{name}.{part_name(number)}" if isinstance(layer, WQRows) else name
         yield own, start, start + part.out_features
         start += part.out_features
-
-
-def _rows(rows: Tensor, of: int) -> Rows:
-    first = int(rows[0])
-    if not torch.equal(rows, torch.arange(first, first + len(rows))):
-        return rows
-    return None if len(rows) == of else slice(first, first + len(rows))

@@ -314,6 +314,23 @@ def test_an_embedding_that_compressed_tensors_packed(tmp_path):
     assert torch.equal(logits(qk.load_model(tmp_path / "pretrained")), logits(model))
 
 
+def test_a_class_that_ties_embeddings_whatever_a_file_says(tmp_path):
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    qk.quantize_model(model, scheme=SCHEME, overrides={"shared": SCHEME})
+    assert type(model.lm_head) is nn.Linear
+    with pytest.raises(CheckpointError, match="T5Config ties embeddings whatever"):
+        qk.save_model(model, tmp_path / "out", format="compressed-tensors")
+    assert not (tmp_path / "out").exists()
+    qk.save_model(model, tmp_path / "out", format="qkernels")
+    tokens = torch.arange(12)[None]
+    loaded = qk.load_model(tmp_path / "out")
+    got, want = (m(input_ids=tokens, decoder_input_ids=tokens).logits for m in (loaded, model))
+    assert torch.equal(got, want)
+
+
 def test_the_types_that_embeddings_stand_for(tmp_path):
     model, _ = llama()
     model.to(torch.bfloat16)
