@@ -303,7 +303,8 @@ def _cpu_embedding(spec: str) -> Any:
 def _embedding(indices: Tensor, buffers: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
     _check_indices(indices, buffers[0])
     what, rows = PackedSpec.parse(spec), indices.reshape(-1).long().contiguous()
-    table = _cpu_embedding(spec) if rows.device.type == "cpu" else None
+    compiled = rows.device.type == "cpu" and dtype in X_DTYPES
+    table = _cpu_embedding(spec) if compiled else None
     if table is not None:
         named = dict(zip(what.names, buffers, strict=True))
         fields = map(named.get, _FIELDS_LOOKED_UP)

@@ -53,7 +53,7 @@ def build(
     sources.sort(key=lambda path: (order.get(path.stem, len(order)), path.stem))
 
     def compiled(source: Path) -> Path:
-        target = folder / f"{source.parent.parent.name}_{source.stem}.o"
+        target = folder / "_".join(source.relative_to(ROOT).with_suffix(".o").parts)
         own = ["-O2"] if source.stem in JUDGES else [*flags, (levels or {}).get(source.stem, "-O1")]
         if source.stem == "kernels_amx" and set(SOFTWARE_TILES) <= set(flags):
             own += ["-include", str(PROGRAMS / "software_tiles.h")]

@@ -115,6 +115,12 @@ def test_any_shape_of_indices(shape):
     assert embedding(ids).shape == (*shape, K)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_float64(tied):
+    embedding = (head_and_embedding()[1] if tied else quantized()).double()
+    assert torch.equal(embedding(IDS), embedding.dequantize()[IDS].double())
+
+
 @pytest.mark.parametrize("indices", [IDS[:, 1], torch.arange(20)[::3], torch.tensor(7).expand(4)])
 def test_indices_of_any_strides(indices):
     for given in (indices, indices.int()):

@@ -5,7 +5,7 @@
 #include <ATen/ops/empty.h>
 
 #include <memory>
-#include <string>
+#include <new>
 
 #include "bindings/cpu/cpu.h"
 #include "cpu/pack.h"
@@ -16,12 +16,18 @@ namespace qkernels::bindings {
 
 namespace {
 
+// Below it no number of bits, columns or groups overflows.
+constexpr int64_t kLengthEnd = int64_t{1} << 31;
+
 class CpuEmbedding {
  public:
   CpuEmbedding(int64_t n, int64_t k, int64_t bits, int64_t group, int64_t padded_group,
                int64_t groups, bool one_scale, bool panels, const at::Tensor& values,
                const Optional& nested_table)
       : values_(values), nested_table_(nested_table) {
+    require(n < kLengthEnd && k < kLengthEnd && padded_group < kLengthEnd,
+            "n, k and padded_group must be below ", kLengthEnd, ", got ", n, ", ", k, " and ",
+            padded_group);
     require(n > 0 && k > 0 && group > 0 && padded_group >= group && groups == ceil_div(k, group),
             "n, k and groups must be above 0 and fit, got ", n, ", ", k, ", ", groups, " of ",
             group);
@@ -69,15 +75,24 @@ class CpuEmbedding {
       table.nested_absmax = nested_absmax->const_data_ptr<float>();
       table.nested_offset = *nested_offset->const_data_ptr<float>();
     }
+    const bool has_levels = channel_scales.has_value() || nested_absmax.has_value();
+    require((scales.scalar_type() == at::kByte) == has_levels,
+            "uint8 scales need channel_scales or nested ones, and no others do");
     const int64_t count = rows.numel();
     const auto* wanted = rows.const_data_ptr<int64_t>();
     const int64_t* wrong = cpu::out_of_range(wanted, count, table.n);
     TORCH_CHECK_INDEX(wrong == nullptr, "index ", wrong == nullptr ? 0 : *wrong,
                       " is out of range for an embedding of ", table.n, " rows");
-    at::Tensor out = at::empty({count, table.k}, type);
     const cpu::FloatType out_type = float_type("the result", type);
-    const py::gil_scoped_release released;
-    cpu::look_up(table, wanted, count, out.mutable_data_ptr(), out_type, torch_pool());
+    at::Tensor out = at::empty({count, table.k}, type);
+    const cpu::Pool pool = torch_pool();
+    try {
+      const py::gil_scoped_release released;
+      cpu::look_up(table, wanted, count, out.mutable_data_ptr(), out_type, pool);
+    } catch (const std::bad_alloc&) {
+      TORCH_CHECK_WITH(OutOfMemoryError, false, "no memory for the work of ", pool.threads,
+                       " threads on ", count, " rows of ", table.k, " columns");
+    }
     return out;
   }
 
