@@ -1,15 +1,22 @@
 """Recipes: what parses, how it is spelled, and what each mistake is called."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from qkernels import rounding
 from qkernels.errors import RecipeError
+from qkernels.quantizers.awq import AWQ
+from qkernels.quantizers.gptq import GPTQ
+from qkernels.quantizers.hqq import HQQ
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.methods import METHODS
+from qkernels.quantizers.obq import OBQ
 from qkernels.quantizers.recipe import Recipe
+from qkernels.quantizers.rtn import RTN
 
 
 @dataclass(frozen=True)
@@ -106,3 +113,10 @@ def test_values_have_the_types_of_their_defaults():
 def test_a_mistake_is_named(text, message):
     with pytest.raises(RecipeError, match=message):
         Recipe.parse(text)
+
+
+def test_every_method_is_described():
+    text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    described = set(re.findall(r"^## `(\w+)`", text, re.MULTILINE))
+    assert described == {row.name for row in (AWQ, GPTQ, HQQ, OBQ, RTN)}
+    assert described <= set(METHODS)
