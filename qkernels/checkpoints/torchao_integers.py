@@ -165,7 +165,7 @@ def _plain_scheme(parts: Parts) -> QuantScheme:
     if isinstance(said, dict):
         said = said.get("_data")
     known = {None: "none", "bfloat16": "none", "float8_e4m3fn": "fp8"}
-    if said is not None and said not in known:
+    if said is not None and not (isinstance(said, str) and said in known):
         raise CheckpointError(f"{parts.where}: activation_dtype {brief(said)} is not supported")
     return _int4_scheme(parts, "scale", not parts.any("zero_point"), Activation(known[said]))
 

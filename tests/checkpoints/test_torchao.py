@@ -188,6 +188,7 @@ def moved(tensors):
             r"plain._weight_scale must be bfloat16 \[3, 24\], got bfloat16 \[24, 3\]",
         ),
         (None, tells("plain", activation_dtype="int8"), "activation_dtype 'int8' is not supp"),
+        (None, tells("plain", activation_dtype=[1]), r"activation_dtype \[1\] is not supp"),
         (
             put("intx_real_zeros._weight_zero_point", lambda x: x.fill_(1e-9)),
             None,
