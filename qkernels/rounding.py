@@ -87,7 +87,7 @@ def fit(
             full = scales.float()
         if not scheme.symmetric:
             largest = (1 << scheme.bits) - 1
-            fields["zeros"] = (-low / _nonzero(full)).round_().clamp_(0, largest).to(torch.uint8)
+            fields["zeros"] = (-low / nonzero(full)).round_().clamp_(0, largest).to(torch.uint8)
     if activation_scale is not None:
         fields["activation_scale"] = torch.as_tensor(
             activation_scale, dtype=torch.float32, device=weight.device
@@ -112,7 +112,7 @@ def encode_rows(rows: Tensor, parameters: WeightParameters, start: int) -> Tenso
     beyond = parameters.beyond_codes(start, stop)
     if beyond is not None:
         scaled -= beyond
-    scales = _nonzero(parameters.group_scales(start, stop))
+    scales = nonzero(parameters.group_scales(start, stop))
     apply_by_group(scaled, scales, length, Tensor.div_)
     zeros = parameters.group_zeros(start, stop)
     if zeros is not None:
@@ -237,7 +237,7 @@ def _two_level(low: Tensor, high: Tensor, scheme: QuantScheme) -> dict[str, Tens
     levels = (1 << scheme.bits) - 1
     most = 128 >> (scheme.bits - 1) if scheme.symmetric else 255 // levels
     width = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
-    channel = _nonzero(width.amax(dim=1) / (levels * most))
+    channel = nonzero(width.amax(dim=1) / (levels * most))
     multipliers = (width / channel[:, None] / levels).round_().clamp_(1, most)
     zeros = None
     if not scheme.symmetric:
@@ -247,7 +247,8 @@ def _two_level(low: Tensor, high: Tensor, scheme: QuantScheme) -> dict[str, Tens
     return {"scales": scales, "zeros": zeros, "channel_scales": channel}
 
 
-def _nonzero(scales: Tensor) -> Tensor:
+def nonzero(scales: Tensor) -> Tensor:
+    """Scales to divide by: 1 in place of 0."""
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
@@ -280,7 +281,7 @@ def _double_quantize(scales: Tensor) -> dict[str, Tensor | None]:
     blocks = F.pad(centred, (0, -centred.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(dim=1)
     table = nested_table(scales.device)
-    scaled = (blocks / _nonzero(absmax)[:, None]).flatten()[: centred.numel()]
+    scaled = (blocks / nonzero(absmax)[:, None]).flatten()[: centred.numel()]
     codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
     return {
         "scales": codes.view(scales.shape),

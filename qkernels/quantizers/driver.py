@@ -263,8 +263,7 @@ def _activation_scale(scheme: QuantScheme, inputs: LayerInputs | None) -> float 
     if scheme.activation.granularity != "static":
         return None
     assert inputs is not None
-    largest = float(inputs.quantized["largest"].value)
-    return largest / scheme.activation.largest or 1.0
+    return float(inputs.quantized["largest"].value) / scheme.activation.largest or 1.0
 
 
 def build_layer(task: LayerTask, part: Part, options: Mapping[str, Any]) -> WQLinear:

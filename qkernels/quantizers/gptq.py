@@ -77,8 +77,8 @@ def _statistics(scheme: QuantScheme, parameters: GptqParameters) -> Needs:
 def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
     assert task.inputs is not None
     gram = gram_of(task.inputs)
-    damped = damped_gram(gram, parameters.damp_percent)
-    weight = _target(task, parameters.drift, damped)
+    damped, lower = damped_gram(gram, parameters.damp_percent)
+    weight = _target(task, parameters.drift, lower)
     scheme, k = task.scheme, weight.shape[1]
     order = torch.arange(k, device=weight.device)
     if parameters.act_order != "off":
@@ -106,14 +106,18 @@ def _inverse_factor(matrix: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def _target(task: LayerTask, drift: float, damped: Tensor) -> Tensor:
-    """The weight whose outputs on these inputs are to be kept, fp32."""
+def _target(task: LayerTask, drift: float, lower: Tensor) -> Tensor:
+    """The weight whose outputs on these inputs are to be kept, fp32.
+
+    Args:
+        lower: the Cholesky factor of the damped H.
+    """
     assert task.inputs is not None
     weight = task.weight.float()
     if not drift or "drift" not in task.inputs.paired:
         return weight
     moved = task.inputs.paired["drift"].matrix.to(weight.device) / task.inputs.rows
-    missing = torch.cholesky_solve((weight @ moved).double().t(), torch.linalg.cholesky(damped))
+    missing = torch.cholesky_solve((weight @ moved).double().t(), lower)
     return weight + drift * missing.t().float()
 
 
@@ -158,7 +162,7 @@ def _round_columns(
                 part = grids.search(rows, rounding.fit(rows, own), grid, block)
                 for name, value in part.fields.items():
                     fields[name][:, group] = value[:, 0]
-                columns = _Columns(WeightParameters(scheme=scheme, n=fitted.n, k=k, **fields))
+                columns.take_group(group, part)
             codes[order[j]], values = columns.nearest(left[j], group)
             errors[j - start] = error = (left[j] - values) / upper[j, j]
             left[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
@@ -177,10 +181,17 @@ class _Columns:
         self._zeros = None if zeros is None else zeros.t().contiguous()
         self._limits = [limit.t().contiguous() for limit in rounding.code_limits(parameters, 0, n)]
 
+    def take_group(self, group: int, part: WeightParameters) -> None:
+        """Gives a group the scales and zero points of `part`, a weight of these columns alone."""
+        self._scales[group] = part.group_scales()[:, 0]
+        zeros = part.group_zeros()
+        if self._zeros is not None and zeros is not None:
+            self._zeros[group] = zeros[:, 0]
+
     def nearest(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes uint8 [N] and the values that they stand for, fp32 [N]."""
         scheme, scale = self._scheme, self._scales[group]
-        scaled = column / torch.where(scale == 0, 1.0, scale)
+        scaled = column / rounding.nonzero(scale)
         if scheme.weight.kind != "linear":
             codes = rounding.nearest_codes(scaled, scheme)
             return codes, code_values(scheme, codes) * scale

@@ -126,8 +126,7 @@ def encode(rows: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme
     Args:
         scale, zero: fp32 [R].
     """
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    scaled = rows / safe[:, None]
+    scaled = rows / rounding.nonzero(scale)[:, None]
     offset = scheme.implied_zero if zero is None else zero[:, None]
     if scheme.weight.kind == "linear":
         # Shortcut past uint8: the values are the codes.

@@ -21,14 +21,15 @@ def gram_of(inputs: LayerInputs) -> Tensor:
     return gram
 
 
-def damped_gram(gram: Tensor, damp_percent: float) -> Tensor:
-    """`gram` with its diagonal raised until it can be factored, fp64."""
+def damped_gram(gram: Tensor, damp_percent: float) -> tuple[Tensor, Tensor]:
+    """`gram` with its diagonal raised until it can be factored, and its lower factor, both fp64."""
     mean = float(gram.diagonal().double().mean())
     while damp_percent <= MOST_DAMPING:
         damped = gram.double()
         damped.diagonal().add_(damp_percent * mean)
-        if not torch.linalg.cholesky_ex(damped).info:
-            return damped
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return damped, lower
         damp_percent *= 2
     raise LayerError(
         "x^T x of its calibration inputs is not positive definite, however much is added to its "

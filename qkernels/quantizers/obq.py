@@ -64,9 +64,8 @@ def _quantize(task: LayerTask, parameters: ObqParameters) -> WeightParameters:
     weight = task.weight.float()
     fitted = rounding.fit(weight, task.scheme, activation_scale=task.activation_scale)
     fitted = grids.search(weight, fitted, parameters.grid, gram)
-    inverse = torch.cholesky_inverse(
-        torch.linalg.cholesky(damped_gram(gram, parameters.damp_percent))
-    ).float()
+    _, lower = damped_gram(gram, parameters.damp_percent)
+    inverse = torch.cholesky_inverse(lower).float()
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
     rows = max(1, _ELEMENTS // k**2)
     for start in range(0, n, rows):
