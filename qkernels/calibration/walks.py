@@ -29,6 +29,10 @@ QUANTIZED, DENSE = "quantized", "dense"
 Dense = Callable[[Block], contextlib.AbstractContextManager[None]]
 
 
+def _stay(block: Block) -> None:
+    """For models all of whose weights are there."""
+
+
 class Walk(Protocol):
     """Blocks in the order in which the model runs them, with the batches that reach each."""
 
@@ -57,6 +61,7 @@ class BlockByBlock:
     Args:
         dense: a context in which the layers of a block are as they were before quantization, where
             the dense chain is wanted; else None.
+        arrive: is called with each block before it is the present one.
     """
 
     def __init__(
@@ -65,8 +70,9 @@ class BlockByBlock:
         blocks: Sequence[Block],
         batches: Sequence[Any],
         dense: Dense | None = None,
+        arrive: Callable[[Block], None] = _stay,
     ) -> None:
-        self._model, self._dense = model, dense
+        self._model, self._dense, self._arrive = model, dense, arrive
         self._left = list(blocks)
         self._present: Block | None = None
         self._running: str | None = None
@@ -81,7 +87,7 @@ class BlockByBlock:
             }
             for chain in chains
         }
-        _check_apart(model, blocks)
+        check_apart(model, blocks)
         try:
             for block in blocks:
                 self._install_gate(block.name)
@@ -106,6 +112,7 @@ class BlockByBlock:
         self._present = block
         if block is not None:
             self._left.remove(block)
+            self._arrive(block)
             if DENSE in self._forwards:
                 self._run_dense()
         return block
@@ -220,6 +227,7 @@ class WholeModel:
     Args:
         dense: a context in which the layers of a block, and all of the others, are as they were
             before quantization.
+        arrive: is called with each block before it is the present one.
     """
 
     def __init__(
@@ -228,13 +236,16 @@ class WholeModel:
         blocks: Sequence[Block],
         batches: Sequence[Any],
         dense: Dense,
+        arrive: Callable[[Block], None] = _stay,
     ) -> None:
-        self._model, self._batches, self._dense = model, batches, dense
+        self._model, self._batches, self._dense, self._arrive = model, batches, dense, arrive
         self._left = _in_order_of_execution(model, blocks, batches) if batches else list(blocks)
         self._present: Block | None = None
 
     def next(self) -> Block | None:
         self._present = self._left.pop(0) if self._left else None
+        if self._present is not None:
+            self._arrive(self._present)
         return self._present
 
     def batches(self, chain: str = QUANTIZED) -> list[int]:
@@ -268,7 +279,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
     return undo
 
 
-def _check_apart(model: nn.Module, blocks: Iterable[Block]) -> None:
+def check_apart(model: nn.Module, blocks: Iterable[Block]) -> None:
     """Raises CannotFollow where two blocks are one module, or share a layer."""
     owner: dict[int, str] = {}
     for block in blocks:

@@ -86,10 +86,11 @@ def load(
 ) -> tuple[Any, Any]:
     """The model at `path` on a device, and its tokenizer; `dense` refuses quantized models."""
     target = find_device(device)
+    from qkernels.checkpoints.dense_folder import UnusedTensorsWarning
     from qkernels.models import loading
 
     with progress_bar(f"loading {path}") as update, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", loading.UnusedTensorsWarning)
+        warnings.simplefilter("always", UnusedTensorsWarning)
         if dense:
             dtype = (precision or Precision.bf16).dtype
             model, encoder = loading.load_dense(path, dtype, tokenizer=tokenizer)
@@ -99,7 +100,7 @@ def load(
                 path, stored, tokenizer=tokenizer, progress=update
             )
     for warning in caught:
-        if issubclass(warning.category, loading.UnusedTensorsWarning):
+        if issubclass(warning.category, UnusedTensorsWarning):
             note(f"note: {warning.message}")
         else:
             warnings.warn_explicit(

@@ -49,6 +49,10 @@ class Changes:
         """The parameters of the present block that have other values than at the beginning."""
         return {name: values for name, (_, values) in self._present.parameters.items()}
 
+    def settle(self, block: Block) -> None:
+        """Makes what was done to `block` last, and keeps nothing of what was there before."""
+        self._blocks.pop(block.name, None)
+
     def undo(self) -> None:
         """Makes the model what it was."""
         for changes in self._blocks.values():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from torch import nn
 
@@ -71,20 +71,43 @@ class Outcome:
     made: dict[int, WQLinear] = field(default_factory=dict)
 
 
+class Residence(Protocol):
+    """Keeps the weights of blocks elsewhere while they are not worked on."""
+
+    def bring(self, block: Block) -> None:
+        """Makes the weights of `block` be there, before anything is done with it."""
+
+    def leave(self, block: Block) -> None:
+        """Lets go of the weights of `block`, which is quantized and stored."""
+
+
 def drive(
-    model: nn.Module, plan: Plan, progress: Progress, folder: ResumeFolder | None = None
+    model: nn.Module,
+    plan: Plan,
+    progress: Progress,
+    folder: ResumeFolder | None = None,
+    residence: Residence | None = None,
 ) -> Outcome:
     """Quantizes the layers of `plan` in `model`, which is unchanged where anything is raised.
 
     Blocks that are finished in `folder` are taken from there, the others are added to it.
+
+    Args:
+        residence: where the weights are, of a model that can only be taken block by block and is
+            not changed back.
+
+    Raises:
+        CannotFollow: where that is given, and the model's forward cannot be followed.
     """
     changes = Changes(model)
     whole = None if folder is None else folder.whole_model
     try:
         with calibrating(model):
             try:
-                return _Run(model, plan, changes, progress, folder, whole).through()
+                return _Run(model, plan, changes, progress, folder, whole, residence).through()
             except CannotFollow as reason:
+                if residence is not None:
+                    raise
                 whole = str(reason)
             changes.undo()
             if folder is not None:
@@ -111,18 +134,19 @@ class _Run:
         progress: Progress,
         folder: ResumeFolder | None,
         whole: str | None,
+        residence: Residence | None = None,
     ) -> None:
         self._model, self._plan, self._changes = model, plan, changes
-        self._progress, self._folder = progress, folder
+        self._progress, self._folder, self._residence = progress, folder, residence
         self._outcome = Outcome(whole)
         self._blocks = find_blocks(model, plan.schemes)
         self._walk: Walk
         batches = plan.batches or ()
         if batches and whole is None:
             dense = changes.dense_layers if _asks_for_dense(plan) else None
-            self._walk = BlockByBlock(model, self._blocks, batches, dense)
+            self._walk = BlockByBlock(model, self._blocks, batches, dense, self._arrive)
         else:
-            self._walk = WholeModel(model, self._blocks, batches, changes.originals)
+            self._walk = WholeModel(model, self._blocks, batches, changes.originals, self._arrive)
 
     def through(self) -> Outcome:
         """Takes every block, and leaves the walk behind."""
@@ -130,10 +154,17 @@ class _Run:
             while (block := self._walk.next()) is not None:
                 self._take(block)
                 self._walk.advance()
+                if self._residence is not None:
+                    self._changes.settle(block)
+                    self._residence.leave(block)
         finally:
             self._walk.close()
         self._tell("")
         return self._outcome
+
+    def _arrive(self, block: Block) -> None:
+        if self._residence is not None:
+            self._residence.bring(block)
 
     def _tell(self, name: str) -> None:
         self._progress(len(self._outcome.layers), len(self._plan.schemes), name)

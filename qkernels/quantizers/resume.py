@@ -28,6 +28,7 @@ from qkernels.layouts import PLAIN, PackedWeight, pack
 from qkernels.modules import WQLinear
 from qkernels.quantizers.report import LayerReport
 from qkernels.scheme import QuantScheme
+from qkernels.weight import QuantizedWeight
 
 RUN_FILE = "run.json"
 _VERSION = 1
@@ -114,7 +115,13 @@ class ResumeFolder:
         }
         path = self._path(number)
         aside = path.with_name(path.name + _ASIDE)
-        save_file(tensors, aside, metadata={"block": json.dumps(about)})
+        try:
+            save_file(tensors, aside, metadata={"block": json.dumps(about)})
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{aside} cannot be written ({error}); the blocks finished before are kept, and "
+                "the same run goes on from them"
+            ) from None
         _rename(aside, path)
 
     def load(
@@ -133,17 +140,21 @@ class ResumeFolder:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError:
             return None
-        reports = [LayerReport(**report) for report in about["reports"]]
-        schemes = {report.name: QuantScheme.parse(report.scheme) for report in reports}
+        reports = _reports(about)
+        schemes = {report.name: QuantScheme.parse(report.scheme) for report in reports.values()}
         return FinishedBlock(
             layers={
                 name: _layer(model.get_submodule(name), schemes[name], f"{name}.", tensors, options)
                 for name in about["layers"]
             },
             rewritten={name: tensors[f"rewritten.{name}"] for name in about["rewritten"]},
-            reports=reports,
+            reports=list(reports.values()),
             unreached=about["unreached"],
         )
+
+    def opened(self, number: int) -> OpenedBlock:
+        """The finished block `number`, whose tensors are read one by one."""
+        return OpenedBlock(self._path(number))
 
     def _path(self, number: int) -> Path:
         return self._folder / f"block-{number:04d}.safetensors"
@@ -170,6 +181,42 @@ class ResumeFolder:
                 f"cannot resume from {self._folder}: it is of a run that differs in {names}; give "
                 "another folder, or the same arguments"
             )
+
+
+class OpenedBlock:
+    """The file of a finished block.
+
+    Attributes:
+        layers: names of the layers that it holds.
+        rewritten: names of the parameters that it holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["block"])
+        self._reports = _reports(about)
+        self.layers: list[str] = about["layers"]
+        self.rewritten: list[str] = about["rewritten"]
+
+    def weight(self, layer: str) -> QuantizedWeight:
+        """One of `layers`, with its bias."""
+        report, prefix = self._reports[layer], f"{layer}."
+        with safe_open(self._path, framework="pt") as file:
+            mine = [prefix + part for part in ("words", *FIELDS, "bias")]
+            tensors = {key: file.get_tensor(key) for key in mine if key in file.keys()}  # noqa: SIM118
+        return _weight(QuantScheme.parse(report.scheme), (report.n, report.k), prefix, tensors)
+
+    def parameter(self, name: str) -> Tensor:
+        """One of `rewritten`."""
+        with safe_open(self._path, framework="pt") as file:
+            found: Tensor = file.get_tensor(f"rewritten.{name}")
+        return found
+
+
+def _reports(about: Mapping[str, Any]) -> dict[str, LayerReport]:
+    """The reports of a block's layers, by name."""
+    return {report["name"]: LayerReport(**report) for report in about["reports"]}
 
 
 def fingerprint_model(model: nn.Module) -> str:
@@ -226,12 +273,17 @@ def _layer(
 ) -> WQLinear:
     weight = original.weight
     assert isinstance(weight, Tensor)
+    n, k = weight.shape
+    hub = _weight(scheme, (n, k), prefix, tensors)
+    return WQLinear.from_weight(hub, device=weight.device, dtype=weight.dtype, **options)
+
+
+def _weight(
+    scheme: QuantScheme, shape: tuple[int, int], prefix: str, tensors: Mapping[str, Tensor]
+) -> QuantizedWeight:
     names = [name for name in ("words", *FIELDS) if prefix + name in tensors]
     buffers = {name: tensors[prefix + name] for name in names}
-    n, k = weight.shape
-    packed = PackedWeight(scheme, PLAIN, n, k, buffers)
-    hub = packed.unpack(tensors.get(prefix + "bias"))
-    return WQLinear.from_weight(hub, device=weight.device, dtype=weight.dtype, **options)
+    return PackedWeight(scheme, PLAIN, *shape, buffers).unpack(tensors.get(prefix + "bias"))
 
 
 def _rename(aside: Path, path: Path) -> None:
