@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -129,7 +130,8 @@ class DenseFolder:
 
     def nbytes(self, names: Sequence[str]) -> int:
         """Bytes in memory of the parameter with these names."""
-        return int(self.model.get_parameter(names[0]).numel() * self._types[names[0]].itemsize)
+        store = self._checkpoint.store
+        return math.prod(store.shape(self._stored(names)[0])) * self._types[names[0]].itemsize
 
     def _stored(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self._checkpoint.store]
@@ -165,9 +167,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _types(
-    model: Any, dtype: torch.dtype, places: Mapping[str, Place]
-) -> dict[str, torch.dtype]:
+def _types(model: Any, dtype: torch.dtype, places: Mapping[str, Place]) -> dict[str, torch.dtype]:
     """The type that `from_pretrained` gives each tensor: that of the model's code, but for what its
     class keeps in fp32."""
     types = {name: place.tensor.dtype for name, place in places.items()}

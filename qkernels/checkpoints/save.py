@@ -37,13 +37,16 @@ from qkernels.modules.rows import whole_name
 from qkernels.progress import Progress, silent
 from qkernels.weight import QuantizedWeight
 
+SHARD_SIZE = "5GB"
+"""Of files of weights, where nobody says another."""
+
 
 def save_model(
     model: Any,
     folder: str | Path,
     format: str = "compressed-tensors",
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
     progress: Progress = silent,
 ) -> None:
     """Writes a Transformers model whose linear layers are `WQLinear` to a new folder.
@@ -72,7 +75,7 @@ def save_model(
 def write_model(
     plan: SavePlan,
     folder: Path,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
     progress: Progress = silent,
 ) -> None:
     """Writes the files of a model to `folder`, which is there and holds none of them."""

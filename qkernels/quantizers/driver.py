@@ -305,7 +305,8 @@ def build_layer(task: LayerTask, part: Part, options: Mapping[str, Any]) -> WQLi
         assert (made.n, made.k) == tuple(task.weight.shape), part.method.name
         if isinstance(made, QuantizedWeight):
             weight = made.replace(bias=task.bias)
-            return WQLinear.from_weight(weight, device=task.weight.device, **options)
+            like = task.weight
+            return WQLinear.from_weight(weight, device=like.device, dtype=like.dtype, **options)
         return WQLinear.from_parameters(made, task.weight, task.bias, **options)
     except QuantizationError as error:
         raise type(error)(f"{task.name}: {error}") from None

@@ -130,14 +130,16 @@ def quantize_model(
     forms = LinearForms(model, plan.schemes)
     try:
         if format is not None:
-            kinds = _kinds(model, plan.schemes, forms)
+            kinds = kinds_of(model, plan.schemes, forms)
             check_holds(format, embedding_kinds(model, layers.embeddings))
             check_writes(format, model, kinds)
         for name in plan.schemes:
             weight = cast(nn.Linear, model.get_submodule(name)).weight
             rounding.check_weight(weight.detach(), f"{name}.weight")
         looked_up = EmbeddingForms(model, layers.embeddings)
-        folder = None if resume is None else _open_folder(resume, model, plan, embeddings)
+        folder = None
+        if resume is not None:
+            folder = open_folder(resume, plan, embeddings, fingerprint_model(model))
         outcome = drive(model, plan, progress, folder) if plan.schemes else Outcome(None)
     except BaseException:
         forms.undo()
@@ -155,7 +157,7 @@ def quantize_model(
     )
 
 
-def _kinds(
+def kinds_of(
     model: nn.Module, schemes: Mapping[str, QuantScheme], forms: LinearForms
 ) -> dict[str, WeightKind]:
     """What is known of the layers before they are quantized."""
@@ -170,15 +172,20 @@ def _kinds(
     }
 
 
-def _open_folder(
-    folder: str | Path, model: nn.Module, plan: Plan, embeddings: Mapping[str, QuantScheme]
+def open_folder(
+    folder: str | Path, plan: Plan, embeddings: Mapping[str, QuantScheme], model: str
 ) -> ResumeFolder:
+    """The folder of a run.
+
+    Args:
+        model: the fingerprint of the model.
+    """
     batches = plan.batches
     run = {
         "recipe": str(plan.recipe),
         "backend": plan.backend,
         "schemes": {name: str(scheme) for name, scheme in {**plan.schemes, **embeddings}.items()},
-        "model": fingerprint_model(model),
+        "model": model,
         "calibration": None if batches is None else fingerprint_batches(batches),
     }
     return ResumeFolder(folder, run)

@@ -89,7 +89,6 @@ class StreamedBlocks:
     def bring(self, block: Block) -> None:
         """See `Residence`."""
         assert not self._brought
-        # In place of a block, so that what was read is let go of where reading fails.
         for own in self._of(block):
             if own not in self._held:
                 self._brought.append(own)
@@ -114,28 +113,35 @@ class StreamedBlocks:
                 slot.clear()
         give_back_free_pages()
 
-    def bring_rest(self, blocks: Iterable[Block]) -> None:
-        """Reads what is in none of the blocks, or in several, to stay."""
-        for own in self.rest(blocks):
-            self._fill(own)
-            self._held.add(own)
+    def hold(self, names: Iterable[str]) -> None:
+        """Reads parameters, by any of their names, to stay."""
+        wanted = set(names)
+        for own in self._folder.names:
+            if own not in self._held and not wanted.isdisjoint(own):
+                self._fill(own)
+                self._held.add(own)
 
-    def rest(self, blocks: Iterable[Block]) -> list[tuple[str, ...]]:
-        """The names of each parameter that is in none of the blocks, or in several."""
-        owners = [set(self._of(block)) for block in blocks]
-        alone = {
-            own: [name for name in own] and sum(own in owner for owner in owners) == 1
-            for own in self._folder.names
-        }
-        return [own for own, is_alone in alone.items() if not is_alone]
+    def outside(self, blocks: Iterable[Block]) -> list[str]:
+        """A name of each parameter that is not of one block alone."""
+        prefixes = [_prefix(block) for block in blocks]
+        found = []
+        for own in self._folder.names:
+            owners = {next((p for p in prefixes if n.startswith(p)), None) for n in own}
+            if None in owners or len(owners) > 1:
+                found.append(own[0])
+        return found
+
+    def nbytes(self, block: Block) -> int:
+        """Bytes of the weights of a block, as they are in the folder's model."""
+        return sum(self._folder.nbytes(own) for own in self._of(block))
 
     def part(self, place: Place) -> tuple[str, Callable[[Tensor], Tensor]] | None:
         """The tensor of the folder that a place of the model has, and which part of it."""
         return self._parts.get((id(place.module), place.name))
 
     def _of(self, block: Block) -> list[tuple[str, ...]]:
-        inside = f"{block.name}." if block.name else ""
-        return [own for own in self._folder.names if any(n.startswith(inside) for n in own)]
+        prefix = _prefix(block)
+        return [own for own in self._folder.names if any(n.startswith(prefix) for n in own)]
 
     def _fill(self, own: tuple[str, ...]) -> None:
         tensor = self._folder.get(own[0])
@@ -144,9 +150,11 @@ class StreamedBlocks:
 
     def _kind_of_same(self, block: Block, layer: nn.Module) -> WeightKind:
         """Of a layer that has several names in its block."""
-        return next(
-            self.kinds[n] for n in block.layers if self._model.get_submodule(n) is layer
-        )
+        return next(self.kinds[n] for n in block.layers if self._model.get_submodule(n) is layer)
+
+
+def _prefix(block: Block) -> str:
+    return f"{block.name}." if block.name else ""
 
 
 def _slot(module: nn.Module, name: str, part: Callable[[Tensor], Tensor]) -> _Slot:

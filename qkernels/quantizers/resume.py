@@ -222,12 +222,12 @@ def _reports(about: Mapping[str, Any]) -> dict[str, LayerReport]:
 def fingerprint_model(model: nn.Module) -> str:
     """A hash of a model's modules and of every number in its parameters and buffers."""
     parts: Iterator[object] = (part for item in model.state_dict().items() for part in item)
-    return _hash((repr(model), *parts))
+    return fingerprint((repr(model), *parts))
 
 
 def fingerprint_batches(batches: Iterable[Any]) -> str:
     """A hash of calibration batches: tensors, or tuples, lists and dicts that hold them."""
-    return _hash(part for batch in batches for part in _leaves(batch))
+    return fingerprint(part for batch in batches for part in _leaves(batch))
 
 
 def _leaves(value: Any) -> Iterator[object]:
@@ -243,7 +243,8 @@ def _leaves(value: Any) -> Iterator[object]:
         yield value
 
 
-def _hash(parts: Iterable[object]) -> str:
+def fingerprint(parts: Iterable[object]) -> str:
+    """A hash of tensors, their types and shapes, and of whatever else has a `repr`."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Tensor):

@@ -12,8 +12,8 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.checkpoints import is_quantized
-from qkernels.errors import CheckpointError
 from qkernels.checkpoints.dense_folder import UnusedTensorsWarning
+from qkernels.errors import CheckpointError
 from qkernels.models.loading import (
     load_dense,
     load_model_and_tokenizer,
