@@ -231,7 +231,7 @@ def refit_scales(made: QuantizedWeight, weight: Tensor, gram: Tensor) -> Quantiz
         error = weight[start:stop] - made.dequantize_rows(made.codes[start:stop], start)
         wanted = (error @ gram).mul_(values).double()
         wanted = F.pad(wanted, (0, padding)).unflatten(1, (groups, length)).sum(dim=2)
-        products = torch.empty(stop - start, groups, groups, dtype=torch.float64)
+        products = wanted.new_empty(stop - start, groups, groups)
         for group in range(groups):
             columns = slice(group * length, min((group + 1) * length, made.k))
             reach = (values[:, columns] @ gram[columns]).mul_(values)
