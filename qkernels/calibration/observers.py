@@ -344,10 +344,13 @@ class ObserverChoice:
         return spell_choice(self.observer.name, self.parameters)
 
 
+DEFAULT_OBSERVER = ObserverChoice.parse("minmax")
+
+
 def range_of(
     x: Tensor,
     numbers: Numbers,
-    observer: str | ObserverChoice = "minmax",
+    observer: str | ObserverChoice = DEFAULT_OBSERVER,
     cells: Cells = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """The range of one tensor, for dynamic quantization.

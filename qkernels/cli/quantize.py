@@ -73,6 +73,13 @@ def quantize(
         Path | None,
         typer.Option(help="A text to measure output errors and static activation scales on."),
     ] = None,
+    observer: Annotated[
+        str,
+        typer.Option(
+            help="What finds the range of static activations, such as percentile(percent=99.9); "
+            "`qkernels list observers` lists them."
+        ),
+    ] = "minmax",
     format: Annotated[
         str, typer.Option(help="Of the folder to write; `qkernels list formats` lists them.")
     ] = "compressed-tensors",
@@ -90,11 +97,13 @@ def quantize(
     """Quantize the linear layers of a model and write it to a folder."""
     # Whatever can be wrong without the model is checked before the model is loaded.
     check_output(out, model, force)
+    from qkernels.calibration.observers import ObserverChoice
     from qkernels.models.evaluation import read_text
     from qkernels.quantizers.recipe import Recipe
     from qkernels.scheme import QuantScheme
 
     parsed, recipe = QuantScheme.parse(scheme), Recipe.parse(method)
+    choice = ObserverChoice.parse(observer)
     overrides = parse_overrides(override or [])
     text = None if calibration is None else read_text(calibration)
     ends = {
@@ -130,6 +139,7 @@ def quantize(
             exclude=exclude,
             overrides=overrides,
             calibration=batches,
+            observer=choice,
             resume=resume,
             format=format,
         )

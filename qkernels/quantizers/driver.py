@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from qkernels.calibration.blocks import Block, find_blocks
 from qkernels.calibration.forwards import CannotFollow
 from qkernels.calibration.observe import Stage, calibrating, observe, stages
+from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
+from qkernels.calibration.ranges import Numbers, scale_and_zero
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.calibration.walks import BlockByBlock, Walk, WholeModel
 from qkernels.errors import LayerError, QuantizationError
@@ -29,7 +32,7 @@ from qkernels.quantizers.recipe import Part, Recipe
 from qkernels.quantizers.report import LayerReport, compare
 from qkernels.quantizers.resume import FinishedBlock, ResumeFolder
 from qkernels.scheme import Activation, QuantScheme
-from qkernels.weight import QuantizedWeight
+from qkernels.weight import QuantizedWeight, WeightParameters
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Plan:
     Attributes:
         schemes: of each layer to quantize, by name, in the model's order.
         batches: calibration batches, or None.
+        observer: finds the range of static activations.
     """
 
     recipe: Recipe
@@ -46,6 +50,7 @@ class Plan:
     batches: Sequence[Any] | None
     backend: str | None
     check_kernels: bool = True
+    observer: ObserverChoice = DEFAULT_OBSERVER
 
     @property
     def options(self) -> dict[str, Any]:
@@ -197,8 +202,8 @@ class _Run:
 
     def _for_report(self, name: str) -> Needs:
         """What is collected of every layer, whatever the method."""
-        static = self._plan.schemes[name].activation.granularity == "static"
-        return Needs(quantized=("rows", *(("largest",) if static else ())))
+        static = self._plan.schemes[name].activation.is_static
+        return Needs(quantized=("rows", *((str(self._plan.observer),) if static else ())))
 
     def _observe(
         self,
@@ -243,34 +248,55 @@ class _Run:
                 bias=None if layer.bias is None else layer.bias.detach(),
                 scheme=scheme,
                 inputs=inputs,
-                activation_scale=_activation_scale(scheme, inputs),
+                **self._x_parameters(scheme, inputs),
             )
             made[id(layer)] = build_layer(task, part, self._plan.options)
         rows = None if inputs is None else inputs.quantized["rows"].rows
         self._install(layer, compare(name, layer, made[id(layer)], rows, str(part)))
 
+    def _x_parameters(self, scheme: QuantScheme, inputs: LayerInputs | None) -> dict[str, Any]:
+        """The scale of static activations, and their zero point where they have one."""
+        if not scheme.activation.is_static:
+            return {"activation_scale": None}
+        assert inputs is not None
+        numbers = Numbers.of(scheme.activation)
+        low, high = inputs.quantized[str(self._plan.observer)].range(numbers)
+        scale, zero = scale_and_zero(low, high, numbers)
+        zeros = {"activation_zero": int(zero)} if scheme.activation.has_zeros else {}
+        return {"activation_scale": float(scale), **zeros}
+
 
 def _without_inputs(scheme: QuantScheme) -> tuple[QuantScheme, str]:
     """The scheme of a layer that calibration never reached, and what to say of it."""
-    if scheme.activation.granularity != "static":
+    if not scheme.activation.is_static:
         return scheme, "rounded to nearest"
     # Per token needs no data and keeps the weights' format; a scale that is guessed may saturate.
     dynamic = dataclasses.replace(scheme, activation=Activation(scheme.activation.dtype, "token"))
     return dynamic, f"rounded to nearest, with activations scaled per token ({dynamic})"
 
 
-def _activation_scale(scheme: QuantScheme, inputs: LayerInputs | None) -> float | None:
-    if scheme.activation.granularity != "static":
-        return None
-    assert inputs is not None
-    return float(inputs.quantized["largest"].value) / scheme.activation.largest or 1.0
+def _with_zero_of_x(
+    quantize: Callable[[LayerTask, Any], WeightParameters], task: LayerTask, parameters: Any
+) -> WeightParameters:
+    """What a method makes, with the zero point of x: weights do not depend on it, so that methods
+    see a task without."""
+    if task.activation_zero is None:
+        return quantize(task, parameters)
+    symmetric = Activation(task.scheme.activation.dtype, "static")
+    plain = dataclasses.replace(task.scheme, activation=symmetric)
+    made = quantize(dataclasses.replace(task, scheme=plain, activation_zero=None), parameters)
+    zero = torch.tensor(task.activation_zero, dtype=torch.int32, device=task.weight.device)
+    if isinstance(made, QuantizedWeight):
+        return made.replace(scheme=task.scheme, activation_zero=zero)
+    fields = {**made.fields, "activation_zero": zero}
+    return WeightParameters(scheme=task.scheme, n=made.n, k=made.k, **fields)
 
 
 def build_layer(task: LayerTask, part: Part, options: Mapping[str, Any]) -> WQLinear:
     """The layer that a part of a recipe makes."""
     assert part.method.quantize is not None
     try:
-        made = part.method.quantize(task, part.parameters)
+        made = _with_zero_of_x(part.method.quantize, task, part.parameters)
         assert (made.n, made.k) == tuple(task.weight.shape), part.method.name
         if isinstance(made, QuantizedWeight):
             weight = made.replace(bias=task.bias)

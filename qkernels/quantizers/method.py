@@ -30,6 +30,7 @@ class LayerTask:
         inputs: what calibration collected, at least what the method asked for; None without
             calibration.
         activation_scale: that of x, which the result must carry, for static activations; else None.
+        activation_zero: the zero point of x, which the driver adds to the result; methods get None.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LayerTask:
     scheme: QuantScheme
     inputs: LayerInputs | None
     activation_scale: float | None
+    activation_zero: int | None = None
 
 
 @dataclass(frozen=True)
