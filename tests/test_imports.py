@@ -10,7 +10,7 @@ import qkernels
 PACKAGE = Path(qkernels.__file__).parent
 ORDER = (
     ("errors", "machine", "progress"),
-    ("compiled",),
+    ("compiled", "spelling"),
     ("scheme",),
     ("fields",),
     ("weight",),

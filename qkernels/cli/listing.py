@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from qkernels.cli.console import output, table
-
-if TYPE_CHECKING:
-    from qkernels.quantizers.method import Method
 
 
 def _weight_types() -> Table:
@@ -58,24 +54,15 @@ def _row_kernels() -> Table:
 
 def _methods() -> Table:
     from qkernels.quantizers.methods import METHODS
+    from qkernels.spelling import describe_parameters
 
     rows = table("method", "what it is", "does", "parameters")
     for row in METHODS.values():
         prepares = "prepares blocks" if row.prepare_block is not None else ""
         quantizes = "quantizes layers" if row.quantize is not None else ""
         does = ", ".join(part for part in (prepares, quantizes) if part)
-        rows.add_row(row.name, row.title, does, _parameters(row))
+        rows.add_row(row.name, row.title, does, describe_parameters(row.parameters))
     return rows
-
-
-def _parameters(method: Method) -> str:
-    from qkernels.quantizers.recipe import describe, parameter_types, spell
-
-    types, default = parameter_types(method), method.parameters()
-    return "; ".join(
-        f"{f.name}={spell(getattr(default, f.name))}, {describe(types[f.name])}"
-        for f in fields(default)
-    )
 
 
 def _formats() -> Table:

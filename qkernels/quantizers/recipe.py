@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
 from qkernels.errors import RecipeError
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.methods import LAST, METHODS
-
-_PART = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\(([^()]*)\))?\s*")
+from qkernels.spelling import CHOICE, parse_parameters, spell_choice
 
 
 @dataclass(frozen=True)
@@ -21,13 +19,7 @@ class Part:
     parameters: Any
 
     def __str__(self) -> str:
-        default = self.method.parameters()
-        changed = [
-            f"{name}={spell(value)}"
-            for name in (f.name for f in fields(default))
-            if (value := getattr(self.parameters, name)) != getattr(default, name)
-        ]
-        return f"{self.method.name}({', '.join(changed)})" if changed else self.method.name
+        return spell_choice(self.method.name, self.parameters)
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ def _parse(text: str) -> list[Part]:
         raise RecipeError(f"a recipe is a text such as 'rtn', got {text!r}")
     parts, position = [], 0
     while True:
-        found = _PART.match(text, position)
+        found = CHOICE.match(text, position)
         if found is None:
             raise RecipeError(
                 f"recipe {text!r} does not parse at {text[position:]!r}: write methods as "
@@ -99,54 +91,5 @@ def _part(text: str, name: str, arguments: str | None) -> Part:
     method = METHODS.get(name)
     if method is None:
         raise RecipeError(f"method {name!r} is not one of {', '.join(METHODS)}")
-    types = parameter_types(method)
-    values: dict[str, Any] = {}
-    for argument in (arguments or "").split(",") if (arguments or "").strip() else ():
-        key, equals, value = (piece.strip() for piece in argument.partition("="))
-        if not (key and equals and value):
-            raise RecipeError(f"recipe {text!r}: {argument.strip()!r} is not parameter=value")
-        if key not in types:
-            accepted = f"it takes {', '.join(types)}" if types else "it takes none"
-            raise RecipeError(f"method {name} has no parameter {key!r}: {accepted}")
-        if key in values:
-            raise RecipeError(f"method {name}: parameter {key} is given twice")
-        try:
-            values[key] = _convert(value, types[key])
-        except ValueError:
-            raise RecipeError(
-                f"method {name}: parameter {key} is {describe(types[key])}, got {value!r}"
-            ) from None
-    try:
-        return Part(method, method.parameters(**values))
-    except ValueError as error:
-        raise RecipeError(f"method {name}: {error}") from None
-
-
-def parameter_types(method: Method) -> dict[str, Any]:
-    """The type of each parameter, in the order of their declaration."""
-    hints = get_type_hints(method.parameters)
-    return {part.name: hints[part.name] for part in fields(method.parameters)}
-
-
-def describe(kind: Any) -> str:
-    """A parameter's type in a user's words."""
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(str(value) for value in get_args(kind))
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[kind]
-
-
-def _convert(value: str, kind: Any) -> Any:
-    """Raises ValueError where `value` spells nothing of `kind`."""
-    words: dict[str, Any] = {}
-    if kind is bool:
-        words = {"true": True, "false": False}
-    elif get_origin(kind) is Literal:
-        words = {word: word for word in get_args(kind)}
-    if words and value not in words:
-        raise ValueError(value)
-    return words[value] if words else kind(value)
-
-
-def spell(value: Any) -> str:
-    """A parameter's value as a recipe has it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    where = f"recipe {text!r}"
+    return Part(method, parse_parameters(f"method {name}", method.parameters, arguments, where))
