@@ -22,8 +22,9 @@ that balance columns multiply them by 2 and more."""
 _RESCALED_CORRELATION = 0.9
 """Of a quantized column with the dense one, to tell a factor from noise: signs alone have 0.8."""
 
-_SAME_CORRELATION = 0.5
-"""Of a whole quantized weight with the dense one: below, they are not one weight."""
+_SAME_CORRELATION = 0.25
+"""Of a whole quantized weight with the dense one: below, they are not one weight. Signs of weights
+with long tails have 0.4."""
 
 _FACTOR_ROUNDS = 4
 
@@ -140,7 +141,7 @@ def decibels(signal: float, noise: float) -> float:
 
 
 def factors(dense: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Factors of rows [N] and columns [K] that `quantized` [N, K] was made with, 1 where it was not.
+    """Factors of rows [N] and columns [K] that `quantized` [N, K] was made with; else 1.
 
     By least squares, in turns: quantized is about rows[:, None] * dense * columns. None where the
     two have little in common.
@@ -153,10 +154,11 @@ def factors(dense: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor] | None:
     for _ in range(_FACTOR_ROUNDS):
         columns = _ratio(products.t() @ rows, squares.t() @ rows.square())
         rows = _ratio(products @ columns, squares @ columns.square())
+    # Only their product is determined.
+    middle = rows.median()
+    rows, columns = rows / middle, columns * middle
     energy = quantized.square()
-    of_columns = _correlation(
-        products.t() @ rows, squares.t() @ rows.square(), energy.sum(dim=0)
-    )
+    of_columns = _correlation(products.t() @ rows, squares.t() @ rows.square(), energy.sum(dim=0))
     of_rows = _correlation(products @ columns, squares @ columns.square(), energy.sum(dim=1))
     rows, columns = _significant(rows, of_rows), _significant(columns, of_columns)
     scaled = rows[:, None] * dense * columns
