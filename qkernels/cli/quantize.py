@@ -98,8 +98,8 @@ def quantize(
     """Quantize the linear layers of a model and write it to a folder."""
     # Whatever can be wrong without the model is checked before the model is loaded.
     check_output(out, model, force)
+    from qkernels.models.calibration_text import needs_calibration
     from qkernels.models.evaluation import SHIPPED_CALIBRATION, read_text
-    from qkernels.quantizers.model import why_calibrate
     from qkernels.quantizers.recipe import Recipe
     from qkernels.scheme import QuantScheme
 
@@ -110,8 +110,8 @@ def quantize(
         for part, text in (("head", head), ("embedding", embedding))
         if text is not None
     }
-    wanted_by = {"the model": parsed} | ends | {n: s for n, s in overrides.items() if s is not None}
-    calibrates = calibration is not None or why_calibrate(recipe, wanted_by) is not None
+    schemes = [s for s in (parsed, *overrides.values(), ends.get("head")) if s is not None]
+    calibrates = calibration is not None or needs_calibration(recipe, schemes)
     file = SHIPPED_CALIBRATION if calibration in (None, SHIPPED) else calibration
     text = read_text(file) if calibrates else None
     from qkernels.checkpoints import check_scheme

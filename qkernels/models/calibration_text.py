@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkernels.errors import QuantizationError
+from qkernels.errors import LayerError, QuantizationError, SchemeError
 from qkernels.models.evaluation import SHIPPED_CALIBRATION, encode, read_text, windows_of
+from qkernels.quantizers.model import check_methods
+from qkernels.quantizers.recipe import Recipe
+from qkernels.scheme import QuantScheme
 
 SEQUENCES, LENGTH = 128, 512
+
+
+def needs_calibration(recipe: Recipe, schemes: Iterable[QuantScheme]) -> bool:
+    """Whether a recipe needs batches to make layers of one of these schemes."""
+    for scheme in schemes:
+        if scheme.activation.is_static:
+            return True
+        try:
+            check_methods(recipe, {"": scheme}, calibrated=False)
+        except LayerError:
+            return True
+        except SchemeError:
+            # The recipe does not make it, which is said where the layer is known that has it.
+            continue
+    return False
 
 
 def calibration_batches(

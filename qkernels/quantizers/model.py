@@ -187,21 +187,12 @@ def _open_folder(
 def check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:
     """Raises where a part of the recipe cannot make a layer's scheme, or lacks calibration."""
     for name, scheme in schemes.items():
+        static = scheme.activation.granularity == "static"
+        if static and not calibrated:
+            raise LayerError(f"{name} has static activations ({scheme}): pass calibration batches")
         for part in recipe.parts:
             reason = part.method.why_not(scheme, part.parameters)
             if reason is not None:
                 raise SchemeError(f"{name}: {part} does not make {scheme}: {reason}")
-    reason = None if calibrated else why_calibrate(recipe, schemes)
-    if reason is not None:
-        raise LayerError(f"{reason}: pass calibration batches")
-
-
-def why_calibrate(recipe: Recipe, schemes: Mapping[str, QuantScheme]) -> str | None:
-    """Why a recipe needs calibration for layers of these schemes, or None where it does not."""
-    for name, scheme in schemes.items():
-        if scheme.activation.is_static:
-            return f"{name} has static activations ({scheme})"
-        for part in recipe.parts:
-            if part.method.statistics(scheme, part.parameters):
-                return f"{part} learns from inputs"
-    return None
+            if part.method.statistics(scheme, part.parameters) and not calibrated:
+                raise LayerError(f"{part} learns from inputs: pass calibration batches")

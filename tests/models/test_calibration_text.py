@@ -5,6 +5,9 @@ import torch
 
 from qkernels.errors import QuantizationError
 from qkernels.models import calibration_batches, calibration_text
+from qkernels.models.calibration_text import needs_calibration
+from qkernels.quantizers.recipe import Recipe
+from qkernels.scheme import QuantScheme
 from tests.tiny_model import tiny_tokenizer
 
 TEXT = "".join(chr(33 + i // 20) for i in range(20 * 50 + 7))
@@ -40,6 +43,23 @@ def test_the_shipped_text_is_the_default(monkeypatch, tmp_path):
     monkeypatch.setattr(calibration_text, "SHIPPED_CALIBRATION", file)
     (only,) = calibration_batches(tiny_tokenizer())
     assert only.tolist() == [[ord(c) for c in "It is."]]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "schemes", "needs"),
+    [
+        ("rtn", ["w4a16-g64"], False),
+        ("gptq", ["w4a16-g64"], True),
+        ("rtn", ["w4a16-g64", "w8a8-static"], True),
+        ("rtn", ["w8a8-staticasym"], True),
+        # Which is said later, of the layer that has it.
+        ("hqq", ["nf4-g64"], False),
+        ("hqq", ["nf4-g64", "w8a8-static"], True),
+    ],
+)
+def test_what_needs_calibration(recipe, schemes, needs):
+    parsed = [QuantScheme.parse(scheme) for scheme in schemes]
+    assert needs_calibration(Recipe.parse(recipe), parsed) == needs
 
 
 @pytest.mark.parametrize(
