@@ -28,7 +28,7 @@ from qkernels.quantizers.report import LayerReport, QuantizationReport, compare
 def takes_weights_alone(recipe: Recipe, plan: LayerPlan) -> bool:
     """Whether a recipe quantizes each layer by its weight, and nothing else of the model."""
     (*preparing, last) = recipe.parts
-    static = any(s.activation.granularity == "static" for s in plan.schemes.values())
+    static = any(s.activation.is_static for s in plan.schemes.values())
     asks = any(last.method.statistics(scheme, last.parameters) for scheme in plan.schemes.values())
     return not (preparing or static or asks or last.method.prepare_block)
 
