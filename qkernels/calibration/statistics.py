@@ -91,8 +91,18 @@ class Gram:
         self.matrix = torch.zeros(columns, columns)
 
     def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
+        self.take(self.product(x, dense))
+
+    @staticmethod
+    def product(x: Tensor, dense: Tensor | None) -> Tensor:
+        """What rows [T, K] add to the sum, fp32 [K, K]."""
         x = x.float()
-        self._take(x.t(), x)
+        return x.t() @ x
+
+    def take(self, product: Tensor) -> None:
+        """Takes in rows by what they add."""
+        # Its device is that of the first rows.
+        self.matrix = self.matrix.to(product.device).add_(product)
 
     def merge(self, other: Gram) -> None:
         self.matrix = self.matrix + other.matrix.to(self.matrix.device)
@@ -103,19 +113,17 @@ class Gram:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.matrix = state["matrix"]
 
-    def _take(self, left: Tensor, right: Tensor) -> None:
-        # Its device is that of the first rows.
-        self.matrix = self.matrix.to(right.device).addmm_(left, right)
-
 
 class Drift(Gram):
     """`matrix` = (x_dense - x)^T x over all rows, fp32 [K, K]: how far quantized blocks have moved
     the inputs, as a layer can make up for it."""
 
-    def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
+    @staticmethod
+    def product(x: Tensor, dense: Tensor | None) -> Tensor:
         assert dense is not None, "of pairs of inputs"
+        x = x.float()
         # The difference is taken first: it is small beside both.
-        self._take((dense.float() - x.float()).t(), x.float())
+        return (dense.float() - x).t() @ x
 
 
 STATISTICS: dict[str, Callable[[int], Statistic]] = {

@@ -210,5 +210,6 @@ def check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibra
             reason = part.method.why_not(scheme, part.parameters)
             if reason is not None:
                 raise SchemeError(f"{name}: {part} does not make {scheme}: {reason}")
-            if part.method.statistics(scheme, part.parameters) and not calibrated:
+            learns = part.method.uses_batches or part.method.statistics(scheme, part.parameters)
+            if learns and not calibrated:
                 raise LayerError(f"{part} learns from inputs: pass calibration batches")
