@@ -101,9 +101,12 @@ def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse, fp32."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    """The upper Cholesky factor U of the inverse, U^T U, of an fp64 matrix: fp32."""
+    # With R R^T = H and R upper, as the factor of H from its last column on is, U = R^-1. The
+    # inverse itself, whose factorization may fail where that of H does not, is never made.
+    upper = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(upper, eye, upper=True).float()
 
 
 def _target(task: LayerTask, drift: float, lower: Tensor) -> Tensor:
@@ -204,10 +207,10 @@ class _Columns:
 def refit_scales(made: QuantizedWeight, weight: Tensor, gram: Tensor) -> QuantizedWeight:
     """The same codes under the scales that fit best, row by row.
 
-    A row is sum_g s_g c_g with c_g its codes of group g less their zero point; the error
-    (w - sum_g s_g c_g) H (w - sum_g s_g c_g)^T is least where A s = b, with
-    A[g, h] = c_g H c_h^T and b[g] = c_g H w^T. A row keeps its scales where rounding those found to
-    their type leaves more error than before.
+    A row is q = sum_g s_g c_g with c_g its codes of group g less their zero point. Moving its
+    scales by d changes its error (w - q) H (w - q)^T by d A d - 2 b d, with A[g, h] = c_g H c_h^T
+    and b[g] = c_g H (w - q)^T, which is least where A d = b. A row keeps its scales where rounding
+    those found to their type leaves more error than before.
 
     Args:
         weight: fp32 [N, K] and `gram`, H, fp32 [K, K], both in the order of the codes.
@@ -223,19 +226,20 @@ def refit_scales(made: QuantizedWeight, weight: Tensor, gram: Tensor) -> Quantiz
         zeros = made.group_zeros(start, stop)
         if zeros is not None:
             apply_by_group(values, zeros, length, Tensor.sub_)
-        wanted = (weight[start:stop] @ gram).mul_(values)
+        old = made.scales[start:stop].double()
+        # Of the error and not of the weight, which in fp32 would hide what there is to gain.
+        error = weight[start:stop] - made.dequantize_rows(made.codes[start:stop], start)
+        wanted = (error @ gram).mul_(values).double()
         wanted = F.pad(wanted, (0, padding)).unflatten(1, (groups, length)).sum(dim=2)
-        products = torch.empty(stop - start, groups, groups, dtype=torch.float64)
+        products = wanted.new_empty(stop - start, groups, groups)
         for group in range(groups):
             columns = slice(group * length, min((group + 1) * length, made.k))
             reach = (values[:, columns] @ gram[columns]).mul_(values)
             reach = F.pad(reach, (0, padding)).unflatten(1, (groups, length))
             products[:, group] = reach.sum(dim=2)
-        old = made.scales[start:stop].double()
-        found = _solve(products, wanted.double()).to(made.scales.dtype)
-        # Both up to the constant w H w^T.
-        before, after = (_form(products, wanted.double(), s) for s in (old, found.double()))
-        good = (found > 0).all(dim=1) & found.isfinite().all(dim=1) & (after < before)
+        found = (old + _solve(products, wanted)).to(made.scales.dtype)
+        good = (found > 0).all(dim=1) & found.isfinite().all(dim=1)
+        good &= _change(products, wanted, found.double() - old) < 0
         scales[start:stop] = torch.where(good[:, None], found, made.scales[start:stop])
     return made.replace(scales=scales)
 
@@ -248,14 +252,15 @@ def _slices(n: int, k: int, groups: int) -> Iterator[tuple[int, int]]:
 
 
 def _solve(products: Tensor, wanted: Tensor) -> Tensor:
-    # A group whose codes are all at their zero point has an empty row and column.
+    # A group whose codes are all at their zero point has an empty row and column, and stays.
     diagonal = products.diagonal(dim1=1, dim2=2)
     damping = 1e-9 * diagonal.mean(dim=1, keepdim=True) + (diagonal == 0)
     return torch.linalg.solve(products + torch.diag_embed(damping), wanted)
 
 
-def _form(products: Tensor, wanted: Tensor, scales: Tensor) -> Tensor:
-    return ((products @ scales[:, :, None]).squeeze(2) - 2 * wanted).mul(scales).sum(dim=1)
+def _change(products: Tensor, wanted: Tensor, moved: Tensor) -> Tensor:
+    """How much more error rows have, [R], when their scales are `moved`, [R, G]."""
+    return ((products @ moved[:, :, None]).squeeze(2) - 2 * wanted).mul(moved).sum(dim=1)
 
 
 GPTQ = Method(

@@ -11,13 +11,20 @@ from qkernels.errors import LayerError
 MOST_DAMPING = 1.0
 """As a part of the diagonal's mean."""
 
+_UNSEEN = 2**-10
+"""What an input that is always 0 counts, as a part of the least that is not."""
+
 
 def gram_of(inputs: LayerInputs) -> Tensor:
-    """The mean of x^T x over the calibration inputs of a layer, fp32 [K, K]; 1 on the diagonal for
-    inputs that are always 0."""
+    """The mean of x^T x over the calibration inputs of a layer, fp32 [K, K].
+
+    Inputs that are always 0 count a little, or 1 where all are: their weights are still to be
+    rounded to something near, at no other weight's expense.
+    """
     gram: Tensor = inputs.quantized["gram"].matrix / inputs.rows
     diagonal = gram.diagonal()
-    diagonal[diagonal == 0] = 1
+    seen = diagonal[diagonal > 0]
+    diagonal[diagonal == 0] = _UNSEEN * seen.min() if len(seen) else 1
     return gram
 
 

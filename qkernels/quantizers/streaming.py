@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qkernels import rounding
 from qkernels.calibration.blocks import Block, find_blocks
 from qkernels.calibration.forwards import CannotFollow
+from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
 from qkernels.calibration.walks import check_apart
 from qkernels.checkpoints.atomic import check_free, new_folder, on_disk
 from qkernels.checkpoints.dense import Place
@@ -30,13 +31,13 @@ from qkernels.checkpoints.save import SHARD_SIZE, HeldValues, SavePlan, as_writt
 from qkernels.checkpoints.store import shard_bytes
 from qkernels.checkpoints.table import check_holds
 from qkernels.checkpoints.written import check_writes
-from qkernels.errors import CheckpointError, LayerError
+from qkernels.errors import CheckpointError, LayerError, RecipeError
 from qkernels.modules.packed import PackedModule
 from qkernels.progress import Progress, silent
-from qkernels.quantizers.driver import Outcome, Plan, drive
+from qkernels.quantizers.driver import Outcome, drive
 from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
-from qkernels.quantizers.model import check_methods, kinds_of, open_folder
-from qkernels.quantizers.plan import LayerPlan, plan_layers
+from qkernels.quantizers.model import kinds_of, open_folder, plan_run, report_of
+from qkernels.quantizers.plan import plan_layers
 from qkernels.quantizers.recipe import Recipe
 from qkernels.quantizers.report import QuantizationReport
 from qkernels.quantizers.residence import StreamedBlocks
@@ -58,6 +59,7 @@ def quantize_folder(
     scheme: QuantScheme | str = "w4a16-g128",
     *,
     calibration: Iterable[Any] | None = None,
+    observer: str | ObserverChoice = DEFAULT_OBSERVER,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, QuantScheme | str | None] | None = None,
@@ -88,14 +90,14 @@ def quantize_folder(
             `out`, with .unfinished behind its name, which is removed in the end. The same call goes
             on from it after an interrupt or a kill, with the same result.
         max_shard_size: of a file, as for `save_model`; no more than the largest block has.
-        method, scheme, include, exclude, overrides, backend, check_kernels, format, progress: as
-            for `quantize_model`.
+        method, scheme, observer, include, exclude, overrides, backend, check_kernels, format,
+            progress: as for `quantize_model`.
 
     Raises:
         CheckpointError: as `load_model`, `save_model` and `quantize_model` do; for models of
             another kind than said above; for an `out` that has files in it.
         LayerError, SchemeError, WeightError, RecipeError: as `quantize_model` does, and for a model
-            that cannot be taken block by block.
+            or a method that cannot be taken block by block.
     """
     source, out = Path(source), Path(out)
     check_free(out)
@@ -107,6 +109,7 @@ def quantize_folder(
         method,
         scheme,
         calibration=calibration,
+        observer=observer,
         include=include,
         exclude=exclude,
         overrides=overrides,
@@ -150,6 +153,7 @@ def stream(
     resume: Path,
     format: str,
     calibration: Iterable[Any] | None = None,
+    observer: str | ObserverChoice = DEFAULT_OBSERVER,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, QuantScheme | str | None] | None = None,
@@ -162,49 +166,38 @@ def stream(
     Arguments and errors as for `quantize_folder`. The model of `folder` is used up.
     """
     recipe, model = Recipe.parse(method), folder.model
+    choice = ObserverChoice.parse(observer)
     check_backend(backend)
     parsed = {
         pattern: None if value is None else QuantScheme.parse(value)
         for pattern, value in (overrides or {}).items()
     }
     layers = plan_layers(model, QuantScheme.parse(scheme), include, exclude, parsed)
-    embeddings = {name: e.scheme for e in layers.embeddings for name in e.names}
-    check_methods(recipe, layers.schemes, calibrated=calibration is not None)
-    batches = None if calibration is None else list(calibration)
-    if batches is not None and not batches:
-        raise LayerError("calibration holds no batch")
-    plan = Plan(recipe, layers.schemes, batches, backend, check_kernels)
-    _check_streams(model)
+    plan = plan_run(layers, recipe, choice, calibration, backend, check_kernels)
+    _check_streams(model, recipe)
     residence = StreamedBlocks(folder, plan.schemes)
-    forms = residence.forms
     check_holds(format, embedding_kinds(model, layers.embeddings))
-    check_writes(format, model, kinds_of(model, plan.schemes, forms))
+    check_writes(format, model, kinds_of(model, plan.schemes, residence.forms))
     blocks = find_blocks(model, plan.schemes) if plan.schemes else []
     with _refusing():
         check_apart(model, blocks)
-    sound = fingerprint(_checked(folder, residence, blocks, layers))
-    run = open_folder(resume, plan, embeddings, sound)
+    run = open_folder(resume, layers, plan, fingerprint(_checked(folder, residence, blocks)))
     alone = [n for e in layers.embeddings if e.head is None for n in e.names]
     residence.hold(f"{name}.weight" for name in alone)
     looked_up = EmbeddingForms(model, layers.embeddings)
-    if batches is not None:
+    if plan.batches is not None:
         residence.hold(residence.outside(blocks))
     with _refusing():
         outcome = drive(model, plan, progress, run, residence) if blocks else Outcome(None)
-    forms.finish()
-    reports = outcome.layers | looked_up.put(outcome.layers)
+    residence.forms.finish()
+    reports = looked_up.put(outcome.layers)
     mark_quantized(model)
     stored = [run.opened(number) for number in range(len(blocks))]
-    values = _StoredValues(folder, residence, stored)
-    report = QuantizationReport(
-        str(recipe),
-        layers=[reports[name] for name in (*plan.schemes, *embeddings)],
-        skipped=layers.skipped,
-        shares=layers.shares,
-        unreached=outcome.unreached,
+    return Streamed(
+        report=report_of(layers, recipe, outcome, reports),
+        plan=SavePlan.of(model, format, _StoredValues(folder, residence, stored)),
+        most=max((residence.nbytes(block) for block in blocks), default=1),
     )
-    most = max((residence.nbytes(block) for block in blocks), default=1)
-    return Streamed(report, SavePlan.of(model, format, values), most)
 
 
 class _StoredValues(HeldValues):
@@ -250,7 +243,7 @@ class _StoredValues(HeldValues):
 
 
 def _checked(
-    folder: DenseFolder, residence: StreamedBlocks, blocks: Iterable[Block], layers: LayerPlan
+    folder: DenseFolder, residence: StreamedBlocks, blocks: Iterable[Block]
 ) -> Iterator[object]:
     """What makes the model what it is, for `fingerprint`, read once from end to end.
 
@@ -274,8 +267,15 @@ def _checked(
         yield folder.get(name)
 
 
-def _check_streams(model: nn.Module) -> None:
-    """Raises LayerError for a model whose code changes its blocks from outside."""
+def _check_streams(model: nn.Module, recipe: Recipe) -> None:
+    """Raises for a model whose code changes its blocks from outside, and a recipe that needs all of
+    the model at once."""
+    for part in recipe.parts:
+        if part.method.prepare_model is not None or part.method.finish is not None:
+            raise RecipeError(
+                f"{part.method.name} works on the whole model, whose blocks are read one at a "
+                f"time: leave it out of the recipe, or {_INSTEAD}"
+            )
     for name, module in model.named_modules():
         if hasattr(module, "layers_are_rescaled"):
             raise LayerError(

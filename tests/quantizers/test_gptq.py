@@ -90,7 +90,7 @@ def test_every_scheme_loses_less_than_by_rounding_to_nearest(scheme):
     weight, x = weight_of(), correlated_inputs()
     static = 1.0 if parsed.activation.is_static else None
     if parsed.activation.granularity == "staticasym":
-        pytest.skip("zero points of static activations are only read from checkpoints")
+        pytest.skip("the driver adds the zero points of static activations")
     nearest = rounding.quantize(weight, parsed, activation_scale=static)
     made = GPTQ.quantize(task_of(weight, parsed, x, static=static), GptqParameters())
     wanted = x @ weight.T
@@ -128,6 +128,18 @@ def test_refitted_scales_are_the_least_squares_of_their_row():
         torch.testing.assert_close(made.scales[row].double(), best, rtol=1e-4, atol=0)
 
 
+def test_scales_of_groups_without_codes_stay_and_the_others_are_refitted():
+    weight, x = weight_of(k=64), correlated_inputs(64)
+    weight[:, 16:32] = 0
+    gram = x.T @ x / len(x)
+    nearest = rounding.quantize(weight, "w3a16-g16-sfp32")
+    made = refit_scales(nearest, weight, gram)
+    assert torch.equal(made.scales[:, 1], nearest.scales[:, 1])
+    moved = made.scales != nearest.scales
+    assert moved[:, [0, 2, 3]].all()
+    assert output_error(made, x, x @ weight.T) < output_error(nearest, x, x @ weight.T)
+
+
 def test_a_searched_grid_costs_less_by_what_it_is_searched_for():
     weight, x = weight_of(k=64), correlated_inputs(64)
     gram = x.T @ x / len(x)
@@ -155,6 +167,30 @@ def test_columns_that_no_input_reaches_are_rounded_to_nearest():
     nearest = rounding.quantize(weight, "w4a16-g16")
     assert torch.equal(made.codes[:, 5], nearest.codes[:, 5])
     assert not torch.equal(made.codes, nearest.codes)
+
+
+def test_columns_that_no_input_reaches_rule_no_scales():
+    weight, x = weight_of(), 0.01 * correlated_inputs()
+    x[:, 5] = 0
+    others = weight.clone()
+    others[:, 5] = 0
+    weight[:, 5] *= 3
+    wanted = x @ weight.T
+    errors = [
+        output_error(GPTQ.quantize(task_of(w, "w4a16-g16", x), GptqParameters()), x, wanted)
+        for w in (others, weight)
+    ]
+    assert errors[1] < 1.15 * errors[0]
+
+
+@pytest.mark.parametrize("method", [GPTQ, OBQ])
+def test_hardly_any_damping_does_no_harm(method):
+    weight, x = weight_of(), correlated_inputs(rows=10)
+    parameters = method.parameters(damp_percent=1e-14)
+    made = method.quantize(task_of(weight, "w4a16-g16", x), parameters)
+    nearest = rounding.quantize(weight, "w4a16-g16")
+    wanted = x @ weight.T
+    assert output_error(made, x, wanted) < 0.7 * output_error(nearest, x, wanted)
 
 
 def test_fewer_rows_than_columns_are_enough():
