@@ -169,8 +169,10 @@ def kill_at(patch, last):
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
-def test_a_kill_at_any_write(llama, tmp_path, calibrated):
-    method, options = ("gptq", {"calibration": batches()}) if calibrated else ("hqq", {})
+def test_a_kill_at_any_write(tmp_path, calibrated):
+    llama = write_model(tmp_path / "source", num_hidden_layers=2)
+    method, options = ("gptq", {"calibration": batches()[:1]}) if calibrated else ("rtn", {})
+    options["max_shard_size"] = "5GB"
     expected = streamed(llama, tmp_path / "expected", method, **options)
     files = contents(tmp_path / "expected")
     number, finished = 0, False
@@ -189,11 +191,11 @@ def test_a_kill_at_any_write(llama, tmp_path, calibrated):
         assert contents(place / "out") == files
         number += 1
     # Blocks, files and folders, each written and renamed.
-    assert number > 12
+    assert number > 10
 
 
 def test_killed_again_and_again(llama, tmp_path):
-    options = {"calibration": batches()}
+    options = {"calibration": batches()[:1]}
     streamed(llama, tmp_path / "expected", "awq", **options)
     for last in (0, 3, 2, 5, 1, 4):
         with pytest.MonkeyPatch.context() as patch:
