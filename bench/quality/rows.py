@@ -1,0 +1,90 @@
+"""What is measured: a model, a scheme and a recipe in each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qkernels.errors import QuantizationError
+from qkernels.quantizers.recipe import Recipe
+from qkernels.scheme import QuantScheme
+
+LANGUAGE, ENCODER = "smollm2", "minilm"
+MODELS = (LANGUAGE, ENCODER)
+
+BASELINE = "rtn"
+"""The recipe whose loss others win back, and that none may be worse than."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration. Its name, "smollm2 w4a16-g64 gptq", is what patterns are matched with."""
+
+    model: str
+    scheme: str
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.scheme} {self.recipe}"
+
+    @staticmethod
+    def parse(name: str) -> Row:
+        """The row of a name.
+
+        Raises:
+            ValueError: for another model, or a name of fewer words.
+        """
+        words = name.split(maxsplit=2)
+        if len(words) < 3 or words[0] not in MODELS:
+            raise ValueError(
+                f"{name!r} is no row: write MODEL SCHEME RECIPE, MODEL one of {', '.join(MODELS)}"
+            )
+        return Row(*words)
+
+    def why_not(self) -> str | None:
+        """Why it cannot be measured: a recipe or a scheme that is not there; or None."""
+        try:
+            scheme = QuantScheme.parse(self.scheme)
+            for part in Recipe.parse(self.recipe).parts:
+                reason = part.method.why_not(scheme, part.parameters)
+                if reason is not None:
+                    return f"{part} does not make {scheme}: {reason}"
+        except QuantizationError as error:
+            return str(error)
+        return None
+
+
+_INTEGERS = ("rtn", "rtn(grid=mse)", "hqq", "awq", "gptq")
+_SYMMETRIC = tuple(recipe for recipe in _INTEGERS if recipe != "hqq")
+_DATA_FREE = ("rtn", "rtn(grid=mse)")
+
+# obq takes N K^3 operations a layer, 9e13 for this model: hours on two cores.
+_RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
+    LANGUAGE: {
+        "w4a16-g64": _INTEGERS,
+        "w4a16-g64-sym": _SYMMETRIC,
+        "w3a16-g64": _INTEGERS,
+        "w2a16-g32": _INTEGERS,
+        "nf4-g64": (*_DATA_FREE, "gptq"),
+        "nf4-g64-dq": ("rtn",),
+        "fp4-g64": (*_DATA_FREE, "gptq"),
+        "log4-g64": _DATA_FREE,
+        "binary-g64": _DATA_FREE,
+        "fp8e4m3-a16": _DATA_FREE,
+        "w8a16-g64-sym": _DATA_FREE,
+    },
+    ENCODER: {
+        "w8a16-g64-sym": ("rtn",),
+        "w4a16-g64": _INTEGERS,
+        "w4a16-g64-sym": _SYMMETRIC,
+        "w3a16-g64": _INTEGERS,
+        "nf4-g64": _DATA_FREE,
+    },
+}
+
+ROWS = tuple(
+    Row(model, scheme, recipe)
+    for model, schemes in _RECIPES.items()
+    for scheme, recipes in schemes.items()
+    for recipe in recipes
+)
