@@ -43,11 +43,12 @@ def _language(record: Record, rows: Sequence[Measured]) -> list[str]:
     texts = list(dict.fromkeys(text for row in rows for text in row.texts))
     both = " / ".join(texts)
     heads = ["scheme", "recipe", "bits", *texts, f"KL, {both}", f"top-1, {both}"]
-    lines = _heading([*heads, "seconds", "memory"])
+    lines = _heading([*heads, "seconds", "peak MiB"])
     dense = next((row for row in rows if row.texts), None)
     if dense is not None:
         values = [f"{dense.texts[text]['dense_perplexity']:.2f}" for text in texts]
-        lines.append(_line(["dense", "", "32", *values, "0", "100%", "", ""]))
+        size = _mebibytes(dense.dense_bytes)
+        lines.append(_line(["dense", "", "32", *values, "0", "100%", "", size]))
     for row in rows:
         if row.error is not None:
             lines.append(_failed(row, len(heads) + 2))
@@ -64,7 +65,7 @@ def _language(record: Record, rows: Sequence[Measured]) -> list[str]:
 
 
 def _encoder(rows: Sequence[Measured]) -> list[str]:
-    heads = ["scheme", "recipe", "bits", "cosine, mean", "least", "seconds", "memory"]
+    heads = ["scheme", "recipe", "bits", "cosine, mean", "least", "seconds", "peak MiB"]
     lines = _heading(heads)
     for row in rows:
         if row.error is not None:
@@ -91,9 +92,11 @@ def _start(row: Measured) -> list[str]:
 def _end(row: Measured) -> list[str]:
     busy = (row.others_percent or 0.0) > RELIABLE_PERCENT
     seconds = "-" if row.seconds is None else f"{row.seconds:.0f}{' (busy)' if busy else ''}"
-    if not (row.peak_bytes and row.dense_bytes):
-        return [seconds, "-"]
-    return [seconds, f"{row.peak_bytes / row.dense_bytes:.1f}x"]
+    return [seconds, _mebibytes(row.peak_bytes)]
+
+
+def _mebibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:,.0f}"
 
 
 def _failed(row: Measured, columns: int) -> str:
@@ -109,8 +112,8 @@ def _notes(record: Record) -> list[str]:
         "Perplexity on each text, and in brackets the part of round to nearest's loss that is won "
         "back. KL: of the next token's distribution from the dense model's, nats a token. Top-1: "
         "tokens after which both say the same. Seconds: of quantizing; busy: other processes used "
-        f"more than {RELIABLE_PERCENT:.0f}% of the machine. Memory: the largest resident memory "
-        "while quantizing, Python and torch included, over the bytes of the dense fp32 model.",
+        f"more than {RELIABLE_PERCENT:.0f}% of the machine. Peak: the largest resident memory "
+        "while quantizing, with the dense model, Python and torch; of the dense row, its weights.",
         f"{texts}." if texts else "",
     ]
     groups: dict[str, list[str]] = {}
@@ -121,7 +124,7 @@ def _notes(record: Record) -> list[str]:
         commit = "unknown" if row.commit is None else row.commit[:12] + "+" * ("+" in row.commit)
         torch = row.versions.get("torch")
         about = f"{row.machine}, torch {torch}, commit {commit}; {listed}"
-        groups.setdefault(about, []).append(f"{row.scheme} {row.recipe}")
+        groups.setdefault(about, []).append(row.name)
     if len(groups) == 1:
         notes.append(f"{next(iter(groups))}.")
     else:
