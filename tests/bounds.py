@@ -19,3 +19,6 @@ DEEP_LOGITS = 2**-5
 """Logits of a model of 30 layers in bf16 against those of the same weights in fp32."""
 SAME_PERPLEXITY = 1e-5
 """Relative, in fp32 with the same weights: only the order of sums differs."""
+
+BIN_BOUND = 2**-7
+"""Width of a histogram's bin, of its lower edge."""

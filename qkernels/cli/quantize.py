@@ -78,6 +78,13 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    observer: Annotated[
+        str,
+        typer.Option(
+            help="What finds the range of static activations, such as percentile(percent=99.9); "
+            "`qkernels list observers` lists them."
+        ),
+    ] = "minmax",
     sequences: Annotated[
         int, typer.Option(min=1, help="Sequences of 512 tokens to calibrate on, evenly spaced.")
     ] = 128,
@@ -98,12 +105,14 @@ def quantize(
     """Quantize the linear layers of a model and write it to a folder."""
     # Whatever can be wrong without the model is checked before the model is loaded.
     check_output(out, model, force)
+    from qkernels.calibration.observers import ObserverChoice
     from qkernels.models.calibration_text import needs_calibration
     from qkernels.models.evaluation import SHIPPED_CALIBRATION, read_text
     from qkernels.quantizers.recipe import Recipe
     from qkernels.scheme import QuantScheme
 
     parsed, recipe = QuantScheme.parse(scheme), Recipe.parse(method)
+    choice = ObserverChoice.parse(observer)
     overrides = parse_overrides(override or [])
     ends = {
         part: QuantScheme.parse(text)
@@ -142,6 +151,7 @@ def quantize(
             exclude=exclude,
             overrides=overrides,
             calibration=batches,
+            observer=choice,
             resume=resume,
             format=format,
         )

@@ -14,6 +14,8 @@ from typing import Any, cast
 from torch import nn
 
 from qkernels import rounding
+from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
+from qkernels.calibration.ranges import Numbers
 from qkernels.checkpoints import mark_quantized
 from qkernels.checkpoints.format import WeightKind
 from qkernels.checkpoints.table import check_holds
@@ -38,6 +40,7 @@ def quantize_model(
     scheme: QuantScheme | str = "w4a16-g128",
     *,
     calibration: Iterable[Any] | None = None,
+    observer: str | ObserverChoice = DEFAULT_OBSERVER,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, QuantScheme | str | None] | None = None,
@@ -65,6 +68,8 @@ def quantize_model(
             for the output errors, static activation scales and methods that learn from inputs. All
             are held at once, and the inputs that they give to one block. A layer that they do not
             reach is rounded to nearest, with activations per token where they would be static.
+        observer: what finds the range of static activations: an observer of `qkernels list
+            observers` with its parameters, such as "percentile(percent=99.9)".
         include: patterns (`fnmatch`) of layer names to quantize; None for all but output heads and
             layers that share their weight with an embedding. The name of a parameter of experts
             stands for all of them. An embedding is quantized by a pattern whose last part, behind
@@ -85,7 +90,7 @@ def quantize_model(
         A report of each layer's error and size, and of what was left alone and why.
 
     Raises:
-        RecipeError: for a recipe that does not parse.
+        RecipeError: for a recipe or an observer that does not parse.
         LayerError: where nothing is left to quantize, a pattern matches no layer, a layer is
             quantized already, or calibration is missing.
         SchemeError, WeightError, NoKernelError: naming the layer.
@@ -94,7 +99,7 @@ def quantize_model(
 
     The model is unchanged where anything is raised, an interrupt included.
     """
-    recipe = Recipe.parse(method)
+    recipe, choice = Recipe.parse(method), ObserverChoice.parse(observer)
     check_backend(backend)
     default = QuantScheme.parse(scheme)
     parsed = {
@@ -109,6 +114,7 @@ def quantize_model(
             recipe,
             default,
             calibration=calibration,
+            observer=choice,
             include=include,
             exclude=exclude,
             overrides=parsed,
@@ -123,10 +129,11 @@ def quantize_model(
     layers = plan_layers(model, default, include, exclude, parsed)
     embeddings = {name: e.scheme for e in layers.embeddings for name in e.names}
     check_methods(recipe, layers.schemes, calibrated=calibration is not None)
+    _check_observer(choice, layers.schemes)
     batches = None if calibration is None else list(calibration)
     if batches is not None and not batches:
         raise LayerError("calibration holds no batch")
-    plan = Plan(recipe, layers.schemes, batches, backend, check_kernels)
+    plan = Plan(recipe, layers.schemes, batches, backend, check_kernels, choice)
     forms = LinearForms(model, plan.schemes)
     try:
         if format is not None:
@@ -176,6 +183,7 @@ def _open_folder(
     batches = plan.batches
     run = {
         "recipe": str(plan.recipe),
+        "observer": str(plan.observer),
         "backend": plan.backend,
         "schemes": {name: str(scheme) for name, scheme in {**plan.schemes, **embeddings}.items()},
         "model": fingerprint_model(model),
@@ -184,15 +192,24 @@ def _open_folder(
     return ResumeFolder(folder, run)
 
 
+def _check_observer(choice: ObserverChoice, schemes: Mapping[str, QuantScheme]) -> None:
+    for name, scheme in schemes.items():
+        if scheme.activation.is_static:
+            reason = choice.observer.why_not(Numbers.of(scheme.activation))
+            if reason is not None:
+                raise SchemeError(f"{name}: observer {choice} is not for {scheme}: {reason}")
+
+
 def check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:
     """Raises where a part of the recipe cannot make a layer's scheme, or lacks calibration."""
     for name, scheme in schemes.items():
-        static = scheme.activation.granularity == "static"
+        static = scheme.activation.is_static
         if static and not calibrated:
             raise LayerError(f"{name} has static activations ({scheme}): pass calibration batches")
         for part in recipe.parts:
             reason = part.method.why_not(scheme, part.parameters)
             if reason is not None:
                 raise SchemeError(f"{name}: {part} does not make {scheme}: {reason}")
-            if part.method.statistics(scheme, part.parameters) and not calibrated:
+            learns = part.method.uses_batches or part.method.statistics(scheme, part.parameters)
+            if learns and not calibrated:
                 raise LayerError(f"{part} learns from inputs: pass calibration batches")

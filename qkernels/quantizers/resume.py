@@ -30,12 +30,13 @@ from qkernels.quantizers.report import LayerReport
 from qkernels.scheme import QuantScheme
 
 RUN_FILE = "run.json"
-_VERSION = 1
+_VERSION = 2
 _ASIDE = ".tmp"
 
 _WHAT_DIFFERS = {
     "version": "another version of qkernels",
     "recipe": "the recipe",
+    "observer": "the observer",
     "backend": "the backend",
     "schemes": "the schemes of layers",
     "model": "the model",
@@ -160,10 +161,14 @@ class ResumeFolder:
             found = json.loads(path.read_text())
         except ValueError:
             found = None
-        if not isinstance(found, dict) or found.keys() != {*self._run, "whole_model"}:
+        is_run = isinstance(found, dict) and "version" in found
+        if is_run and found["version"] != _VERSION:
+            different = ["version"]
+        elif is_run and found.keys() == {*self._run, "whole_model"}:
+            different = [key for key in self._run if found[key] != self._run[key]]
+            self.whole_model = found["whole_model"]
+        else:
             raise CheckpointError(f"{path} is damaged: remove {self._folder} to begin again")
-        self.whole_model = found["whole_model"]
-        different = [key for key in self._run if found[key] != self._run[key]]
         if different:
             names = " and ".join(_WHAT_DIFFERS[key] for key in different)
             raise CheckpointError(

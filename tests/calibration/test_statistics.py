@@ -78,13 +78,6 @@ def test_gram_and_drift_are_their_formulas():
     torch.testing.assert_close(found["drift"].double(), (dense - x).T @ x, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("position", range(4))
-def test_the_largest_counts_wherever_it_is(position):
-    found = [torch.rand(5, COLUMNS) for _ in range(4)]
-    found[position][3, 2] = -7.5
-    assert float(collected("largest", enumerate(found)).value) == 7.5
-
-
 def test_the_sample_is_spread_over_batches_and_rows():
     # Every row is its own number.
     numbers = torch.arange(4000.0)
@@ -107,11 +100,11 @@ def test_few_rows_are_all_kept_and_two_calls_of_one_batch_count_on():
 
 
 def test_the_inputs_of_a_layer_merge():
-    needs = Needs(quantized=("largest",)) | Needs(quantized=("rows", "largest"), dense=("largest",))
-    assert needs == Needs(quantized=("largest", "rows"), dense=("largest",))
+    needs = Needs(quantized=("minmax",)) | Needs(quantized=("rows", "minmax"), dense=("minmax",))
+    assert needs == Needs(quantized=("minmax", "rows"), dense=("minmax",))
     a, b = LayerInputs.empty(needs, COLUMNS), LayerInputs.empty(needs, COLUMNS)
     a.rows, b.rows = 3, 4
-    b.dense["largest"].add(torch.full((1, COLUMNS), 2.0), batch=0)
+    b.dense["minmax"].add(torch.full((1, COLUMNS), 2.0), batch=0)
     a.merge(b)
     assert a.rows == 7
-    assert float(a.dense["largest"].value) == 2 and float(a.quantized["largest"].value) == 0
+    assert float(a.dense["minmax"].high) == 2 and float(a.quantized["minmax"].high) == 0

@@ -98,6 +98,19 @@ def test_patterns_choose_layers_and_schemes(run, model_folder, text_file, tmp_pa
     assert text.count("w8a16-sym") == 1
 
 
+def test_an_observer_is_chosen(run, model_folder, text_file, tmp_path):
+    arguments = ("quantize", model_folder, "--scheme", "w8a8-static", "--calibration", text_file)
+    scales = {}
+    for observer in ("minmax", "percentile(percent=90)"):
+        out = tmp_path / observer
+        assert run(*arguments, "-o", out, "--observer", observer)[0] == 0
+        model = qk.load_model(out)
+        scales[observer] = float(model.model.layers[0].self_attn.q_proj.activation_scale)
+    assert 0.2 * scales["minmax"] < scales["percentile(percent=90)"] < 0.9 * scales["minmax"]
+    code, text, _ = run("list", "observers")
+    assert code == 0 and "percent=99.99, a number" in text
+
+
 @pytest.mark.parametrize(
     ("options", "calibrates"),
     [
@@ -185,6 +198,7 @@ def test_the_report_says_what_calibration_did_not_reach(capsys):
         (("--embedding", "w8a8", "--format", "qkernels"), "has no activations to quantize"),
         (("--format", "exl2"), "format 'exl2' is not one of compressed-tensors, qkernels"),
         (("--method", "magic"), "method 'magic' is not one of"),
+        (("--observer", "median"), "observer 'median' is not one of minmax, moving_average"),
         (("--calibration", "missing.txt"), "cannot read the text missing.txt"),
         (("--sequences", "2", "--calibration", "."), "cannot read the text ."),
     ],
