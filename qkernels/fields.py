@@ -249,7 +249,7 @@ FIELDS: dict[str, Field] = {
             axes=(),
             dtypes=_only(torch.int32),
             wanted=lambda scheme: scheme.activation.granularity == "staticasym",
-            remedy="it is only read from checkpoints; use -static or -tokenasym",
+            remedy="pass calibration data, or use -static or -tokenasym",
             check=_check_activation_zero,
         ),
     )

@@ -13,6 +13,7 @@ import qkernels as qk
 from qkernels import rounding, select
 from qkernels.backends.kernel import Kernel
 from qkernels.backends.rows import QuantizedRows, RowKernel
+from qkernels.calibration.observers import OBSERVERS, MinMax, Observer
 from qkernels.checkpoints.format import Format, StoredLayer, says_method
 from qkernels.checkpoints.table import FORMATS
 from qkernels.errors import CheckpointError, QuantizationError
@@ -149,7 +150,7 @@ SHRUNK = Method(name="shrunk", title="ranges made smaller", parameters=Shrink, q
 
 
 def test_a_method(tmp_path, monkeypatch):
-    with pytest.raises(QuantizationError, match="'shrunk' is not one of awq, gptq, hqq, obq, rtn"):
+    with pytest.raises(QuantizationError, match="'shrunk' is not one of awq, "):
         qk.quantize_model(tiny_model(), "shrunk")
     monkeypatch.setitem(METHODS, "shrunk", SHRUNK)
     model, _, report = journey(
@@ -162,6 +163,42 @@ def test_a_method(tmp_path, monkeypatch):
         got = model.get_submodule(layer.name).dequantize()
         assert got.abs().max() <= original.abs().max() * 0.6 and layer.weight_error > 0.05
     assert "shrunk" in listed("methods")
+
+
+# --- An observer: a part of the range
+
+
+@dataclass(frozen=True)
+class Part:
+    part: float = 0.5
+
+
+class PartOfRange(MinMax):
+    def __init__(self, cells, parameters):
+        super().__init__(cells)
+        self.part = parameters.part
+
+    def range(self, numbers):
+        return self.low * self.part, self.high * self.part
+
+
+PART = Observer(name="part", title="a part of all values", parameters=Part, make=PartOfRange)
+
+
+def test_an_observer(tmp_path, monkeypatch):
+    monkeypatch.setitem(OBSERVERS, "part", PART)
+    scales = {}
+    for observer in ("minmax", "part(part=0.25)"):
+        model = tiny_model()
+        qk.quantize_model(
+            model, scheme="w8a8-static", calibration=[TOKENS], observer=observer, include=["*.0.*"]
+        )
+        want = model(TOKENS).logits
+        qk.save_model(model, tmp_path / observer)
+        assert torch.equal(qk.load_model(tmp_path / observer)(TOKENS).logits, want)
+        scales[observer] = model.model.layers[0].self_attn.q_proj.activation_scale
+    assert torch.equal(scales["part(part=0.25)"], scales["minmax"] / 4)
+    assert "part=0.5, a number" in listed("observers")
 
 
 # --- A format: codes one a byte

@@ -7,12 +7,15 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibration.statistics import LayerInputs, Needs
+from qkernels.calibration.distributed import ALONE, Processes
+from qkernels.calibration.statistics import Gram, LayerInputs, Needs
 from qkernels.calibration.walks import DENSE, QUANTIZED, Walk, replace_forward
 
 
@@ -21,16 +24,27 @@ def observe(
     layers: Mapping[str, nn.Linear],
     needs: Mapping[str, Needs],
     until: Sequence[nn.Linear] = (),
+    row_weights: Mapping[str, Mapping[int, Tensor]] = MappingProxyType({}),
+    processes: Processes = ALONE,
+    first_batch: int = 0,
 ) -> dict[str, LayerInputs]:
-    """What reaches each layer of the walk's present block, over all batches.
+    """What reaches each layer of the walk's present block, over all batches of all processes.
 
     A layer that has several names has one result, of all its calls.
 
     Args:
         until: layers before which all `layers` have run; a run ends where one of them is called.
+        row_weights: layer -> batch -> fp32 [T]: what each of its inputs counts in `x^T x`; 1 for
+            what is not in it.
+        first_batch: the number of the walk's first batch among those of all processes.
     """
+    products = _Products()
+    empty = {
+        id(layer): partial(LayerInputs.empty, needs[name], layer.in_features)
+        for name, layer in layers.items()
+    }
     observers = {
-        id(layer): _Observer(LayerInputs.empty(needs[name], layer.in_features))
+        id(layer): _Observer(empty[id(layer)](), row_weights.get(name, {}), products, first_batch)
         for name, layer in layers.items()
     }
     both = any(each.dense or each.paired for each in needs.values())
@@ -46,7 +60,11 @@ def observe(
                     observer.begin(batch, chain)
                 with contextlib.suppress(_RunEnded):
                     walk.run(batch, chain)
-    return {name: observers[id(layer)].inputs for name, layer in layers.items()}
+    merged = {
+        key: processes.merge(observers[key].inputs, empty[key], layer.weight.device)
+        for key, layer in {id(layer): layer for layer in layers.values()}.items()
+    }
+    return {name: merged[id(layer)] for name, layer in layers.items()}
 
 
 class _RunEnded(BaseException):
@@ -116,39 +134,91 @@ def stages(walk: Walk, layers: Mapping[str, nn.Linear]) -> list[Stage]:
     return [*made, Stage(names_of(rest), [])] if rest else made
 
 
+class _Products:
+    """What rows add to sums of products, made once where several layers read one tensor."""
+
+    def __init__(self) -> None:
+        self._made: dict[type[Gram], tuple[Tensor, Tensor | None, int, Tensor]] = {}
+
+    def of(self, kind: type[Gram], x: Tensor, dense: Tensor | None) -> Tensor:
+        """`kind.product`."""
+        if kind in self._made:
+            # They are held, so that no other tensor has their memory.
+            other, others_dense, version, product = self._made[kind]
+            if (
+                _is_same(x, other)
+                and version == _version(x)
+                and (dense is None or (others_dense is not None and _is_same(dense, others_dense)))
+            ):
+                return product
+        product = kind.product(x, dense)
+        self._made[kind] = x, dense, _version(x), product
+        return product
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written to; nobody writes to inputs of inference mode, which do not count."""
+    return 0 if x.is_inference() else x._version
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+
+
 class _Observer:
     """Adds the inputs of one layer to its statistics."""
 
-    def __init__(self, inputs: LayerInputs) -> None:
-        self.inputs = inputs
-        self._batch, self._chain = -1, QUANTIZED
+    def __init__(
+        self,
+        inputs: LayerInputs,
+        row_weights: Mapping[int, Tensor],
+        products: _Products,
+        first_batch: int,
+    ) -> None:
+        self.inputs, self._first_batch = inputs, first_batch
+        self._row_weights, self._products = row_weights, products
+        self._batch, self._chain, self._seen = -1, QUANTIZED, 0
         # Inputs of the dense chain that still wait for their twins; of one batch at a time.
         self._dense: deque[Tensor] = deque()
 
     def begin(self, batch: int, chain: str) -> None:
         if chain == DENSE or batch != self._batch:
             self._dense.clear()
-        self._batch, self._chain = batch, chain
+        self._batch, self._chain, self._seen = batch, chain, 0
 
     def add(self, x: Tensor) -> None:
         """Takes in x [..., K]."""
         x = x.detach().reshape(-1, x.shape[-1])
+        seen = self._seen
+        self._seen += len(x)
         if self._chain == DENSE:
             if self.inputs.paired:
                 self._dense.append(x)
             if len(x):
-                for statistic in self.inputs.dense.values():
-                    statistic.add(x, batch=self._batch)
+                self._add(self.inputs.dense, x, None, seen)
             return
         dense = self._dense.popleft() if self._dense else None
         if not len(x):
             return
         self.inputs.rows += len(x)
-        for statistic in self.inputs.quantized.values():
-            statistic.add(x, batch=self._batch)
+        self._add(self.inputs.quantized, x, None, seen)
         if dense is not None and dense.shape == x.shape:
-            for statistic in self.inputs.paired.values():
-                statistic.add(x, batch=self._batch, dense=dense)
+            self._add(self.inputs.paired, x, dense, seen)
+
+    def _add(
+        self, statistics: Mapping[str, Any], x: Tensor, dense: Tensor | None, seen: int
+    ) -> None:
+        weights = self._row_weights.get(self._batch)
+        for statistic in statistics.values():
+            if not isinstance(statistic, Gram):
+                statistic.add(x, batch=self._first_batch + self._batch, dense=dense)
+            elif weights is None:
+                statistic.take(self._products.of(type(statistic), x, dense))
+            else:
+                roots = weights[seen : seen + len(x), None].sqrt().to(x.device)
+                scaled = None if dense is None else dense.float() * roots
+                number = self._first_batch + self._batch
+                statistic.add(x.float() * roots, batch=number, dense=scaled)
 
 
 def _watch(layer: nn.Module, note: Callable[[Tensor], None]) -> Callable[[], None]:

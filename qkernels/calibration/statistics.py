@@ -1,7 +1,7 @@
 """Statistics of a layer's inputs: sums that merge, so that two processes give what one gives.
 
-`STATISTICS` has a row for each. A method names what it needs in `Needs`; `LayerInputs` holds what
-was collected for one layer.
+`STATISTICS` has a row for each, beside the observers of ranges (`observers.py`). A method names
+what it needs in `Needs`; `LayerInputs` holds what was collected for one layer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from qkernels.calibration.observers import ObserverChoice
 
 SAMPLE_ROWS = 256
 """Rows of input kept of a layer, for the error of its output."""
@@ -38,26 +40,6 @@ class Statistic(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Becomes what gave `state`."""
-
-
-class Largest:
-    """The largest |x|: `value`, fp32 []; NaN once an input has one."""
-
-    def __init__(self, columns: int) -> None:
-        self.value = torch.zeros((), dtype=torch.float32)
-
-    def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
-        largest = x.abs().amax().float()
-        self.value = torch.maximum(self.value.to(largest.device), largest)
-
-    def merge(self, other: Largest) -> None:
-        self.value = torch.maximum(self.value, other.value.to(self.value.device))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.value = state["value"]
 
 
 class SampledRows:
@@ -103,51 +85,75 @@ class SampledRows:
 
 
 class Gram:
-    """`matrix` = x^T x over all rows, fp32 [K, K]."""
+    """`matrix` = x^T x over all rows, fp32 [K, K].
+
+    What a call adds is fp32 and the sum fp64, which holds it exactly where the addends of an entry
+    are within 2^29 of each other, and to 2^-53 elsewhere. So their order changes no bit of
+    `matrix` but by a chance of about 2^-29.
+    """
 
     def __init__(self, columns: int) -> None:
-        self.matrix = torch.zeros(columns, columns)
+        self._sum = torch.zeros(columns, columns, dtype=torch.float64)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self._sum.float()
 
     def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
+        self.take(self.product(x, dense))
+
+    @staticmethod
+    def product(x: Tensor, dense: Tensor | None) -> Tensor:
+        """What rows [T, K] add to the sum, fp32 [K, K]."""
         x = x.float()
-        self._take(x.t(), x)
+        return x.t() @ x
+
+    def take(self, product: Tensor) -> None:
+        """Takes in rows by what they add."""
+        # Its device is that of the first rows.
+        self._sum = self._sum.to(product.device).add_(product)
 
     def merge(self, other: Gram) -> None:
-        self.matrix = self.matrix + other.matrix.to(self.matrix.device)
+        self._sum = self._sum + other._sum.to(self._sum.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"matrix": self.matrix}
+        return {"sum": self._sum}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.matrix = state["matrix"]
-
-    def _take(self, left: Tensor, right: Tensor) -> None:
-        # Its device is that of the first rows.
-        self.matrix = self.matrix.to(right.device).addmm_(left, right)
+        self._sum = state["sum"]
 
 
 class Drift(Gram):
     """`matrix` = (x_dense - x)^T x over all rows, fp32 [K, K]: how far quantized blocks have moved
     the inputs, as a layer can make up for it."""
 
-    def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
+    @staticmethod
+    def product(x: Tensor, dense: Tensor | None) -> Tensor:
         assert dense is not None, "of pairs of inputs"
+        x = x.float()
         # The difference is taken first: it is small beside both.
-        self._take((dense.float() - x.float()).t(), x.float())
+        return (dense.float() - x).t() @ x
 
 
 STATISTICS: dict[str, Callable[[int], Statistic]] = {
     "drift": Drift,
     "gram": Gram,
-    "largest": Largest,
     "rows": SampledRows,
 }
 """Name -> made for a layer with so many columns."""
 
 
+def new_statistic(name: str, columns: int) -> Statistic:
+    """One that has seen nothing: of `STATISTICS`, or an observer of the whole input's range, as
+    `ObserverChoice` spells it."""
+    observed = name not in STATISTICS
+    made: Statistic = ObserverChoice.parse(name).make() if observed else STATISTICS[name](columns)
+    return made
+
+
 @dataclass(frozen=True)
 class Needs:
-    """Which statistics of a layer a method asks for, by their names in `STATISTICS`.
+    """Which statistics of a layer a method asks for, by the names that `new_statistic` takes.
 
     Attributes:
         quantized: of inputs from blocks that are quantized already, which are those the layer will
@@ -191,7 +197,7 @@ class LayerInputs:
         """Nothing collected yet, for a layer with so many columns."""
 
         def made(names: tuple[str, ...]) -> dict[str, Any]:
-            return {name: STATISTICS[name](columns) for name in names}
+            return {name: new_statistic(name, columns) for name in names}
 
         return LayerInputs(0, made(needs.quantized), made(needs.dense), made(needs.paired))
 

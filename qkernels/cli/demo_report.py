@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import math
 import os
 import re
@@ -151,7 +150,7 @@ def markdown(demo: Demo) -> str:
 
 def write(demo: Demo, folder: Path) -> list[Path]:
     """Writes demo.json, demo.md and, where layers were quantized, demo.png; returns the paths."""
-    from qkernels.cli.console import note
+    from qkernels.cli.console import as_json, note
 
     head, dirty = machine.commit()
     record: dict[str, Any] = {
@@ -162,7 +161,7 @@ def write(demo: Demo, folder: Path) -> list[Path]:
         **demo.as_dict(),
     }
     written = [folder / "demo.json", folder / "demo.md"]
-    _replace(written[0], json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
+    _replace(written[0], as_json(record))
     _replace(written[1], markdown(demo))
     if any(row.layers for row in demo.rows):
         try:
@@ -264,17 +263,6 @@ def bars() -> Iterator[Callable[[str], Progress]]:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity as strings, which JSON has no numbers for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def _replace(path: Path, text: str) -> None:

@@ -65,6 +65,16 @@ def _methods() -> Table:
     return rows
 
 
+def _observers() -> Table:
+    from qkernels.calibration.observers import OBSERVERS
+    from qkernels.spelling import describe_parameters
+
+    rows = table("observer", "what a static activation's range is", "parameters")
+    for row in OBSERVERS.values():
+        rows.add_row(row.name, row.title, describe_parameters(row.parameters))
+    return rows
+
+
 def _formats() -> Table:
     from qkernels.checkpoints.table import FORMATS, weight_types
 
@@ -79,6 +89,7 @@ _TABLES: dict[str, Callable[[], Table]] = {
     "weights": _weight_types,
     "fields": _fields,
     "methods": _methods,
+    "observers": _observers,
     "formats": _formats,
     "kernels": _kernels,
     "rows": _row_kernels,
@@ -103,7 +114,7 @@ def listing(
         Listed | None, typer.Argument(help="One of the tables; all of them unless named.")
     ] = None,
 ) -> None:
-    """List weight types, fields of weights, methods, formats and kernels."""
+    """List weight types, fields of weights, methods, observers, formats and kernels."""
     console = output()
     for name, rows in _TABLES.items():
         if what is None or what.value == name:

@@ -30,6 +30,11 @@ class Precision(str, Enum):
 
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.value]
 
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Precision:
+        """The one that has a type."""
+        return next(precision for precision in cls if precision.dtype == dtype)
+
 
 ModelArgument = Annotated[
     Path,
@@ -115,6 +120,14 @@ def quantize_with_bar(model: Any, scheme: qk.QuantScheme, **options: Any) -> qk.
     method = options.pop("method", "rtn")
     with progress_bar(f"quantizing to {scheme}") as update:
         return qk.quantize_model(model, method, scheme, progress=update, **options)
+
+
+def check_takes_text(model: Any, remedy: str) -> None:
+    """Raises QuantizationError for a model that takes more than the token ids of a text."""
+    from qkernels.errors import QuantizationError
+
+    if getattr(model.config, "is_encoder_decoder", False) or model.main_input_name != "input_ids":
+        raise QuantizationError(f"a {type(model).__name__} takes more than a text: {remedy}")
 
 
 def mebibytes(size: float) -> str:

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     import qkernels as qk
     from qkernels.checkpoints.save import SavePlan
 
-CALIBRATION_WINDOW = 512
-CALIBRATION_WINDOWS = 16
-"""Calibration runs this many windows of text, evenly spaced: 8,192 tokens."""
+SHIPPED = "shipped"
+"""Names the shipped text in place of a file."""
 
 PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -70,9 +69,25 @@ def quantize(
         ),
     ] = None,
     calibration: Annotated[
-        Path | None,
-        typer.Option(help="A text to measure output errors and static activation scales on."),
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A UTF-8 text to calibrate on, and to measure output errors on; `shipped` is the "
+            "text that comes with qkernels. [default: shipped, where the method or the scheme "
+            "needs one]",
+            show_default=False,
+        ),
     ] = None,
+    observer: Annotated[
+        str,
+        typer.Option(
+            help="What finds the range of static activations, such as percentile(percent=99.9); "
+            "`qkernels list observers` lists them."
+        ),
+    ] = "minmax",
+    sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences of 512 tokens to calibrate on, evenly spaced.")
+    ] = 128,
     format: Annotated[
         str, typer.Option(help="Of the folder to write; `qkernels list formats` lists them.")
     ] = "compressed-tensors",
@@ -90,18 +105,24 @@ def quantize(
     """Quantize the linear layers of a model and write it to a folder."""
     # Whatever can be wrong without the model is checked before the model is loaded.
     check_output(out, model, force)
-    from qkernels.models.evaluation import read_text
+    from qkernels.calibration.observers import ObserverChoice
+    from qkernels.models.calibration_text import needs_calibration
+    from qkernels.models.evaluation import SHIPPED_CALIBRATION, read_text
     from qkernels.quantizers.recipe import Recipe
     from qkernels.scheme import QuantScheme
 
     parsed, recipe = QuantScheme.parse(scheme), Recipe.parse(method)
+    choice = ObserverChoice.parse(observer)
     overrides = parse_overrides(override or [])
-    text = None if calibration is None else read_text(calibration)
     ends = {
         part: QuantScheme.parse(text)
         for part, text in (("head", head), ("embedding", embedding))
         if text is not None
     }
+    schemes = [s for s in (parsed, *overrides.values(), ends.get("head")) if s is not None]
+    calibrates = calibration is not None or needs_calibration(recipe, schemes)
+    file = SHIPPED_CALIBRATION if calibration in (None, SHIPPED) else calibration
+    text = read_text(file) if calibrates else None
     from qkernels.checkpoints import check_scheme
     from qkernels.checkpoints.save import SavePlan
     from qkernels.models.loading import has_tokenizer
@@ -117,7 +138,7 @@ def quantize(
         note(f"note: {model} holds no tokenizer, so {out} will hold none")
     # The first match of an override counts, and these name one layer.
     overrides = {**{end_of(network, part): wanted for part, wanted in ends.items()}, **overrides}
-    batches = None if text is None else calibration_batches(network, tokenizer, text)
+    batches = None if text is None else batches_of(network, tokenizer, text, sequences)
     with tempfile.TemporaryDirectory() as temporary:
         companions = Path(temporary) / "companions"
         # Before the work, so that it is not lost where these cannot be written.
@@ -130,6 +151,7 @@ def quantize(
             exclude=exclude,
             overrides=overrides,
             calibration=batches,
+            observer=choice,
             resume=resume,
             format=format,
         )
@@ -207,20 +229,21 @@ def end_of(model: Any, part: str) -> str:
     return name
 
 
-def calibration_batches(model: Any, tokenizer: Any, text: str) -> list[torch.Tensor]:
-    """Token ids [1, 512] of windows spread evenly over a text."""
-    from qkernels.errors import QuantizationError
-    from qkernels.models.evaluation import encode, windows_of
+def batches_of(model: Any, tokenizer: Any, text: str, sequences: int) -> list[torch.Tensor]:
+    """Calibration batches of a text, on the model's device."""
+    from qkernels.models.calibration_text import LENGTH, calibration_batches
 
-    name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False) or model.main_input_name != "input_ids":
-        raise QuantizationError(
-            f"a {name} takes more than a text: calibrate it in Python, by "
-            "qkernels.quantize_model(model, calibration=batches)"
-        )
-    device = next(model.parameters()).device
-    windows = windows_of(encode(tokenizer, text), CALIBRATION_WINDOW, CALIBRATION_WINDOWS)
-    return [ids[None].to(device) for ids in windows]
+    models.check_takes_text(
+        model, "calibrate it in Python, by qkernels.quantize_model(model, calibration=batches)"
+    )
+    context = getattr(model.config, "max_position_embeddings", None) or LENGTH
+    return calibration_batches(
+        tokenizer,
+        sequences,
+        min(LENGTH, context),
+        text,
+        device=next(model.parameters()).device,
+    )
 
 
 def check_output(out: Path, model: Path, force: bool) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,13 @@ from qkernels.models.loading import output_head
 from qkernels.modules import WQLinear
 from qkernels.modules.kinds import is_linear_kind
 
+T = TypeVar("T")
+
 SHIPPED_TEXT = Path(__file__).parent / "data" / "persuasion.txt"
-"""English prose in the public domain; data/README.md says where it comes from."""
+"""English prose in the public domain, to measure on; data/README.md says where it comes from."""
+
+SHIPPED_CALIBRATION = Path(__file__).parent / "data" / "calibration.txt"
+"""Text of other kinds, to calibrate on; see data/README.md."""
 
 _LOGIT_ROWS = 64
 """Tokens whose logits are held in fp32 at a time: 12 MiB over a vocabulary of 49,152."""
@@ -95,9 +100,14 @@ def windows_of(token_ids: Tensor, window: int, most: int | None = None) -> list[
     whole = [part for part in parts if len(part) == window]
     if most is None or most >= len(parts) or not whole:
         return parts
-    most = min(most, len(whole))
-    middle = [(2 * i + 1) * len(whole) // (2 * most) for i in range(most)]
-    return [whole[i] for i in middle]
+    return evenly_spaced(whole, most)
+
+
+def evenly_spaced(items: Sequence[T], most: int | None = None) -> list[T]:
+    """All of the items, or `most` of them where there are more."""
+    if most is None or most >= len(items):
+        return list(items)
+    return [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]
 
 
 @torch.inference_mode()
@@ -126,12 +136,12 @@ def perplexity(
         QuantizationError: for fewer than two tokens, an id outside the vocabulary, or sizes that
             the model cannot take.
     """
-    _check_request(model, token_ids, window, batch)
+    check_request(model, token_ids, window, batch)
     chosen = windows_of(token_ids, window, max_windows)
     device = next(model.parameters()).device
     loss = torch.zeros((), dtype=torch.float64, device=device)
     start, done = time.perf_counter(), 0
-    for rows in _batches(chosen, batch):
+    for rows in batches_of(chosen, batch):
         if progress is not None:
             progress(done, len(chosen))
         rows = rows.to(device)
@@ -209,15 +219,16 @@ def weight_bytes(model: nn.Module) -> int:
     return total
 
 
-def _check_request(model: nn.Module, token_ids: Tensor, window: int, batch: int) -> None:
+def check_request(model: nn.Module, token_ids: Tensor, window: int, batch: int) -> None:
+    """Raises QuantizationError where a model cannot read `token_ids` [T] in such windows."""
     if window < 2 or batch < 1:
         raise QuantizationError(
-            f"perplexity needs windows of 2 tokens or more and a batch of 1 or more, got {window} "
+            f"this needs windows of 2 tokens or more and a batch of 1 or more, got {window} "
             f"and {batch}"
         )
     if token_ids.dim() != 1 or len(token_ids) < 2:
         raise QuantizationError(
-            f"perplexity needs a row of 2 tokens or more, got {list(token_ids.shape)}"
+            f"this needs a row of 2 tokens or more, got {list(token_ids.shape)}"
         )
     config = getattr(model, "config", None)
     longest = getattr(config, "max_position_embeddings", None)
@@ -231,8 +242,8 @@ def _check_request(model: nn.Module, token_ids: Tensor, window: int, batch: int)
         )
 
 
-def _batches(windows: list[Tensor], batch: int) -> Iterator[Tensor]:
-    """Windows stacked [B, T], where all of a batch have the same length."""
+def batches_of(windows: list[Tensor], batch: int) -> Iterator[Tensor]:
+    """Windows stacked [B, T], B up to `batch`, where all of a batch have the same length."""
     whole = [part for part in windows if len(part) == len(windows[0])]
     for start in range(0, len(whole), batch):
         yield torch.stack(whole[start : start + batch])

@@ -129,21 +129,33 @@ def require_causal(path: str | Path) -> None:
 
     Reads its config alone.
     """
+    name = _not_causal(path)
+    if name is not None:
+        raise CheckpointError(
+            f"{path} holds a {name}, which does not continue a text: this needs a causal language "
+            "model"
+        )
+
+
+def is_causal(path: str | Path) -> bool:
+    """Whether the model at `path` predicts the next token of a text; reads its config alone."""
+    return _not_causal(path) is None
+
+
+def _not_causal(path: str | Path) -> str | None:
+    """The class of a model that does not continue a text, or None."""
     folder, gguf_file = _locate(Path(path))
     _require_packages(gguf=False)
     kind = None if gguf_file is not None else _model_class(folder)
     if kind is None:
         # It will be loaded as a causal language model or not at all.
-        return
+        return None
     from transformers import AutoConfig
 
     with as_checkpoint_error(path, _DAMAGED):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if not kind.can_generate() or getattr(config, "is_encoder_decoder", False):
-        raise CheckpointError(
-            f"{path} holds a {kind.__name__}, which does not continue a text: this needs a causal "
-            "language model"
-        )
+    causal = kind.can_generate() and not getattr(config, "is_encoder_decoder", False)
+    return None if causal else str(kind.__name__)
 
 
 def output_head(model: Any) -> nn.Module | None:

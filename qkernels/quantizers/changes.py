@@ -25,6 +25,7 @@ class Changes:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._blocks: dict[str, _BlockChanges] = {}
+        self._before: dict[str, Tensor] = {}
 
     def begin(self, block: Block) -> None:
         """What follows belongs to `block`."""
@@ -36,6 +37,18 @@ class Changes:
         self._present.layers[name] = before, layer
         self._model.set_submodule(name, layer)
 
+    def replace_quantized(self, name: str, layer: nn.Module) -> nn.Module:
+        """Puts `layer` in place of one that took another's place; that other."""
+        changes = next(c for c in self._blocks.values() if name in c.layers)
+        original, _ = changes.layers[name]
+        changes.layers[name] = original, layer
+        self._model.set_submodule(name, layer)
+        return original
+
+    def original(self, name: str) -> nn.Module:
+        """The layer whose place another has taken."""
+        return next(c.layers[name][0] for c in self._blocks.values() if name in c.layers)
+
     def rewrite(self, name: str, values: Tensor) -> None:
         """Gives a parameter new values, rounded to its type, in memory of their own."""
         parameter = self._model.get_parameter(name)
@@ -44,6 +57,14 @@ class Changes:
         original, _ = self._present.parameters.get(name, (parameter.data, None))
         self._present.parameters[name] = original, values
         parameter.data = values
+
+    def rewrite_model(self, name: str, values: Tensor) -> None:
+        """Like `rewrite`, before the first block begins; only `undo` knows what was there."""
+        assert not self._blocks, name
+        parameter = self._model.get_parameter(name)
+        assert values.shape == parameter.shape, name
+        self._before.setdefault(name, parameter.data)
+        parameter.data = values.detach().to(parameter.device, parameter.dtype, copy=True)
 
     def rewritten(self) -> dict[str, Tensor]:
         """The parameters of the present block that have other values than at the beginning."""
@@ -54,6 +75,9 @@ class Changes:
         for changes in self._blocks.values():
             self._show(changes, 0)
         self._blocks.clear()
+        for name, values in self._before.items():
+            self._model.get_parameter(name).data = values
+        self._before.clear()
 
     @contextlib.contextmanager
     def dense_layers(self, block: Block) -> Iterator[None]:
@@ -64,6 +88,17 @@ class Changes:
             yield
         finally:
             self._show_layers(layers, 1)
+
+    @contextlib.contextmanager
+    def all_dense(self) -> Iterator[None]:
+        """`dense_layers` of every block."""
+        try:
+            for changes in self._blocks.values():
+                self._show_layers(changes.layers, 0)
+            yield
+        finally:
+            for changes in self._blocks.values():
+                self._show_layers(changes.layers, 1)
 
     @contextlib.contextmanager
     def originals(self, block: Block) -> Iterator[None]:

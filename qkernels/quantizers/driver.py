@@ -12,24 +12,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from qkernels.calibration.blocks import Block, find_blocks
+from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.forwards import CannotFollow
 from qkernels.calibration.observe import Stage, calibrating, observe, stages
+from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.calibration.walks import BlockByBlock, Walk, WholeModel
 from qkernels.errors import LayerError, QuantizationError
 from qkernels.modules import WQLinear
 from qkernels.progress import Progress
 from qkernels.quantizers.changes import Changes
-from qkernels.quantizers.method import BlockTask, LayerTask
+from qkernels.quantizers.method import BlockTask, LayerTask, ModelTask
 from qkernels.quantizers.methods import LAST, METHODS
 from qkernels.quantizers.recipe import Part, Recipe
 from qkernels.quantizers.report import LayerReport, compare
-from qkernels.quantizers.resume import FinishedBlock, ResumeFolder
-from qkernels.scheme import Activation, QuantScheme
-from qkernels.weight import QuantizedWeight
+from qkernels.quantizers.resume import FinishedBlock, ResumeFolder, digest_of_layers
+from qkernels.quantizers.static_inputs import (
+    needs_of,
+    with_zero,
+    without_inputs,
+    without_zero,
+    x_parameters,
+)
+from qkernels.scheme import QuantScheme
+from qkernels.weight import QuantizedWeight, WeightParameters
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Plan:
     Attributes:
         schemes: of each layer to quantize, by name, in the model's order.
         batches: calibration batches, or None.
+        observer: finds the range of static activations.
+        processes: that calibrate together, each with batches of its own.
     """
 
     recipe: Recipe
@@ -46,6 +57,8 @@ class Plan:
     batches: Sequence[Any] | None
     backend: str | None
     check_kernels: bool = True
+    observer: ObserverChoice = DEFAULT_OBSERVER
+    processes: Processes = ALONE
 
     @property
     def options(self) -> dict[str, Any]:
@@ -85,7 +98,10 @@ def drive(
             try:
                 return _Run(model, plan, changes, progress, folder, whole).through()
             except CannotFollow as reason:
-                whole = str(reason)
+                agreed = plan.processes.agree(reason)
+                if not isinstance(agreed, CannotFollow):
+                    raise agreed from None
+                whole = str(agreed)
             changes.undo()
             if folder is not None:
                 folder.take_whole_model(whole)
@@ -113,27 +129,85 @@ class _Run:
         whole: str | None,
     ) -> None:
         self._model, self._plan, self._changes = model, plan, changes
-        self._progress, self._folder = progress, folder
+        self._progress, self._folder, self._processes = progress, folder, plan.processes
         self._outcome = Outcome(whole)
+        self._row_weights: dict[str, dict[int, Tensor]] = {}
         self._blocks = find_blocks(model, plan.schemes)
+        for part in plan.recipe.parts:
+            if part.method.prepare_model is not None:
+                part.method.prepare_model(self._model_task(), part.parameters)
         self._walk: Walk
         batches = plan.batches or ()
         if batches and whole is None:
             dense = changes.dense_layers if _asks_for_dense(plan) else None
-            self._walk = BlockByBlock(model, self._blocks, batches, dense)
+            self._walk = BlockByBlock(model, self._blocks, batches, dense, self._processes)
         else:
-            self._walk = WholeModel(model, self._blocks, batches, changes.originals)
+            self._walk = WholeModel(
+                model, self._blocks, batches, changes.originals, self._processes
+            )
+        self._first_batch = self._processes.first_batch(len(batches))
 
     def through(self) -> Outcome:
         """Takes every block, and leaves the walk behind."""
         try:
             while (block := self._walk.next()) is not None:
                 self._take(block)
+                self._compare_processes(block)
                 self._walk.advance()
         finally:
             self._walk.close()
+        self._finish()
+        # What fails in one process until here changes the model in none.
+        self._processes.gather("end", None)
         self._tell("")
         return self._outcome
+
+    def _compare_processes(self, block: Block) -> None:
+        """Raises, in all processes, where they have made different layers of a block."""
+        if self._processes.size == 1:
+            return
+        made = {name: self._model.get_submodule(name) for name in block.layers}
+        digest = digest_of_layers(made, self._changes.rewritten())
+        if len(set(self._processes.gather("codes", digest))) > 1:
+            raise LayerError(
+                f"{block.name}: the processes made different codes of the same statistics: their "
+                "processors, numbers of threads or versions of torch compute differently"
+            )
+
+    def _model_task(self) -> ModelTask:
+        names = self._plan.schemes
+        return ModelTask(
+            model=self._model,
+            layers={name: self._model.get_submodule(name) for name in names},
+            schemes=names,
+            batches=self._plan.batches or (),
+            row_weights=self._row_weights,
+            changes=self._changes,
+        )
+
+    def _finish(self) -> None:
+        for part in self._plan.recipe.parts:
+            if part.method.finish is None:
+                continue
+            self._tell(part.method.name)
+            for name, weight in part.method.finish(self._model_task(), part.parameters).items():
+                self._refinish(name, weight, part)
+
+    def _refinish(self, name: str, weight: QuantizedWeight, part: Part) -> None:
+        """Puts `weight` in place of that of a quantized layer and of all who share it."""
+        before = self._model.get_submodule(name)
+        assert isinstance(before, WQLinear) and weight.scheme == before.scheme, name
+        made = WQLinear.from_weight(
+            weight, device=before.weight.device, dtype=before.dtype, **self._plan.options
+        )
+        for other in [n for n in self._plan.schemes if self._model.get_submodule(n) is before]:
+            original = self._changes.replace_quantized(other, made)
+            assert isinstance(original, nn.Linear)
+            report = self._outcome.layers[other]
+            method = f"{report.method}+{part}"
+            self._outcome.layers[other] = dataclasses.replace(
+                compare(other, original, made, None, method), output_error=report.output_error
+            )
 
     def _tell(self, name: str) -> None:
         self._progress(len(self._outcome.layers), len(self._plan.schemes), name)
@@ -177,28 +251,28 @@ class _Run:
         self._outcome.layers[report.name] = report
 
     def _quantize(self, block: Block, layers: Mapping[str, nn.Linear]) -> None:
-        parts = self._plan.recipe.parts
-        for part in parts:
+        recipe = self._plan.recipe
+        for part in recipe.parts:
             if part.method.prepare_block is not None:
                 self._prepare(part, block, layers)
-        for stage in self._stages(parts[-1], layers):
+        for stage in self._stages(recipe.quantizing, layers):
             group = {name: layers[name] for name in stage.names}
             until = [layers[name] for name in stage.until]
-            inputs = self._observe(parts[-1], group, self._for_report, until)
-            for name, layer in group.items():
-                self._tell(name)
-                self._quantize_layer(name, layer, parts[-1], inputs.get(name))
+            inputs = self._observe(recipe.quantizing, group, self._for_report, until)
+            self._quantize_layers(block, group, recipe.quantizing, inputs)
 
     def _stages(self, part: Part, layers: Mapping[str, nn.Linear]) -> list[Stage]:
         """The layers of a block that are calibrated together."""
         if self._plan.batches is None or not part.method.in_stages(part.parameters):
             return [Stage(list(layers), [])]
-        return stages(self._walk, layers)
+        # Of batches that reach the block, where any do.
+        mine = stages(self._walk, layers)
+        return self._processes.first("stages", mine if self._walk.batches() else None) or mine
 
     def _for_report(self, name: str) -> Needs:
         """What is collected of every layer, whatever the method."""
-        static = self._plan.schemes[name].activation.granularity == "static"
-        return Needs(quantized=("rows", *(("largest",) if static else ())))
+        scheme = self._plan.schemes[name]
+        return Needs(quantized=("rows",)) | needs_of(scheme, self._plan.observer)
 
     def _observe(
         self,
@@ -210,7 +284,19 @@ class _Run:
         if self._plan.batches is None:
             return {}
         needs = {name: self._plan.needs(part, name) | beside(name) for name in layers}
-        found = observe(self._walk, layers, needs, until) if any(needs.values()) else {}
+        found = (
+            observe(
+                self._walk,
+                layers,
+                needs,
+                until,
+                self._row_weights,
+                self._processes,
+                self._first_batch,
+            )
+            if any(needs.values())
+            else {}
+        )
         for name, inputs in found.items():
             if not inputs.finite:
                 raise LayerError(f"{name}: a calibration batch gives it inputs that are not finite")
@@ -218,59 +304,101 @@ class _Run:
 
     def _prepare(self, part: Part, block: Block, layers: Mapping[str, nn.Linear]) -> None:
         assert part.method.prepare_block is not None
-        task = BlockTask(
+        inputs = self._observe(part, layers)
+        part.method.prepare_block(self._block_task(block, layers, inputs), part.parameters)
+
+    def _block_task(
+        self,
+        block: Block,
+        layers: Mapping[str, nn.Linear],
+        inputs: Mapping[str, LayerInputs],
+    ) -> BlockTask:
+        return BlockTask(
             name=block.name,
             module=self._model.get_submodule(block.name),
             layers=layers,
             schemes={name: self._plan.schemes[name] for name in layers},
-            inputs=self._observe(part, layers),
+            inputs=inputs,
             walk=self._walk,
             changes=self._changes,
+            processes=self._processes,
         )
-        part.method.prepare_block(task, part.parameters)
+
+    def _quantize_layers(
+        self,
+        block: Block,
+        layers: Mapping[str, nn.Linear],
+        part: Part,
+        inputs: Mapping[str, LayerInputs],
+    ) -> None:
+        """Makes the layers, and puts them into the model."""
+        tasks = {name: self._layer_task(name, layer, inputs) for name, layer in layers.items()}
+        together: Mapping[str, WeightParameters] = {}
+        if part.method.quantize_block is not None:
+            # A layer with several names is made once.
+            reached = {
+                id(layers[name]): name
+                for name in reversed(tasks)
+                if name not in self._outcome.unreached
+            }
+            own = {
+                name: without_zero(task)
+                for name, task in tasks.items()
+                if reached.get(id(layers[name])) == name
+            }
+            own = {
+                name: task
+                for name, task in own.items()
+                if id(layers[name]) not in self._outcome.made
+            }
+            together = part.method.quantize_block(
+                self._block_task(block, layers, inputs), own, part.parameters
+            )
+        for name, layer in layers.items():
+            self._tell(name)
+            self._quantize_layer(layer, tasks[name], part, together.get(name))
+
+    def _layer_task(
+        self, name: str, layer: nn.Linear, inputs: Mapping[str, LayerInputs]
+    ) -> LayerTask:
+        scheme, own = self._plan.schemes[name], inputs.get(name)
+        if own is not None and not own.rows:
+            own = None
+            scheme, self._outcome.unreached[name] = without_inputs(scheme)
+        return LayerTask(
+            name=name,
+            weight=layer.weight.detach(),
+            bias=None if layer.bias is None else layer.bias.detach(),
+            scheme=scheme,
+            inputs=own,
+            **x_parameters(scheme, self._plan.observer, own),
+        )
 
     def _quantize_layer(
-        self, name: str, layer: nn.Linear, part: Part, inputs: LayerInputs | None
+        self, layer: nn.Linear, task: LayerTask, part: Part, weight: WeightParameters | None
     ) -> None:
-        scheme, made = self._plan.schemes[name], self._outcome.made
-        if inputs is not None and not inputs.rows:
-            inputs, part = None, Part(METHODS[LAST], METHODS[LAST].parameters())
-            scheme, self._outcome.unreached[name] = _without_inputs(scheme)
+        """Args: weight: what the layer becomes, where that is known already."""
+        made = self._outcome.made
+        if task.name in self._outcome.unreached:
+            part = Part(METHODS[LAST], METHODS[LAST].parameters())
         if id(layer) not in made:
-            task = LayerTask(
-                name=name,
-                weight=layer.weight.detach(),
-                bias=None if layer.bias is None else layer.bias.detach(),
-                scheme=scheme,
-                inputs=inputs,
-                activation_scale=_activation_scale(scheme, inputs),
-            )
-            made[id(layer)] = build_layer(task, part, self._plan.options)
-        rows = None if inputs is None else inputs.quantized["rows"].rows
-        self._install(layer, compare(name, layer, made[id(layer)], rows, str(part)))
+            made[id(layer)] = build_layer(task, part, self._plan.options, weight)
+        rows = None if task.inputs is None else task.inputs.quantized["rows"].rows
+        self._install(layer, compare(task.name, layer, made[id(layer)], rows, str(part)))
 
 
-def _without_inputs(scheme: QuantScheme) -> tuple[QuantScheme, str]:
-    """The scheme of a layer that calibration never reached, and what to say of it."""
-    if scheme.activation.granularity != "static":
-        return scheme, "rounded to nearest"
-    # Per token needs no data and keeps the weights' format; a scale that is guessed may saturate.
-    dynamic = dataclasses.replace(scheme, activation=Activation(scheme.activation.dtype, "token"))
-    return dynamic, f"rounded to nearest, with activations scaled per token ({dynamic})"
-
-
-def _activation_scale(scheme: QuantScheme, inputs: LayerInputs | None) -> float | None:
-    if scheme.activation.granularity != "static":
-        return None
-    assert inputs is not None
-    return float(inputs.quantized["largest"].value) / scheme.activation.largest or 1.0
-
-
-def build_layer(task: LayerTask, part: Part, options: Mapping[str, Any]) -> WQLinear:
-    """The layer that a part of a recipe makes."""
-    assert part.method.quantize is not None
+def build_layer(
+    task: LayerTask,
+    part: Part,
+    options: Mapping[str, Any],
+    made: WeightParameters | None = None,
+) -> WQLinear:
+    """The layer that a part of a recipe makes. Args: made: its weight, where that is known."""
     try:
-        made = part.method.quantize(task, part.parameters)
+        if made is None:
+            assert part.method.quantize is not None
+            made = part.method.quantize(without_zero(task), part.parameters)
+        made = with_zero(made, task)
         assert (made.n, made.k) == tuple(task.weight.shape), part.method.name
         if isinstance(made, QuantizedWeight):
             weight = made.replace(bias=task.bias)

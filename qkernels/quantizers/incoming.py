@@ -27,10 +27,12 @@ from qkernels.quantizers.report import LayerReport, QuantizationReport, compare
 
 def takes_weights_alone(recipe: Recipe, plan: LayerPlan) -> bool:
     """Whether a recipe quantizes each layer by its weight, and nothing else of the model."""
-    (*preparing, last) = recipe.parts
-    static = any(s.activation.granularity == "static" for s in plan.schemes.values())
+    (*others, last) = recipe.parts
+    if others or last.method.quantize is None or last.method.prepares:
+        return False
+    static = any(s.activation.is_static for s in plan.schemes.values())
     asks = any(last.method.statistics(scheme, last.parameters) for scheme in plan.schemes.values())
-    return not (preparing or static or asks or last.method.prepare_block)
+    return not (static or asks)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,11 @@ class IncomingLayers:
                 self._dense[parameter] = values
 
     def _make(self, name: str, weight: Tensor) -> None:
-        key, scheme, part = self._places[name].key, self._plan.schemes[name], self._recipe.parts[-1]
+        key, scheme, part = (
+            self._places[name].key,
+            self._plan.schemes[name],
+            self._recipe.quantizing,
+        )
         if key in self._made:
             return
         weight = weight.detach()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.calibration.walks import DENSE, QUANTIZED, Walk
 from qkernels.quantizers.changes import Changes
 from qkernels.scheme import QuantScheme
-from qkernels.weight import WeightParameters
+from qkernels.weight import QuantizedWeight, WeightParameters
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class LayerTask:
         inputs: what calibration collected, at least what the method asked for; None without
             calibration.
         activation_scale: that of x, which the result must carry, for static activations; else None.
+        activation_zero: the zero point of x, which the driver adds to the result; methods get None.
     """
 
     name: str
@@ -38,6 +43,7 @@ class LayerTask:
     scheme: QuantScheme
     inputs: LayerInputs | None
     activation_scale: float | None
+    activation_zero: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class BlockTask:
         layers: the layers that will be quantized, by their names in the model.
         schemes: the scheme of each.
         inputs: what calibration collected for each; empty without calibration.
+        processes: that calibrate together, each with batches of its own.
     """
 
     name: str
@@ -58,6 +65,16 @@ class BlockTask:
     inputs: Mapping[str, LayerInputs]
     walk: Walk
     changes: Changes
+    processes: Processes = ALONE
+
+    def shared(self, step: str, make: Callable[[], _T]) -> _T | None:
+        """What `make` makes where this block's batches are looked at beyond their statistics: in
+        the first process that has such batches, for all of them. None where none has.
+
+        Args:
+            step: a name for it.
+        """
+        return self.processes.made_by_first(step, bool(self.batches()), make)
 
     def batches(self, *, dense: bool = False) -> Sequence[int]:
         """The calibration batches that reach the block, by number."""
@@ -84,6 +101,40 @@ class BlockTask:
         self.changes.rewrite(f"{self.name}.{parameter}".lstrip("."), values)
 
 
+@dataclass(frozen=True)
+class ModelTask:
+    """The whole model, before its first block is taken or behind its last.
+
+    Attributes:
+        layers: the layers of the plan, by their names in the model: those that will be quantized,
+            or the quantized ones.
+        schemes: the scheme of each.
+        batches: of calibration, in the form that `calibration.forwards.run_batch` takes; none
+            without calibration.
+        row_weights: layer -> batch -> fp32 [T]: what each of its inputs counts in statistics of it,
+            in the order in which it meets them. Empty before a method fills it.
+        changes: where a layer is replaced, or a parameter rewritten.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    schemes: Mapping[str, QuantScheme]
+    batches: Sequence[Any]
+    row_weights: dict[str, dict[int, Tensor]]
+    changes: Changes
+
+    def dense(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which no layer is quantized; what was rewritten stays."""
+        return self.changes.all_dense()
+
+    def rewrite(self, parameter: str, values: Tensor) -> None:
+        """Gives a parameter of the model new values, rounded to its type; before the first block.
+
+        To what follows they are the values that it always had.
+        """
+        self.changes.rewrite_model(parameter, values)
+
+
 def no_statistics(scheme: QuantScheme, parameters: Any) -> Needs:
     """For methods that look at weights alone."""
     return Needs()
@@ -102,7 +153,8 @@ def at_once(parameters: Any) -> bool:
 class Method:
     """A row of the table.
 
-    A method prepares blocks, quantizes layers, or both; a recipe ends in one that quantizes.
+    A recipe is of methods that prepare, one that quantizes, and methods that finish. A method that
+    quantizes may prepare as well.
 
     Attributes:
         name: how a recipe names it.
@@ -110,9 +162,16 @@ class Method:
         parameters: a frozen dataclass whose fields are bool, int, float, str or a Literal of str,
             with defaults. Its `__post_init__` may raise a ValueError for values out of range.
         statistics: (scheme, parameters) -> what calibration must collect of a layer.
+        prepare_model: rewrites the model, or says what its inputs count, before its first block.
         prepare_block: rewrites a block before its layers are quantized, by `BlockTask.rewrite`.
         quantize: (task, parameters) -> a `QuantizedWeight` [N, K]; or only its `WeightParameters`,
             where the codes are the nearest values, which are then made in slices of rows.
+        quantize_block: (block, its layers, parameters) -> the same for each of the layers, for a
+            method that quantizes those of a block together. They are the ones that calibration
+            reached, each once.
+        finish: (model, parameters) -> layers of the quantized model -> what they become, with the
+            scheme and shape that they have.
+        uses_batches: it runs the calibration batches itself, so that processes cannot share them.
         in_stages: parameters -> whether the layers of a block are quantized in the order in which
             it runs them, each behind the quantized ones before it.
         why_not: (scheme, parameters) -> the reason, in a user's words, why it cannot make that
@@ -123,10 +182,33 @@ class Method:
     title: str
     parameters: type[Any] = NoParameters
     statistics: Callable[[QuantScheme, Any], Needs] = no_statistics
+    prepare_model: Callable[[ModelTask, Any], None] | None = None
     prepare_block: Callable[[BlockTask, Any], None] | None = None
     quantize: Callable[[LayerTask, Any], WeightParameters] | None = None
+    quantize_block: (
+        Callable[[BlockTask, Mapping[str, LayerTask], Any], Mapping[str, WeightParameters]] | None
+    ) = None
+    finish: Callable[[ModelTask, Any], Mapping[str, QuantizedWeight]] | None = None
+    uses_batches: bool = False
     in_stages: Callable[[Any], bool] = at_once
     why_not: Callable[[QuantScheme, Any], str | None] = any_scheme
 
     def __post_init__(self) -> None:
-        assert self.prepare_block is not None or self.quantize is not None, self.name
+        assert self.prepares + self.quantizes + self.finishes, self.name
+        assert not (self.finishes and (self.prepares or self.quantizes)), self.name
+        assert self.quantize is None or self.quantize_block is None, self.name
+
+    @property
+    def prepares(self) -> bool:
+        """Whether it does something before layers are quantized."""
+        return self.prepare_model is not None or self.prepare_block is not None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it quantizes layers."""
+        return self.quantize is not None or self.quantize_block is not None
+
+    @property
+    def finishes(self) -> bool:
+        """Whether it works on the quantized model."""
+        return self.finish is not None

@@ -24,7 +24,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to each block, in order; the last part quantizes, those before prepare.
+    """What is done to a model: parts that prepare, one that quantizes, parts that finish.
 
     `str` gives the canonical spelling: parameters in the order of their declaration, those with
     their default left out.
@@ -36,7 +36,7 @@ class Recipe:
     def parse(text: str | Recipe) -> Recipe:
         """The recipe that `text` spells; a recipe is returned as it is.
 
-        Methods that only prepare are followed by rounding to nearest.
+        Where no method quantizes, rounding to nearest does.
 
         Raises:
             RecipeError: naming the part that is wrong, with what is accepted.
@@ -44,25 +44,42 @@ class Recipe:
         if isinstance(text, Recipe):
             return text
         parts = _parse(text)
-        quantizing = [part.method.name for part in parts if part.method.quantize is not None]
+        quantizing = [part.method.name for part in parts if part.method.quantizes]
         if len(quantizing) > 1:
             raise RecipeError(
                 f"recipe {text!r}: {' and '.join(quantizing)} quantize the layers: choose one"
             )
-        if parts[-1].method.quantize is None:
-            if quantizing:
-                raise RecipeError(
-                    f"recipe {text!r}: {quantizing[0]} quantizes the layers, so it must come last"
-                )
-            parts.append(Part(METHODS[LAST], METHODS[LAST].parameters()))
+        if not quantizing:
+            first = next((i for i, p in enumerate(parts) if p.method.finishes), len(parts))
+            parts.insert(first, Part(METHODS[LAST], METHODS[LAST].parameters()))
+        places = [_place(part) for part in parts]
+        if places != sorted(places):
+            part = next(p for p, q in zip(parts, places[1:], strict=False) if _place(p) > q)
+            raise RecipeError(f"recipe {text!r}: {part.method.name} {_WHEN[_place(part)]}")
         names = [part.method.name for part in parts]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise RecipeError(f"recipe {text!r} names {twice} twice")
         return Recipe(tuple(parts))
 
+    @property
+    def quantizing(self) -> Part:
+        """The part that quantizes."""
+        return next(part for part in self.parts if part.method.quantizes)
+
     def __str__(self) -> str:
         return "+".join(str(part) for part in self.parts)
+
+
+_WHEN = {
+    1: "quantizes the layers, so what prepares them must come before it",
+    2: "works on the quantized model, so it must come last",
+}
+
+
+def _place(part: Part) -> int:
+    """Where a part stands in a recipe."""
+    return 1 if part.method.quantizes else 2 if part.method.finishes else 0
 
 
 def _parse(text: str) -> list[Part]:

@@ -102,9 +102,9 @@ def test_rows_of_both_chains_are_paired_where_they_are_as_many(monkeypatch):
         ("quantized", 3): [(27, 1)],
     }
     walk, names = Scripted(layer, calls), ("pairs",)
-    needs = {"a": Needs(paired=names, dense=("largest",)), "b": Needs()}
+    needs = {"a": Needs(paired=names, dense=("minmax",)), "b": Needs()}
     found = observe(walk, {"a": layer, "b": nn.Linear(16, 4)}, needs)
     assert found["a"].paired["pairs"].seen == [(20, 10), (20, 10), (22, 12), (27, 17)]
     assert found["a"].rows == 2 + 4 + 2 + 1 and found["b"].rows == 0
-    assert float(found["a"].dense["largest"].value) == 17
+    assert float(found["a"].dense["minmax"].high) == 17
     assert DENSE == "dense" and "forward" not in vars(layer)

@@ -1,5 +1,6 @@
 """eval, generate, explain and inspect on a tiny model."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import transformers
 
 import qkernels as qk
-from qkernels.models import evaluation
+from qkernels.models import compare_models, evaluation
 from tests.checkpoints.test_golden import GOLDEN
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
@@ -44,6 +45,70 @@ def test_eval_quantizes_on_the_fly(run, model_folder, text_file):
     )
     assert code == 0
     assert cell(out, "model").endswith("w8a8")
+
+
+def test_eval_against_the_dense_model(run, model_folder, text_file, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "eval.json"
+    scheme = ("--scheme", "w3a16-g32", "--dtype", "fp32")
+    assert run("quantize", model_folder, *scheme, "-o", out, "--format", "qkernels")[0] == 0
+    options = ("--text", text_file, "--window", 64, "--windows", 3, "--against", model_folder)
+    code, text, err = run("eval", out, *options, "--layers", "worst", "--json", file)
+    assert (code, err) == (0, "")
+    model, ids = tiny_model(), evaluation.encode(tiny_tokenizer(), text_file.read_text())
+    qk.quantize_model(model, "rtn", "w3a16-g32")
+    want = compare_models(tiny_model(), model, ids, window=64, max_windows=3, layers=True)
+    record = json.loads(file.read_text())
+    assert record["against"] == str(model_folder)
+    for name in ("kl_divergence", "top1_agreement", "perplexity", "dense_perplexity"):
+        assert record[name] == pytest.approx(getattr(want, name), rel=1e-5)
+    assert f"│ {want.kl_divergence:.6f} nats a token" in text
+    assert f"│ {want.top1_agreement:.2%}" in text
+    assert f"│ {want.perplexity:.4f}, dense {want.dense_perplexity:.4f}" in text
+    worst = sorted(want.layers, key=lambda layer: layer.snr_db)
+    shown = re.findall(r"│ (model\S+) +│ w3a16-g32 │ +(\S+) │", text)
+    assert shown == [(layer.name, f"{layer.snr_db:.2f}") for layer in worst[:10]]
+    assert [layer["name"] for layer in record["layers"]] == [x.name for x in want.layers]
+    _, text, _ = run("eval", out, *options, "--layers", "all")
+    shown = re.findall(r"│ (model\S+) +│ w3a16-g32 │", text)
+    assert shown == [layer.name for layer in want.layers]
+
+
+def test_eval_quantizes_before_it_compares(run, model_folder, text_file):
+    options = ("--text", text_file, "--window", 64, "--against", model_folder, "--scheme", "w8a16")
+    code, text, _ = run("eval", model_folder, *options)
+    assert code == 0
+    assert "nats a token" in text and "w8a16" in text
+    assert "signal to noise" not in text
+
+
+def test_eval_of_encoders(run, text_file, tmp_path):
+    folder, out = tmp_path / "dense", tmp_path / "out"
+    tiny_bert().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert run("quantize", folder, "--scheme", "w4a16-g32", "-o", out, "--dtype", "fp32")[0] == 0
+    options = ("--text", text_file, "--window", 64, "--against", folder, "--layers", "all")
+    code, text, err = run("eval", out, *options, "--json", tmp_path / "eval.json")
+    assert (code, err) == (0, "")
+    assert re.search(r"│ cosine of embeddings +│ mean 0\.99\d+, least 0\.99\d+ ", text)
+    assert "│ 1 paragraphs, 64 tokens" in text
+    assert len(re.findall(r"│ bert\S+ +│ w4a16-g32 +│", text)) == 12
+    assert re.search(r"│ cls\S+dense +│ not compared: no token reached it │ +- │", text)
+    assert 0.99 < json.loads((tmp_path / "eval.json").read_text())["cosine"] < 1 - 1e-6
+
+
+def test_models_that_cannot_be_compared(run, model_folder, text_file, tmp_path):
+    folder = tmp_path / "t5"
+    tiny_t5().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    code, _, err = run("eval", folder, "--text", text_file, "--against", folder)
+    assert code == 1 and "takes more than a text: it cannot be compared on one" in err
+    other = tmp_path / "other"
+    tiny_model().save_pretrained(other)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["is a"])
+    tokenizer.save_pretrained(other)
+    code, _, err = run("eval", model_folder, "--text", text_file, "--against", other)
+    assert code == 1 and f"the tokenizer of {other} gives other tokens for this text" in err
 
 
 def test_eval_measures_the_shipped_text_unless_told(run, model_folder):
@@ -157,6 +222,9 @@ def test_a_quantized_model_is_loaded_as_it_was_saved(run, model_folder, text_fil
     [
         (("eval", "MODEL", "--text", "missing.txt"), "cannot read the text missing.txt: No such"),
         (("eval", "missing"), "missing does not exist: give a model folder"),
+        (("eval", "MODEL", "--layers", "all"), "with the dense model: name it by --against"),
+        (("eval", "MODEL", "--json", "no/a.json"), "the folder of no/a.json does not exist"),
+        (("eval", "MODEL", "--against", "missing"), "missing does not exist: give a model folder"),
         (("eval", "MODEL", "--scheme", "w4"), "scheme 'w4' does not parse"),
         (("eval", "MODEL", "--device", "tpu"), "device 'tpu' is not one of auto, cpu"),
         (("eval", "MODEL", "--window", "999"), "windows of 999 tokens exceed the model's context"),

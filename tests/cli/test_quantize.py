@@ -13,6 +13,7 @@ import torch
 
 import qkernels as qk
 from qkernels.checkpoints.store import ShardWriter
+from qkernels.cli import models
 from qkernels.cli.quantize import end_of, print_report
 from qkernels.errors import QuantizationError
 from qkernels.models.loading import load_dense, load_model_and_tokenizer
@@ -97,6 +98,54 @@ def test_patterns_choose_layers_and_schemes(run, model_folder, text_file, tmp_pa
     assert text.count("w8a16-sym") == 1
 
 
+def test_an_observer_is_chosen(run, model_folder, text_file, tmp_path):
+    arguments = ("quantize", model_folder, "--scheme", "w8a8-static", "--calibration", text_file)
+    scales = {}
+    for observer in ("minmax", "percentile(percent=90)"):
+        out = tmp_path / observer
+        assert run(*arguments, "-o", out, "--observer", observer)[0] == 0
+        model = qk.load_model(out)
+        scales[observer] = float(model.model.layers[0].self_attn.q_proj.activation_scale)
+    assert 0.2 * scales["minmax"] < scales["percentile(percent=90)"] < 0.9 * scales["minmax"]
+    code, text, _ = run("list", "observers")
+    assert code == 0 and "percent=99.99, a number" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "calibrates"),
+    [
+        (("--method", "gptq"), True),
+        (("--scheme", "w8a8-static"), True),
+        (("--override", "*.down_proj=w8a8-static"), True),
+        (("--calibration", "shipped"), True),
+        ((), False),
+    ],
+)
+def test_what_needs_calibration_gets_the_shipped_text(
+    run, model_folder, tmp_path, monkeypatch, options, calibrates
+):
+    file = tmp_path / "shipped.txt"
+    file.write_text("It is a truth universally acknowledged. " * 90)
+    monkeypatch.setattr("qkernels.models.evaluation.SHIPPED_CALIBRATION", file)
+    seen = []
+    real = models.quantize_with_bar
+
+    def watched(*arguments, **more):
+        seen.append(more["calibration"])
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(models, "quantize_with_bar", watched)
+    arguments = ("quantize", model_folder, "--scheme", "w8a16-sym", "--sequences", 20)
+    code, text, err = run(*arguments, *options, "-o", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert ("relative output error" in text) == calibrates
+    if calibrates:
+        # The model's context is 128 tokens.
+        assert [tuple(batch.shape) for batch in seen[0]] == [(8, 128), (8, 128), (4, 128)]
+    else:
+        assert seen == [None]
+
+
 def test_a_run_that_was_interrupted_goes_on(run, model_folder, text_file, tmp_path, monkeypatch):
     arguments = ("quantize", model_folder, "--scheme", "w8a8-static", "--calibration", text_file)
     assert run(*arguments, "-o", tmp_path / "expected")[0] == 0
@@ -149,8 +198,9 @@ def test_the_report_says_what_calibration_did_not_reach(capsys):
         (("--embedding", "w8a8", "--format", "qkernels"), "has no activations to quantize"),
         (("--format", "exl2"), "format 'exl2' is not one of compressed-tensors, qkernels"),
         (("--method", "magic"), "method 'magic' is not one of"),
+        (("--observer", "median"), "observer 'median' is not one of minmax, moving_average"),
         (("--calibration", "missing.txt"), "cannot read the text missing.txt"),
-        (("--scheme", "w8a8-static"), "pass calibration"),
+        (("--sequences", "2", "--calibration", "."), "cannot read the text ."),
     ],
 )
 def test_wrong_options_write_nothing(run, model_folder, tmp_path, options, message: str):

@@ -90,7 +90,7 @@ def test_every_scheme_loses_less_than_by_rounding_to_nearest(scheme):
     weight, x = weight_of(), correlated_inputs()
     static = 1.0 if parsed.activation.is_static else None
     if parsed.activation.granularity == "staticasym":
-        pytest.skip("zero points of static activations are only read from checkpoints")
+        pytest.skip("the driver adds the zero points of static activations")
     nearest = rounding.quantize(weight, parsed, activation_scale=static)
     made = GPTQ.quantize(task_of(weight, parsed, x, static=static), GptqParameters())
     wanted = x @ weight.T

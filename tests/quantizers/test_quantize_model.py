@@ -4,10 +4,19 @@ from torch import nn
 
 import qkernels as qk
 from qkernels import WQLinear, rounding
+from qkernels.calibration.observers import ObserverChoice
+from qkernels.calibration.ranges import Numbers, scale_and_zero
 from qkernels.calibration.statistics import Needs
-from qkernels.errors import LayerError, QuantizationError, SchemeError, WeightError
+from qkernels.errors import (
+    LayerError,
+    QuantizationError,
+    RecipeError,
+    SchemeError,
+    WeightError,
+)
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.methods import METHODS
+from qkernels.scheme import QuantScheme
 from tests import schemes
 from tests.plain_model import TOKENS, Block, Model, no_forward_is_left, snapshot, unchanged
 
@@ -105,6 +114,50 @@ def test_static_activations_take_their_scale_from_all_batches(scheme, largest, p
     assert torch.allclose(model.blocks[0].up.activation_scale, expected, rtol=1e-6)
 
 
+def seen_by(model, name, batches):
+    """All inputs of a layer of a dense model."""
+    seen = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    for batch in batches:
+        model(batch)
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "observer", ["minmax", "percentile(percent=90)", "moving_average(momentum=0.5)", "kl", "mse"]
+)
+@pytest.mark.parametrize("scheme", ["w8a8-static", "w8a8-staticasym"])
+def test_an_observer_finds_static_activations(observer, scheme):
+    torch.manual_seed(3)
+    model, batches = Model(), [TOKENS[:1], TOKENS[1:], TOKENS[:, :5]]
+    seen = ObserverChoice.parse(observer).make()
+    for number, x in enumerate(seen_by(model, "blocks.0.up", batches)):
+        seen.add(x, batch=number)
+    numbers = Numbers.of(QuantScheme.parse(scheme).activation)
+    scale, zero = scale_and_zero(*seen.range(numbers), numbers)
+    qk.quantize_model(
+        model, "gptq(drift=0)", scheme, calibration=batches, observer=observer, exclude=["*.down"]
+    )
+    layer = model.blocks[0].up
+    assert torch.equal(layer.activation_scale, scale[0])
+    assert layer.scheme == QuantScheme.parse(scheme)
+    if scheme == "w8a8-staticasym":
+        assert torch.equal(layer.activation_zero, zero[0])
+
+
+def test_zero_points_of_inputs_use_all_codes_of_one_sign():
+    torch.manual_seed(3)
+    errors = {}
+    for scheme in ("w8a8-static", "w8a8-staticasym"):
+        torch.manual_seed(3)
+        report = qk.quantize_model(Model(), scheme=scheme, calibration=[TOKENS])
+        errors[scheme] = {layer.name: layer.output_error for layer in report.layers}
+    # These are behind a ReLU.
+    for name in ("blocks.0.down", "blocks.1.down", "blocks.2.down"):
+        assert errors["w8a8-staticasym"][name] < 0.8 * errors["w8a8-static"][name]
+
+
 class Experts(Model):
     """Each of three experts takes ten tokens of the vocabulary, the fourth none."""
 
@@ -124,14 +177,16 @@ class Experts(Model):
 RARE = ["blocks.1.3.up", "blocks.1.3.down"]
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-g24", "w8a8", "w8a8-static", "fp8-a8-static"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a16-g24", "w8a8", "w8a8-static", "w8a8-staticasym", "fp8-a8-static"]
+)
 def test_a_layer_without_inputs_is_rounded_and_reported(scheme):
     torch.manual_seed(3)
     model, twin = Experts(), Experts()
     twin.load_state_dict(model.state_dict())
     report = qk.quantize_model(model, scheme=scheme, calibration=[TOKENS[:1] % 30, TOKENS % 30])
     assert list(report.unreached) == RARE
-    dynamic = scheme.removesuffix("-static")
+    dynamic = scheme.removesuffix("asym").removesuffix("-static")
     by_name = {layer.name: layer for layer in report.layers}
     assert len(by_name) == 12
     for name in RARE:
@@ -194,6 +249,13 @@ def test_calibration_changes_no_weight_that_is_rounded(scheme):
         ({"method": "magic"}, QuantizationError, "magic"),
         ({"scheme": "w4a17"}, SchemeError, "w4a17"),
         ({"scheme": "w8a8-static"}, LayerError, "calibration"),
+        ({"scheme": "w8a8-staticasym"}, LayerError, "calibration"),
+        ({"observer": "median"}, RecipeError, "observer 'median' is not one of minmax"),
+        (
+            {"scheme": "fp8-a8-static", "observer": "kl", "calibration": [TOKENS]},
+            SchemeError,
+            "blocks.0.up: observer kl is not for fp8-a8-static: it looks for a step",
+        ),
         ({"include": ["nothing.*"]}, LayerError, r"nothing\.\*"),
         ({"overrides": {"nope": "w8a16"}}, LayerError, "nope"),
         ({"exclude": ["*"]}, LayerError, "no linear layer is left"),

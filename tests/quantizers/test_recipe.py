@@ -99,7 +99,7 @@ def test_values_have_the_types_of_their_defaults():
         ("smooth(alpha)", "'alpha' is not parameter=value"),
         ("smooth(alpha=0.1,)", "'' is not parameter=value"),
         ("rtn+learned", "rtn and learned quantize the layers: choose one"),
-        ("both+smooth", "both quantizes the layers, so it must come last"),
+        ("both+smooth", "both quantizes the layers, so what prepares them must come before it"),
         ("rtn+rtn", "rtn and rtn quantize the layers: choose one"),
         ("smooth+smooth", "names smooth twice"),
         ("", "does not parse at ''"),

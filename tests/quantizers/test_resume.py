@@ -163,6 +163,7 @@ def other_modules():
         ({"overrides": {"blocks.1.up": "w8a16"}}, "the schemes of layers"),
         ({"exclude": ["blocks.1.up"]}, "the schemes of layers"),
         ({"backend": "reference"}, "the backend"),
+        ({"observer": "mse"}, "the observer"),
         ({"calibration": BATCHES[:1]}, "the calibration batches"),
         ({"calibration": BATCHES[::-1]}, "the calibration batches"),
         ({"calibration": [TOKENS, TOKENS[:1, 1:6]]}, "the calibration batches"),
