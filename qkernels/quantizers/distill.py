@@ -134,7 +134,9 @@ class _Product(torch.autograd.Function):
         return F.linear(x, _dequantized(scales, values, k, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None, Tensor | None]:
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, Tensor, None, None, Tensor | None]:
         x, scales, values = ctx.saved_tensors
         gradient, k = gradients[0], x.shape[-1]
         to_x = None
@@ -177,13 +179,18 @@ def _distill(task: ModelTask, parameters: DistillParameters) -> Mapping[str, Qua
                 for name, layer in layers.values():
                     stack.callback(replace_forward(layer, trained[name].forward))
                 found = run_batch(task.model, batch)
-                loss = _loss(found, wanted); loss.backward()
+                loss = _loss(found, wanted)
+                loss.backward()
             import os
-            if os.environ.get("QV"): print(number, float(loss), flush=True)
+
+            if os.environ.get("QV"):
+                print(number, float(loss), flush=True)
             with torch.no_grad():
                 for one in trained.values():
                     if one.offsets is not None and one.offsets.grad is not None:
-                        one.offsets.add_(one.offsets.grad.sign_(), alpha=-parameters.rounding * falling)
+                        one.offsets.add_(
+                            one.offsets.grad.sign_(), alpha=-parameters.rounding * falling
+                        )
                         one.offsets.grad = None
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
