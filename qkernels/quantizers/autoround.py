@@ -213,11 +213,10 @@ class _Targets:
     """Outputs of the block in the model before quantization, by batch."""
 
     def __init__(self, task: BlockTask) -> None:
-        self._task, self._dense = task, set(task.batches(dense=True))
-        self._held: dict[int, Tensor] = {}
+        self._task, self._held = task, dict[int, Tensor]()
         held = 0
-        for batch in task.batches():
-            output = self._run(batch)
+        for batch in task.batches(dense=True):
+            output = _output(task, batch, dense=True)
             held += output.nbytes
             if held > _HELD_BYTES:
                 break
@@ -225,10 +224,7 @@ class _Targets:
 
     def of(self, batch: int) -> Tensor:
         held = self._held.get(batch)
-        return self._run(batch) if held is None else held
-
-    def _run(self, batch: int) -> Tensor:
-        return _output(self._task, batch, dense=batch in self._dense)
+        return _output(self._task, batch, dense=True) if held is None else held
 
 
 def _output(task: BlockTask, batch: int, *, dense: bool = False) -> Tensor:
@@ -268,12 +264,16 @@ class _Descent:
         self._sequences: dict[int, int] = {}
         self._first: dict[int, float] = {}
         with self._in_place(self._weights()):
-            for batch in task.batches():
-                loss = float(self._loss(batch))
-                # Where nothing is wrong, nothing is to be learned.
-                if loss:
-                    self._first[batch] = loss
-                    self._sequences[batch] = len(self._targets.of(batch))
+            for batch in sorted({*task.batches()} & {*task.batches(dense=True)}):
+                self._begin(batch)
+
+    def _begin(self, batch: int) -> None:
+        """Takes a batch in where there is something to learn from it."""
+        wanted, got = self._targets.of(batch).float(), _output(self._task, batch).float()
+        # Experts may be given other numbers of rows than in the dense model.
+        loss = float((got - wanted).square().sum()) if got.shape == wanted.shape else 0.0
+        if loss:
+            self._first[batch], self._sequences[batch] = loss, len(wanted)
 
     def run(self) -> None:
         """Leaves the layers as they were at the step of the least loss."""
