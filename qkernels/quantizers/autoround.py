@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +26,8 @@ from torch import Tensor
 from qkernels import rounding
 from qkernels.calibration.statistics import Needs
 from qkernels.calibration.walks import replace_forward
-from qkernels.errors import LayerError
 from qkernels.quantizers import grids
+from qkernels.quantizers.gradients import output_of
 from qkernels.quantizers.hessian import gram_of
 from qkernels.quantizers.method import BlockTask, LayerTask, Method
 from qkernels.scheme import QuantScheme
@@ -102,7 +101,7 @@ class LearnedRounding:
         self._limits = low[:, :, None], high[:, :, None]
         self._largest = float((1 << scheme.bits) - 1)
         self.learned = [torch.zeros_like(self._weight)]
-        if minmax and grids.why_not_searched(scheme) is None:
+        if minmax and grids.why_not_by_group(scheme) is None:
             ends = 1 if self._zero is None else 2
             self.learned += [torch.ones_like(self._scale) for _ in range(ends)]
 
@@ -114,7 +113,11 @@ class LearnedRounding:
         return self._columns(codes).to(dtype)
 
     def step(self, gradient: Tensor, rate: float) -> None:
-        """Moves what is learned by `rate`. Args: gradient: of the loss with respect to W', [N, K]."""
+        """Moves what is learned by `rate`.
+
+        Args:
+            gradient: of the loss with respect to W', [N, K].
+        """
         gradient = F.pad(gradient.float(), (0, -self._k % self._weight.shape[2]))
         gradient = gradient.view_as(self._weight)
         scale, zero = self._grid()
@@ -216,7 +219,7 @@ class _Targets:
         self._task, self._held = task, dict[int, Tensor]()
         held = 0
         for batch in task.batches(dense=True):
-            output = _output(task, batch, dense=True)
+            output = output_of(task.run(batch, dense=True))
             held += output.nbytes
             if held > _HELD_BYTES:
                 break
@@ -224,25 +227,7 @@ class _Targets:
 
     def of(self, batch: int) -> Tensor:
         held = self._held.get(batch)
-        return _output(self._task, batch, dense=True) if held is None else held
-
-
-def _output(task: BlockTask, batch: int, *, dense: bool = False) -> Tensor:
-    """The first floating matrix or stack of such in what the block gives."""
-    found = _first_matrix(task.run(batch, dense=dense))
-    if found is None:
-        raise LayerError(f"{task.name or 'the model'}: autoround finds no tensor in its output")
-    return found
-
-
-def _first_matrix(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() and output.dim() > 1 else None
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if not isinstance(output, list | tuple):
-        return None
-    return next((found for part in output if (found := _first_matrix(part)) is not None), None)
+        return output_of(self._task.run(batch, dense=True)) if held is None else held
 
 
 class _Descent:
@@ -263,15 +248,17 @@ class _Descent:
         self._targets = _Targets(task)
         self._sequences: dict[int, int] = {}
         self._first: dict[int, float] = {}
-        with self._in_place(self._weights()):
-            for batch in sorted({*task.batches()} & {*task.batches(dense=True)}):
-                self._begin(batch)
+        weights = self._weights()
+        for batch in sorted({*task.batches()} & {*task.batches(dense=True)}):
+            self._begin(batch, weights)
 
-    def _begin(self, batch: int) -> None:
+    def _begin(self, batch: int, weights: Sequence[Tensor]) -> None:
         """Takes a batch in where there is something to learn from it."""
-        wanted, got = self._targets.of(batch).float(), _output(self._task, batch).float()
+        wanted = self._targets.of(batch)
+        with self._in_place(weights):
+            got = output_of(self._task.run(batch))
         # Experts may be given other numbers of rows than in the dense model.
-        loss = float((got - wanted).square().sum()) if got.shape == wanted.shape else 0.0
+        loss = float(_squares(got, wanted)) if got.shape == wanted.shape else 0.0
         if loss:
             self._first[batch], self._sequences[batch] = loss, len(wanted)
 
@@ -300,22 +287,20 @@ class _Descent:
             for own, layer in zip(self._rounded, self._layers, strict=True)
         ]
 
-    def _loss(self, batch: int) -> Tensor:
-        wanted = self._targets.of(batch).float()
-        return (_output(self._task, batch).float() - wanted).square().sum()
-
     def _gradients(self, batches: Sequence[int]) -> tuple[float, list[Tensor]]:
         """The loss, as a part of the first, and its gradients with respect to the weights."""
+        # Made before the layers have other weights.
+        targets = {batch: self._targets.of(batch) for batch in batches}
         weights = [weight.requires_grad_() for weight in self._weights()]
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         total = 0.0
         with self._in_place(weights):
-            for batch in batches:
+            for batch, wanted in targets.items():
                 with torch.enable_grad():
-                    loss = self._loss(batch)
-                    # About 1 at each output, which 16-bit types hold.
-                    size = (self._targets.of(batch).numel() / self._first[batch]) ** 0.5
-                    found = torch.autograd.grad(loss * size, weights, allow_unused=True)
+                    loss = _squares(output_of(self._task.run(batch)), wanted)
+                    # So that it is about 1 at each output, which 16-bit types hold.
+                    factor = (wanted.numel() / self._first[batch]) ** 0.5
+                    found = torch.autograd.grad(loss * factor, weights, allow_unused=True)
                 total += float(loss)
                 for gradient, own in zip(found, sums, strict=True):
                     if gradient is not None:
@@ -340,6 +325,10 @@ class _Descent:
                 left = left or torch.randperm(len(batches), generator=generator).tolist()
                 chosen.append(batches[left.pop()])
             yield chosen
+
+
+def _squares(got: Tensor, wanted: Tensor) -> Tensor:
+    return (got.float() - wanted.float()).square().sum()
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
