@@ -9,6 +9,7 @@ import pytest
 
 from qkernels import rounding
 from qkernels.errors import RecipeError
+from qkernels.quantizers.autoround import AUTOROUND
 from qkernels.quantizers.awq import AWQ
 from qkernels.quantizers.gptq import GPTQ
 from qkernels.quantizers.hqq import HQQ
@@ -118,5 +119,5 @@ def test_a_mistake_is_named(text, message):
 def test_every_method_is_described():
     text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
     described = set(re.findall(r"^## `(\w+)`", text, re.MULTILINE))
-    assert described == {row.name for row in (AWQ, GPTQ, HQQ, OBQ, RTN)}
+    assert described == {row.name for row in (AUTOROUND, AWQ, GPTQ, HQQ, OBQ, RTN)}
     assert described <= set(METHODS)
