@@ -29,8 +29,8 @@ def warn_of_few(name: str, inputs: LayerInputs, k: int, part: str) -> bool:
     if few:
         warnings.warn(
             f"{name} met {inputs.rows} calibration tokens, and each has {k} numbers: {part} learns "
-            f"from so few what holds for them alone. Give {ENOUGH_INPUTS * k} tokens or more; other "
-            "layers may have met as few",
+            f"from so few what holds for them alone. Give {ENOUGH_INPUTS * k} tokens or more; "
+            "other layers may have met as few",
             stacklevel=2,
         )
     return few
