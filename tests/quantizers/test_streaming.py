@@ -296,7 +296,9 @@ def test_memory_is_that_of_three_blocks(tmp_path, monkeypatch, method):
         looking(place, name)
     streamed(source, tmp_path / "out", method, calibration=calibration, progress=look)
     assert len(seen) > 100
-    assert block < max(seen) < 3 * block + (rest if calibration else 0)
+    # Statistics of the widest layer, counted apart: H, what is made of it, and the cross term.
+    beside = rest + 3 * 4 * sizes["intermediate_size"] ** 2 if calibration else 0
+    assert block < max(seen) < 3 * block + beside
     if method == "rtn":
         # The measure sees what is held: a model in memory is more.
         seen.clear()
