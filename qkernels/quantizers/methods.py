@@ -7,9 +7,10 @@ from qkernels.quantizers.gptq import GPTQ
 from qkernels.quantizers.hqq import HQQ
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.obq import OBQ
+from qkernels.quantizers.rotate import ROTATE
 from qkernels.quantizers.rtn import RTN
 
-METHODS: dict[str, Method] = {row.name: row for row in (AWQ, GPTQ, HQQ, OBQ, RTN)}
+METHODS: dict[str, Method] = {row.name: row for row in (AWQ, GPTQ, HQQ, OBQ, ROTATE, RTN)}
 
 LAST = RTN.name
 """What quantizes the layers where a recipe only prepares, and those that calibration never saw."""
