@@ -192,6 +192,11 @@ def _step(low: Tensor, high: Tensor, scheme: QuantScheme) -> Tensor:
     return (high - low) / ((1 << scheme.bits) - 1)
 
 
+def least_scale(dtype: torch.dtype) -> float:
+    """The smallest number above zero that a type of scales has."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
 def _round_scales(scales: Tensor, scheme: QuantScheme) -> Tensor:
     rounded = scales.to(scheme.scale_dtype)
     if not rounded.isfinite().all():
@@ -201,8 +206,7 @@ def _round_scales(scales: Tensor, scheme: QuantScheme) -> Tensor:
         )
     # A scale that rounds to zero would divide by zero; the smallest number keeps such a group at
     # (almost) zero, which it is.
-    smallest = torch.finfo(scheme.scale_dtype).smallest_normal * torch.finfo(scheme.scale_dtype).eps
-    rounded.clamp_(min=smallest)
+    rounded.clamp_(min=least_scale(scheme.scale_dtype))
     if scheme.weight.values is not None and 0 not in scheme.weight.values:
         rounded.masked_fill_(scales == 0, 0)
     return rounded
@@ -234,8 +238,7 @@ def _two_level(low: Tensor, high: Tensor, scheme: QuantScheme) -> dict[str, Tens
     The channel scale is fitted so that the widest group takes the largest multiplier whose
     products still fit int8.
     """
-    levels = (1 << scheme.bits) - 1
-    most = 128 >> (scheme.bits - 1) if scheme.symmetric else 255 // levels
+    levels, most = (1 << scheme.bits) - 1, most_multiplier(scheme)
     width = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
     channel = nonzero(width.amax(dim=1) / (levels * most))
     multipliers = (width / channel[:, None] / levels).round_().clamp_(1, most)
@@ -245,6 +248,11 @@ def _two_level(low: Tensor, high: Tensor, scheme: QuantScheme) -> dict[str, Tens
         zeros = (-low / steps).round_().clamp_(0, levels).to(torch.uint8)
     scales = multipliers.to(torch.uint8)
     return {"scales": scales, "zeros": zeros, "channel_scales": channel}
+
+
+def most_multiplier(scheme: QuantScheme) -> int:
+    """The largest one of two-level scales whose products with codes span no more than int8."""
+    return 128 >> (scheme.bits - 1) if scheme.symmetric else 255 // ((1 << scheme.bits) - 1)
 
 
 def nonzero(scales: Tensor) -> Tensor:
@@ -267,10 +275,17 @@ def code_limits(parameters: WeightParameters, start: int, stop: int) -> tuple[Te
     low, high = torch.zeros_like(scales), torch.full_like(scales, (1 << scheme.bits) - 1)
     if scheme.scale_levels == "two":
         multipliers = parameters.scales[start:stop].float()
-        zeros = parameters.group_zeros(start, stop)
-        middle = scheme.implied_zero if zeros is None else zeros
-        low = torch.maximum(low, middle - (128 / multipliers).floor())
-        high = torch.minimum(high, middle + (127 / multipliers).floor())
+        return product_limits(multipliers, parameters.group_zeros(start, stop), scheme)
+    return low, high
+
+
+def product_limits(
+    multipliers: Tensor, zeros: Tensor | None, scheme: QuantScheme
+) -> tuple[Tensor, Tensor]:
+    """The least and the largest code whose multiplier * (code - zero) fits int8; all in fp32."""
+    middle = scheme.implied_zero if zeros is None else zeros
+    low = (middle - (128 / multipliers).floor()).clamp_(min=0)
+    high = (middle + (127 / multipliers).floor()).clamp_(max=(1 << scheme.bits) - 1)
     return low, high
 
 

@@ -85,8 +85,13 @@ def test_groups_need_not_divide_k():
 def test_codebooks():
     assert sorted(NF4_VALUES) == list(NF4_VALUES)
     assert len(NF4_VALUES) == len(FP4_E2M1_VALUES) == 16
-    # NF4 codes are the normal quantiles of equal areas, scaled to [-1, 1]; 0 is exact.
-    assert NF4_VALUES[7] == 0.0
+    # NF4 codes are the normal quantiles of equal areas on each side of 0, scaled to [-1, 1]; 0 is
+    # exact. In the types that the table was published with: fp32 but for the quantiles.
+    lower, upper = (torch.linspace(0.9677083, 0.5, n)[:-1].double() for n in (8, 9))
+    quantiles = torch.special.ndtri(torch.cat((lower, upper.new_tensor([0.5]), upper)))
+    quantiles[:7].neg_()
+    table = quantiles.float().sort().values
+    assert torch.equal(table / table.max(), torch.tensor(NF4_VALUES))
     # FP4 E2M1: sign, 2 exponent bits with bias 1, 1 mantissa bit.
     for code, value in enumerate(FP4_E2M1_VALUES):
         exponent, mantissa = code >> 1 & 3, code & 1

@@ -134,7 +134,9 @@ def turned_heads(
     producer = heads.values.producer
     names = ("weight", "bias")
     own = module.get_submodule(producer)._parameters
-    changes = {f"{producer}.{name}": rows for name in names if own.get(name) is not None}
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        f"{producer}.{name}": rows for name in names if own.get(name) is not None
+    }
     return changes | {f"{name}.weight": columns for name in heads.values.consumers}
 
 

@@ -58,9 +58,13 @@ def _methods() -> Table:
 
     rows = table("method", "what it is", "does", "parameters")
     for row in METHODS.values():
-        prepares = "prepares blocks" if row.prepare_block is not None else ""
-        quantizes = "quantizes layers" if row.quantize is not None else ""
-        does = ", ".join(part for part in (prepares, quantizes) if part)
+        parts = {
+            "prepares the model": row.prepare_model is not None,
+            "prepares blocks": row.prepare_block is not None,
+            "quantizes layers": row.quantizes,
+            "finishes": row.finishes,
+        }
+        does = ", ".join(what for what, is_done in parts.items() if is_done)
         rows.add_row(row.name, row.title, does, describe_parameters(row.parameters))
     return rows
 

@@ -88,7 +88,7 @@ def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
         perm, order = order, torch.arange(k, device=weight.device)
         weight, gram, damped = weight[:, perm], gram[perm][:, perm], damped[perm][:, perm]
     fitted = rounding.fit(weight, scheme, activation_scale=task.activation_scale)
-    at_once = parameters.act_order == "static" or grids.why_not_searched(scheme) is not None
+    at_once = parameters.act_order == "static" or grids.why_not_by_group(scheme) is not None
     if at_once:
         fitted = grids.search(weight, fitted, parameters.grid, gram)
     upper = _inverse_factor(damped[order][:, order])
@@ -216,7 +216,7 @@ def refit_scales(made: QuantizedWeight, weight: Tensor, gram: Tensor) -> Quantiz
         weight: fp32 [N, K] and `gram`, H, fp32 [K, K], both in the order of the codes.
     """
     scheme = made.scheme
-    if grids.why_not_searched(scheme) is not None:
+    if grids.why_not_by_group(scheme) is not None:
         return made
     length, groups = scheme.group_length(made.k), scheme.groups(made.k)
     padding = groups * length - made.k

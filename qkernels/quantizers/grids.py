@@ -2,18 +2,22 @@
 
 The range of a group is where the search begins. Narrower ranges clip the largest weights and round
 all others finer; beside each the zero points around its own are tried; and from the best of them
-the scale moves to the one that its codes fit best, as long as that helps.
+the scale moves to the one that its codes fit best, as long as that helps. Only scales that can be
+stored are tried: with two levels those of multiples of the channel's, with double quantization
+those of the table, and what the second level has stays that of the ranges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qkernels import rounding
+from qkernels.quantizers.scale_forms import ScaleForm, Scales, scale_form
 from qkernels.scheme import QuantScheme
 from qkernels.weight import WeightParameters, code_values, row_slices
 
@@ -30,8 +34,8 @@ Cost = Callable[[Tensor], Tensor]
 """Errors of a group's weights [R, L] -> the cost of each row, [R]."""
 
 
-def why_not_searched(scheme: QuantScheme) -> str | None:
-    """Why scales of a scheme stay those of ranges, or None."""
+def why_not_by_group(scheme: QuantScheme) -> str | None:
+    """Why the scale of a group is not free of those of others, or None."""
     if scheme.per_tensor:
         return "one scale serves the whole weight"
     if scheme.scale_levels != "one":
@@ -42,34 +46,119 @@ def why_not_searched(scheme: QuantScheme) -> str | None:
 def search(
     weight: Tensor, parameters: WeightParameters, grid: Grid, gram: Tensor | None
 ) -> WeightParameters:
-    """The parameters with scales and zero points of the least cost.
+    """The parameters with scales and zero points of the least cost; none has more than before.
 
     Args:
         weight: [N, K], in the order of the codes.
         parameters: those of ranges, without `perm`.
         gram: x^T x, fp32 [K, K] in the order of the codes, for the costs that depend on it.
     """
-    scheme = parameters.scheme
-    if grid == "minmax" or why_not_searched(scheme) is not None:
+    if grid == "minmax":
         return parameters
-    length = scheme.group_length(parameters.k)
+    scheme = parameters.scheme
     scales = parameters.scales.clone()
     zeros = None if parameters.zeros is None else parameters.zeros.clone()
-    for group in range(scheme.groups(parameters.k)):
-        columns = slice(group * length, min((group + 1) * length, parameters.k))
-        cost = _cost(grid, None if gram is None else gram[columns, columns])
-        for start, stop in row_slices(parameters.n, length):
-            rows = weight[start:stop, columns].float()
-            first = scales[start:stop, group]
-            zero = None if zeros is None else zeros[start:stop, group].float()
-            scale, found = _search_group(rows, first, zero, scheme, cost)
-            scales[start:stop, group] = scale
-            if zeros is not None and found is not None:
-                zeros[start:stop, group] = found.to(zeros.dtype)
+    for owner in _owners(weight, parameters, grid, gram):
+        before = Scales(scales[owner.place], owner.first)
+        zero = None if zeros is None else zeros[owner.place].float()
+        found, moved = _search(owner, before, zero, scheme)
+        scales[owner.place] = found.stored
+        if zeros is not None and moved is not None:
+            zeros[owner.place] = moved.to(zeros.dtype)
     fields = {**parameters.fields, "scales": scales}
     if zeros is not None:
         fields["zeros"] = zeros
     return WeightParameters(scheme=scheme, n=parameters.n, k=parameters.k, **fields)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows [R, L] of one group, each with its own scale.
+
+    Attributes:
+        place: where the scales are in their field.
+        first: those of ranges, fp32 [R].
+    """
+
+    place: tuple[slice, int]
+    first: Tensor
+    form: ScaleForm
+    rows: Tensor
+    measure: Cost
+
+    def cost(self, scales: Scales, zero: Tensor | None) -> Tensor:
+        """What rounding under these scales costs, [R]. Args: zero: fp32 [R]."""
+        return self.measure(self._values(scales, zero).mul_(scales.values[:, None]).sub_(self.rows))
+
+    def fit(self, scales: Scales, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Numerator and denominator, [R], of the scale that the codes fit best: a cost is a
+        quadratic form."""
+        codes = self._values(scales, zero)
+        both = self.measure(self.rows + codes)
+        return (both - self.measure(self.rows - codes)) / 4, self.measure(codes)
+
+    def _values(self, scales: Scales, zero: Tensor | None) -> Tensor:
+        limits = self.form.limits(scales, zero)
+        return encode(self.rows, scales.values, zero, self.form.scheme, limits)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A weight [N, K] with one scale, taken in slices of rows. Otherwise as `_Rows`, with R = 1."""
+
+    place: tuple[slice, int]
+    first: Tensor
+    form: ScaleForm
+    weight: Tensor
+    measure: Cost
+
+    def cost(self, scales: Scales, zero: Tensor | None) -> Tensor:
+        return self._sum(lambda part, s, z: part.cost(s, z)[None], scales, zero)[0]
+
+    def fit(self, scales: Scales, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+        top, bottom = self._sum(lambda part, s, z: torch.stack(part.fit(s, z)), scales, zero)
+        return top, bottom
+
+    def _sum(
+        self,
+        look: Callable[[_Rows, Scales, Tensor | None], Tensor],
+        scales: Scales,
+        zero: Tensor | None,
+    ) -> Tensor:
+        """The sum over all rows, [.., 1], of what `look` says of each, [.., R]."""
+        total: Tensor | float = 0.0
+        for start, stop in row_slices(*self.weight.shape):
+            count = stop - start
+            rows = self.weight[start:stop].float()
+            part = _Rows(self.place, self.first, self.form, rows, self.measure)
+            each = Scales(scales.stored.expand(count), scales.values.expand(count))
+            seen = look(part, each, None if zero is None else zero.expand(count))
+            total = total + seen.double().sum(dim=-1, keepdim=True)
+        assert isinstance(total, Tensor)
+        return total
+
+
+_Owner = _Rows | _Whole
+"""Weights whose scales are searched together."""
+
+
+def _owners(
+    weight: Tensor, parameters: WeightParameters, grid: Grid, gram: Tensor | None
+) -> Iterator[_Owner]:
+    scheme, (n, k) = parameters.scheme, weight.shape
+    if scheme.per_tensor:
+        form, first = scale_form(parameters, 0, 1, 0), parameters.group_scales(0, 1)[:, 0]
+        yield _Whole((slice(0, 1), 0), first, form, weight, _cost(grid, gram))
+        return
+    length = scheme.group_length(k)
+    for group in range(scheme.groups(k)):
+        columns = slice(group * length, min((group + 1) * length, k))
+        cost = _cost(grid, None if gram is None else gram[columns, columns])
+        for start, stop in row_slices(n, length):
+            rows = weight[start:stop, columns].float()
+            first = parameters.group_scales(start, stop)[:, group]
+            form = scale_form(parameters, start, stop, group)
+            yield _Rows((slice(start, stop), group), first, form, rows, cost)
 
 
 def _cost(grid: Grid, block: Tensor | None) -> Cost:
@@ -81,60 +170,63 @@ def _cost(grid: Grid, block: Tensor | None) -> Cost:
     return lambda error: ((error @ block) * error).sum(dim=1)
 
 
-def _search_group(
-    rows: Tensor, first: Tensor, zero: Tensor | None, scheme: QuantScheme, cost: Cost
-) -> tuple[Tensor, Tensor | None]:
-    """Scales, in their type, and zero points, fp32, of rows [R, L]."""
+def _search(
+    owner: _Owner, first: Scales, zero: Tensor | None, scheme: QuantScheme
+) -> tuple[Scales, Tensor | None]:
+    """The scales and zero points, fp32 [R], of the least cost."""
     largest = (1 << scheme.bits) - 1
-    full = first.float()
-    best_scale, best_zero = first.clone(), zero
-    least = cost(error_of(rows, full, zero, scheme))
+    best, best_zero, least = first, zero, owner.cost(first, zero)
     for factor in _NARROWER:
-        scale = (full * factor).to(first.dtype)
+        scales = owner.form.nearest(first.values * factor)
         for shift in _ZEROS if zero is not None else (0,):
             moved = None if zero is None else (zero + shift).clamp_(0, largest)
-            found = cost(error_of(rows, scale.float(), moved, scheme))
+            found = owner.cost(scales, moved)
             better = found < least
             least = torch.where(better, found, least)
-            best_scale = torch.where(better, scale, best_scale)
+            best = scales.where(better, best)
             if best_zero is not None and moved is not None:
                 best_zero = torch.where(better, moved, best_zero)
     for _ in range(_REFITS):
-        codes = encode(rows, best_scale.float(), best_zero, scheme)
-        # The scale that these codes fit best under a cost that is a sum over columns; others only
-        # take it where it is better.
-        top, bottom = _fit(rows, codes, cost)
-        scale = torch.where(bottom > 0, top / bottom, best_scale.float()).to(first.dtype)
-        found = cost(error_of(rows, scale.float(), best_zero, scheme))
-        better = (found < least) & (scale > 0) & scale.isfinite()
+        top, bottom = owner.fit(best, best_zero)
+        fitting = (top > 0) & (bottom > 0) & (top / bottom).isfinite()
+        scales = owner.form.nearest(
+            torch.where(fitting, top / bottom, best.values.double()).float()
+        )
+        found = owner.cost(scales, best_zero)
+        better = (found < least) & scales.values.isfinite()
         if not better.any():
             break
         least = torch.where(better, found, least)
-        best_scale = torch.where(better, scale, best_scale)
-    return best_scale, best_zero
+        best = scales.where(better, best)
+    return best, best_zero
 
 
-def _fit(rows: Tensor, codes: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of the best scale: a cost is a quadratic form."""
-    both = cost(rows + codes)
-    return (both - cost(rows - codes)) / 4, cost(codes)
-
-
-def encode(rows: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
+def encode(
+    rows: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: QuantScheme,
+    limits: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """What the nearest codes of rows [R, L] stand for in units of their scale: fp32 [R, L].
 
     Args:
         scale, zero: fp32 [R].
+        limits: the least and the largest code of linear weights, fp32 [R], where not all are taken.
     """
     scaled = rows / rounding.nonzero(scale)[:, None]
-    offset = scheme.implied_zero if zero is None else zero[:, None]
     if scheme.weight.kind == "linear":
         # Shortcut past uint8: the values are the codes.
-        codes = scaled.add_(offset).round_().clamp_(0, (1 << scheme.bits) - 1)
+        offset = scheme.implied_zero if zero is None else zero[:, None]
+        codes = scaled.add_(offset).round_()
+        if limits is None:
+            codes.clamp_(0, (1 << scheme.bits) - 1)
+        else:
+            codes.clamp_(limits[0][:, None], limits[1][:, None])
         return codes.sub_(offset)
     return code_values(scheme, rounding.nearest_codes(scaled, scheme))
 
 
 def error_of(rows: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
-    """What is wrong with the nearest values of rows [R, L]. Args: as of `encode`."""
+    """What is wrong with the nearest values of rows [R, L]. Args: scale, zero: fp32 [R]."""
     return encode(rows, scale, zero, scheme).mul_(scale[:, None]).sub_(rows)

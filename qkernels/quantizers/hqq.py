@@ -128,7 +128,7 @@ def _half_quadratic(
 def _why_not(scheme: QuantScheme, parameters: HqqParameters) -> str | None:
     if scheme.weight.kind != "linear" or scheme.symmetric:
         return "it searches zero points, and the scheme has none: use rtn(grid=mse)"
-    reason = grids.why_not_searched(scheme)
+    reason = grids.why_not_by_group(scheme)
     if reason is None and parameters.zeros == "real" and scheme.integer_activation:
         return "int8 products take integer zero points: use hqq(zeros=integer)"
     return reason

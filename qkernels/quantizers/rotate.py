@@ -349,4 +349,5 @@ ROTATE = Method(
     title="outliers spread over all columns by rotations",
     parameters=RotateParameters,
     prepare_model=_prepare_model,
+    rewrites_embeddings=lambda parameters: bool(parameters.r1),
 )
