@@ -59,6 +59,8 @@ class _Trained:
 
     Attributes:
         factors: fp32 [N, G], of its scales.
+        offsets: fp32 [N, G, L], added to its codes before they are rounded, or None where codes
+            stay as they are. They begin as what is missing to the dense weight.
     """
 
     def __init__(self, weight: QuantizedWeight, dense: Tensor | None) -> None:
@@ -88,6 +90,7 @@ class _Trained:
             self._high = low + (1 << scheme.bits) - 1 - zero
 
     def values(self) -> Tensor:
+        """What the codes stand for, in units of their scale: [N, G, L]."""
         if self.offsets is None:
             return self._values
         with torch.no_grad():
@@ -106,6 +109,13 @@ class _Trained:
             outliers = weight.outlier_values.to(x.dtype)
             y = y + F.linear(codes_x[..., weight.outlier_columns], outliers)
         return y if weight.bias is None else y + weight.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def move_offsets(self, distance: float) -> None:
+        """Moves each offset against its gradient, all by the same distance."""
+        if self.offsets is not None and self.offsets.grad is not None:
+            self.offsets.add_(self.offsets.grad.sign_(), alpha=-distance)
+            self.offsets.grad = None
 
     def result(self) -> QuantizedWeight:
         """The weight under the scales that were found; those that lost their sign stay."""
@@ -179,19 +189,9 @@ def _distill(task: ModelTask, parameters: DistillParameters) -> Mapping[str, Qua
                 for name, layer in layers.values():
                     stack.callback(replace_forward(layer, trained[name].forward))
                 found = run_batch(task.model, batch)
-                loss = _loss(found, wanted)
-                loss.backward()
-            import os
-
-            if os.environ.get("QV"):
-                print(number, float(loss), flush=True)
-            with torch.no_grad():
-                for one in trained.values():
-                    if one.offsets is not None and one.offsets.grad is not None:
-                        one.offsets.add_(
-                            one.offsets.grad.sign_(), alpha=-parameters.rounding * falling
-                        )
-                        one.offsets.grad = None
+                _loss(found, wanted).backward()
+            for each in trained.values():
+                each.move_offsets(parameters.rounding * falling)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return {name: layer.result() for name, layer in trained.items()}

@@ -21,7 +21,6 @@ from qkernels.calibration.forwards import run_batch
 from qkernels.quantizers.gradients import frozen, gives_logits, output_of, pieces
 from qkernels.quantizers.method import Method, ModelTask
 
-
 _SLICE = 256
 """Tokens whose log-probabilities are held in fp32 at a time."""
 
