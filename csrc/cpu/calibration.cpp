@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/faults.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 
@@ -127,11 +128,12 @@ void multiply_transposed(const TransposedProduct& job, Isa isa, const Pool& pool
       const int64_t width = std::min(kProductPanel, job.y_columns - j * kProductPanel);
       for (int64_t r = 0; r < height; ++r) {
         float* to = job.out + (i * kProductPanel + r) * job.y_columns + j * kProductPanel;
+        if (QK_FAULT(rows_packed_before_forgotten)) std::fill(to, to + width, 0.0f);
         for (int64_t c = 0; c < width; ++c) to[c] += sums[r * kProductPanel + c];
       }
     });
   }
-  if (!symmetric) return;
+  if (!symmetric || QK_FAULT(product_not_mirrored)) return;
   parallel_for(pool, down, [&](int64_t task) {
     const int64_t end = std::min(job.x_columns, (task + 1) * kProductPanel);
     for (int64_t first = 0; first < end; first += kProductPanel) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/calibration.h"
+#include "cpu/faults.h"
 #include "cpu/groups.h"
 #include "cpu/scale_search.h"
 
@@ -18,7 +19,7 @@ QK_INLINE void round_some(const ColumnRounding& job, int64_t first, int64_t j, f
   };
   F left[kWide];
   for (int i = 0; i < kWide; ++i) left[i] = load(job.left, j + i);
-  for (int64_t before = 0; before < j; ++before) {
+  for (int64_t before = QK_FAULT(first_column_leaves_nothing) ? 1 : 0; before < j; ++before) {
     const float* factors = job.factors + before * job.stride + j;
     const F step = V::load(moved + before * kLanes);
     QK_UNROLL
@@ -32,7 +33,7 @@ QK_INLINE void round_some(const ColumnRounding& job, int64_t first, int64_t j, f
       present = load(job.values, j + i);
       wanted = V::add(V::div(wanted, pivot), present);
     }
-    const int64_t group = job.groups[j + i];
+    const int64_t group = QK_FAULT(columns_of_first_group) ? 0 : job.groups[j + i];
     const F scale = load(job.scales, group);
     const F zero = job.zeros == nullptr ? V::broadcast(job.implied_zero) : load(job.zeros, group);
     const F scaled = V::add(V::div(wanted, nonzero<V>(scale)), zero);
@@ -48,7 +49,7 @@ QK_INLINE void round_some(const ColumnRounding& job, int64_t first, int64_t j, f
     const auto byte = V::template right_signed<24>(V::template left<24>(V::round(code)));
     store_first_bytes<V>(reinterpret_cast<int8_t*>(job.codes), job.places[j + i] * job.n + first,
                          count, byte);
-    for (int later = i + 1; later < kWide; ++later) {
+    for (int later = i + (QK_FAULT(neighbour_leaves_nothing) ? 2 : 1); later < kWide; ++later) {
       left[later] = V::fnma(step, V::broadcast(factors[later]), left[later]);
     }
   }

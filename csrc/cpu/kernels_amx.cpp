@@ -79,7 +79,7 @@ ProductKernel avx512_bf16_product();
 
 Kernels amx_kernels() {
   Kernels table = vector_kernels<Avx512>();
-  table.fp32_product = multiply_panels<Avx512, Fp32Step<Avx512>>;
+  table.fp32_product = multiply_panels<Avx512, Fp32Step<Avx512>, 8>;
   if (has_bf16_products()) table.bf16_product = avx512_bf16_product();
   table.float_tiles = float_tiles;
   table.int8_tiles = int8_tiles;

@@ -25,7 +25,7 @@ ProductKernel avx512_bf16_product();
 
 Kernels avx512_kernels() {
   Kernels table = vector_kernels<Avx512>();
-  table.fp32_product = multiply_panels<Avx512, Fp32Step<Avx512>>;
+  table.fp32_product = multiply_panels<Avx512, Fp32Step<Avx512>, 8>;
   if (has_bf16_products()) table.bf16_product = avx512_bf16_product();
   return table;
 }

@@ -26,7 +26,7 @@ struct Bf16Step {
 
 }  // namespace
 
-ProductKernel avx512_bf16_product() { return multiply_panels<Avx512, Bf16Step>; }
+ProductKernel avx512_bf16_product() { return multiply_panels<Avx512, Bf16Step, 8>; }
 
 }  // namespace qkernels::cpu
 

@@ -3,16 +3,18 @@
 #pragma once
 
 #include "cpu/calibration.h"
+#include "cpu/faults.h"
 #include "cpu/target.h"
 
 namespace qkernels::cpu {
 
-// `Step` multiplies: Step::add(sum, pointer to the number of a row of sums, vector of the others).
-template <class V, class Step>
+// `Step` multiplies: Step::add(sums, a number of x, numbers of y), and kRows rows of sums with what
+// they take fill the registers.
+template <class V, class Step, int kRows>
 void multiply_panels(const uint32_t* x, const uint32_t* y, int64_t steps, float* sums) {
   using F = typename V::F;
-  // 24 sums and what they take fill the registers of AVX-512; panels of so many steps its L1 cache.
-  constexpr int kRows = 8, kVectors = 3;
+  constexpr int kVectors = 3;
+  // A panel of y and some columns of x stay in an L1 cache of 32 KB.
   constexpr int64_t kSteps = 128;
   static_assert(kProductPanel == kVectors * kLanes && kProductPanel % kRows == 0);
   for (int64_t begin = 0; begin < steps; begin += kSteps) {
@@ -43,6 +45,7 @@ void multiply_panels(const uint32_t* x, const uint32_t* y, int64_t steps, float*
         QK_UNROLL
         for (int v = 0; v < kVectors; ++v) {
           float* to = sums + (row + i) * kProductPanel + v * kLanes;
+          if (QK_FAULT(sums_of_products_forgotten)) V::store(to, V::broadcast(0.0f));
           V::store(to, V::add(V::load(to), sum[i][v]));
         }
       }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/calibration.h"
+#include "cpu/faults.h"
 #include "cpu/groups.h"
 #include "cpu/quantize_rows.h"
 
@@ -54,7 +55,7 @@ class GroupRows {
     F best = first_scale(), zero = first_zero(), least;
     costs<1>(best, &zero, &least);
     const F from = best, around = zero;
-    for (int step = 0; step < kNarrower; ++step) {
+    for (int step = 0; step < (QK_FAULT(narrowest_range_not_tried) ? 9 : kNarrower); ++step) {
       const F narrower = V::mul(from, V::broadcast(1.0f - static_cast<float>(step) / 32));
       const F scale = nearest_scale(narrower);
       if (job_.zeros == nullptr) {
@@ -66,7 +67,8 @@ class GroupRows {
       }
       F zeros[kZerosTried], found[kZerosTried];
       for (int i = 0; i < kZerosTried; ++i) {
-        const F moved = V::add(around, V::broadcast(kZeroMoves[i]));
+        const float move = QK_FAULT(zeros_not_moved) ? 0.0f : kZeroMoves[i];
+        const F moved = V::add(around, V::broadcast(move));
         zeros[i] = V::max(V::broadcast(0.0f), V::min(largest_, moved));
       }
       costs<kZerosTried>(scale, zeros, found);
@@ -76,7 +78,7 @@ class GroupRows {
         least = V::select_less(found[i], least, found[i], least);
       }
     }
-    for (int i = 0; i < kRefits; ++i) {
+    for (int i = 0; i < (QK_FAULT(scales_not_fitted) ? 0 : kRefits); ++i) {
       const F scale = nearest_scale(fitting_scale(best, zero));
       F found;
       costs<1>(scale, &zero, &found);
@@ -93,7 +95,10 @@ class GroupRows {
   static constexpr float kLargestFloat = 0x1.fffffep127f;
 
   int64_t lanes() const { return smaller(kLanes, job_.n - first_); }
-  int64_t index(int64_t lane) const { return (first_ + lane) * job_.groups() + group_; }
+  int64_t index(int64_t lane) const {
+    const int64_t group = QK_FAULT(scales_of_first_group_searched) ? 0 : group_;
+    return (first_ + lane) * job_.groups() + group;
+  }
 
   void transpose() {
     alignas(64) float row[16];
@@ -159,7 +164,7 @@ class GroupRows {
   void limits(F scale, F zero, F& low, F& high) const {
     low = V::broadcast(0.0f);
     high = largest_;
-    if (job_.channel_scales == nullptr) return;
+    if (job_.channel_scales == nullptr || QK_FAULT(products_beyond_int8_tried)) return;
     const F times = multiplier(scale);
     const F below = V::floor(V::div(V::broadcast(128.0f), times));
     const F above = V::floor(V::div(V::broadcast(127.0f), times));
@@ -209,7 +214,8 @@ class GroupRows {
       limits(scale, zeros[i], low[i], high[i]);
       sums[i] = V::broadcast(0.0f);
     }
-    const float* diagonal = job_.diagonal + (kWeighted ? group_ * job_.length : 0);
+    const int64_t first = QK_FAULT(diagonal_of_first_group) ? 0 : group_ * job_.length;
+    const float* diagonal = kWeighted ? job_.diagonal + first : nullptr;
     each_column(scale, [&](int64_t c, F scaled, F w) QK_LAMBDA_INLINE {
       QK_UNROLL
       for (int i = 0; i < kZeros; ++i) {
