@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkernels.calibration.forwards import run_batch
 from qkernels.calibration.walks import replace_forward
@@ -174,7 +174,9 @@ def _distill(task: ModelTask, parameters: DistillParameters) -> Mapping[str, Qua
     with frozen(task.model):
         trained = {}
         for name, layer in layers.values():
-            dense = task.changes.original(name).weight.detach() if parameters.rounding else None
+            original = task.changes.original(name)
+            assert isinstance(original, nn.Linear)
+            dense = original.weight.detach() if parameters.rounding else None
             trained[name] = _Trained(layer.to_weight(), dense)
         own = [t.factors for t in trained.values()]
         optimizer = torch.optim.Adam(own, lr=parameters.lr, betas=(0.9, 0.99))

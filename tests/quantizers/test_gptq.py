@@ -1,5 +1,7 @@
 """GPTQ and OBQ against their formulas, column by column in float64."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -287,3 +289,20 @@ def test_what_calibration_must_give_is_named(recipe):
 def test_parameters_out_of_range_are_named(text, what):
     with pytest.raises(RecipeError, match=what):
         Recipe.parse(text)
+
+
+@pytest.mark.parametrize("tokens", [72 * 4 - 1, 96 * 4 - 1, 96 * 4])
+def test_too_few_inputs_are_warned_of_once(tokens):
+    batches = [torch.arange(tokens).view(1, -1) % 50]
+    name, k = ("blocks.0.up", 72) if tokens < 72 * 4 else ("blocks.0.down", 96)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        qk.quantize_model(Model(), "gptq", "w4a16-g24", calibration=batches)
+        qk.quantize_model(Model(), "rtn", "w8a8-static", calibration=batches)
+    said = [str(w.message) for w in caught if "calibration tokens" in str(w.message)]
+    if tokens >= 96 * 4:
+        assert said == []
+    else:
+        assert len(said) == 1
+        assert said[0].startswith(f"{name} met {tokens} calibration tokens, and each has {k} ")
+        assert f"gptq learns from so few what holds for them alone. Give {4 * k} tok" in said[0]
