@@ -6,24 +6,24 @@ without `qkernels._C`.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkernels import rounding
-from qkernels.backends.cpu import best_isa, build_problem
+from qkernels import compiled, rounding
+from qkernels.backends.cpu import best_isa
 from qkernels.weight import WeightParameters
 
 
 def _compiled() -> Any:
-    return importlib.import_module("qkernels._C")
+    return compiled.extension()
 
 
 def runs_on(tensor: Tensor) -> bool:
-    """Whether tensors where this one lies are for compiled code."""
-    return tensor.device.type == "cpu" and build_problem() is None
+    """Whether tensors where this one lies are for compiled code, which a `qkernels._C` that was
+    built earlier lacks."""
+    return tensor.device.type == "cpu" and hasattr(_compiled(), "search_scales_cpu")
 
 
 def searches_scales(weight: Tensor, parameters: WeightParameters) -> bool:
