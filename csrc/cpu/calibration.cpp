@@ -87,8 +87,7 @@ void search_scales(const ScaleSearch& job, Isa isa, const Pool& pool) {
   const Kernels& table = kernels(isa);
   const int64_t groups = job.groups();
   parallel_for(pool_for(pool, job.n * job.k), ceil_div(job.n, kLanes) * groups, [&](int64_t task) {
-    table.search_scales(job, task / groups, task % groups,
-                        floats(kLanes * std::min(job.length, job.k)));
+    table.search_scales(job, task / groups, task % groups, floats(job.scratch()));
   });
 }
 

@@ -13,7 +13,7 @@ namespace qkernels::cpu {
 
 // Scales and zero points of groups of linear weights, where rounding costs least:
 //
-//     cost = sum_c diagonal[c] (w[c] - scale (code[c] - zero))^2
+//     cost = sum_c diagonal[c] e[c]^2, or e^T gram e, of e[c] = w[c] - scale (code[c] - zero)
 //
 // Those given are where the search begins; qkernels/quantizers/grids.py says what is tried.
 struct ScaleSearch {
@@ -22,6 +22,8 @@ struct ScaleSearch {
   int64_t n, k, stride;
   int64_t length;         // columns of a group; the last may have fewer
   const float* diagonal;  // [k], or null: all 1
+  const float* gram;      // [k][k], rows `gram_stride` apart, symmetric, instead; or null
+  int64_t gram_stride;
   int bits;
   float implied_zero;  // where there are no zero points
   // [n][groups], read and written: floats or, with `channel_scales` [n], integers from 1 on whose
@@ -34,6 +36,8 @@ struct ScaleSearch {
   uint8_t* zeros;  // [n][groups] or null
 
   int64_t groups() const { return ceil_div(k, length); }
+  // Floats that a kernel needs.
+  int64_t scratch() const { return kLanes * (length < k ? length : k) * (gram == nullptr ? 1 : 2); }
 };
 
 void search_scales(const ScaleSearch& job, Isa isa, const Pool& pool);

@@ -120,7 +120,7 @@ struct Kernels {
   // A row of int8 x [columns] into its row of the tiles, `out` being where that begins.
   void (*pack_int8_row)(const int8_t* x, int64_t columns, int8_t* out);
 
-  // 16 rows of one group; `scratch` holds 16 * length floats at a multiple of 64 bytes.
+  // 16 rows of one group; `scratch` holds job.scratch() floats at a multiple of 64 bytes.
   void (*search_scales)(const ScaleSearch& job, int64_t panel, int64_t group, float* scratch);
   // 16 rows; `scratch` holds 16 * columns floats at a multiple of 64 bytes.
   void (*round_columns)(const ColumnRounding& job, int64_t panel, float* scratch);

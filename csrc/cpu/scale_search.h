@@ -200,7 +200,9 @@ class GroupRows {
 
   template <int kZeros>
   void costs(F scale, const F* zeros, F* sums) const {
-    if (job_.diagonal == nullptr)
+    if (job_.gram != nullptr)
+      for (int i = 0; i < kZeros; ++i) sums[i] = block_cost(scale, zeros[i]);
+    else if (job_.diagonal == nullptr)
       costs_of<kZeros, false>(scale, zeros, sums);
     else
       costs_of<kZeros, true>(scale, zeros, sums);
@@ -229,6 +231,61 @@ class GroupRows {
     for (int i = 0; i < kZeros; ++i) found[i] = sums[i];
   }
 
+  float* others() const { return rows_ + length_ * kLanes; }
+
+  __attribute__((noinline)) F block_cost(F scale, F zero) const {
+    F low, high;
+    limits(scale, zero, low, high);
+    each_column(scale, [&](int64_t c, F scaled, F w) QK_LAMBDA_INLINE {
+      const F code = V::nearest(V::add(scaled, zero));
+      const F value = V::sub(V::max(low, V::min(high, code)), zero);
+      V::store(others() + c * kLanes, V::sub(V::mul(value, scale), w));
+    });
+    return product<true>(others(), others());
+  }
+
+  // x^T gram y of the columns x and y, [length][16].
+  template <bool kSame>
+  F product(const float* x, const float* y) const {
+    // Sums that do not wait for each other.
+    constexpr int64_t kWide = 8;
+    F total = V::broadcast(0.0f);
+    int64_t row = 0;
+    for (; row + kWide <= length_; row += kWide) total = add_rows<kSame, kWide>(row, x, y, total);
+    for (; row < length_; ++row) total = add_rows<kSame, 1>(row, x, y, total);
+    return total;
+  }
+
+  // What rows [row, row + kWide) of the block have in that product. Where x is y, these rows stand
+  // for the columns that they cross further on too.
+  template <bool kSame, int64_t kWide>
+  QK_INLINE F add_rows(int64_t row, const float* x, const float* y, F total) const {
+    const int64_t first = group_ * job_.length, stride = job_.gram_stride;
+    const float* gram = job_.gram + (first + row) * stride + first;
+    F sums[kWide];
+    for (int64_t i = 0; i < kWide; ++i) sums[i] = V::broadcast(0.0f);
+    for (int64_t c = kSame ? row + kWide : 0; c < length_; ++c) {
+      const F other = V::load(y + c * kLanes);
+      QK_UNROLL
+      for (int64_t i = 0; i < kWide; ++i) {
+        sums[i] = V::fma(V::broadcast(gram[i * stride + c]), other, sums[i]);
+      }
+    }
+    if (kSame && !QK_FAULT(columns_crossed_once)) {
+      for (int64_t i = 0; i < kWide; ++i) sums[i] = V::add(sums[i], sums[i]);
+    }
+    for (int64_t c = row; kSame && c < row + kWide; ++c) {
+      const F other = V::load(y + c * kLanes);
+      for (int64_t i = 0; i < kWide; ++i) {
+        sums[i] = V::fma(V::broadcast(gram[i * stride + c]), other, sums[i]);
+      }
+    }
+    for (int64_t i = 0; i < kWide; ++i) {
+      total = V::fma(V::load(x + (row + i) * kLanes), sums[i], total);
+    }
+    return total;
+  }
+
   // The scale that the codes under this one fit best; this one where none does.
   F fitting_scale(F scale, F zero) const {
     F low, high, top = V::broadcast(0.0f), bottom = top;
@@ -237,12 +294,17 @@ class GroupRows {
     if (diagonal != nullptr) diagonal += group_ * job_.length;
     each_column(scale, [&](int64_t c, F scaled, F w) QK_LAMBDA_INLINE {
       const F code = V::nearest(V::add(scaled, zero));
-      F value = V::sub(V::max(low, V::min(high, code)), zero);
+      const F value = V::sub(V::max(low, V::min(high, code)), zero);
       F weighted = value;
+      if (job_.gram != nullptr) V::store(others() + c * kLanes, value);
       if (diagonal != nullptr) weighted = V::mul(value, V::broadcast(diagonal[c]));
       top = V::fma(weighted, w, top);
       bottom = V::fma(weighted, value, bottom);
     });
+    if (job_.gram != nullptr) {
+      top = product<false>(rows_, others());
+      bottom = product<true>(others(), others());
+    }
     const F none = V::broadcast(0.0f), fitted = V::div(top, bottom);
     const F positive = V::select_less(none, top, V::select_less(none, bottom, fitted, none), none);
     const F finite = V::select_less(positive, V::broadcast(float_of_bits(kInfinityBits)), positive,
@@ -276,7 +338,7 @@ class GroupRows {
   F channels_{};
 };
 
-// `scratch` holds 16 * length floats at a multiple of 64 bytes.
+// `scratch` holds job.scratch() floats at a multiple of 64 bytes.
 template <class V>
 void search_scales(const ScaleSearch& job, int64_t panel, int64_t group, float* scratch) {
   GroupRows<V>(job, panel, group, scratch).search();

@@ -26,22 +26,35 @@ def runs_on(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and hasattr(_compiled(), "search_scales_cpu")
 
 
-def searches_scales(weight: Tensor, parameters: WeightParameters) -> bool:
+_LONGEST_BLOCK = 256
+"""Columns of a group whose block of x^T x stays in a cache; torch's product is for longer ones."""
+
+
+def searches_scales(weight: Tensor, parameters: WeightParameters, blocks: bool) -> bool:
     """Whether `search_scales` takes them: linear weights whose groups have floating scales, or
-    multiples of a channel's."""
+    multiples of a channel's.
+
+    Args:
+        blocks: for costs by blocks of x^T x.
+    """
     scheme, zeros = parameters.scheme, parameters.zeros
     return (
         runs_on(weight)
         and scheme.weight.kind == "linear"
         and scheme.scale_levels != "double"
         and not scheme.per_tensor
+        and not (blocks and scheme.group_length(parameters.k) > _LONGEST_BLOCK)
         and (zeros is None or zeros.dtype == torch.uint8)
         and (weight.shape[1] == 1 or weight.stride(1) == 1)
     )
 
 
 def search_scales(
-    weight: Tensor, parameters: WeightParameters, diagonal: Tensor | None
+    weight: Tensor,
+    parameters: WeightParameters,
+    *,
+    diagonal: Tensor | None = None,
+    gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The scales and zero points of least cost, as the fields of `parameters` have them.
 
@@ -49,6 +62,7 @@ def search_scales(
         weight: fp16, bf16 or fp32 [N, K].
         parameters: where the search begins.
         diagonal: fp32 [K], what squares of the error of each column weigh; None: all the same.
+        gram: fp32 [K, K], symmetric, in place of it: a cost is e G e^T of its block G.
     """
     scheme, zeros, channels = parameters.scheme, parameters.zeros, parameters.channel_scales
     found, moved = _compiled().search_scales_cpu(
@@ -57,6 +71,7 @@ def search_scales(
         None if zeros is None else zeros.contiguous(),
         None if channels is None else channels.contiguous(),
         None if diagonal is None else diagonal.contiguous(),
+        None if gram is None else gram.contiguous(),
         scheme.group_length(parameters.k),
         scheme.bits,
         float(scheme.implied_zero),

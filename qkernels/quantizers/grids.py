@@ -56,9 +56,13 @@ def search(
     """
     if grid == "minmax":
         return parameters
-    if grid != "block" and cpu_calibration.searches_scales(weight, parameters):
-        diagonal = gram.diagonal() if grid == "hessian" and gram is not None else None
-        scales, zeros = cpu_calibration.search_scales(weight, parameters, diagonal)
+    if cpu_calibration.searches_scales(weight, parameters, blocks=grid == "block"):
+        scales, zeros = cpu_calibration.search_scales(
+            weight,
+            parameters,
+            diagonal=gram.diagonal() if grid == "hessian" and gram is not None else None,
+            gram=gram if grid == "block" else None,
+        )
     else:
         scales, zeros = _search_all(weight, parameters, grid, gram)
     fields = {**parameters.fields, "scales": scales}

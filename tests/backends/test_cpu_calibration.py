@@ -56,7 +56,8 @@ def weights(n, k, dtype=torch.float32):
 
 
 def inputs(k, rows=200):
-    return torch.randn(rows, k) * torch.rand(k) ** 3
+    mixing = torch.eye(k) + torch.randn(k, k) * 0.5 / k**0.5
+    return torch.randn(rows, k) @ mixing * torch.rand(k) ** 3
 
 
 def with_fields(parameters, **fields):
@@ -64,18 +65,20 @@ def with_fields(parameters, **fields):
     return WeightParameters(scheme=p.scheme, n=p.n, k=p.k, **{**p.fields, **fields})
 
 
-def costs(parameters, weight, diagonal):
-    """Of each group, float64 [N, G]."""
+def costs(parameters, weight, gram):
+    """Of each group by its block of gram [K, K], float64 [N, G]."""
     codes = rounding.encode_rows(weight, parameters, 0)
     made = QuantizedWeight(scheme=parameters.scheme, codes=codes, **parameters.fields)
-    weighed = (made.dequantize().double() - weight.double()).square() * diagonal.double()
-    length = parameters.scheme.group_length(parameters.k)
-    return F.pad(weighed, (0, -parameters.k % length)).unflatten(1, (-1, length)).sum(dim=2)
+    error = made.dequantize().double() - weight.double()
+    length, k = parameters.scheme.group_length(parameters.k), parameters.k
+    group = torch.arange(k) // length
+    weighed = error @ (gram.double() * (group[:, None] == group)) * error
+    return F.pad(weighed, (0, -k % length)).unflatten(1, (-1, length)).sum(dim=2)
 
 
-def least_of_ranges(parameters, weight, diagonal):
+def least_of_ranges(parameters, weight, gram):
     """The least cost of each group under narrower ranges and zero points beside its own."""
-    scheme, least = parameters.scheme, costs(parameters, weight, diagonal)
+    scheme, least = parameters.scheme, costs(parameters, weight, gram)
     for step in range(19):
         if parameters.channel_scales is None:
             scales = (parameters.scales.float() * (1 - step / 32)).to(scheme.scale_dtype)
@@ -87,30 +90,29 @@ def least_of_ranges(parameters, weight, diagonal):
             if parameters.zeros is not None:
                 moved = parameters.zeros.int() + shift
                 fields["zeros"] = moved.clamp(0, (1 << scheme.bits) - 1).to(torch.uint8)
-            least = torch.minimum(least, costs(with_fields(parameters, **fields), weight, diagonal))
+            least = torch.minimum(least, costs(with_fields(parameters, **fields), weight, gram))
     return least
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("grid", ["mse", "hessian"])
+@pytest.mark.parametrize("grid", ["mse", "hessian", "block"])
 @pytest.mark.parametrize(("n", "k"), [(33, 200), (1, 50), (16, 1)])
 def test_scales_are_the_best_of_all_ranges(isa, scheme, grid, n, k, monkeypatch):
     scheme, weight, x = QuantScheme.parse(scheme), weights(n, k), inputs(k)
     gram, first = x.T @ x, rounding.fit(weight, scheme)
-    assert cpu_calibration.searches_scales(weight, first)
+    assert cpu_calibration.searches_scales(weight, first, grid == "block")
     found = grids.search(weight, first, grid, gram)
     assert {name: value.dtype for name, value in found.fields.items()} == {
         name: value.dtype for name, value in first.fields.items()
     }
-    diagonal = gram.diagonal() if grid == "hessian" else torch.ones(k)
-    cost = costs(found, weight, diagonal)
-    least = least_of_ranges(first, weight, diagonal)
+    weighs = {"mse": torch.eye(k), "hessian": gram.diagonal().diag(), "block": gram}[grid]
+    cost, least = costs(found, weight, weighs), least_of_ranges(first, weight, weighs)
     # What fp32 takes for the error of a weight that a code hits is the rounding of both.
-    noise = (SUM_BOUND * weight.double()).square().sum() * diagonal.double().max()
+    noise = (SUM_BOUND * weight.double()).square().sum() * weighs.abs().double().sum()
     assert (cost <= least * (1 + SUM_BOUND) + noise).all()
     in_torch(monkeypatch)
     # Ties and scales that are solved for may fall otherwise, in few groups.
-    reference = costs(grids.search(weight, first, grid, gram), weight, diagonal)
+    reference = costs(grids.search(weight, first, grid, gram), weight, weighs)
     assert cost.sum() <= reference.sum() * 1.01 + noise
 
 
@@ -151,10 +153,11 @@ def test_groups_of_zeros_stay(isa):
     assert not made[4, 64:].any()
 
 
-def test_scales_do_not_depend_on_threads(isa, on_threads):
+@pytest.mark.parametrize("grid", ["hessian", "block"])
+def test_scales_do_not_depend_on_threads(isa, on_threads, grid):
     weight, x = weights(100, 300), inputs(300)
     first = rounding.fit(weight, QuantScheme.parse("w4a16-g64"))
-    results = on_threads(lambda: grids.search(weight, first, "hessian", x.T @ x))
+    results = on_threads(lambda: grids.search(weight, first, grid, x.T @ x))
     assert all(torch.equal(result.scales, results[0].scales) for result in results)
     assert all(torch.equal(result.zeros, results[0].zeros) for result in results)
 

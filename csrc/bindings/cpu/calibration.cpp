@@ -26,9 +26,10 @@ void check_range(const char* name, const int64_t* values, int64_t count, int64_t
 
 std::tuple<at::Tensor, Optional> search(const at::Tensor& weight, const at::Tensor& scales,
                                         const Optional& zeros, const Optional& channel_scales,
-                                        const Optional& diagonal, int64_t length, int64_t bits,
-                                        double implied_zero, double least_scale,
-                                        double most_multiplier, const std::string& isa) {
+                                        const Optional& diagonal, const Optional& gram,
+                                        int64_t length, int64_t bits, double implied_zero,
+                                        double least_scale, double most_multiplier,
+                                        const std::string& isa) {
   require(weight.dim() == 2 && weight.numel() > 0, "weight must be [N, K], got ", weight.sizes());
   const int64_t n = weight.size(0), k = weight.size(1);
   require(weight.device().is_cpu(), "weight must be on the CPU, got ", weight.device());
@@ -60,6 +61,14 @@ std::tuple<at::Tensor, Optional> search(const at::Tensor& weight, const at::Tens
   if (diagonal) {
     check("diagonal", *diagonal, at::kCPU, {k}, at::kFloat);
     job.diagonal = diagonal->const_data_ptr<float>();
+  }
+  if (gram) {
+    require(gram->device().is_cpu() && gram->scalar_type() == at::kFloat && gram->dim() == 2 &&
+                gram->size(0) == k && gram->size(1) == k && (k == 1 || gram->stride(1) == 1),
+            "gram must be fp32 [", k, ", ", k, "] with adjacent columns on the CPU, got ",
+            gram->scalar_type(), " ", gram->sizes());
+    job.gram = gram->const_data_ptr<float>();
+    job.gram_stride = gram->stride(0);
   }
   const at::Tensor found = scales.clone();
   job.scales = found.mutable_data_ptr();

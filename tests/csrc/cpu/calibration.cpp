@@ -34,7 +34,7 @@ void append(Bytes& out, const std::vector<T>& values) {
 struct SearchForm {
   FloatType type;
   GroupType scales;  // kUint8: with a scale for each row, the second level
-  bool zeros, diagonal;
+  bool zeros, diagonal, block;
   int bits;
   int64_t n, k, length;
 };
@@ -45,6 +45,7 @@ class Search {
     const int64_t groups = qkernels::ceil_div(form.k, form.length);
     weight_ = random.numbers((form.n - 1) * stride() + form.k, form.type, -1, 1);
     if (form.diagonal) diagonal_ = random.floats(form.k, 0, 4);
+    if (form.block) fill_gram(random);
     for (int64_t i = 0; i < form.n * groups; ++i) {
       zeros_.push_back(static_cast<uint8_t>(form.zeros ? random.below(1 << form.bits) : 0));
     }
@@ -60,10 +61,11 @@ class Search {
 
   std::string name() const {
     char text[150];
-    std::snprintf(text, sizeof text,
-                  "search_scales %s scales %d zeros %d diagonal %d bits %d n %d k %d of %d",
-                  name_of(form_.type), static_cast<int>(form_.scales), form_.zeros, form_.diagonal,
-                  form_.bits, number(form_.n), number(form_.k), number(form_.length));
+    std::snprintf(
+        text, sizeof text,
+        "search_scales %s scales %d zeros %d diagonal %d block %d bits %d n %d k %d of %d",
+        name_of(form_.type), static_cast<int>(form_.scales), form_.zeros, form_.diagonal,
+        form_.block, form_.bits, number(form_.n), number(form_.k), number(form_.length));
     return text;
   }
 
@@ -78,6 +80,8 @@ class Search {
     job.stride = stride();
     job.length = form_.length;
     job.diagonal = or_null(diagonal_);
+    job.gram = or_null(gram_);
+    job.gram_stride = form_.k + kGap;
     job.bits = form_.bits;
     job.implied_zero = implied_zero();
     job.scales = scales.data();
@@ -133,20 +137,50 @@ class Search {
     return truth::nearest(stored * channels_[static_cast<size_t>(row)], truth::kFp32);
   }
 
-  // Of one group, summed over what `term` says of the weight of each column and what that weighs.
-  template <class Term>
-  double sum(int64_t row, int64_t g, const Term& term) const {
+  // Positive definite: x^T x of a few rows, and the unit matrix.
+  void fill_gram(Random& random) {
+    constexpr int64_t kRows = 3;
+    const std::vector<float> x = random.floats(kRows * form_.k, -1, 1);
+    for (int64_t i = 0; i < form_.k; ++i) {
+      for (int64_t j = 0; j < form_.k + kGap; ++j) {
+        float sum = i == j ? 1.0f : 0.0f;
+        for (int64_t r = 0; r < kRows && j < form_.k; ++r) {
+          sum += x[static_cast<size_t>(r * form_.k + i)] * x[static_cast<size_t>(r * form_.k + j)];
+        }
+        gram_.push_back(sum);
+      }
+    }
+  }
+
+  double gram_at(int64_t i, int64_t j) const {
+    if (form_.block) return gram_[static_cast<size_t>(i * (form_.k + kGap) + j)];
+    if (i != j) return 0;
+    return form_.diagonal ? diagonal_[static_cast<size_t>(i)] : 1;
+  }
+
+  // sum_ij one(w_i) gram_ij other(w_j) over the weights of one group.
+  template <class One, class Other>
+  double product(int64_t row, int64_t g, const One& one, const Other& other) const {
+    const int64_t first = g * form_.length, end = std::min(form_.k, first + form_.length);
+    std::vector<double> others;
+    const auto weight = [&](int64_t c) {
+      return truth::number_at(weight_.data(), form_.type, row * stride() + c);
+    };
+    for (int64_t c = first; c < end; ++c) others.push_back(other(weight(c)));
     double total = 0;
-    const int64_t first = g * form_.length;
-    for (int64_t c = first; c < std::min(form_.k, first + form_.length); ++c) {
-      const double weighs = form_.diagonal ? diagonal_[static_cast<size_t>(c)] : 1;
-      total += weighs * term(truth::number_at(weight_.data(), form_.type, row * stride() + c));
+    for (int64_t i = first; i < end; ++i) {
+      double sum = 0;
+      for (int64_t j = form_.block ? first : i; j < (form_.block ? end : i + 1); ++j) {
+        sum += gram_at(i, j) * others[static_cast<size_t>(j - first)];
+      }
+      total += one(weight(i)) * sum;
     }
     return total;
   }
 
   double noise(int64_t row, int64_t g) const {
-    return kNoise * sum(row, g, [](double w) { return w * w; });
+    const auto size = [](double w) { return std::fabs(w); };
+    return kNoise * product(row, g, size, size);
   }
 
   // Less its zero point.
@@ -163,10 +197,8 @@ class Search {
   }
 
   double cost(int64_t row, int64_t g, double scale, double zero) const {
-    return sum(row, g, [&](double w) {
-      const double error = code(row, w, scale, zero) * scale - w;
-      return error * error;
-    });
+    const auto error = [&](double w) { return code(row, w, scale, zero) * scale - w; };
+    return product(row, g, error, error);
   }
 
   double nearest_scale(int64_t row, double wanted) const {
@@ -201,8 +233,8 @@ class Search {
   double cost_when_fitted(int64_t row, int64_t g, Candidate best) const {
     for (int i = 0; i < 3; ++i) {
       const auto value_of = [&](double w) { return code(row, w, best.scale, best.zero); };
-      const double top = sum(row, g, [&](double w) { return value_of(w) * w; });
-      const double bottom = sum(row, g, [&](double w) { return value_of(w) * value_of(w); });
+      const double top = product(row, g, [](double w) { return w; }, value_of);
+      const double bottom = product(row, g, value_of, value_of);
       if (!(top > 0 && bottom > 0)) break;
       const double scale = nearest_scale(row, top / bottom);
       const double found = cost(row, g, scale, best.zero);
@@ -213,7 +245,7 @@ class Search {
 
   SearchForm form_;
   Bytes weight_, scales_, zeros_;
-  std::vector<float> diagonal_, channels_;
+  std::vector<float> diagonal_, gram_, channels_;
 };
 
 // Multiples of 1/16, factors of -1, 0 and 1, and scales and pivots that are powers of two.
@@ -409,14 +441,17 @@ void make_calibration(const Options& options, Random& random, const Take& take) 
         const FloatType type = kFloatTypes[random.below(3)];
         const bool diagonal = random.below(2) == 0;
         const int bits = scales == GroupType::kUint8 ? 4 : static_cast<int>(2 + random.below(3));
-        const SearchForm form{type, scales, zeros, diagonal, bits, n, k, length};
+        const SearchForm form{type, scales, zeros, diagonal, !diagonal && random.below(2) == 0,
+                              bits, n,      k,     length};
         add(std::make_shared<const Search>(form, random), options, everywhere, take);
       }
     }
   }
   // Enough for several threads.
-  const SearchForm large{FloatType::kBf16, GroupType::kFp16, true, true, 4, 70, 128, 64};
-  add(std::make_shared<const Search>(large, random), options, everywhere, take);
+  for (bool block : {false, true}) {
+    const SearchForm large{FloatType::kBf16, GroupType::kFp16, true, !block, block, 4, 70, 128, 64};
+    add(std::make_shared<const Search>(large, random), options, everywhere, take);
+  }
   constexpr int64_t kBlocks[][2] = {{1, 1}, {5, 9}, {16, 8}, {37, 21}, {150, 30}};
   for (const auto& [n, columns] : kBlocks) {
     for (bool zeros : {false, true}) {
