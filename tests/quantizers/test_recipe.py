@@ -9,6 +9,7 @@ import pytest
 
 from qkernels import rounding
 from qkernels.errors import RecipeError
+from qkernels.quantizers.autoround import AUTOROUND
 from qkernels.quantizers.awq import AWQ
 from qkernels.quantizers.gptq import GPTQ
 from qkernels.quantizers.hqq import HQQ
@@ -90,7 +91,7 @@ def test_values_have_the_types_of_their_defaults():
     [
         (
             "magic",
-            "method 'magic' is not one of awq, ",
+            "method 'magic' is not one of autoround, awq, ",
         ),
         ("rtn+magic", "method 'magic' is not one of"),
         ("other(x=1)", "method other has no parameter 'x': it takes none"),
@@ -127,5 +128,5 @@ def test_a_mistake_is_named(text, message):
 def test_every_method_is_described():
     text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
     described = set(re.findall(r"^## `(\w+)`", text, re.MULTILINE))
-    assert described == {row.name for row in (AWQ, GPTQ, HQQ, OBQ, RTN)}
+    assert described == {row.name for row in (AUTOROUND, AWQ, GPTQ, HQQ, OBQ, RTN)}
     assert described <= set(METHODS)
