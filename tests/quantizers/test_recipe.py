@@ -11,7 +11,9 @@ from qkernels import rounding
 from qkernels.errors import RecipeError
 from qkernels.quantizers.autoround import AUTOROUND
 from qkernels.quantizers.awq import AWQ
+from qkernels.quantizers.distill import DISTILL
 from qkernels.quantizers.gptq import GPTQ
+from qkernels.quantizers.guided import GUIDED
 from qkernels.quantizers.hqq import HQQ
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.methods import METHODS, RECIPES
@@ -128,5 +130,5 @@ def test_a_mistake_is_named(text, message):
 def test_every_method_is_described():
     text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
     described = set(re.findall(r"^## `(\w+)`", text, re.MULTILINE))
-    assert described == {row.name for row in (AUTOROUND, AWQ, GPTQ, HQQ, OBQ, RTN)}
+    assert described == {row.name for row in (AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, RTN)}
     assert described <= set(METHODS)
