@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qkernels.quantizers.autoround import AUTOROUND
 from qkernels.quantizers.awq import AWQ
 from qkernels.quantizers.distill import DISTILL
 from qkernels.quantizers.gptq import GPTQ
@@ -13,7 +14,7 @@ from qkernels.quantizers.rotate import ROTATE
 from qkernels.quantizers.rtn import RTN
 
 METHODS: dict[str, Method] = {
-    row.name: row for row in (AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, ROTATE, RTN)
+    row.name: row for row in (AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, ROTATE, RTN)
 }
 
 LAST = RTN.name
