@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkernels.calibration.forwards import run_batch
 from qkernels.calibration.walks import replace_forward
@@ -59,6 +59,8 @@ class _Trained:
 
     Attributes:
         factors: fp32 [N, G], of its scales.
+        offsets: fp32 [N, G, L], added to its codes before they are rounded, or None where codes
+            stay as they are. They begin as what is missing to the dense weight.
     """
 
     def __init__(self, weight: QuantizedWeight, dense: Tensor | None) -> None:
@@ -88,6 +90,7 @@ class _Trained:
             self._high = low + (1 << scheme.bits) - 1 - zero
 
     def values(self) -> Tensor:
+        """What the codes stand for, in units of their scale: [N, G, L]."""
         if self.offsets is None:
             return self._values
         with torch.no_grad():
@@ -106,6 +109,13 @@ class _Trained:
             outliers = weight.outlier_values.to(x.dtype)
             y = y + F.linear(codes_x[..., weight.outlier_columns], outliers)
         return y if weight.bias is None else y + weight.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def move_offsets(self, distance: float) -> None:
+        """Moves each offset against its gradient, all by the same distance."""
+        if self.offsets is not None and self.offsets.grad is not None:
+            self.offsets.add_(self.offsets.grad.sign_(), alpha=-distance)
+            self.offsets.grad = None
 
     def result(self) -> QuantizedWeight:
         """The weight under the scales that were found; those that lost their sign stay."""
@@ -164,34 +174,27 @@ def _distill(task: ModelTask, parameters: DistillParameters) -> Mapping[str, Qua
     with frozen(task.model):
         trained = {}
         for name, layer in layers.values():
-            dense = task.changes.original(name).weight.detach() if parameters.rounding else None
+            original = task.changes.original(name)
+            assert isinstance(original, nn.Linear)
+            dense = original.weight.detach() if parameters.rounding else None
             trained[name] = _Trained(layer.to_weight(), dense)
         own = [t.factors for t in trained.values()]
         optimizer = torch.optim.Adam(own, lr=parameters.lr, betas=(0.9, 0.99))
-        for number, batch in enumerate(steps):
+        for number, batches in enumerate(steps):
             progress = (number + 0.5) / parameters.steps
             falling = (1 + math.cos(math.pi * progress)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = parameters.lr * falling
-            with torch.no_grad(), task.dense():
-                wanted = run_batch(task.model, batch)
-            with contextlib.ExitStack() as stack:
-                for name, layer in layers.values():
-                    stack.callback(replace_forward(layer, trained[name].forward))
-                found = run_batch(task.model, batch)
-                loss = _loss(found, wanted)
-                loss.backward()
-            import os
-
-            if os.environ.get("QV"):
-                print(number, float(loss), flush=True)
-            with torch.no_grad():
-                for one in trained.values():
-                    if one.offsets is not None and one.offsets.grad is not None:
-                        one.offsets.add_(
-                            one.offsets.grad.sign_(), alpha=-parameters.rounding * falling
-                        )
-                        one.offsets.grad = None
+            for batch in batches:
+                with torch.no_grad(), task.dense():
+                    wanted = run_batch(task.model, batch)
+                with contextlib.ExitStack() as stack:
+                    for name, layer in layers.values():
+                        stack.callback(replace_forward(layer, trained[name].forward))
+                    found = run_batch(task.model, batch)
+                    (_loss(found, wanted) / len(batches)).backward()
+            for each in trained.values():
+                each.move_offsets(parameters.rounding * falling)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return {name: layer.result() for name, layer in trained.items()}
@@ -205,15 +208,18 @@ def _loss(found: Any, wanted: Any) -> Tensor:
     return (result.float() - target).square().sum() / target.square().sum()
 
 
-def _steps(task: ModelTask, parameters: DistillParameters) -> Iterator[Any]:
-    """A batch for each step: all of calibration in a drawn order, then in another."""
-    cut = [piece for batch in task.batches for piece in pieces(batch, parameters.sequences)]
+def _steps(task: ModelTask, parameters: DistillParameters) -> Iterator[list[Any]]:
+    """What each step runs, one after the other: all of calibration in a drawn order, and again."""
+    cut = [piece for batch in task.batches for piece in pieces(batch, 1)]
     generator = torch.Generator().manual_seed(parameters.seed)
     order: list[int] = []
     for _ in range(parameters.steps):
-        if not order:
-            order = torch.randperm(len(cut), generator=generator).tolist()
-        yield cut[order.pop()]
+        step: list[Any] = []
+        while len(step) < parameters.sequences:
+            if not order:
+                order = torch.randperm(len(cut), generator=generator).tolist()
+            step.append(cut[order.pop()])
+        yield step
 
 
 def _why_not(scheme: QuantScheme, parameters: DistillParameters) -> str | None:

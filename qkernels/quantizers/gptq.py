@@ -11,13 +11,15 @@ With H = x^T x over calibration inputs and U the upper Cholesky factor of its in
 which gives, at drift = 1, the dense model's outputs from the inputs that quantized blocks give
 (the corrected weight of QEP, Arai & Ichikawa 2025; the cross term of GPTAQ and Qronos). When the
 codes are there, the scales of each row are solved for: a quadratic in as many scales as the row has
-groups.
+groups. Sweeps of coordinate descent follow (the greedy updates of QuIP, Chee et al. 2023): each
+code in turn becomes the one that leaves the least error beside all others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -55,21 +57,24 @@ class GptqParameters:
     true_sequential: each layer of a block behind the quantized ones before it.
     drift: how much of the error of earlier blocks is made up for, 0 to 1.
     refit: solve for the scales when the codes are there.
+    sweeps: of coordinate descent over the codes, each followed by `refit`.
     """
 
     act_order: Literal["off", "static", "full"] = "static"
     grid: grids.Grid = "hessian"
     damp_percent: float = 0.01
-    true_sequential: bool = True
-    drift: float = 0.5
+    true_sequential: bool = False
+    drift: float = 0.0
     refit: bool = True
-    sweeps: int = 0
+    sweeps: int = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.damp_percent <= MOST_DAMPING:
             raise ValueError(f"damp_percent must be in (0, 1], got {self.damp_percent:g}")
         if not 0 <= self.drift <= 1:
             raise ValueError(f"drift must be in [0, 1], got {self.drift:g}")
+        if self.sweeps < 0:
+            raise ValueError(f"sweeps must be 0 or more, got {self.sweeps}")
 
 
 def _statistics(scheme: QuantScheme, parameters: GptqParameters) -> Needs:
@@ -162,19 +167,24 @@ def _round_columns(
             ends = (start // length + 1) * length, stop // length * length
             stop = min(max(ends), k) if max(ends) <= start + _BLOCK else stop
         errors = torch.empty_like(left[start:stop])
-        for j in range(start, stop):
-            group = order[j] // length
-            if grid is not None and j % length == 0:
-                rows = left[j : j + length].t().contiguous()
-                block = gram[j : j + length, j : j + length]
+        # Groups that are fitted in between need all that columns before them have left.
+        fits = [] if grid is None else [j for j in range(start, stop) if j % length == 0]
+        for first, end in pairwise(sorted({start, *fits, stop})):
+            if first in fits:
+                assert grid is not None
+                rows = left[first : first + length].t().contiguous()
+                block = gram[first : first + length, first : first + length]
                 own = replace(scheme, group_size=None)
                 part = grids.search(rows, rounding.fit(rows, own), grid, block)
+                group = first // length
                 for name, value in part.fields.items():
                     fields[name][:, group] = value[:, 0]
                 columns.take_group(group, part)
-            codes[order[j]], values = columns.nearest(left[j], group)
-            errors[j - start] = error = (left[j] - values) / upper[j, j]
-            left[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+            moved = columns.round_block(
+                left[first:end], upper[first:end, first:end], order[first:end], codes
+            )
+            errors[first - start : end - start] = moved
+            left[end:stop].addmm_(upper[first:end, end:stop].t(), moved, alpha=-1)
         left[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
         start = stop
     return QuantizedWeight(scheme=scheme, codes=codes.t().contiguous(), **fields)
