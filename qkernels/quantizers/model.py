@@ -181,6 +181,13 @@ def plan_run(
 ) -> Plan:
     """What the driver is to do; arguments and errors as for `quantize_model`."""
     check_methods(recipe, layers.schemes, calibrated=calibration is not None)
+    embeddings = _embeddings(layers)
+    for part in recipe.parts if embeddings else ():
+        if part.method.rewrites_embeddings(part.parameters):
+            raise LayerError(
+                f"{part} gives embeddings other values, so they stay in 16 bits: leave out "
+                f"{', '.join(embeddings)}"
+            )
     _check_observer(observer, layers.schemes)
     batches = None if calibration is None else list(calibration)
     if batches is not None and not batches:
