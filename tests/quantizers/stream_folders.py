@@ -6,6 +6,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import qkernels as qk
+from qkernels.models.loading import load_dense
+
+SCHEME = "w4a16-g32"
+SHARD = 20_000
+"""Less than a block has, so that both ways cut files alike."""
+
 VOCABULARY = 64
 SIZES = {
     "hidden_size": 64,
@@ -71,3 +78,21 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def in_memory(source, out, method, formats, dtype=torch.float32, **options):
+    """The report, and a folder `out`/format for each format."""
+    model, _ = load_dense(source, dtype, tokenizer=False)
+    for parameter in model.parameters():
+        # A file's tensors are mapped as they lie, where products may round otherwise.
+        parameter.data = parameter.data.clone()
+    options = {"scheme": SCHEME, **options}
+    report = qk.quantize_model(model, method, **options)
+    for name in formats:
+        qk.save_model(model, out / name, name, max_shard_size=SHARD)
+    return report
+
+
+def streamed(source, out, method="rtn", **options):
+    options = {"scheme": SCHEME, "dtype": torch.float32, "max_shard_size": SHARD, **options}
+    return qk.quantize_folder(source, out, method, **options)
