@@ -183,13 +183,13 @@ def test_another_run_is_an_error(llama, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=f"differs in {named}"):
             streamed(llama, tmp_path / "other", resume=kept, **options)
-    other = shutil.copytree(llama, tmp_path / "changed")
-    name = "model.norm.weight"
-    file = next(f for f in other.glob("*.safetensors") if name in load_file(f))
-    tensors = load_file(file)
-    store.save_file({**tensors, name: tensors[name] + 1}, file)
-    with pytest.raises(CheckpointError, match="differs in the model"):
-        streamed(other, tmp_path / "other", resume=kept)
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        changed = shutil.copytree(llama, tmp_path / name)
+        file = next(f for f in changed.glob("*.safetensors") if name in load_file(f))
+        tensors = load_file(file)
+        store.save_file({**tensors, name: tensors[name] + 1}, file)
+        with pytest.raises(CheckpointError, match="differs in the model"):
+            streamed(changed, tmp_path / "other", resume=kept)
     assert not (tmp_path / "other").exists()
     assert streamed(llama, tmp_path / "again", resume=kept) == expected
 
