@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkernels.checkpoints.checkpoint import Checkpoint
 from qkernels.checkpoints.config import read_config
@@ -103,7 +103,7 @@ class DenseFolder:
         self._names_of: dict[str, tuple[str, ...]] = {}
         for names in tied:
             held = [places[name] for name in names]
-            if held[0].tensor.is_meta:
+            if held[0].tensor.is_meta and isinstance(held[0].tensor, nn.Parameter):
                 self.names.append(tuple(names))
                 self._names_of |= dict.fromkeys(names, tuple(names))
             elif self._stored(names):

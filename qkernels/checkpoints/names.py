@@ -81,7 +81,8 @@ def _fits(state: Mapping[str, Tensor], checkpoint: Checkpoint) -> bool:
     return all(has_place(state, layer) for layer in checkpoint.layers) and all(
         tuple(state[name].shape) == store.shape(name)
         if name in state
-        else has_place(state, name.rpartition(".")[0])
+        # Of an expert; others, such as the beta of a norm, have a place under another name.
+        else name.endswith(".weight") and has_place(state, name.removesuffix(".weight"))
         for name in checkpoint.dense
     )
 

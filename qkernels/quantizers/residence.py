@@ -5,7 +5,7 @@ The others are in a folder, and their parameters on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -104,10 +104,22 @@ class StreamedBlocks:
                     layer.to("meta")
                 else:
                     self.kinds[name] = self._kind_of_same(block, layer)
+        if _is_layer(block):
+            for own in self._of(block):
+                if own in self._held and all(name.startswith(_prefix(block)) for name in own):
+                    self._held.remove(own)
+                    self._brought.append(own)
         self.let_go()
 
+    def hold_for_forward(self, blocks: Sequence[Block]) -> None:
+        """Reads what a forward needs beside the block that it is at, to stay: what is of no block,
+        and layers outside of repeated ones, whose weights code may read without calling them, until
+        they are quantized."""
+        alone = [own[0] for b in blocks if _is_layer(b) for own in self._of(b)]
+        self.hold((*self.outside(blocks), *alone))
+
     def let_go(self) -> None:
-        """Empties the parameters that the last `bring` filled."""
+        """Empties the parameters that `bring` filled."""
         while self._brought:
             for slot in self._slots[self._brought.pop()]:
                 slot.clear()
@@ -155,6 +167,11 @@ class StreamedBlocks:
 
 def _prefix(block: Block) -> str:
     return f"{block.name}." if block.name else ""
+
+
+def _is_layer(block: Block) -> bool:
+    """Whether it is a layer that is in no repeated module."""
+    return block.name in block.layers
 
 
 def _slot(module: nn.Module, name: str, part: Callable[[Tensor], Tensor]) -> _Slot:

@@ -186,7 +186,7 @@ def stream(
     residence.hold(f"{name}.weight" for name in alone)
     looked_up = EmbeddingForms(model, layers.embeddings)
     if plan.batches is not None:
-        residence.hold(residence.outside(blocks))
+        residence.hold_for_forward(blocks)
     with _refusing():
         outcome = drive(model, plan, progress, run, residence) if blocks else Outcome(None)
     residence.forms.finish()
