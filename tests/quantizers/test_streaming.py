@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import qkernels as qk
+from bench.survey.classes import model_classes
+from bench.survey.models import example
 from qkernels.checkpoints import store
 from qkernels.checkpoints.dense_folder import DenseFolder, UnusedTensorsWarning
 from qkernels.checkpoints.store import Store
@@ -72,6 +74,30 @@ def test_every_format_without_calibration(llama, tmp_path, format):
     assert streamed(llama, tmp_path / "out", format=format) == expected
     assert contents(tmp_path / "out") == contents(tmp_path / "memory" / format)
     assert not (tmp_path / "out.unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Norms whose weights are called gamma and beta, rotary frequencies that moved.
+        "EsmForMaskedLM",
+        # Buffers that are made like parameters.
+        "IBertForMaskedLM",
+        # Its head reads weights of layers that it does not call.
+        "MobileBertForMaskedLM",
+        "GptOssForCausalLM",
+        "WhisperForConditionalGeneration",
+        "SiglipModel",
+    ],
+)
+def test_other_architectures(tmp_path, name):
+    made = example(model_classes()[name], torch.float32)
+    made.model().save_pretrained(tmp_path / "source")
+    options = {"scheme": "w8a16", "calibration": [dict(made.inputs)]}
+    expected = in_memory(tmp_path / "source", tmp_path / "memory", "rtn", ["qkernels"], **options)
+    found = streamed(tmp_path / "source", tmp_path / "out", format="qkernels", **options)
+    assert found == expected
+    assert contents(tmp_path / "out") == contents(tmp_path / "memory" / "qkernels")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None])
