@@ -27,6 +27,7 @@ from qkernels.modules.kinds import become, is_plain_linear
 from qkernels.progress import Progress, silent
 from qkernels.quantizers.driver import Outcome, Plan, drive
 from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
+from qkernels.quantizers.gradients import pieces
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.plan import plan_layers
 from qkernels.quantizers.recipe import Recipe
@@ -150,6 +151,8 @@ def quantize_model(
         batches = None if calibration is None else list(calibration)
         if batches is not None and not batches:
             raise LayerError("calibration holds no batch")
+        if batches is not None:
+            batches = _cut(batches, recipe)
         plan = Plan(recipe, layers.schemes, batches, backend, check_kernels, choice, processes)
         forms = LinearForms(model, plan.schemes)
         try:
@@ -207,6 +210,13 @@ def _identity(
         "schemes": {name: str(scheme) for name, scheme in {**plan.schemes, **embeddings}.items()},
         "model": fingerprint_model(model),
     }
+
+
+def _cut(batches: list[Any], recipe: Recipe) -> list[Any]:
+    """Calibration batches of no more sequences than the methods of a recipe want."""
+    sizes = [part.method.most_sequences(part.parameters) for part in recipe.parts]
+    size = min((size for size in sizes if size is not None), default=None)
+    return batches if size is None else [part for batch in batches for part in pieces(batch, size)]
 
 
 def _open_folder(
