@@ -225,7 +225,7 @@ def test_what_was_best_is_kept(monkeypatch):
     expected = quantized(method="rtn", scheme="w4a16-g24")
     real = LearnedRounding.step
     monkeypatch.setattr(LearnedRounding, "step", lambda self, g, rate: real(self, -g, rate))
-    got = quantized(method="autoround(steps=6, batch=2, lr=0.3)", scheme="w4a16-g24")
+    got = quantized(method="autoround(steps=6, batch=2, lr=0.3, grid=minmax)", scheme="w4a16-g24")
     assert all(torch.equal(got[1][key], expected[1][key]) for key in expected[1])
 
 
