@@ -9,13 +9,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from qkernels import rounding
 from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
 from qkernels.calibration.ranges import Numbers
+from qkernels.calibration.synthetic import random_tokens
 from qkernels.checkpoints import mark_quantized
 from qkernels.checkpoints.format import WeightKind
 from qkernels.checkpoints.table import check_holds
@@ -39,7 +40,7 @@ def quantize_model(
     method: str | Recipe = "rtn",
     scheme: QuantScheme | str = "w4a16-g128",
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Literal["random"] | None = None,
     observer: str | ObserverChoice = DEFAULT_OBSERVER,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -65,9 +66,10 @@ def quantize_model(
             by +, such as "a(x=0.5)+b"; the last one quantizes, those before prepare.
         scheme: for all layers that no override names.
         calibration: batches to run through the model (tensors, tuples or dicts of its arguments),
-            for the output errors, static activation scales and methods that learn from inputs. All
-            are held at once, and the inputs that they give to one block. A layer that they do not
-            reach is rounded to nearest, with activations per token where they would be static.
+            or "random" for tokens that are drawn at random where there is no data; for the output
+            errors, static activation scales and methods that learn from inputs. All are held at
+            once, and the inputs that they give to one block. A layer that they do not reach is
+            rounded to nearest, with activations per token where they would be static.
         observer: what finds the range of static activations: an observer of `qkernels list
             observers` with its parameters, such as "percentile(percent=99.9)".
         include: patterns (`fnmatch`) of layer names to quantize; None for all but output heads and
@@ -130,7 +132,7 @@ def quantize_model(
     embeddings = {name: e.scheme for e in layers.embeddings for name in e.names}
     check_methods(recipe, layers.schemes, calibrated=calibration is not None)
     _check_observer(choice, layers.schemes)
-    batches = None if calibration is None else list(calibration)
+    batches = _batches(model, calibration)
     if batches is not None and not batches:
         raise LayerError("calibration holds no batch")
     plan = Plan(recipe, layers.schemes, batches, backend, check_kernels, choice)
@@ -198,6 +200,14 @@ def _check_observer(choice: ObserverChoice, schemes: Mapping[str, QuantScheme]) 
             reason = choice.observer.why_not(Numbers.of(scheme.activation))
             if reason is not None:
                 raise SchemeError(f"{name}: observer {choice} is not for {scheme}: {reason}")
+
+
+def _batches(model: nn.Module, calibration: Iterable[Any] | str | None) -> list[Any] | None:
+    if isinstance(calibration, str):
+        if calibration != "random":
+            raise LayerError(f'calibration is {calibration!r}: give batches, or "random"')
+        return random_tokens(model)
+    return None if calibration is None else list(calibration)
 
 
 def check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:
