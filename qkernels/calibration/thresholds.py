@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -13,15 +11,15 @@ from qkernels.calibration.ranges import Numbers, scale_and_zero
 UNIFORM_BINS = 2048
 """Bins from 0 to the power of two above the largest magnitude (TensorRT)."""
 
-_SHRINK = 2.0 ** (-1 / 16)
-_STEPS = 160
-"""Ranges down to 2^-10 of the whole are tried, each by a sixteenth of an octave: near the least,
-the error changes with the square of the distance from it."""
+_COARSE = tuple(2.0 ** (-step / 4) for step in range(41))
+_FINE = tuple(2.0 ** (step / 16) for step in (-3, -2, -1, 1, 2, 3))
+"""Ranges down to 2^-10 of the whole are tried, and then those beside the best: near the least, the
+error changes with the square of the distance from it."""
 
 _NO_WIDTH = 2.0**-200
 """Of bins below the least number of fp32, which hold nothing."""
 
-_ROUNDS = 3
+_ROUNDS = 2
 """Times that each end of an asymmetric range is searched, the other one held."""
 
 
@@ -90,13 +88,12 @@ def least_error(
     Symmetric ranges shrink as a whole. The ends of the others are searched in turn.
     """
     best = _Best(histogram, numbers, low, high)
-    steps = [_SHRINK**step for step in range(_STEPS + 1)]
     if numbers.symmetric:
-        best.search(lambda low, high, step: (low * step, high * step), steps)
+        best.search(ends=(True, True))
         return best.low, best.high
     for _ in range(_ROUNDS):
-        best.search(lambda own, _, step: (own, high * step), steps)
-        best.search(lambda _, own, step: (low * step, own), steps)
+        best.search(ends=(False, True))
+        best.search(ends=(True, False))
     return best.low, best.high
 
 
@@ -109,17 +106,25 @@ class _Best:
         self._counts = counts[:, used].double()
         self._edges = torch.stack((edges[:, :-1][:, used], edges[:, 1:][:, used]))
         self._widths = (self._edges[1] - self._edges[0]).clamp(min=_NO_WIDTH)
-        self._numbers = numbers
+        self._numbers, self._whole = numbers, (low, high)
         self.low, self.high = low, high
         self._error = self._error_of(low, high)
 
-    def search(
-        self, ranges: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]], steps: list[float]
+    def search(self, ends: tuple[bool, bool]) -> None:
+        """Takes the best place of one end, or of both that move alike; [low, high] at most."""
+        whole, present = self._whole, (self.low, self.high)
+        start = tuple(whole[i] if moves else present[i] for i, moves in enumerate(ends))
+        self._try(start, ends, _COARSE)
+        self._try((self.low, self.high), ends, _FINE)
+
+    def _try(
+        self, start: tuple[Tensor, ...], ends: tuple[bool, bool], steps: tuple[float, ...]
     ) -> None:
-        """Takes what is better of ranges(low, high, step), low and high those at the beginning."""
-        start = self.low, self.high
         for step in steps:
-            low, high = ranges(*start, step)
+            low, high = (
+                end * step if moves else end for end, moves in zip(start, ends, strict=True)
+            )
+            low, high = torch.maximum(low, self._whole[0]), torch.minimum(high, self._whole[1])
             error = self._error_of(low, high)
             better = error < self._error
             self._error = torch.where(better, error, self._error)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from qkernels.calibration.blocks import Block
+from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.forwards import (
     Call,
     CannotFollow,
@@ -57,6 +58,7 @@ class BlockByBlock:
     Args:
         dense: a context in which the layers of a block are as they were before quantization, where
             the dense chain is wanted; else None.
+        processes: which take the same blocks in the same order, each with its own batches.
     """
 
     def __init__(
@@ -65,8 +67,9 @@ class BlockByBlock:
         blocks: Sequence[Block],
         batches: Sequence[Any],
         dense: Dense | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self._model, self._dense = model, dense
+        self._model, self._dense, self._processes = model, dense, processes
         self._left = list(blocks)
         self._present: Block | None = None
         self._running: str | None = None
@@ -99,6 +102,7 @@ class BlockByBlock:
             for forward in self._forwards[QUANTIZED].values()
             if forward.call is not None
         }
+        waiting = self._processes.union("waiting blocks", waiting)
         # Batches may reach blocks in different orders; what comes first in the model goes first.
         block = next((b for b in self._left if b.name in waiting), None)
         if block is None:
@@ -220,6 +224,7 @@ class WholeModel:
     Args:
         dense: a context in which the layers of a block, and all of the others, are as they were
             before quantization.
+        processes: which take the same blocks in the same order, each with its own batches.
     """
 
     def __init__(
@@ -228,9 +233,11 @@ class WholeModel:
         blocks: Sequence[Block],
         batches: Sequence[Any],
         dense: Dense,
+        processes: Processes = ALONE,
     ) -> None:
         self._model, self._batches, self._dense = model, batches, dense
         self._left = _in_order_of_execution(model, blocks, batches) if batches else list(blocks)
+        self._left = processes.gather("order of blocks", self._left)[0]
         self._present: Block | None = None
 
     def next(self) -> Block | None:

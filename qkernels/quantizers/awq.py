@@ -65,18 +65,24 @@ _FOUND: WeakKeyDictionary[Walk, dict[_Structure, list[Neighbours]]] = WeakKeyDic
 
 
 def _neighbours(task: BlockTask) -> list[Neighbours]:
-    batches = task.batches()
-    if not batches:
-        return []
-
-    def run() -> object:
-        return task.run(batches[0])
-
     structure = frozenset((name, p.shape) for name, p in task.module.named_parameters())
     found = _FOUND.setdefault(task.walk, {})
-    if structure not in found or not still_neighbours(found[structure], task.module, run):
-        found[structure] = find_neighbours(task.module, run)
-    return found[structure]
+
+    def look() -> list[Neighbours]:
+        batch = task.batches()[0]
+
+        def run() -> object:
+            return task.run(batch)
+
+        if structure in found and still_neighbours(found[structure], task.module, run):
+            return found[structure]
+        return find_neighbours(task.module, run)
+
+    seen = task.shared("neighbours", look)
+    if seen is None:
+        return []
+    found[structure] = seen
+    return seen
 
 
 def _prepare(task: BlockTask, parameters: AwqParameters) -> None:

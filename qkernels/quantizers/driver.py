@@ -15,6 +15,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from qkernels.calibration.blocks import Block, find_blocks
+from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.forwards import CannotFollow
 from qkernels.calibration.observe import Stage, calibrating, observe, stages
 from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
@@ -28,7 +29,7 @@ from qkernels.quantizers.method import BlockTask, LayerTask, ModelTask
 from qkernels.quantizers.methods import LAST, METHODS
 from qkernels.quantizers.recipe import Part, Recipe
 from qkernels.quantizers.report import LayerReport, compare
-from qkernels.quantizers.resume import FinishedBlock, ResumeFolder
+from qkernels.quantizers.resume import FinishedBlock, ResumeFolder, digest_of_layers
 from qkernels.quantizers.static_inputs import (
     needs_of,
     with_zero,
@@ -48,6 +49,7 @@ class Plan:
         schemes: of each layer to quantize, by name, in the model's order.
         batches: calibration batches, or None.
         observer: finds the range of static activations.
+        processes: that calibrate together, each with batches of its own.
     """
 
     recipe: Recipe
@@ -56,6 +58,7 @@ class Plan:
     backend: str | None
     check_kernels: bool = True
     observer: ObserverChoice = DEFAULT_OBSERVER
+    processes: Processes = ALONE
 
     @property
     def options(self) -> dict[str, Any]:
@@ -95,7 +98,10 @@ def drive(
             try:
                 return _Run(model, plan, changes, progress, folder, whole).through()
             except CannotFollow as reason:
-                whole = str(reason)
+                agreed = plan.processes.agree(reason)
+                if not isinstance(agreed, CannotFollow):
+                    raise agreed from None
+                whole = str(agreed)
             changes.undo()
             if folder is not None:
                 folder.take_whole_model(whole)
@@ -123,7 +129,7 @@ class _Run:
         whole: str | None,
     ) -> None:
         self._model, self._plan, self._changes = model, plan, changes
-        self._progress, self._folder = progress, folder
+        self._progress, self._folder, self._processes = progress, folder, plan.processes
         self._outcome = Outcome(whole)
         self._row_weights: dict[str, dict[int, Tensor]] = {}
         self._blocks = find_blocks(model, plan.schemes)
@@ -134,21 +140,39 @@ class _Run:
         batches = plan.batches or ()
         if batches and whole is None:
             dense = changes.dense_layers if _asks_for_dense(plan) else None
-            self._walk = BlockByBlock(model, self._blocks, batches, dense)
+            self._walk = BlockByBlock(model, self._blocks, batches, dense, self._processes)
         else:
-            self._walk = WholeModel(model, self._blocks, batches, changes.originals)
+            self._walk = WholeModel(
+                model, self._blocks, batches, changes.originals, self._processes
+            )
+        self._first_batch = self._processes.first_batch(len(batches))
 
     def through(self) -> Outcome:
         """Takes every block, and leaves the walk behind."""
         try:
             while (block := self._walk.next()) is not None:
                 self._take(block)
+                self._compare_processes(block)
                 self._walk.advance()
         finally:
             self._walk.close()
         self._finish()
+        # What fails in one process until here changes the model in none.
+        self._processes.gather("end", None)
         self._tell("")
         return self._outcome
+
+    def _compare_processes(self, block: Block) -> None:
+        """Raises, in all processes, where they have made different layers of a block."""
+        if self._processes.size == 1:
+            return
+        made = {name: self._model.get_submodule(name) for name in block.layers}
+        digest = digest_of_layers(made, self._changes.rewritten())
+        if len(set(self._processes.gather("codes", digest))) > 1:
+            raise LayerError(
+                f"{block.name}: the processes made different codes of the same statistics: their "
+                "processors, numbers of threads or versions of torch compute differently"
+            )
 
     def _model_task(self) -> ModelTask:
         names = self._plan.schemes
@@ -241,7 +265,9 @@ class _Run:
         """The layers of a block that are calibrated together."""
         if self._plan.batches is None or not part.method.in_stages(part.parameters):
             return [Stage(list(layers), [])]
-        return stages(self._walk, layers)
+        # Of batches that reach the block, where any do.
+        mine = stages(self._walk, layers)
+        return self._processes.first("stages", mine if self._walk.batches() else None) or mine
 
     def _for_report(self, name: str) -> Needs:
         """What is collected of every layer, whatever the method."""
@@ -259,7 +285,15 @@ class _Run:
             return {}
         needs = {name: self._plan.needs(part, name) | beside(name) for name in layers}
         found = (
-            observe(self._walk, layers, needs, until, self._row_weights)
+            observe(
+                self._walk,
+                layers,
+                needs,
+                until,
+                self._row_weights,
+                self._processes,
+                self._first_batch,
+            )
             if any(needs.values())
             else {}
         )
@@ -287,6 +321,7 @@ class _Run:
             inputs=inputs,
             walk=self._walk,
             changes=self._changes,
+            processes=self._processes,
         )
 
     def _quantize_layers(

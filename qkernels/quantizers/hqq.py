@@ -120,9 +120,8 @@ class _Group:
             scale = (full * factor).to(self._dtype).float()
             # As much is clipped at one end of the range as at the other.
             centred = (zero - self._largest / 2) / factor + self._largest / 2
-            for start in (zero, centred):
-                for candidate in self._half_quadratic(scale, start):
-                    self._try(scale, self._stored(candidate))
+            for candidate in self._half_quadratic(scale, centred):
+                self._try(scale, self._stored(candidate))
         if self._parameters.zeros == "real":
             for _ in range(_REFITS):
                 self._try(*self._fitting())

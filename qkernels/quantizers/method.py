@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.calibration.walks import DENSE, QUANTIZED, Walk
 from qkernels.quantizers.changes import Changes
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight, WeightParameters
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class BlockTask:
         layers: the layers that will be quantized, by their names in the model.
         schemes: the scheme of each.
         inputs: what calibration collected for each; empty without calibration.
+        processes: that calibrate together, each with batches of its own.
     """
 
     name: str
@@ -61,6 +65,16 @@ class BlockTask:
     inputs: Mapping[str, LayerInputs]
     walk: Walk
     changes: Changes
+    processes: Processes = ALONE
+
+    def shared(self, step: str, make: Callable[[], _T]) -> _T | None:
+        """What `make` makes where this block's batches are looked at beyond their statistics: in
+        the first process that has such batches, for all of them. None where none has.
+
+        Args:
+            step: a name for it.
+        """
+        return self.processes.made_by_first(step, bool(self.batches()), make)
 
     def batches(self, *, dense: bool = False) -> Sequence[int]:
         """The calibration batches that reach the block, by number."""
@@ -157,7 +171,7 @@ class Method:
             reached, each once.
         finish: (model, parameters) -> layers of the quantized model -> what they become, with the
             scheme and shape that they have.
-        uses_batches: it runs the calibration batches itself.
+        uses_batches: it runs the calibration batches itself, so that processes cannot share them.
         in_stages: parameters -> whether the layers of a block are quantized in the order in which
             it runs them, each behind the quantized ones before it.
         why_not: (scheme, parameters) -> the reason, in a user's words, why it cannot make that

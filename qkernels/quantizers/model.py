@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from qkernels import rounding
+from qkernels.calibration.distributed import Processes
 from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
 from qkernels.calibration.ranges import Numbers
 from qkernels.calibration.synthetic import random_tokens
@@ -30,7 +32,12 @@ from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.plan import plan_layers
 from qkernels.quantizers.recipe import Recipe
 from qkernels.quantizers.report import QuantizationReport
-from qkernels.quantizers.resume import ResumeFolder, fingerprint_batches, fingerprint_model
+from qkernels.quantizers.resume import (
+    WHAT_DIFFERS,
+    ResumeFolder,
+    fingerprint_batches,
+    fingerprint_model,
+)
 from qkernels.scheme import QuantScheme
 from qkernels.select import check_backend
 
@@ -42,6 +49,7 @@ def quantize_model(
     *,
     calibration: Iterable[Any] | Literal["random"] | None = None,
     observer: str | ObserverChoice = DEFAULT_OBSERVER,
+    process_group: ProcessGroup | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, QuantScheme | str | None] | None = None,
@@ -72,6 +80,11 @@ def quantize_model(
             rounded to nearest, with activations per token where they would be static.
         observer: what finds the range of static activations: an observer of `qkernels list
             observers` with its parameters, such as "percentile(percent=99.9)".
+        process_group: of `torch.distributed`, such as `torch.distributed.group.WORLD`: its
+            processes all call this with the same model and arguments, each with calibration batches
+            of its own, which may be more or fewer than others'. Each gets the codes that one
+            process would make of all batches, those of the first process first, but for what the
+            order of sums changes; all get the same. What one raises, all raise.
         include: patterns (`fnmatch`) of layer names to quantize; None for all but output heads and
             layers that share their weight with an embedding. The name of a parameter of experts
             stands for all of them. An embedding is quantized by a pattern whose last part, behind
@@ -101,25 +114,19 @@ def quantize_model(
 
     The model is unchanged where anything is raised, an interrupt included.
     """
-    recipe, choice = Recipe.parse(method), ObserverChoice.parse(observer)
-    check_backend(backend)
-    default = QuantScheme.parse(scheme)
-    parsed = {
-        pattern: None if value is None else QuantScheme.parse(value)
-        for pattern, value in (overrides or {}).items()
-    }
     if is_plain_linear(model):
         # No module holds it that could be made to hold another layer.
         holder = nn.Sequential(OrderedDict(layer=model))
         report = quantize_model(
             holder,
-            recipe,
-            default,
+            method,
+            scheme,
             calibration=calibration,
-            observer=choice,
+            observer=observer,
+            process_group=process_group,
             include=include,
             exclude=exclude,
-            overrides=parsed,
+            overrides=overrides,
             backend=backend,
             check_kernels=check_kernels,
             resume=resume,
@@ -128,40 +135,52 @@ def quantize_model(
         )
         become(model, holder[0])
         return report
-    layers = plan_layers(model, default, include, exclude, parsed)
-    embeddings = {name: e.scheme for e in layers.embeddings for name in e.names}
-    check_methods(recipe, layers.schemes, calibrated=calibration is not None)
-    _check_observer(choice, layers.schemes)
-    batches = _batches(model, calibration)
-    if batches is not None and not batches:
-        raise LayerError("calibration holds no batch")
-    plan = Plan(recipe, layers.schemes, batches, backend, check_kernels, choice)
-    forms = LinearForms(model, plan.schemes)
-    try:
-        if format is not None:
-            kinds = _kinds(model, plan.schemes, forms)
-            check_holds(format, embedding_kinds(model, layers.embeddings))
-            check_writes(format, model, kinds)
-        for name in plan.schemes:
-            weight = cast(nn.Linear, model.get_submodule(name)).weight
-            rounding.check_weight(weight.detach(), f"{name}.weight")
-        looked_up = EmbeddingForms(model, layers.embeddings)
-        folder = None if resume is None else _open_folder(resume, model, plan, embeddings)
-        outcome = drive(model, plan, progress, folder) if plan.schemes else Outcome(None)
-    except BaseException:
-        forms.undo()
-        raise
-    forms.finish()
-    reports = outcome.layers | looked_up.put(outcome.layers)
-    mark_quantized(model)
-    return QuantizationReport(
-        str(recipe),
-        layers=[reports[name] for name in (*plan.schemes, *embeddings)],
-        skipped=layers.skipped,
-        shares=layers.shares,
-        unreached=outcome.unreached,
-        whole_model=outcome.whole_model,
-    )
+    processes = Processes(process_group)
+    with processes.together():
+        recipe, choice = Recipe.parse(method), ObserverChoice.parse(observer)
+        check_backend(backend)
+        default = QuantScheme.parse(scheme)
+        parsed = {
+            pattern: None if value is None else QuantScheme.parse(value)
+            for pattern, value in (overrides or {}).items()
+        }
+        layers = plan_layers(model, default, include, exclude, parsed)
+        embeddings = {name: e.scheme for e in layers.embeddings for name in e.names}
+        check_methods(recipe, layers.schemes, calibrated=calibration is not None)
+        _check_observer(choice, layers.schemes)
+        _check_shared(recipe, processes, resume)
+        batches = _batches(model, calibration)
+        if batches is not None and not batches:
+            raise LayerError("calibration holds no batch")
+        plan = Plan(recipe, layers.schemes, batches, backend, check_kernels, choice, processes)
+        forms = LinearForms(model, plan.schemes)
+        try:
+            if format is not None:
+                kinds = _kinds(model, plan.schemes, forms)
+                check_holds(format, embedding_kinds(model, layers.embeddings))
+                check_writes(format, model, kinds)
+            for name in plan.schemes:
+                weight = cast(nn.Linear, model.get_submodule(name)).weight
+                rounding.check_weight(weight.detach(), f"{name}.weight")
+            looked_up = EmbeddingForms(model, layers.embeddings)
+            if processes.size > 1:
+                _check_alike(model, plan, embeddings)
+            folder = None if resume is None else _open_folder(resume, model, plan, embeddings)
+            outcome = drive(model, plan, progress, folder) if plan.schemes else Outcome(None)
+        except BaseException:
+            forms.undo()
+            raise
+        forms.finish()
+        reports = outcome.layers | looked_up.put(outcome.layers)
+        mark_quantized(model)
+        return QuantizationReport(
+            str(recipe),
+            layers=[reports[name] for name in (*plan.schemes, *embeddings)],
+            skipped=layers.skipped,
+            shares=layers.shares,
+            unreached=outcome.unreached,
+            whole_model=outcome.whole_model,
+        )
 
 
 def _kinds(
@@ -179,19 +198,53 @@ def _kinds(
     }
 
 
-def _open_folder(
-    folder: str | Path, model: nn.Module, plan: Plan, embeddings: Mapping[str, QuantScheme]
-) -> ResumeFolder:
-    batches = plan.batches
-    run = {
+def _identity(
+    model: nn.Module, plan: Plan, embeddings: Mapping[str, QuantScheme]
+) -> dict[str, Any]:
+    """What makes a run the same as another, but for its batches; with keys of `WHAT_DIFFERS`."""
+    return {
         "recipe": str(plan.recipe),
         "observer": str(plan.observer),
         "backend": plan.backend,
         "schemes": {name: str(scheme) for name, scheme in {**plan.schemes, **embeddings}.items()},
         "model": fingerprint_model(model),
-        "calibration": None if batches is None else fingerprint_batches(batches),
     }
-    return ResumeFolder(folder, run)
+
+
+def _open_folder(
+    folder: str | Path, model: nn.Module, plan: Plan, embeddings: Mapping[str, QuantScheme]
+) -> ResumeFolder:
+    batches = plan.batches
+    calibration = None if batches is None else fingerprint_batches(batches)
+    return ResumeFolder(folder, {**_identity(model, plan, embeddings), "calibration": calibration})
+
+
+def _check_shared(recipe: Recipe, processes: Processes, resume: str | Path | None) -> None:
+    """Raises where several processes cannot do this together."""
+    if processes.size == 1:
+        return
+    for part in recipe.parts:
+        if part.method.uses_batches:
+            raise LayerError(
+                f"{part} runs the calibration batches itself, which the processes of a "
+                "process_group do not share: leave process_group out"
+            )
+    if resume is not None:
+        raise LayerError("a folder to resume from is of one process: leave process_group out")
+
+
+def _check_alike(model: nn.Module, plan: Plan, embeddings: Mapping[str, QuantScheme]) -> None:
+    """Raises where processes were called with different arguments."""
+    calibration = None if plan.batches is None else "of its own"
+    own = {**_identity(model, plan, embeddings), "calibration": calibration}
+    first, *others = plan.processes.gather("run", own)
+    for number, other in enumerate(others, 1):
+        different = [WHAT_DIFFERS[key] for key in first if first[key] != other[key]]
+        if different:
+            raise LayerError(
+                f"process {number} of the process_group differs from process 0 in "
+                f"{' and '.join(different)}: give all of them the same"
+            )
 
 
 def _check_observer(choice: ObserverChoice, schemes: Mapping[str, QuantScheme]) -> None:

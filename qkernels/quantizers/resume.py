@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,7 +33,7 @@ RUN_FILE = "run.json"
 _VERSION = 2
 _ASIDE = ".tmp"
 
-_WHAT_DIFFERS = {
+WHAT_DIFFERS = {
     "version": "another version of qkernels",
     "recipe": "the recipe",
     "observer": "the observer",
@@ -64,7 +64,7 @@ class ResumeFolder:
 
     Args:
         folder: made where it is missing.
-        run: JSON values that say which run it is, with the keys of `_WHAT_DIFFERS`.
+        run: JSON values that say which run it is, with the keys of `WHAT_DIFFERS`.
 
     Raises:
         CheckpointError: for a folder of another run, naming what differs, of something else, or
@@ -170,7 +170,7 @@ class ResumeFolder:
         else:
             raise CheckpointError(f"{path} is damaged: remove {self._folder} to begin again")
         if different:
-            names = " and ".join(_WHAT_DIFFERS[key] for key in different)
+            names = " and ".join(WHAT_DIFFERS[key] for key in different)
             raise CheckpointError(
                 f"cannot resume from {self._folder}: it is of a run that differs in {names}; give "
                 "another folder, or the same arguments"
@@ -186,6 +186,14 @@ def fingerprint_model(model: nn.Module) -> str:
 def fingerprint_batches(batches: Iterable[Any]) -> str:
     """A hash of calibration batches: tensors, or tuples, lists and dicts that hold them."""
     return _hash(part for batch in batches for part in _leaves(batch))
+
+
+def digest_of_layers(layers: Mapping[str, nn.Module], rewritten: Mapping[str, Tensor]) -> str:
+    """A hash of every number in quantized layers, and in parameters beside them."""
+    tensors = [
+        part for layer in layers.values() for part in _tensors(cast(WQLinear, layer)).items()
+    ]
+    return _hash(part for item in (*tensors, *rewritten.items()) for part in item)
 
 
 def _leaves(value: Any) -> Iterator[object]:

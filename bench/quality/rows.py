@@ -1,0 +1,100 @@
+"""What is measured: a model, a scheme and a recipe in each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qkernels.errors import QuantizationError
+from qkernels.quantizers.methods import METHODS
+from qkernels.quantizers.recipe import Recipe
+from qkernels.scheme import QuantScheme
+
+LANGUAGE, ENCODER = "smollm2", "minilm"
+MODELS = (LANGUAGE, ENCODER)
+
+BASELINE = "rtn"
+"""The recipe whose loss others win back, and that none may be worse than."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration. Its name, "smollm2 w4a16-g64 gptq", is what patterns are matched with."""
+
+    model: str
+    scheme: str
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.scheme} {self.recipe}"
+
+    @staticmethod
+    def parse(name: str) -> Row:
+        """The row of a name.
+
+        Raises:
+            ValueError: for another model, or a name of fewer words.
+        """
+        words = name.split(maxsplit=2)
+        if len(words) < 3 or words[0] not in MODELS:
+            raise ValueError(
+                f"{name!r} is no row: write MODEL SCHEME RECIPE, MODEL one of {', '.join(MODELS)}"
+            )
+        return Row(*words)
+
+    def why_not(self) -> str | None:
+        """Why it cannot be measured: a recipe or a scheme that is not there; or None."""
+        try:
+            scheme = QuantScheme.parse(self.scheme)
+            for part in Recipe.parse(self.recipe).parts:
+                reason = part.method.why_not(scheme, part.parameters)
+                if reason is not None:
+                    return f"{part} does not make {scheme}: {reason}"
+        except QuantizationError as error:
+            return str(error)
+        return None
+
+
+_LEFT_OUT = ("obq",)
+"""Methods without a row: N K^3 operations a layer are 9e13 for this model, hours on two cores."""
+
+_OTHERS = tuple(name for name in METHODS if name not in (BASELINE, *_LEFT_OUT))
+_INTEGERS = (BASELINE, "rtn(grid=mse)", *_OTHERS)
+_DATA_FREE = (BASELINE, "rtn(grid=mse)")
+
+_RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
+    LANGUAGE: {
+        "w4a16-g64": _INTEGERS,
+        "w4a16-g64-sym": _INTEGERS,
+        "w3a16-g64": _INTEGERS,
+        "w2a16-g32": _INTEGERS,
+        "nf4-g64": (*_DATA_FREE, "gptq"),
+        "nf4-g64-dq": (BASELINE,),
+        "fp4-g64": (*_DATA_FREE, "gptq"),
+        "log4-g64": _DATA_FREE,
+        "binary-g64": _DATA_FREE,
+        "fp8e4m3-a16": _DATA_FREE,
+        "w8a16-g64-sym": _DATA_FREE,
+    },
+    ENCODER: {
+        "w8a16-g64-sym": (BASELINE,),
+        "w4a16-g64": _INTEGERS,
+        "w4a16-g64-sym": _INTEGERS,
+        "w3a16-g64": _INTEGERS,
+        "nf4-g64": _DATA_FREE,
+    },
+}
+"""model -> scheme -> recipes. A method that does not make the scheme has no row there."""
+
+
+def _rows() -> Iterator[Row]:
+    for model, schemes in _RECIPES.items():
+        for scheme, recipes in schemes.items():
+            for recipe in recipes:
+                row = Row(model, scheme, recipe)
+                if row.why_not() is None:
+                    yield row
+
+
+ROWS = tuple(_rows())

@@ -1,0 +1,118 @@
+"""What methods that run a model backwards share: its loss, and batches cut into steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.errors import QuantizationError
+
+_SLICE = 128
+"""Tokens whose log-probabilities are held in fp32 at a time: 25 MiB over a vocabulary of 49,152."""
+
+
+def pieces(batch: Any, size: int) -> list[Any]:
+    """A calibration batch cut into pieces of at most `size` sequences.
+
+    Whatever is a tensor with as many rows as the batch has sequences is cut; a batch whose first
+    tensor has no rows stays whole.
+    """
+    count = next((len(tensor) for tensor in _tensors(batch) if tensor.dim()), 0)
+    if count <= size:
+        return [batch]
+    return [_cut(batch, count, start, start + size) for start in range(0, count, size)]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _cut(value: Any, count: int, start: int, stop: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.dim() and len(value) == count else value
+    if isinstance(value, Mapping):
+        return {key: _cut(item, count, start, stop) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cut(item, count, start, stop) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Gradients on, and none of them for the model's own parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def output_of(result: Any) -> Tensor:
+    """What a model gives: logits, or else the first floating tensor.
+
+    Raises:
+        QuantizationError: where there is none.
+    """
+    logits = getattr(result, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    values: Sequence[Any] = list(result.values()) if isinstance(result, Mapping) else [result]
+    found = next((t for t in _tensors(values) if t.is_floating_point()), None)
+    if found is None:
+        raise QuantizationError(f"the model gives a {type(result).__name__} without any numbers")
+    return found
+
+
+def gives_logits(result: Any) -> bool:
+    """Whether `output_of` is logits of next tokens."""
+    return isinstance(getattr(result, "logits", None), Tensor)
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """The mean over tokens of KL(target || logits), in nats, fp32 [].
+
+    Args:
+        logits, target: [..., V]; the gradient reaches `logits` alone.
+    """
+    made: Tensor = _Divergence.apply(logits, target)
+    return made
+
+
+class _Divergence(torch.autograd.Function):
+    """Makes the gradient beside the loss, so that no slice is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        rows = logits.reshape(-1, logits.shape[-1])
+        targets = target.reshape(-1, target.shape[-1])
+        gradient = torch.empty_like(rows)
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for start in range(0, len(rows), _SLICE):
+            part = slice(start, start + _SLICE)
+            found = rows[part].float().log_softmax(dim=-1)
+            wanted = targets[part].float().log_softmax(dim=-1)
+            chances = wanted.exp()
+            total += (chances * (wanted - found)).sum(dtype=torch.float64)
+            gradient[part] = found.exp_().sub_(chances).div_(len(rows))
+        ctx.save_for_backward(gradient.view_as(logits))
+        return (total / len(rows)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None
