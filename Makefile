@@ -50,7 +50,7 @@ help:
 	@echo "make demo     quantize a real model, run it on WQLinear; results in $(OUT)/demo"
 	@echo "make test     run the tests"
 	@echo "make emulated run the tests of the CUDA kernels in their emulator; make test does it too"
-	@echo "make oracles  run the tests against the packages whose checkpoints are read and written"
+	@echo "make oracles  run the tests against the packages that others quantize with"
 	@echo "make architectures  quantize, save and load a tiny model of every class of Transformers"
 	@echo "make bench    time the kernels and their peers on this machine; results in $(OUT)/bench"
 	@echo "make quality  measure every method on real models, hours; results in $(OUT)/quality"

@@ -20,5 +20,9 @@ DEEP_LOGITS = 2**-5
 SAME_PERPLEXITY = 1e-5
 """Relative, in fp32 with the same weights: only the order of sums differs."""
 
+FOREIGN_LAYER_LOSS = 2**-7
+"""Of what a layer's output loses: GPTQ of which a row or two was rounded the other way."""
+FOREIGN_SCALES = 2**-22
+"""Of a scale in fp32 that two programs divide out of a group's range."""
 BIN_BOUND = 2**-7
 """Width of a histogram's bin, of its lower edge."""

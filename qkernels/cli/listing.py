@@ -58,10 +58,24 @@ def _methods() -> Table:
 
     rows = table("method", "what it is", "does", "parameters")
     for row in METHODS.values():
-        prepares = "prepares blocks" if row.prepare_block is not None else ""
-        quantizes = "quantizes layers" if row.quantize is not None else ""
-        does = ", ".join(part for part in (prepares, quantizes) if part)
-        rows.add_row(row.name, row.title, does, describe_parameters(row.parameters))
+        does = {
+            "prepares the model": row.prepare_model is not None,
+            "prepares blocks": row.prepare_block is not None,
+            "quantizes layers": row.quantize is not None,
+            "quantizes blocks": row.quantize_block is not None,
+            "finishes": row.finishes,
+        }
+        done = ", ".join(what for what, there in does.items() if there)
+        rows.add_row(row.name, row.title, done, describe_parameters(row.parameters))
+    return rows
+
+
+def _recipes() -> Table:
+    from qkernels.quantizers.methods import RECIPES
+
+    rows = table("recipe", "stands for")
+    for name, text in RECIPES.items():
+        rows.add_row(name, text)
     return rows
 
 
@@ -89,6 +103,7 @@ _TABLES: dict[str, Callable[[], Table]] = {
     "weights": _weight_types,
     "fields": _fields,
     "methods": _methods,
+    "recipes": _recipes,
     "observers": _observers,
     "formats": _formats,
     "kernels": _kernels,
@@ -114,7 +129,7 @@ def listing(
         Listed | None, typer.Argument(help="One of the tables; all of them unless named.")
     ] = None,
 ) -> None:
-    """List weight types, fields of weights, methods, observers, formats and kernels."""
+    """List weight types, fields of weights, methods, recipes, observers, formats and kernels."""
     console = output()
     for name, rows in _TABLES.items():
         if what is None or what.value == name:

@@ -27,6 +27,7 @@ from torch import Tensor
 from qkernels import rounding
 from qkernels.calibration.statistics import Needs
 from qkernels.quantizers import grids
+from qkernels.quantizers.columns import Columns, descend
 from qkernels.quantizers.hessian import MOST_DAMPING, damped_gram, gram_of
 from qkernels.quantizers.method import LayerTask, Method
 from qkernels.scheme import QuantScheme
@@ -62,6 +63,7 @@ class GptqParameters:
     true_sequential: bool = True
     drift: float = 0.5
     refit: bool = True
+    sweeps: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.damp_percent <= MOST_DAMPING:
@@ -97,6 +99,10 @@ def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
     )
     if parameters.refit:
         made = refit_scales(made, weight, gram)
+    for _ in range(parameters.sweeps):
+        made = descend(made, weight, damped.float())
+        if parameters.refit:
+            made = refit_scales(made, weight, gram)
     return made if perm is None else made.replace(perm=perm)
 
 
@@ -144,7 +150,7 @@ def _round_columns(
     scheme, k = fitted.scheme, fitted.k
     length = scheme.group_length(k)
     fields = {name: value.clone() for name, value in fitted.fields.items()}
-    columns = _Columns(fitted)
+    columns = Columns(fitted)
     # Columns are rows here, so that each lies in one piece.
     left = weight[:, order].t().contiguous()
     codes = torch.empty(k, fitted.n, dtype=torch.uint8, device=weight.device)
@@ -172,36 +178,6 @@ def _round_columns(
         left[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
         start = stop
     return QuantizedWeight(scheme=scheme, codes=codes.t().contiguous(), **fields)
-
-
-class _Columns:
-    """Rounds columns of a weight to nearest under its parameters."""
-
-    def __init__(self, parameters: WeightParameters) -> None:
-        self._scheme, n = parameters.scheme, parameters.n
-        self._scales = parameters.group_scales().t().contiguous()
-        zeros = parameters.group_zeros()
-        self._zeros = None if zeros is None else zeros.t().contiguous()
-        self._limits = [limit.t().contiguous() for limit in rounding.code_limits(parameters, 0, n)]
-
-    def take_group(self, group: int, part: WeightParameters) -> None:
-        """Gives a group the scales and zero points of `part`, a weight of these columns alone."""
-        self._scales[group] = part.group_scales()[:, 0]
-        zeros = part.group_zeros()
-        if self._zeros is not None and zeros is not None:
-            self._zeros[group] = zeros[:, 0]
-
-    def nearest(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        """Codes uint8 [N] and the values that they stand for, fp32 [N]."""
-        scheme, scale = self._scheme, self._scales[group]
-        scaled = column / rounding.nonzero(scale)
-        if scheme.weight.kind != "linear":
-            codes = rounding.nearest_codes(scaled, scheme)
-            return codes, code_values(scheme, codes) * scale
-        zero = scheme.implied_zero if self._zeros is None else self._zeros[group]
-        low, high = (limit[group] for limit in self._limits)
-        rounded = scaled.add_(zero).round_().clamp_(low, high)
-        return rounded.to(torch.uint8), (rounded - zero) * scale
 
 
 def refit_scales(made: QuantizedWeight, weight: Tensor, gram: Tensor) -> QuantizedWeight:

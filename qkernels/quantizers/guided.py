@@ -21,6 +21,9 @@ from qkernels.calibration.forwards import run_batch
 from qkernels.quantizers.gradients import frozen, gives_logits, output_of, pieces
 from qkernels.quantizers.method import Method, ModelTask
 
+_SLICE = 256
+"""Tokens whose log-probabilities are held in fp32 at a time."""
+
 
 @dataclass(frozen=True)
 class GuidedParameters:
@@ -94,11 +97,12 @@ def _loss(result: Any, generator: torch.Generator) -> Tensor:
         return (output.float() * signs.to(output.device)).sum()
     rows = output.reshape(-1, output.shape[-1])
     total = rows.new_zeros((), dtype=torch.float32)
-    for part in rows.split(1024):
+    for part in rows.split(_SLICE):
         scores = part.float().log_softmax(dim=-1)
-        # One draw of the distribution: the largest of Gumbel noise and log-probability.
-        noise = torch.rand(scores.shape, generator=generator).clamp_(min=1e-20).log_().neg_().log_()
-        drawn = (scores.detach() - noise.to(scores.device)).argmax(dim=-1, keepdim=True)
+        # Where a number from 0 to 1 falls among the sums of chances.
+        sums = scores.detach().exp().cumsum(dim=-1)
+        places = torch.rand(len(part), 1, generator=generator).to(sums.device) * sums[:, -1:]
+        drawn = torch.searchsorted(sums, places).clamp_(max=sums.shape[-1] - 1)
         total = total - scores.gather(1, drawn).sum()
     return total
 

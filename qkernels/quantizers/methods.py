@@ -1,4 +1,4 @@
-"""The table of quantization methods, read by recipes, the driver, the command line and the docs."""
+"""The tables of methods and of named recipes, read by recipes, the driver, the CLI and the docs."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ METHODS: dict[str, Method] = {row.name: row for row in (AWQ, DISTILL, GPTQ, GUID
 
 LAST = RTN.name
 """What quantizes the layers where a recipe only prepares, and those that calibration never saw."""
+
+RECIPES = {
+    "best": "guided+gptq+distill",
+    "fast": "gptq",
+}
+"""Recipes by a name of their own, chosen by what they gave on a model; see docs/methods.md."""

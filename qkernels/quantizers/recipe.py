@@ -7,7 +7,7 @@ from typing import Any
 
 from qkernels.errors import RecipeError
 from qkernels.quantizers.method import Method
-from qkernels.quantizers.methods import LAST, METHODS
+from qkernels.quantizers.methods import LAST, METHODS, RECIPES
 from qkernels.spelling import CHOICE, parse_parameters, spell_choice
 
 
@@ -36,14 +36,15 @@ class Recipe:
     def parse(text: str | Recipe) -> Recipe:
         """The recipe that `text` spells; a recipe is returned as it is.
 
-        Where no method quantizes, rounding to nearest does.
+        Where no method quantizes, rounding to nearest does. A name of `methods.RECIPES` alone
+        stands for what that spells.
 
         Raises:
             RecipeError: naming the part that is wrong, with what is accepted.
         """
         if isinstance(text, Recipe):
             return text
-        parts = _parse(text)
+        parts = _parse(RECIPES.get(text.strip(), text) if isinstance(text, str) else text)
         quantizing = [part.method.name for part in parts if part.method.quantizes]
         if len(quantizing) > 1:
             raise RecipeError(
@@ -107,6 +108,9 @@ def _parse(text: str) -> list[Part]:
 def _part(text: str, name: str, arguments: str | None) -> Part:
     method = METHODS.get(name)
     if method is None:
-        raise RecipeError(f"method {name!r} is not one of {', '.join(METHODS)}")
+        if name in RECIPES:
+            raise RecipeError(f"recipe {text!r}: {name} is a whole recipe, so it stands alone")
+        known = ", ".join((*METHODS, *RECIPES))
+        raise RecipeError(f"method {name!r} is not one of {known}")
     where = f"recipe {text!r}"
     return Part(method, parse_parameters(f"method {name}", method.parameters, arguments, where))

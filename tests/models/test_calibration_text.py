@@ -37,6 +37,12 @@ def test_a_short_text_gives_what_there_is():
     assert only.tolist() == [[ord(c) for c in "It is."]]
 
 
+def test_the_shipped_text_fills_most_of_the_sequences():
+    # A token a character here; a tokenizer of words takes four characters a token.
+    batches = calibration_batches(tiny_tokenizer(), length=2048)
+    assert sum(len(batch) for batch in batches) == 128
+
+
 def test_the_shipped_text_is_the_default(monkeypatch, tmp_path):
     file = tmp_path / "calibration.txt"
     file.write_text("It is.")

@@ -1,5 +1,6 @@
 """What the tests against real packages share: skips, programs with a time limit, random layers."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,6 +24,13 @@ def package(name: str) -> ModuleType:
     """The package; the test is skipped where it cannot be imported."""
     reason = f"{name} is not installed: make oracles installs it"
     return pytest.importorskip(name, reason=reason, exc_type=ImportError)
+
+
+def require(*names: str) -> None:
+    """Skips the test where one of the packages is not installed; imports none."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: make oracles installs it")
 
 
 def run(program: str, *arguments: object, seconds: int = SECONDS) -> str:

@@ -13,7 +13,7 @@ from qkernels.quantizers.awq import AWQ
 from qkernels.quantizers.gptq import GPTQ
 from qkernels.quantizers.hqq import HQQ
 from qkernels.quantizers.method import Method
-from qkernels.quantizers.methods import METHODS
+from qkernels.quantizers.methods import METHODS, RECIPES
 from qkernels.quantizers.obq import OBQ
 from qkernels.quantizers.recipe import Recipe
 from qkernels.quantizers.rtn import RTN
@@ -46,8 +46,10 @@ def methods(monkeypatch):
     other = Method(name="other", title="", prepare_block=prepare)
     learned = Method(name="learned", title="", parameters=Parameters, quantize=quantize)
     both = Method(name="both", title="", prepare_block=prepare, quantize=quantize)
-    for row in (smooth, other, learned, both):
+    finished = Method(name="finished", title="", finish=lambda task, parameters: {})
+    for row in (smooth, other, learned, both, finished):
         monkeypatch.setitem(METHODS, row.name, row)
+    monkeypatch.setitem(RECIPES, "named", "smooth(alpha=0.25)+learned")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,10 @@ def methods(monkeypatch):
     [
         ("rtn", "rtn"),
         (" rtn ( ) ", "rtn"),
+        ("finished", "rtn+finished"),
+        ("smooth+finished", "smooth+rtn+finished"),
+        ("other+learned+finished", "other+learned+finished"),
+        (" named ", "smooth(alpha=0.25)+learned"),
         ("learned(alpha=0.5)", "learned"),
         ("learned(order=static,alpha=.25)", "learned(alpha=0.25, order=static)"),
         ("learned( steps = 3 , fold=false, text=a b)", "learned(steps=3, fold=false, text=a b)"),
@@ -84,7 +90,7 @@ def test_values_have_the_types_of_their_defaults():
     [
         (
             "magic",
-            "method 'magic' is not one of awq, gptq, hqq, obq, rtn, smooth, other, learned, both",
+            "method 'magic' is not one of awq, ",
         ),
         ("rtn+magic", "method 'magic' is not one of"),
         ("other(x=1)", "method other has no parameter 'x': it takes none"),
@@ -100,6 +106,9 @@ def test_values_have_the_types_of_their_defaults():
         ("smooth(alpha=0.1,)", "'' is not parameter=value"),
         ("rtn+learned", "rtn and learned quantize the layers: choose one"),
         ("both+smooth", "both quantizes the layers, so what prepares them must come before it"),
+        ("finished+learned", "finished works on the quantized model, so it must come last"),
+        ("named+finished", "named is a whole recipe, so it stands alone"),
+        ("named(a=1)", "named is a whole recipe, so it stands alone"),
         ("rtn+rtn", "rtn and rtn quantize the layers: choose one"),
         ("smooth+smooth", "names smooth twice"),
         ("", "does not parse at ''"),

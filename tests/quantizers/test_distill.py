@@ -1,0 +1,151 @@
+"""Distillation: gradients against plain autograd, and what it gains on a tiny model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qkernels as qk
+from qkernels import rounding
+from qkernels.errors import LayerError, RecipeError
+from qkernels.quantizers.distill import _Trained
+from qkernels.quantizers.gradients import divergence, pieces
+from tests.bounds import SUM_BOUND
+from tests.plain_model import snapshot, unchanged
+from tests.tiny_model import VOCABULARY, tiny_model
+
+
+def calibration(batches=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (4, 24), generator=generator) for _ in range(batches)]
+
+
+@torch.no_grad()
+def divergence_of(model, ids):
+    return float(divergence(model(ids).logits, tiny_model()(ids).logits))
+
+
+def quantized_weight(scheme, n=24, k=80):
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
+    return weight, rounding.quantize(weight, qk.QuantScheme.parse(scheme))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-g32-sym", "nf4-g32", "w8a16", "fp8"])
+def test_scales_get_the_gradients_of_the_dequantized_product(scheme):
+    _, hub = quantized_weight(scheme)
+    x = torch.randn(5, 80, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    wanted = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
+    layer = _Trained(hub, None)
+    (layer.forward(x) * wanted).sum().backward()
+    got, got_x = layer.factors.grad, x.grad.clone()
+    x.grad = None
+
+    # The same by autograd through the formula.
+    length, groups = hub.scheme.group_length(80), hub.scheme.groups(80)
+    factors = torch.ones(24, groups, requires_grad=True)
+    weight = hub.dequantize() * factors.repeat_interleave(length, dim=1)[:, :80]
+    (F.linear(x, weight) * wanted).sum().backward()
+    assert (got - factors.grad).norm() <= SUM_BOUND * factors.grad.norm() * 80
+    assert (got_x - x.grad).norm() <= SUM_BOUND * x.grad.norm() * 80
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w3a16-g32-sym"])
+def test_offsets_move_codes_to_their_neighbours(scheme):
+    weight, hub = quantized_weight(scheme)
+    layer = _Trained(hub, weight)
+    assert torch.equal(layer.result().codes, hub.codes)
+    with torch.no_grad():
+        layer.offsets += 0.6
+    moved = layer.result().codes.int() - hub.codes.int()
+    largest = (1 << hub.scheme.bits) - 1
+    assert set(moved.unique().tolist()) <= {0, 1} and moved.sum() > 0
+    assert int(layer.result().codes.max()) == largest
+    with torch.no_grad():
+        layer.offsets -= 1.2
+    moved = layer.result().codes.int() - hub.codes.int()
+    assert set(moved.unique().tolist()) <= {0, -1} and moved.sum() < 0
+
+
+def test_the_divergence_and_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, 17, generator=generator, requires_grad=True)
+    target = torch.randn(300, 17, generator=generator)
+    loss = divergence(logits, target)
+    (gradient,) = torch.autograd.grad(3 * loss, logits)
+    exact = F.kl_div(
+        logits.double().log_softmax(1), target.double().log_softmax(1), log_target=True,
+        reduction="batchmean",
+    )  # fmt: skip
+    (wanted,) = torch.autograd.grad(3 * exact, logits)
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=SUM_BOUND * 16)
+    assert (gradient - wanted).norm() <= SUM_BOUND * wanted.norm() * 16
+    assert float(divergence(target, target)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "recipe", ["distill(steps=48, lr=0.005)", "distill(steps=48, rounding=0.05)"]
+)
+def test_the_model_comes_nearer_to_the_dense_one(recipe):
+    ids = calibration()[0]
+    plain, taught = tiny_model(), tiny_model()
+    qk.quantize_model(plain, "rtn", "w3a16-g32", calibration=calibration())
+    report = qk.quantize_model(taught, "rtn+" + recipe, "w3a16-g32", calibration=calibration())
+    assert divergence_of(taught, ids) < 0.95 * divergence_of(plain, ids)
+    assert report.method.startswith("rtn+distill") and report.layers[0].method == report.method
+    assert all(parameter.requires_grad for parameter in taught.parameters())
+
+
+def test_twice_is_the_same():
+    first, second = tiny_model(), tiny_model()
+    for model in (first, second):
+        qk.quantize_model(model, "distill(steps=5)", "w4a16-g32", calibration=calibration())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+def test_codes_stay_unless_they_are_asked_to_move():
+    plain, taught = tiny_model(), tiny_model()
+    qk.quantize_model(plain, "rtn", "w4a16-g32", calibration=calibration())
+    qk.quantize_model(taught, "distill(steps=4)", "w4a16-g32", calibration=calibration())
+    names = [n for n, m in plain.named_modules() if isinstance(m, qk.WQLinear)]
+    differing = 0
+    for name in names:
+        before = plain.get_submodule(name).to_weight()
+        after = taught.get_submodule(name).to_weight()
+        assert torch.equal(before.codes, after.codes)
+        differing += int((before.scales != after.scales).sum())
+    assert differing
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_model()
+    before = snapshot(model)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qkernels.quantizers.distill.divergence", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        qk.quantize_model(model, "distill", "w4a16-g32", calibration=calibration())
+    unchanged(model, before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_mistakes_are_named():
+    with pytest.raises(LayerError, match="distill learns from inputs"):
+        qk.quantize_model(tiny_model(), "distill", "w4a16-g32")
+    with pytest.raises(RecipeError, match="distill works on the quantized model"):
+        qk.quantize_model(tiny_model(), "distill+gptq", calibration=calibration())
+    with pytest.raises(RecipeError, match="lr must be in"):
+        qk.quantize_model(tiny_model(), "distill(lr=2)", calibration=calibration())
+
+
+def test_batches_are_cut_by_sequences():
+    ids = torch.arange(10).view(5, 2)
+    mask = torch.ones(5, 2)
+    cut = pieces({"input_ids": ids, "mask": mask, "scale": torch.tensor(2.0)}, 2)
+    assert [len(p["input_ids"]) for p in cut] == [2, 2, 1]
+    assert torch.equal(torch.cat([p["input_ids"] for p in cut]), ids)
+    assert all(p["scale"] == 2 and len(p["mask"]) == len(p["input_ids"]) for p in cut)
+    assert pieces(ids, 5)[0] is ids
