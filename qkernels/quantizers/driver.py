@@ -25,6 +25,7 @@ from qkernels.errors import LayerError, QuantizationError
 from qkernels.modules import WQLinear
 from qkernels.progress import Progress
 from qkernels.quantizers.changes import Changes
+from qkernels.quantizers.hessian import warn_of_few
 from qkernels.quantizers.method import BlockTask, LayerTask, ModelTask
 from qkernels.quantizers.methods import LAST, METHODS
 from qkernels.quantizers.recipe import Part, Recipe
@@ -131,6 +132,7 @@ class _Run:
         self._model, self._plan, self._changes = model, plan, changes
         self._progress, self._folder, self._processes = progress, folder, plan.processes
         self._outcome = Outcome(whole)
+        self._warned = False
         self._row_weights: dict[str, dict[int, Tensor]] = {}
         self._blocks = find_blocks(model, plan.schemes)
         for part in plan.recipe.parts:
@@ -300,6 +302,8 @@ class _Run:
         for name, inputs in found.items():
             if not inputs.finite:
                 raise LayerError(f"{name}: a calibration batch gives it inputs that are not finite")
+            if not self._warned:
+                self._warned = warn_of_few(name, inputs, layers[name].in_features, str(part))
         return found
 
     def _prepare(self, part: Part, block: Block, layers: Mapping[str, nn.Linear]) -> None:

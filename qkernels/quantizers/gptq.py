@@ -11,7 +11,8 @@ With H = x^T x over calibration inputs and U the upper Cholesky factor of its in
 which gives, at drift = 1, the dense model's outputs from the inputs that quantized blocks give
 (the corrected weight of QEP, Arai & Ichikawa 2025; the cross term of GPTAQ and Qronos). When the
 codes are there, the scales of each row are solved for: a quadratic in as many scales as the row has
-groups.
+groups. Sweeps of coordinate descent follow (the greedy updates of QuIP, Chee et al. 2023): each
+code in turn becomes the one that leaves the least error beside all others.
 """
 
 from __future__ import annotations
@@ -55,21 +56,24 @@ class GptqParameters:
     true_sequential: each layer of a block behind the quantized ones before it.
     drift: how much of the error of earlier blocks is made up for, 0 to 1.
     refit: solve for the scales when the codes are there.
+    sweeps: of coordinate descent over the codes, each followed by `refit`.
     """
 
     act_order: Literal["off", "static", "full"] = "static"
     grid: grids.Grid = "hessian"
     damp_percent: float = 0.01
-    true_sequential: bool = True
-    drift: float = 0.5
+    true_sequential: bool = False
+    drift: float = 0.0
     refit: bool = True
-    sweeps: int = 0
+    sweeps: int = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.damp_percent <= MOST_DAMPING:
             raise ValueError(f"damp_percent must be in (0, 1], got {self.damp_percent:g}")
         if not 0 <= self.drift <= 1:
             raise ValueError(f"drift must be in [0, 1], got {self.drift:g}")
+        if self.sweeps < 0:
+            raise ValueError(f"sweeps must be 0 or more, got {self.sweeps}")
 
 
 def _statistics(scheme: QuantScheme, parameters: GptqParameters) -> Needs:

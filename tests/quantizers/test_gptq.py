@@ -1,5 +1,8 @@
 """GPTQ and OBQ against their formulas, column by column in float64."""
 
+import warnings
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from qkernels import rounding
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.errors import LayerError, RecipeError
 from qkernels.quantizers import grids
+from qkernels.quantizers.columns import descend
 from qkernels.quantizers.gptq import GPTQ, GptqParameters, refit_scales
 from qkernels.quantizers.method import LayerTask
 from qkernels.quantizers.obq import OBQ, ObqParameters
@@ -17,7 +21,7 @@ from tests.plain_model import Model, snapshot, unchanged
 from tests.schemes import ALL
 
 N, K, ROWS = 24, 80, 300
-PLAIN = {"grid": "minmax", "drift": 0.0, "refit": False}
+PLAIN = {"grid": "minmax", "drift": 0.0, "refit": False, "sweeps": 0}
 
 
 def correlated_inputs(k=K, rows=ROWS, seed=0):
@@ -110,6 +114,43 @@ def test_drift_makes_up_for_inputs_that_have_moved():
         errors.append(output_error(made, x, dense @ weight.T))
     assert errors[1] < 0.6 * errors[0]
     assert errors[2] < 0.2 * errors[0]
+
+
+def loss_of(made, weight, gram):
+    error = (made.dequantize() - weight).double()
+    return float(((error @ gram.double()) * error).sum())
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g16", "w3a16-g48-sym", "nf4-g16", "w2a16"])
+@pytest.mark.parametrize("k", [80, 270])
+def test_a_sweep_takes_each_code_to_its_least_error(scheme, k):
+    weight, x = weight_of(k=k), correlated_inputs(k)
+    gram = x.T @ x / len(x)
+    made = rounding.quantize(weight, QuantScheme.parse(scheme))
+    losses = [loss_of(made, weight, gram)]
+    for _ in range(12):
+        made = descend(made, weight, gram)
+        losses.append(loss_of(made, weight, gram))
+    assert losses[1] < 0.7 * losses[0]
+    assert all(b <= a * (1 + 1e-5) for a, b in pairwise(losses))
+    # At the end no code that is one off is better.
+    for row, column in ((0, 3), (5, k - 1), (11, k // 2)):
+        for step in (-1, 1):
+            code = int(made.codes[row, column]) + step
+            if 0 <= code < 1 << made.scheme.bits:
+                codes = made.codes.clone()
+                codes[row, column] = code
+                other = loss_of(made.replace(codes=codes), weight, gram)
+                assert other >= losses[-1] * (1 - 1e-5)
+
+
+def test_sweeps_leave_less_error():
+    weight, x = weight_of(k=304), correlated_inputs(304)
+    gram, losses = x.T @ x / len(x), []
+    for sweeps in (0, 1, 3):
+        made = GPTQ.quantize(task_of(weight, "w3a16-g48", x), GptqParameters(sweeps=sweeps))
+        losses.append(loss_of(made, weight, gram))
+    assert losses[2] < losses[1] < 0.97 * losses[0]
 
 
 def test_refitted_scales_are_the_least_squares_of_their_row():
@@ -280,6 +321,7 @@ def test_what_calibration_must_give_is_named(recipe):
     [
         ("gptq(damp_percent=0)", "damp_percent"),
         ("gptq(drift=2)", "drift"),
+        ("gptq(sweeps=-1)", "sweeps"),
         ("gptq(act_order=yes)", "one of off, static, full"),
         ("obq(damp_percent=nan)", "damp_percent"),
     ],
@@ -287,3 +329,20 @@ def test_what_calibration_must_give_is_named(recipe):
 def test_parameters_out_of_range_are_named(text, what):
     with pytest.raises(RecipeError, match=what):
         Recipe.parse(text)
+
+
+@pytest.mark.parametrize("tokens", [72 * 4 - 1, 96 * 4 - 1, 96 * 4])
+def test_too_few_inputs_are_warned_of_once(tokens):
+    batches = [torch.arange(tokens).view(1, -1) % 50]
+    name, k = ("blocks.0.up", 72) if tokens < 72 * 4 else ("blocks.0.down", 96)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        qk.quantize_model(Model(), "gptq", "w4a16-g24", calibration=batches)
+        qk.quantize_model(Model(), "rtn", "w8a8-static", calibration=batches)
+    said = [str(w.message) for w in caught if "calibration tokens" in str(w.message)]
+    if tokens >= 96 * 4:
+        assert said == []
+    else:
+        assert len(said) == 1
+        assert said[0].startswith(f"{name} met {tokens} calibration tokens, and each has {k} ")
+        assert f"gptq learns from so few what holds for them alone. Give {4 * k} tok" in said[0]
