@@ -150,7 +150,7 @@ SHRUNK = Method(name="shrunk", title="ranges made smaller", parameters=Shrink, q
 
 
 def test_a_method(tmp_path, monkeypatch):
-    with pytest.raises(QuantizationError, match="'shrunk' is not one of awq, "):
+    with pytest.raises(QuantizationError, match="'shrunk' is not one of autoround, awq, "):
         qk.quantize_model(tiny_model(), "shrunk")
     monkeypatch.setitem(METHODS, "shrunk", SHRUNK)
     model, _, report = journey(

@@ -25,6 +25,7 @@ namespace {
 
 struct Detected {
   Isa isa = Isa::kPortable;
+  bool bf16_products = false;
   const char* missing = "";  // what the next level needs
 };
 
@@ -64,10 +65,11 @@ Detected detect() {
   const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
   if (!avx512 || !bit(c, 11) || (saved & kZmm) != kZmm) return found;
   found.isa = Isa::kAvx512;
+  const bool amx = bit(d, 22) && bit(d, 24) && bit(d, 25);
+  found.bf16_products = __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
   found.missing = "this CPU has no AMX with bf16 and int8";
-  if (!bit(d, 22) || !bit(d, 24) || !bit(d, 25)) return found;
   // Conversions to bf16, which every CPU with tiles has.
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return found;
+  if (!amx || !found.bf16_products) return found;
   found.missing = "the operating system does not let this process use AMX tiles";
   if ((saved & kTiles) != kTiles || !tiles_permitted()) return found;
   found.isa = Isa::kAmx;
@@ -87,6 +89,8 @@ const Detected& detected() {
 }
 
 }  // namespace
+
+bool has_bf16_products() { return detected().bf16_products; }
 
 Isa detected_isa() { return detected().isa; }
 

@@ -16,6 +16,9 @@ constexpr int kIsaCount = 4;
 
 const char* name_of(Isa isa);
 
+// Whether products of pairs of bf16 belong to its AVX-512, as they do wherever there is AMX.
+bool has_bf16_products();
+
 // The highest level that this machine runs; asks the system for AMX once.
 Isa detected_isa();
 

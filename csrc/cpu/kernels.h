@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cpu/calibration.h"
 #include "cpu/isa.h"
 #include "cpu/weight.h"
 
@@ -118,6 +119,13 @@ struct Kernels {
                           int64_t k, const Weight& weight, int terms, bool in_order, uint16_t* out);
   // A row of int8 x [columns] into its row of the tiles, `out` being where that begins.
   void (*pack_int8_row)(const int8_t* x, int64_t columns, int8_t* out);
+
+  // 16 rows of one group; `scratch` holds job.scratch() floats at a multiple of 64 bytes.
+  void (*search_scales)(const ScaleSearch& job, int64_t panel, int64_t group, float* scratch);
+  // 16 rows; `scratch` holds 16 * columns floats at a multiple of 64 bytes.
+  void (*round_columns)(const ColumnRounding& job, int64_t panel, float* scratch);
+  // Null in plain C++, and the second without AVX-512 for bf16.
+  ProductKernel fp32_product, bf16_product;
 
   // See bursts.h; bf16_burst is null without tiles.
   int64_t (*fp32_burst)(int64_t repeats);

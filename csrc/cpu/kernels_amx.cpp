@@ -20,6 +20,7 @@ QK_TARGET(
 #include "cpu/vector_kernels.h"
 //
 #include "cpu/grouped_tiles.h"
+#include "cpu/product_tiles.h"
 #include "cpu/whole_tiles.h"
 
 namespace qkernels::cpu {
@@ -74,8 +75,12 @@ int64_t tile_scratch(int64_t m, int64_t panels) {
 
 }  // namespace
 
+ProductKernel avx512_bf16_product();
+
 Kernels amx_kernels() {
   Kernels table = vector_kernels<Avx512>();
+  table.fp32_product = multiply_panels<Avx512, Fp32Step<Avx512>, 8>;
+  if (has_bf16_products()) table.bf16_product = avx512_bf16_product();
   table.float_tiles = float_tiles;
   table.int8_tiles = int8_tiles;
   table.tile_scratch = tile_scratch;

@@ -10,11 +10,17 @@
 QK_TARGET("avx2,fma,f16c")
 
 #include "cpu/vector_avx2.h"
+//
+#include "cpu/product_tiles.h"
 #include "cpu/vector_kernels.h"
 
 namespace qkernels::cpu {
 
-Kernels avx2_kernels() { return vector_kernels<Avx2>(); }
+Kernels avx2_kernels() {
+  Kernels table = vector_kernels<Avx2>();
+  table.fp32_product = multiply_panels<Avx2, Fp32Step<Avx2>, 2>;
+  return table;
+}
 
 }  // namespace qkernels::cpu
 

@@ -15,11 +15,20 @@
 QK_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 
 #include "cpu/vector_avx512.h"
+//
+#include "cpu/product_tiles.h"
 #include "cpu/vector_kernels.h"
 
 namespace qkernels::cpu {
 
-Kernels avx512_kernels() { return vector_kernels<Avx512>(); }
+ProductKernel avx512_bf16_product();
+
+Kernels avx512_kernels() {
+  Kernels table = vector_kernels<Avx512>();
+  table.fp32_product = multiply_panels<Avx512, Fp32Step<Avx512>, 8>;
+  if (has_bf16_products()) table.bf16_product = avx512_bf16_product();
+  return table;
+}
 
 }  // namespace qkernels::cpu
 

@@ -104,13 +104,21 @@ class Quotient {
   explicit Quotient(float scale)
       : scale_(V::broadcast(scale)),
         reciprocal_(V::broadcast(1.0f / scale)),
-        divides_(!V::kFused || !(scale > 0x1p-60f && scale < 0x1p60f)) {}
+        divides_(!is_exact(scale)) {}
+
+  static bool is_exact(float scale) { return V::kFused && scale > 0x1p-60f && scale < 0x1p60f; }
+
+  // With a scale for which that holds, and its reciprocal.
+  static QK_INLINE typename V::F exact(typename V::F x, typename V::F scale,
+                                       typename V::F reciprocal) {
+    const auto near = V::mul(x, reciprocal);
+    if (QK_FAULT(quotient_not_corrected)) return near;
+    return V::fma(V::fnma(near, scale, x), reciprocal, near);
+  }
 
   QK_INLINE typename V::F operator()(typename V::F x) const {
     if (divides_) return V::div(x, scale_);
-    const auto near = V::mul(x, reciprocal_);
-    if (QK_FAULT(quotient_not_corrected)) return near;
-    return V::fma(V::fnma(near, scale_, x), reciprocal_, near);
+    return exact(x, scale_, reciprocal_);
   }
 
  private:

@@ -17,6 +17,7 @@
 // Loops over arrays of registers must be unrolled whole for these to be registers.
 #define QK_UNROLL QK_PRAGMA(GCC unroll 16)
 #define QK_INLINE inline __attribute__((always_inline))
+#define QK_LAMBDA_INLINE __attribute__((always_inline))
 
 // Asks for the line that holds `p`, which need not be an address of anything: into the L1 cache,
 // for what is read soon, or into the L2 cache, which can wait for more lines at once.

@@ -63,6 +63,17 @@ struct Avx512 {
   static QK_INLINE F fnma(F x, F y, F z) { return _mm512_fnmadd_ps(x, y, z); }
   static QK_INLINE F min(F x, F y) { return _mm512_min_ps(x, y); }
   static QK_INLINE F max(F x, F y) { return _mm512_max_ps(x, y); }
+  // x < y ? yes : no
+  static QK_INLINE F select_less(F x, F y, F yes, F no) {
+    return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), yes);
+  }
+  // Whole numbers: the nearest, half to even, and the next below.
+  static QK_INLINE F nearest(F x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static QK_INLINE F floor(F x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  }
   static QK_INLINE F zero_nan(F x) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x);
   }

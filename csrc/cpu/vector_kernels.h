@@ -3,9 +3,11 @@
 #pragma once
 
 #include "cpu/bursts.h"
+#include "cpu/column_rounding.h"
 #include "cpu/float_rows.h"
 #include "cpu/int8_rows.h"
 #include "cpu/quantize_rows.h"
+#include "cpu/scale_search.h"
 
 namespace qkernels::cpu {
 
@@ -22,6 +24,8 @@ Kernels vector_kernels() {
   table.quantize_row = quantize_row<V>;
   table.quantize_row_asymmetric = quantize_row_asymmetric<V>;
   table.largest_bits = largest_bits<V>;
+  table.search_scales = search_scales<V>;
+  table.round_columns = round_columns<V>;
   table.fp32_burst = fp32_burst<V>;
   table.int8_burst = int8_burst<V>;
   table.read_burst = read_burst<V>;

@@ -151,6 +151,21 @@ struct Portable {
   static F max(F a, F b) {
     return make_f([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
+  // a < b ? yes : no
+  static F select_less(F a, F b, F yes, F no) {
+    return make_f([&](int i) { return a.lane[i] < b.lane[i] ? yes.lane[i] : no.lane[i]; });
+  }
+  // Whole numbers: the nearest, half to even, and the next below.
+  static F nearest(F a) {
+    // From 2^22 on the sum might not be exact, and from 2^23 on there are no others.
+    return make_f([&](int i) {
+      const float whole = (a.lane[i] + 0x1.8p23f) - 0x1.8p23f;
+      return std::fabs(a.lane[i]) < 0x1p22f ? whole : std::rint(a.lane[i]);
+    });
+  }
+  static F floor(F a) {
+    return make_f([&](int i) { return std::floor(a.lane[i]); });
+  }
   // a, and 0 where it is NaN
   static F zero_nan(F a) {
     return make_f([&](int i) { return a.lane[i] == a.lane[i] ? a.lane[i] : 0.0f; });

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qkernels.backends.cpu_calibration import transposed_product
 from qkernels.calibration.observers import ObserverChoice
 
 SAMPLE_ROWS = 256
@@ -105,8 +106,7 @@ class Gram:
     @staticmethod
     def product(x: Tensor, dense: Tensor | None) -> Tensor:
         """What rows [T, K] add to the sum, fp32 [K, K]."""
-        x = x.float()
-        return x.t() @ x
+        return transposed_product(x, x)
 
     def take(self, product: Tensor) -> None:
         """Takes in rows by what they add."""
@@ -132,7 +132,7 @@ class Drift(Gram):
         assert dense is not None, "of pairs of inputs"
         x = x.float()
         # The difference is taken first: it is small beside both.
-        return (dense.float() - x).t() @ x
+        return transposed_product(dense.float() - x, x)
 
 
 STATISTICS: dict[str, Callable[[int], Statistic]] = {

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from qkernels import rounding
+from qkernels.backends.cpu_calibration import transposed_product
 from qkernels.calibration.neighbours import Neighbours, find_neighbours, still_neighbours
 from qkernels.calibration.statistics import Needs
 from qkernels.calibration.walks import Walk
@@ -110,14 +112,25 @@ class _Consumer:
         """|x E^T|^2 / |x W^T|^2 where the weight is rounded with its columns times `factor`."""
         scaled = self.weight * factor
         fitted = rounding.fit(scaled, self.scheme, activation_scale=_any_scale(self.scheme))
-        lost = kept = 0.0
+        lost = 0.0
         for start, stop in row_slices(*scaled.shape):
             codes = rounding.encode_rows(scaled[start:stop], fitted, start)
-            rows = self.weight[start:stop]
-            error = fitted.dequantize_rows(codes, start).div_(factor).sub_(rows)
-            lost += float(((error @ self.gram) * error).sum())
-            kept += float(((rows @ self.gram) * rows).sum())
-        return lost / kept if kept else 0.0
+            error = fitted.dequantize_rows(codes, start).div_(factor)
+            lost += _squared_output(error.sub_(self.weight[start:stop]), self.gram)
+        return lost / self.kept if self.kept else 0.0
+
+    @cached_property
+    def kept(self) -> float:
+        """|x W^T|^2."""
+        return sum(
+            _squared_output(self.weight[start:stop], self.gram)
+            for start, stop in row_slices(*self.weight.shape)
+        )
+
+
+def _squared_output(rows: Tensor, gram: Tensor) -> float:
+    """|x R^T|^2 of rows R [N, K]: the sum over R^T R times `gram`, of which half is computed."""
+    return float((transposed_product(rows, rows) * gram).sum())
 
 
 def _any_scale(scheme: QuantScheme) -> float | None:

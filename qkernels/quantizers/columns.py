@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qkernels import rounding
+from qkernels.backends import cpu_calibration
 from qkernels.weight import QuantizedWeight, WeightParameters, code_values
 
 BLOCK = 128
@@ -17,6 +18,7 @@ class Columns:
 
     def __init__(self, parameters: WeightParameters) -> None:
         self._scheme, n = parameters.scheme, parameters.n
+        self._length = parameters.scheme.group_length(parameters.k)
         self._scales = parameters.group_scales().t().contiguous()
         zeros = parameters.group_zeros()
         self._zeros = None if zeros is None else zeros.t().contiguous()
@@ -28,6 +30,57 @@ class Columns:
         zeros = part.group_zeros()
         if self._zeros is not None and zeros is not None:
             self._zeros[group] = zeros[:, 0]
+
+    def round_block(
+        self,
+        left: Tensor,
+        factors: Tensor,
+        order: list[int],
+        codes: Tensor,
+        values: Tensor | None = None,
+    ) -> Tensor:
+        """Rounds columns one after the other, each with what those before it left:
+
+            left[j] -= sum_{i < j} moved[i] factors[i, j]
+            moved[j] = (left[j] - nearest(left[j])) / factors[j, j]
+
+        or, where `values` stand there before,
+
+            moved[j] = nearest(left[j] / factors[j, j] + values[j]) - values[j]
+
+        Args:
+            left: fp32 [B, N]; may be changed.
+            factors: fp32 [B, B]; only the upper triangle counts.
+            order: [B], what numbers the columns have among `codes`, uint8 [K, N], written.
+            values: fp32 [B, N].
+
+        Returns:
+            `moved`, fp32 [B, N].
+        """
+        groups = [column // self._length for column in order]
+        if self._scheme.weight.kind == "linear" and cpu_calibration.runs_on(left):
+            return cpu_calibration.round_columns(
+                left,
+                factors,
+                values,
+                torch.tensor(order),
+                torch.tensor(groups),
+                self._scales,
+                float(self._scheme.implied_zero) if self._zeros is None else self._zeros,
+                (self._limits[0], self._limits[1]),
+                codes,
+            )
+        moved = torch.empty_like(left)
+        pivots = factors.diagonal().tolist()
+        for j, (column, group, pivot) in enumerate(zip(order, groups, pivots, strict=True)):
+            if values is None:
+                codes[column], found = self.nearest(left[j], group)
+                moved[j] = step = (left[j] - found) / pivot
+            else:
+                codes[column], found = self.nearest(left[j] / pivot + values[j], group)
+                moved[j] = step = found - values[j]
+            left[j + 1 :].addr_(factors[j, j + 1 :], step, alpha=-1)
+        return moved
 
     def nearest(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes uint8 [N] and the values that they stand for, fp32 [N]."""
@@ -50,21 +103,19 @@ def descend(made: QuantizedWeight, weight: Tensor, gram: Tensor) -> QuantizedWei
     Args:
         weight: fp32 [N, K] and `gram`, H, fp32 [K, K], both in the order of the codes.
     """
-    length = made.scheme.group_length(made.k)
     columns = Columns(made.parameters)
     values = made.dequantize_rows(made.codes, 0).t().contiguous()
     codes = made.codes.t().contiguous()
     # How the error changes with each value, [K, N].
     slope = gram @ (weight.t() - values)
-    diagonal = gram.diagonal().tolist()
     for start in range(0, made.k, BLOCK):
         stop = min(made.k, start + BLOCK)
-        near, block = slope[start:stop], gram[start:stop, start:stop]
-        moved = torch.empty_like(near)
-        for j in range(start, stop):
-            wanted = near[j - start] / diagonal[j] + values[j]
-            codes[j], found = columns.nearest(wanted, j // length)
-            moved[j - start] = step = found - values[j]
-            near[j - start + 1 :].addr_(block[j - start, j - start + 1 :], step, alpha=-1)
+        moved = columns.round_block(
+            slope[start:stop],
+            gram[start:stop, start:stop],
+            list(range(start, stop)),
+            codes,
+            values[start:stop],
+        )
         slope[stop:].addmm_(gram[stop:, start:stop], moved, alpha=-1)
     return made.replace(codes=codes.t().contiguous())

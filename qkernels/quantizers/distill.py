@@ -180,18 +180,19 @@ def _distill(task: ModelTask, parameters: DistillParameters) -> Mapping[str, Qua
             trained[name] = _Trained(layer.to_weight(), dense)
         own = [t.factors for t in trained.values()]
         optimizer = torch.optim.Adam(own, lr=parameters.lr, betas=(0.9, 0.99))
-        for number, batch in enumerate(steps):
+        for number, batches in enumerate(steps):
             progress = (number + 0.5) / parameters.steps
             falling = (1 + math.cos(math.pi * progress)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = parameters.lr * falling
-            with torch.no_grad(), task.dense():
-                wanted = run_batch(task.model, batch)
-            with contextlib.ExitStack() as stack:
-                for name, layer in layers.values():
-                    stack.callback(replace_forward(layer, trained[name].forward))
-                found = run_batch(task.model, batch)
-                _loss(found, wanted).backward()
+            for batch in batches:
+                with torch.no_grad(), task.dense():
+                    wanted = run_batch(task.model, batch)
+                with contextlib.ExitStack() as stack:
+                    for name, layer in layers.values():
+                        stack.callback(replace_forward(layer, trained[name].forward))
+                    found = run_batch(task.model, batch)
+                    (_loss(found, wanted) / len(batches)).backward()
             for each in trained.values():
                 each.move_offsets(parameters.rounding * falling)
             optimizer.step()
@@ -207,15 +208,18 @@ def _loss(found: Any, wanted: Any) -> Tensor:
     return (result.float() - target).square().sum() / target.square().sum()
 
 
-def _steps(task: ModelTask, parameters: DistillParameters) -> Iterator[Any]:
-    """A batch for each step: all of calibration in a drawn order, then in another."""
-    cut = [piece for batch in task.batches for piece in pieces(batch, parameters.sequences)]
+def _steps(task: ModelTask, parameters: DistillParameters) -> Iterator[list[Any]]:
+    """What each step runs, one after the other: all of calibration in a drawn order, and again."""
+    cut = [piece for batch in task.batches for piece in pieces(batch, 1)]
     generator = torch.Generator().manual_seed(parameters.seed)
     order: list[int] = []
     for _ in range(parameters.steps):
-        if not order:
-            order = torch.randperm(len(cut), generator=generator).tolist()
-        yield cut[order.pop()]
+        step: list[Any] = []
+        while len(step) < parameters.sequences:
+            if not order:
+                order = torch.randperm(len(cut), generator=generator).tolist()
+            step.append(cut[order.pop()])
+        yield step
 
 
 def _why_not(scheme: QuantScheme, parameters: DistillParameters) -> str | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -166,19 +167,24 @@ def _round_columns(
             ends = (start // length + 1) * length, stop // length * length
             stop = min(max(ends), k) if max(ends) <= start + _BLOCK else stop
         errors = torch.empty_like(left[start:stop])
-        for j in range(start, stop):
-            group = order[j] // length
-            if grid is not None and j % length == 0:
-                rows = left[j : j + length].t().contiguous()
-                block = gram[j : j + length, j : j + length]
+        # Groups that are fitted in between need all that columns before them have left.
+        fits = [] if grid is None else [j for j in range(start, stop) if j % length == 0]
+        for first, end in pairwise(sorted({start, *fits, stop})):
+            if first in fits:
+                assert grid is not None
+                rows = left[first : first + length].t().contiguous()
+                block = gram[first : first + length, first : first + length]
                 own = replace(scheme, group_size=None)
                 part = grids.search(rows, rounding.fit(rows, own), grid, block)
+                group = first // length
                 for name, value in part.fields.items():
                     fields[name][:, group] = value[:, 0]
                 columns.take_group(group, part)
-            codes[order[j]], values = columns.nearest(left[j], group)
-            errors[j - start] = error = (left[j] - values) / upper[j, j]
-            left[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+            moved = columns.round_block(
+                left[first:end], upper[first:end, first:end], order[first:end], codes
+            )
+            errors[first - start : end - start] = moved
+            left[end:stop].addmm_(upper[first:end, end:stop].t(), moved, alpha=-1)
         left[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
         start = stop
     return QuantizedWeight(scheme=scheme, codes=codes.t().contiguous(), **fields)

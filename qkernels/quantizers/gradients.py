@@ -116,3 +116,36 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0], None
+
+
+def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """-log p of tokens that are drawn from p itself, summed, fp32 []. Args: logits: [..., V]."""
+    made: Tensor = _DrawnLoss.apply(logits, generator)
+    return made
+
+
+class _DrawnLoss(torch.autograd.Function):
+    """Makes the gradient beside the loss, so that no slice is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, generator: torch.Generator) -> Tensor:
+        rows = logits.reshape(-1, logits.shape[-1])
+        gradient = torch.empty_like(rows)
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for start in range(0, len(rows), _SLICE):
+            part = slice(start, start + _SLICE)
+            chances = rows[part].float().softmax(dim=-1)
+            # Where a number from 0 to 1 falls among the sums of chances.
+            sums = chances.cumsum(dim=-1)
+            places = torch.rand(len(sums), 1, generator=generator).to(sums.device) * sums[:, -1:]
+            drawn = torch.searchsorted(sums, places).clamp_(max=sums.shape[-1] - 1)
+            total -= chances.gather(1, drawn).log().sum(dtype=torch.float64)
+            ones = torch.ones_like(places)
+            gradient[part] = chances.scatter_add_(1, drawn, -ones)
+        ctx.save_for_backward(gradient.view_as(logits))
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None

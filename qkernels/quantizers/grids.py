@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qkernels import rounding
+from qkernels.backends import cpu_calibration
 from qkernels.quantizers.scale_forms import ScaleForm, Scales, scale_form
 from qkernels.scheme import QuantScheme
 from qkernels.weight import WeightParameters, code_values, row_slices
@@ -60,6 +61,25 @@ def search(
     """
     if grid == "minmax":
         return parameters
+    if cpu_calibration.searches_scales(weight, parameters, blocks=grid == "block"):
+        scales, zeros = cpu_calibration.search_scales(
+            weight,
+            parameters,
+            diagonal=gram.diagonal() if grid == "hessian" and gram is not None else None,
+            gram=gram if grid == "block" else None,
+        )
+    else:
+        scales, zeros = _search_all(weight, parameters, grid, gram)
+    fields = {**parameters.fields, "scales": scales}
+    if zeros is not None:
+        fields["zeros"] = zeros
+    return WeightParameters(scheme=parameters.scheme, n=parameters.n, k=parameters.k, **fields)
+
+
+def _search_all(
+    weight: Tensor, parameters: WeightParameters, grid: Grid, gram: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The scales and zero points that `search` finds, of any scheme on any device."""
     scheme = parameters.scheme
     scales = parameters.scales.clone()
     zeros = None if parameters.zeros is None else parameters.zeros.clone()
@@ -70,10 +90,7 @@ def search(
         scales[owner.place] = found.stored
         if zeros is not None and moved is not None:
             zeros[owner.place] = moved.to(zeros.dtype)
-    fields = {**parameters.fields, "scales": scales}
-    if zeros is not None:
-        fields["zeros"] = zeros
-    return WeightParameters(scheme=scheme, n=parameters.n, k=parameters.k, **fields)
+    return scales, zeros
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.calibration.forwards import run_batch
-from qkernels.quantizers.gradients import frozen, gives_logits, output_of, pieces
+from qkernels.quantizers.gradients import drawn_loss, frozen, gives_logits, output_of, pieces
 from qkernels.quantizers.method import Method, ModelTask
-
-_SLICE = 256
-"""Tokens whose log-probabilities are held in fp32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +28,13 @@ class GuidedParameters:
     most: how much an input counts at most, as a multiple of the mean: gradients of some tokens are
         hundreds of times those of others.
     strength: the power that weights are taken to, from 0, where all count alike, to 1.
-    sequences: run at a time.
+    sequences: run at a time; memory grows with them.
     seed: of the tokens that are drawn.
     """
 
     most: float = 10.0
     strength: float = 1.0
-    sequences: int = 4
+    sequences: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,16 +92,7 @@ def _loss(result: Any, generator: torch.Generator) -> Tensor:
         # Random directions: the expected squared gradient is that of the output's squared error.
         signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1)
         return (output.float() * signs.to(output.device)).sum()
-    rows = output.reshape(-1, output.shape[-1])
-    total = rows.new_zeros((), dtype=torch.float32)
-    for part in rows.split(_SLICE):
-        scores = part.float().log_softmax(dim=-1)
-        # Where a number from 0 to 1 falls among the sums of chances.
-        sums = scores.detach().exp().cumsum(dim=-1)
-        places = torch.rand(len(part), 1, generator=generator).to(sums.device) * sums[:, -1:]
-        drawn = torch.searchsorted(sums, places).clamp_(max=sums.shape[-1] - 1)
-        total = total - scores.gather(1, drawn).sum()
-    return total
+    return drawn_loss(output, generator)
 
 
 def _weights(kept: dict[int, list[Tensor]], parameters: GuidedParameters) -> dict[int, Tensor]:

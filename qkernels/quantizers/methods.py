@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qkernels.quantizers.autoround import AUTOROUND
 from qkernels.quantizers.awq import AWQ
 from qkernels.quantizers.distill import DISTILL
 from qkernels.quantizers.gptq import GPTQ
@@ -11,7 +12,9 @@ from qkernels.quantizers.method import Method
 from qkernels.quantizers.obq import OBQ
 from qkernels.quantizers.rtn import RTN
 
-METHODS: dict[str, Method] = {row.name: row for row in (AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, RTN)}
+METHODS: dict[str, Method] = {
+    row.name: row for row in (AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, RTN)
+}
 
 LAST = RTN.name
 """What quantizes the layers where a recipe only prepares, and those that calibration never saw."""

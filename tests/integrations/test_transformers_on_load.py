@@ -192,7 +192,7 @@ def test_the_format_it_is_saved_in(format, dense, tmp_path):
 
 WRONG = {
     "scheme": ({"scheme": "w5a16"}, SchemeError, "w5a16"),
-    "method": ({"method": "magic"}, RecipeError, "method 'magic' is not one of awq, "),
+    "method": ({"method": "magic"}, RecipeError, "method 'magic' is not one of autoround, awq, "),
     "format": ({"format": "gguf"}, CheckpointError, "gguf is only read"),
     "override": ({"overrides": {"*": "w99"}}, SchemeError, "w99"),
     "backend": ({"backend": "abacus"}, NoKernelError, "abacus"),

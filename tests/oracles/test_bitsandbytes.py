@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qkernels as qk
+from qkernels import rounding
 from tests.bounds import FOREIGN_LOGITS
 from tests.checkpoints.models import TOKENS
 from tests.oracles.models import llama
@@ -71,6 +72,40 @@ def test_four_bits(tmp_path_factory, drawn, bias):
     read = read_folder(folder)["layer"]
     assert torch.equal(read.dequantize(), fp32_weight(layer, n, k))
     assert torch.equal(read.bias, layer.bias) if bias else read.bias is None
+
+
+def quantized_by_both(kind, block, nested):
+    weight = torch.randn(48, 512) * torch.rand(48, 1)
+    data, state = bnb.functional.quantize_4bit(
+        weight, blocksize=block, quant_type=kind, compress_statistics=nested
+    )
+    codes = torch.stack((data >> 4, data & 15), dim=-1).view(weight.shape)
+    # Its FP4 is a table of its own.
+    name = kind if kind == "nf4" else f"table({','.join(map(repr, state.code.tolist()))})"
+    levels = "dq" if nested else "sfp32"
+    return weight, state, codes, rounding.quantize(weight, f"{name}-g{block}-{levels}")
+
+
+@pytest.mark.parametrize("block", [32, 64, 256])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_codes_and_scales_are_the_same(kind, block):
+    _, state, codes, made = quantized_by_both(kind, block, nested=False)
+    assert torch.equal(made.scales, state.absmax.view_as(made.scales))
+    # FP4 has zero twice.
+    assert torch.equal(state.code[made.codes.long()], state.code[codes.long()])
+
+
+def test_scales_quantized_twice_are_the_same_and_codes_no_worse():
+    """Ours are the nearest codes under the scales that are stored, theirs under those before."""
+    weight, state, codes, made = quantized_by_both("nf4", 64, nested=True)
+    assert torch.equal(made.nested_absmax, state.state2.absmax)
+    assert torch.equal(made.nested_offset, state.offset)
+    other = (made.scales.flatten().int() - state.absmax.int()).abs()
+    # Of those half way between two, which fp32 has few of.
+    assert other.max() <= 1 and other.sum() <= 2
+    got = (made.dequantize() - weight).square().sum()
+    assert got <= (made.replace(codes=codes).dequantize() - weight).square().sum()
+    assert (made.codes != codes).float().mean() < 0.05
 
 
 CONFIGS = {

@@ -9,8 +9,11 @@ import pytest
 
 from qkernels import rounding
 from qkernels.errors import RecipeError
+from qkernels.quantizers.autoround import AUTOROUND
 from qkernels.quantizers.awq import AWQ
+from qkernels.quantizers.distill import DISTILL
 from qkernels.quantizers.gptq import GPTQ
+from qkernels.quantizers.guided import GUIDED
 from qkernels.quantizers.hqq import HQQ
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.methods import METHODS, RECIPES
@@ -90,7 +93,7 @@ def test_values_have_the_types_of_their_defaults():
     [
         (
             "magic",
-            "method 'magic' is not one of awq, ",
+            "method 'magic' is not one of autoround, awq, ",
         ),
         ("rtn+magic", "method 'magic' is not one of"),
         ("other(x=1)", "method other has no parameter 'x': it takes none"),
@@ -127,5 +130,5 @@ def test_a_mistake_is_named(text, message):
 def test_every_method_is_described():
     text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
     described = set(re.findall(r"^## `(\w+)`", text, re.MULTILINE))
-    assert described == {row.name for row in (AWQ, GPTQ, HQQ, OBQ, RTN)}
+    assert described == {row.name for row in (AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, RTN)}
     assert described <= set(METHODS)

@@ -32,5 +32,6 @@ void register_cpu_rows(pybind11::module_& m);
 void register_cpu_packing(pybind11::module_& m);
 void register_cpu_embedding(pybind11::module_& m);
 void register_cpu_machine(pybind11::module_& m);
+void register_cpu_calibration(pybind11::module_& m);
 
 }  // namespace qkernels::bindings

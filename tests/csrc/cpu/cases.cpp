@@ -53,6 +53,7 @@ void make_all(const Options& options, const Take& take) {
   make_products(options, random, take);
   make_rows(options, random, take);
   make_embeddings(options, random, take);
+  make_calibration(options, random, take);
 }
 
 std::vector<Isa> runnable(const std::vector<std::string>& names) {

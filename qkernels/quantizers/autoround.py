@@ -1,0 +1,349 @@
+"""AutoRound: rounding and clipping learned by signed gradient descent, a block at a time.
+
+Each weight may be rounded to either side: V, in [-1/2, 1/2], is added before it is rounded. Each
+group has two factors, for the ends of its range. With lo = z0 s0 and hi = (2^b - 1 - z0) s0, of the
+scale and zero point that it begins with,
+
+    s = (alpha lo + beta hi) / (2^b - 1),   z = round(alpha lo / s),   symmetric: s = beta s0
+    q = clamp(round(w / s + V) + z, 0, 2^b - 1),    W' = s (q - z)
+
+Gradients pass rounding as if it were not there. What is made small is the squared difference
+between the block's output with W', on what quantized blocks give it, and its output in the model
+before quantization; every step moves V, alpha and beta by the learning rate, against the signs of
+their gradients (Cheng et al. 2023, SignRound, which is AutoRound's method).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkernels import rounding
+from qkernels.calibration.statistics import Needs
+from qkernels.calibration.walks import replace_forward
+from qkernels.quantizers import grids
+from qkernels.quantizers.gradients import output_of
+from qkernels.quantizers.hessian import gram_of
+from qkernels.quantizers.method import BlockTask, LayerTask, Method
+from qkernels.scheme import QuantScheme
+from qkernels.weight import QuantizedWeight, WeightParameters
+
+_HELD_BYTES = 1 << 30
+"""Outputs of the dense block that are held; the rest are made again where they are needed."""
+
+_BY_GRAM = ("hessian", "block")
+"""Grids that ask for x^T x."""
+
+
+@dataclass(frozen=True)
+class AutoRoundParameters:
+    """Attributes:
+    steps: of gradient descent.
+    batch: sequences of a step, at least: whole calibration batches are run.
+    lr: how far the first step moves, in parts of a code and of a range; it falls linearly to 0.
+        0 is 1 / steps.
+    minmax: learn the ranges too; of scales of a whole weight, or such that are quantized
+        themselves, they stay.
+    grid: what scales begin with; see `grids.Grid`.
+    """
+
+    steps: int = 200
+    batch: int = 8
+    lr: float = 0.0
+    minmax: bool = True
+    grid: grids.Grid = "minmax"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1:
+            raise ValueError(
+                f"steps and batch must be 1 or more, got {self.steps} and {self.batch}"
+            )
+        if not 0 <= self.lr <= 1:
+            raise ValueError(f"lr must be in [0, 1], got {self.lr:g}")
+
+
+def _statistics(scheme: QuantScheme, parameters: AutoRoundParameters) -> Needs:
+    # Some statistic of dense inputs, so that the dense model runs beside.
+    gram = ("gram",) if parameters.grid in _BY_GRAM else ()
+    return Needs(quantized=gram, dense=("rows",))
+
+
+def _why_not(scheme: QuantScheme, parameters: AutoRoundParameters) -> str | None:
+    if scheme.weight.kind != "linear":
+        return "it learns which of two neighbouring integers a weight becomes: use gptq"
+    return None
+
+
+class LearnedRounding:
+    """The weight of a layer under V, alpha and beta.
+
+    Attributes:
+        learned: V fp32 [N, G, L], with K filled up to whole groups, then alpha and beta, fp32
+            [N, G, 1]; of symmetric weights beta alone, and V alone where ranges stay.
+    """
+
+    def __init__(self, weight: Tensor, parameters: WeightParameters, minmax: bool) -> None:
+        self.parameters = parameters
+        self._k = parameters.k
+        scheme = parameters.scheme
+        length = scheme.group_length(self._k)
+        padded = F.pad(weight.float(), (0, -self._k % length))
+        self._weight = padded.unflatten(1, (-1, length))
+        self._scale = parameters.group_scales()[:, :, None]
+        zeros = parameters.group_zeros()
+        self._zero = None if zeros is None else zeros[:, :, None]
+        low, high = rounding.code_limits(parameters, 0, parameters.n)
+        self._limits = low[:, :, None], high[:, :, None]
+        self._largest = float((1 << scheme.bits) - 1)
+        self.learned = [torch.zeros_like(self._weight)]
+        if minmax and grids.why_not_by_group(scheme) is None:
+            ends = 1 if self._zero is None else 2
+            self.learned += [torch.ones_like(self._scale) for _ in range(ends)]
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W' [N, K]."""
+        scale, zero = self._grid()
+        codes = self._nearest(scale, zero)
+        codes.clamp_(*self._limits).sub_(zero).mul_(scale)
+        return self._columns(codes).to(dtype)
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """Moves what is learned by `rate`.
+
+        Args:
+            gradient: of the loss with respect to W', [N, K].
+        """
+        gradient = F.pad(gradient.float(), (0, -self._k % self._weight.shape[2]))
+        gradient = gradient.view_as(self._weight)
+        scale, zero = self._grid()
+        rounded = self._nearest(scale, zero)
+        codes = rounded.clamp(*self._limits)
+        # Where a code is clamped, W' depends on the scale and the zero point alone.
+        free = gradient * (rounded == codes)
+        if len(self.learned) > 1:
+            by_scale = (gradient * codes.sub_(zero)).sum(dim=2, keepdim=True)
+            by_scale -= (free * self._weight).sum(dim=2, keepdim=True) / scale
+            by_zero = (free - gradient).sum(dim=2, keepdim=True) * scale
+            for factor, moved in zip(
+                self.learned[1:], self._by_ends(scale, by_scale, by_zero), strict=True
+            ):
+                factor.sub_(moved.sign_(), alpha=rate).clamp_(0, 1)
+        self.learned[0].sub_(free.sign_(), alpha=rate).clamp_(-0.5, 0.5)
+
+    def quantized(self) -> QuantizedWeight:
+        """What W' is stored as."""
+        scale, zero = self._grid()
+        codes = self._nearest(scale, zero).clamp_(*self._limits)
+        fields = dict(self.parameters.fields)
+        if len(self.learned) > 1:
+            fields["scales"] = scale.squeeze(2).to(fields["scales"].dtype)
+            if self._zero is not None:
+                fields["zeros"] = zero.squeeze(2).to(fields["zeros"].dtype)
+        return QuantizedWeight(
+            scheme=self.parameters.scheme, codes=self._columns(codes).to(torch.uint8), **fields
+        )
+
+    def _columns(self, grouped: Tensor) -> Tensor:
+        return grouped.flatten(1)[:, : self._k].contiguous()
+
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        """Scales as their type holds them, and zero points: fp32 [N, G, 1]."""
+        if len(self.learned) == 1:
+            scale = self._scale
+        elif self._zero is None:
+            scale = self._stored(self._scale * self.learned[1])
+        else:
+            low, high = self._ends()
+            low, high = low * self.learned[1], high * self.learned[2]
+            scale = self._stored((low + high) / self._largest)
+            return scale, (low / scale).round_().clamp_(0, self._largest)
+        zero = self._zero
+        if zero is None:
+            zero = torch.full_like(scale, float(self.parameters.scheme.implied_zero))
+        return scale, zero
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        assert self._zero is not None
+        return self._scale * self._zero, self._scale * (self._largest - self._zero)
+
+    def _by_ends(self, scale: Tensor, by_scale: Tensor, by_zero: Tensor) -> list[Tensor]:
+        """Gradients of the factors from those of scale and zero point."""
+        if self._zero is None:
+            return [by_scale]
+        low, high = self._ends()
+        across = by_zero * low * self.learned[1] / scale.square()
+        by_scale = (by_scale - across) / self._largest
+        return [low * by_scale + by_zero * low / scale, high * by_scale]
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        dtype = self.parameters.scales.dtype
+        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        return scale.to(dtype).clamp_(min=least).float()
+
+    def _nearest(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Codes before they are clamped, fp32 [N, G, L]."""
+        return (self._weight / scale).add_(self.learned[0]).round_().add_(zero)
+
+
+def _quantize_block(
+    task: BlockTask, layers: Mapping[str, LayerTask], parameters: AutoRoundParameters
+) -> dict[str, QuantizedWeight]:
+    if not layers:
+        return {}
+    # Neither what is saved for gradients nor what has them may come from inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        rounded = {name: _begin(layer, parameters) for name, layer in layers.items()}
+        _Descent(task, rounded, parameters).run()
+        return {name: own.quantized() for name, own in rounded.items()}
+
+
+def _begin(task: LayerTask, parameters: AutoRoundParameters) -> LearnedRounding:
+    fitted = rounding.fit(task.weight, task.scheme, activation_scale=task.activation_scale)
+    gram = None
+    if parameters.grid in _BY_GRAM:
+        assert task.inputs is not None
+        gram = gram_of(task.inputs)
+    fitted = grids.search(task.weight, fitted, parameters.grid, gram)
+    return LearnedRounding(task.weight, fitted, parameters.minmax)
+
+
+class _Targets:
+    """Outputs of the block in the model before quantization, by batch."""
+
+    def __init__(self, task: BlockTask) -> None:
+        self._task, self._held = task, dict[int, Tensor]()
+        held = 0
+        for batch in task.batches(dense=True):
+            output = output_of(task.run(batch, dense=True))
+            held += output.nbytes
+            if held > _HELD_BYTES:
+                break
+            self._held[batch] = output
+
+    def of(self, batch: int) -> Tensor:
+        held = self._held.get(batch)
+        return output_of(self._task.run(batch, dense=True)) if held is None else held
+
+
+class _Descent:
+    """Signed gradient descent over the layers of a block.
+
+    The loss of a batch is a sum of squares, and is compared with that of its weights at first.
+    """
+
+    def __init__(
+        self,
+        task: BlockTask,
+        rounded: Mapping[str, LearnedRounding],
+        parameters: AutoRoundParameters,
+    ) -> None:
+        self._task, self._parameters = task, parameters
+        self._layers = [task.layers[name] for name in rounded]
+        self._rounded = list(rounded.values())
+        self._targets = _Targets(task)
+        self._sequences: dict[int, int] = {}
+        self._first: dict[int, float] = {}
+        weights = self._weights()
+        for batch in sorted({*task.batches()} & {*task.batches(dense=True)}):
+            self._begin(batch, weights)
+
+    def _begin(self, batch: int, weights: Sequence[Tensor]) -> None:
+        """Takes a batch in where there is something to learn from it."""
+        wanted = self._targets.of(batch)
+        with self._in_place(weights):
+            got = output_of(self._task.run(batch))
+        # Experts may be given other numbers of rows than in the dense model.
+        loss = float(_squares(got, wanted)) if got.shape == wanted.shape else 0.0
+        if loss:
+            self._first[batch], self._sequences[batch] = loss, len(wanted)
+
+    def run(self) -> None:
+        """Leaves the layers as they were at the step of the least loss."""
+        if not self._first:
+            return
+        steps, batches = self._parameters.steps, self._drawn()
+        rate = self._parameters.lr or 1 / steps
+        least, best = 1.0, self._learned()
+        for step in range(steps):
+            loss, gradients = self._gradients(next(batches))
+            if loss < least:
+                least, best = loss, self._learned()
+            for own, gradient in zip(self._rounded, gradients, strict=True):
+                own.step(gradient, rate * (1 - step / steps))
+        for own, learned in zip(self._rounded, best, strict=True):
+            own.learned = learned
+
+    def _learned(self) -> list[list[Tensor]]:
+        return [[values.clone() for values in own.learned] for own in self._rounded]
+
+    def _weights(self) -> list[Tensor]:
+        return [
+            own.weight(layer.weight.dtype)
+            for own, layer in zip(self._rounded, self._layers, strict=True)
+        ]
+
+    def _gradients(self, batches: Sequence[int]) -> tuple[float, list[Tensor]]:
+        """The loss, as a part of the first, and its gradients with respect to the weights."""
+        # Made before the layers have other weights.
+        targets = {batch: self._targets.of(batch) for batch in batches}
+        weights = [weight.requires_grad_() for weight in self._weights()]
+        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+        total = 0.0
+        with self._in_place(weights):
+            for batch, wanted in targets.items():
+                with torch.enable_grad():
+                    loss = _squares(output_of(self._task.run(batch)), wanted)
+                    # So that it is about 1 at each output, which 16-bit types hold.
+                    factor = (wanted.numel() / self._first[batch]) ** 0.5
+                    found = torch.autograd.grad(loss * factor, weights, allow_unused=True)
+                total += float(loss)
+                for gradient, own in zip(found, sums, strict=True):
+                    if gradient is not None:
+                        own += gradient
+        return total / sum(self._first[batch] for batch in batches), sums
+
+    @contextmanager
+    def _in_place(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """A context in which the layers have these weights."""
+        with ExitStack() as stack:
+            for layer, weight in zip(self._layers, weights, strict=True):
+                stack.callback(replace_forward(layer, _product(weight, layer.bias)))
+            yield
+
+    def _drawn(self) -> Iterator[list[int]]:
+        """Batches for each step, each of them as often as any other."""
+        generator = torch.Generator().manual_seed(0)
+        batches, left = list(self._first), list[int]()
+        while True:
+            chosen: list[int] = []
+            while sum(self._sequences[batch] for batch in chosen) < self._parameters.batch:
+                left = left or torch.randperm(len(batches), generator=generator).tolist()
+                chosen.append(batches[left.pop()])
+            yield chosen
+
+
+def _squares(got: Tensor, wanted: Tensor) -> Tensor:
+    return (got.float() - wanted.float()).square().sum()
+
+
+def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def forward(input: Tensor) -> Tensor:
+        return F.linear(input, weight, bias)
+
+    return forward
+
+
+AUTOROUND = Method(
+    name="autoround",
+    title="rounding and clipping learned by signed gradient descent, block by block",
+    parameters=AutoRoundParameters,
+    statistics=_statistics,
+    quantize_block=_quantize_block,
+    uses_batches=True,
+    why_not=_why_not,
+)
