@@ -228,7 +228,7 @@ class _Trace:
             return before
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_with_parameters(self._block, parameters))
+            stack.enter_context(with_parameters(self._block, parameters))
             for name in self._readers:
                 hook = self._block.get_submodule(name).register_forward_pre_hook(
                     note(name), with_kwargs=True
@@ -285,7 +285,7 @@ def _are_alike(a: Tensor, b: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _with_parameters(block: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+def with_parameters(block: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """Within, parameters of the block have other values."""
     before = {name: block.get_parameter(name).data for name in parameters}
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -55,8 +55,7 @@ def ties(model: Any) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _said_to_be_tied(model: Any) -> Iterator[None]:
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    untied = [c for c in configs.values() if getattr(c, "tie_word_embeddings", True) is False]
+    untied = [c for c in _configs(model) if getattr(c, "tie_word_embeddings", True) is False]
     try:
         for config in untied:
             config.tie_word_embeddings = True
@@ -64,6 +63,34 @@ def _said_to_be_tied(model: Any) -> Iterator[None]:
     finally:
         for config in untied:
             config.tie_word_embeddings = False
+
+
+def say_untied(model: Any) -> Callable[[], None]:
+    """Makes a model's configs, and Transformers, take its head for a weight of its own.
+
+    Returns:
+        What takes that back.
+    """
+    tied = [c for c in _configs(model) if getattr(c, "tie_word_embeddings", False) is True]
+    keys = vars(model).get("all_tied_weights_keys")
+    for config in tied:
+        config.tie_word_embeddings = False
+    if keys is not None:
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+    def undo() -> None:
+        for config in tied:
+            config.tie_word_embeddings = True
+        if keys is not None:
+            model.all_tied_weights_keys = keys
+
+    return undo
+
+
+def _configs(model: Any) -> list[Any]:
+    """Those of a model and of the modules in it, each once."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return list(configs.values())
 
 
 def tie_no_quantized_layer(model: Any) -> None:

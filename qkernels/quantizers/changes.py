@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from qkernels.calibration.blocks import Block
+from qkernels.checkpoints.ties import say_untied
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Changes:
         self._model = model
         self._blocks: dict[str, _BlockChanges] = {}
         self._before: dict[str, Tensor] = {}
+        self._ties: list[Callable[[], None]] = []
 
     def begin(self, block: Block) -> None:
         """What follows belongs to `block`."""
@@ -66,6 +68,21 @@ class Changes:
         self._before.setdefault(name, parameter.data)
         parameter.data = values.detach().to(parameter.device, parameter.dtype, copy=True)
 
+    def untie(self, name: str) -> None:
+        """Makes a parameter that is another module's too one of its own, and says so in configs."""
+        owner, _, key = name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        shared = module._parameters[key]
+        assert shared is not None
+        module._parameters[key] = nn.Parameter(shared.data, shared.requires_grad)
+        tie_again = say_untied(self._model)
+
+        def undo() -> None:
+            module._parameters[key] = shared
+            tie_again()
+
+        self._ties.append(undo)
+
     def rewritten(self) -> dict[str, Tensor]:
         """The parameters of the present block that have other values than at the beginning."""
         return {name: values for name, (_, values) in self._present.parameters.items()}
@@ -78,6 +95,8 @@ class Changes:
         for name, values in self._before.items():
             self._model.get_parameter(name).data = values
         self._before.clear()
+        while self._ties:
+            self._ties.pop()()
 
     @contextlib.contextmanager
     def dense_layers(self, block: Block) -> Iterator[None]:

@@ -149,6 +149,11 @@ def at_once(parameters: Any) -> bool:
     return False
 
 
+def no_embeddings(parameters: Any) -> bool:
+    """For methods that leave embeddings as they are."""
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A row of the table.
@@ -174,6 +179,7 @@ class Method:
         uses_batches: it runs the calibration batches itself, so that processes cannot share them.
         in_stages: parameters -> whether the layers of a block are quantized in the order in which
             it runs them, each behind the quantized ones before it.
+        rewrites_embeddings: parameters -> whether it does, so that these must stay in 16 bits.
         why_not: (scheme, parameters) -> the reason, in a user's words, why it cannot make that
             scheme, or None.
     """
@@ -191,6 +197,7 @@ class Method:
     finish: Callable[[ModelTask, Any], Mapping[str, QuantizedWeight]] | None = None
     uses_batches: bool = False
     in_stages: Callable[[Any], bool] = at_once
+    rewrites_embeddings: Callable[[Any], bool] = no_embeddings
     why_not: Callable[[QuantScheme, Any], str | None] = any_scheme
 
     def __post_init__(self) -> None:

@@ -10,10 +10,11 @@ from qkernels.quantizers.guided import GUIDED
 from qkernels.quantizers.hqq import HQQ
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.obq import OBQ
+from qkernels.quantizers.rotate import ROTATE
 from qkernels.quantizers.rtn import RTN
 
 METHODS: dict[str, Method] = {
-    row.name: row for row in (AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, RTN)
+    row.name: row for row in (AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, ROTATE, RTN)
 }
 
 LAST = RTN.name

@@ -147,6 +147,12 @@ def quantize_model(
         layers = plan_layers(model, default, include, exclude, parsed)
         embeddings = {name: e.scheme for e in layers.embeddings for name in e.names}
         check_methods(recipe, layers.schemes, calibrated=calibration is not None)
+        for part in recipe.parts if embeddings else ():
+            if part.method.rewrites_embeddings(part.parameters):
+                raise LayerError(
+                    f"{part} gives embeddings other values, so they stay in 16 bits: leave out "
+                    f"{', '.join(embeddings)}"
+                )
         _check_observer(choice, layers.schemes)
         _check_shared(recipe, processes, resume)
         batches = _batches(model, calibration)

@@ -19,6 +19,7 @@ from qkernels.quantizers.method import Method
 from qkernels.quantizers.methods import METHODS, RECIPES
 from qkernels.quantizers.obq import OBQ
 from qkernels.quantizers.recipe import Recipe
+from qkernels.quantizers.rotate import ROTATE
 from qkernels.quantizers.rtn import RTN
 
 
@@ -130,5 +131,7 @@ def test_a_mistake_is_named(text, message):
 def test_every_method_is_described():
     text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
     described = set(re.findall(r"^## `(\w+)`", text, re.MULTILINE))
-    assert described == {row.name for row in (AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, RTN)}
+    assert described == {
+        row.name for row in (AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, ROTATE, RTN)
+    }
     assert described <= set(METHODS)
