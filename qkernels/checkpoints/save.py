@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qkernels.checkpoints import layer_types
 from qkernels.checkpoints.atomic import new_folder
-from qkernels.checkpoints.dense import dense_places, quantized_layers, sharing
+from qkernels.checkpoints.dense import Place, dense_places, quantized_layers, sharing
 from qkernels.checkpoints.format import Format, WeightKind
 from qkernels.checkpoints.kv_cache import KEY as KV_CACHE
 from qkernels.checkpoints.kv_cache import KVCache, is_of_cache, kept
@@ -35,6 +35,10 @@ from qkernels.modules.heads import output_heads
 from qkernels.modules.packed import PackedModule
 from qkernels.modules.rows import whole_name
 from qkernels.progress import Progress, silent
+from qkernels.weight import QuantizedWeight
+
+SHARD_SIZE = "5GB"
+"""Of files of weights, where nobody says another."""
 
 
 def save_model(
@@ -42,7 +46,7 @@ def save_model(
     folder: str | Path,
     format: str = "compressed-tensors",
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
     progress: Progress = silent,
 ) -> None:
     """Writes a Transformers model whose linear layers are `WQLinear` to a new folder.
@@ -71,7 +75,7 @@ def save_model(
 def write_model(
     plan: SavePlan,
     folder: Path,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
     progress: Progress = silent,
 ) -> None:
     """Writes the files of a model to `folder`, which is there and holds none of them."""
@@ -101,6 +105,30 @@ def as_written(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder} cannot be written: {reason}") from None
 
 
+class HeldValues:
+    """Where the numbers of a model are that is to be saved: in its own tensors."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raises CheckpointError for a tensor whose numbers are not known, and for two that are one
+        by the model's config and differ."""
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_meta:
+                raise CheckpointError(f"{name} is offloaded: move the model to one device to save")
+        _check_ties(model)
+
+    def kind(self, name: str, layer: PackedModule) -> WeightKind:
+        """What a quantized layer is."""
+        return WeightKind.of(layer.packed.parameters())
+
+    def weight(self, name: str, layer: PackedModule) -> QuantizedWeight:
+        """A quantized layer, with its bias."""
+        return layer.to_weight()
+
+    def tensor(self, name: str, place: Place) -> Tensor:
+        """What is at a place outside of all quantized layers."""
+        return place.tensor
+
+
 @dataclass(frozen=True)
 class SavePlan:
     """What a model is saved as, known before its tensors are.
@@ -114,6 +142,7 @@ class SavePlan:
         names: those that are stored, where they are not the model's.
         dense: the quantized embeddings that the format has no place for, by name: their rows are
             stored as they are looked up.
+        values: where the numbers are.
     """
 
     model: Any
@@ -124,9 +153,10 @@ class SavePlan:
     cache: KVCache
     names: WrittenNames | None
     dense: Mapping[str, WQEmbedding]
+    values: HeldValues
 
     @classmethod
-    def of(cls, model: Any, format: str | None) -> SavePlan:
+    def of(cls, model: Any, format: str | None, values: HeldValues | None = None) -> SavePlan:
         """The plan of saving `model` in `format`; None chooses the first that holds all layers.
 
         Raises:
@@ -135,17 +165,18 @@ class SavePlan:
                 offloaded, or the config says that two are one which are not.
         """
         _check_model(model)
+        values = values or HeldValues()
         layers = quantized_layers(model)
         for name, module in foreign_layers(model).items():
             raise CheckpointError(f"{why_foreign(name, module)}; formats hold no such layers")
         if not layers:
             raise CheckpointError("the model has no WQLinear layer: quantize it first")
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor.is_meta:
-                raise CheckpointError(f"{name} is offloaded: move the model to one device to save")
-        _check_ties(model)
+        values.check(model)
         shared = sharing(layers)
-        kinds = {n: _kind(model, n, layer, shared.get(n)) for n, layer in layers.items()}
+        kinds = {
+            name: _in_place(values.kind(name, layer), model, name, layer, shared.get(name))
+            for name, layer in layers.items()
+        }
         format = format or first_holding(kinds)
         dense = {} if check_holds(format, {}).embeddings else _embeddings(layers)
         layers = {name: layer for name, layer in layers.items() if name not in dense}
@@ -173,7 +204,7 @@ class SavePlan:
                 f"{row.name} has no place for a quantized one beside a head that is not: use the "
                 "format qkernels, or quantize the head too"
             )
-        return cls(model, row, layers, stored, untied, kept(model), names, dense)
+        return cls(model, row, layers, stored, untied, kept(model), names, dense, values)
 
     @property
     def left_out(self) -> str | None:
@@ -221,7 +252,7 @@ class SavePlan:
             progress(number, len(self.layers), name)
             if self.names is None and self.kinds[name].shares is not None:
                 continue
-            whole = layer.to_weight()
+            whole = self.values.weight(name, layer)
             weights = [(name, whole)] if self.names is None else self.names.weights(name, whole)
             for stored, weight in weights:
                 for part, tensor in self.row.write_layer(weight).items():
@@ -243,7 +274,7 @@ class SavePlan:
             key = (*_identity(place.tensor), id(source.module), source.name)
             if self.untied or key not in seen:
                 seen.add(key)
-                yield from self._named(name, place.tensor)
+                yield from self._named(name, self.values.tensor(name, place))
 
     def _named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A tensor of the model under the names that it is stored by."""
@@ -321,14 +352,16 @@ def _check_ties(model: nn.Module) -> None:
             )
 
 
-def _kind(model: nn.Module, name: str, layer: PackedModule, shares: str | None) -> WeightKind:
+def _in_place(
+    kind: WeightKind, model: nn.Module, name: str, layer: PackedModule, shares: str | None
+) -> WeightKind:
+    """The kind of a weight at its place in a model."""
     of_experts = isinstance(model.get_submodule(whole_name(name).rpartition(".")[0]), WQExperts)
     instead_of = "an expert of a fused parameter" if of_experts else None
     if isinstance(layer, WQEmbedding):
         instead_of = "an embedding"
     elif getattr(layer, "transposed", False):
         instead_of = "a Conv1D"
-    kind = WeightKind.of(layer.packed.parameters())
     return replace(kind, instead_of=instead_of, shares=shares)
 
 
@@ -362,7 +395,7 @@ def _config_text(model: Any, plan: SavePlan) -> str:
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for two names of one tensor; tensors without elements have no address."""
-    if not tensor.numel():
+    """Equal for two names of one tensor; those without elements, or numbers, have no address."""
+    if tensor.is_meta or not tensor.numel():
         return (id(tensor),)
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)

@@ -69,7 +69,8 @@ def sensitivity(
             raise QuantizationError(f"the folder {path.absolute().parent} does not exist: make it")
     text = read_text(calibration or SHIPPED_CALIBRATION)
     network, tokenizer = models.load(model, dtype, device, dense=True)
-    batches = batches_of(network, tokenizer, text, SEQUENCES)
+    place = next(network.parameters()).device
+    batches = batches_of(network, tokenizer, text, SEQUENCES, place)
     with progress_bar("measuring layers") as update:
         found = measure_sensitivity(
             network,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     import qkernels as qk
+    from qkernels.checkpoints.dense_folder import DenseFolder
+    from qkernels.quantizers.streaming import Streamed
 
 
 class Precision(str, Enum):
@@ -93,8 +97,7 @@ def load(
     target = find_device(device)
     from qkernels.models import loading
 
-    with progress_bar(f"loading {path}") as update, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", loading.UnusedTensorsWarning)
+    with _noted(), progress_bar(f"loading {path}") as update:
         if dense:
             dtype = (precision or Precision.bf16).dtype
             model, encoder = loading.load_dense(path, dtype, tokenizer=tokenizer)
@@ -103,14 +106,35 @@ def load(
             model, encoder = loading.load_model_and_tokenizer(
                 path, stored, tokenizer=tokenizer, progress=update
             )
+    return model.to(target), encoder
+
+
+def open_folder(
+    path: Path, precision: Precision, device: str, *, tokenizer: bool
+) -> tuple[DenseFolder, Any]:
+    """The model at `path`, its weights left there, and its tokenizer."""
+    target = find_device(device)
+    from qkernels.models import loading
+
+    with _noted():
+        return loading.open_dense(path, precision.dtype, target, tokenizer=tokenizer)
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[None]:
+    """Within, warnings of unused tensors become notes, when all is done."""
+    from qkernels.checkpoints.dense_folder import UnusedTensorsWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnusedTensorsWarning)
+        yield
     for warning in caught:
-        if issubclass(warning.category, loading.UnusedTensorsWarning):
+        if issubclass(warning.category, UnusedTensorsWarning):
             note(f"note: {warning.message}")
         else:
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
-    return model.to(target), encoder
 
 
 def quantize_with_bar(model: Any, scheme: qk.QuantScheme, **options: Any) -> qk.QuantizationReport:
@@ -120,6 +144,14 @@ def quantize_with_bar(model: Any, scheme: qk.QuantScheme, **options: Any) -> qk.
     method = options.pop("method", "rtn")
     with progress_bar(f"quantizing to {scheme}") as update:
         return qk.quantize_model(model, method, scheme, progress=update, **options)
+
+
+def stream_with_bar(folder: DenseFolder, scheme: qk.QuantScheme, **options: Any) -> Streamed:
+    """`streaming.stream` with a progress bar."""
+    from qkernels.quantizers.streaming import stream
+
+    with progress_bar(f"quantizing to {scheme}") as update:
+        return stream(folder, options.pop("method"), scheme, progress=update, **options)
 
 
 def check_takes_text(model: Any, remedy: str) -> None:

@@ -106,6 +106,15 @@ def quantize(
             help="Keep what is done there, block by block, and go on from it after an interrupt.",
         ),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Hold one block of the model at a time, for models larger than memory. Finished "
+            "blocks are kept in OUTPUT.unfinished, or where --resume says; the same command goes "
+            "on from there.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing model.")] = False,
     dtype: models.PrecisionOption = models.Precision.bf16,
     device: models.DeviceOption = "auto",
@@ -137,6 +146,7 @@ def quantize(
     from qkernels.checkpoints import check_scheme
     from qkernels.checkpoints.save import SavePlan
     from qkernels.models.loading import has_tokenizer
+    from qkernels.quantizers.streaming import check_apart_from, unfinished
 
     for wanted in (parsed, *overrides.values()):
         if wanted is not None:
@@ -144,29 +154,43 @@ def quantize(
     for part, wanted in ends.items():
         check_scheme(format, wanted, instead_of="an embedding" if part == "embedding" else None)
     reads = text is not None or has_tokenizer(model)
-    network, tokenizer = models.load(model, dtype, device, dense=True, tokenizer=reads)
+    if stream:
+        kept = unfinished(out) if resume is None else resume
+        check_apart_from(kept, model, out)
+        folder, tokenizer = models.open_folder(model, dtype, device, tokenizer=reads)
+        network = folder.model
+    else:
+        network, tokenizer = models.load(model, dtype, device, dense=True, tokenizer=reads)
     if tokenizer is None:
         note(f"note: {model} holds no tokenizer, so {out} will hold none")
     # The first match of an override counts, and these name one layer.
     overrides = {**{end_of(network, part): wanted for part, wanted in ends.items()}, **overrides}
-    batches = None if text is None else batches_of(network, tokenizer, text, sequences)
+    batches = None
+    if text is not None:
+        batches = batches_of(network, tokenizer, text, sequences, models.find_device(device))
     with tempfile.TemporaryDirectory() as temporary:
         companions = Path(temporary) / "companions"
         # Before the work, so that it is not lost where these cannot be written.
         write_companions(model, tokenizer, companions)
-        report = models.quantize_with_bar(
-            network,
-            parsed,
-            method=recipe,
-            include=include,
-            exclude=exclude,
-            overrides=overrides,
-            calibration=batches,
-            observer=choice,
-            resume=resume,
-            format=format,
-        )
-        write_folder(SavePlan.of(network, format), companions, out, force)
+        options: dict[str, Any] = {
+            "method": recipe,
+            "include": include,
+            "exclude": exclude,
+            "overrides": overrides,
+            "calibration": batches,
+            "observer": choice,
+            "format": format,
+        }
+        if not stream:
+            report = models.quantize_with_bar(network, parsed, resume=resume, **options)
+            write_folder(SavePlan.of(network, format), companions, out, force)
+        else:
+            note(f"note: finished blocks are kept in {kept}; the same command goes on from them")
+            streamed = models.stream_with_bar(folder, parsed, resume=kept, **options)
+            report, size = streamed.report, streamed.shard_size()
+            write_folder(streamed.plan, companions, out, force, size)
+            if resume is None:
+                shutil.rmtree(kept)
     print_report(report, report.numbers * dtype.dtype.itemsize, out)
 
 
@@ -183,19 +207,30 @@ def write_companions(model: Path, tokenizer: Any, folder: Path) -> None:
             shutil.copyfile(model / name, folder / name)
 
 
-def write_folder(plan: SavePlan, companions: Path, out: Path, force: bool) -> None:
-    """Writes a model and the files of the folder `companions` to `out`, whole or not at all."""
-    from qkernels.checkpoints.atomic import new_folder
-    from qkernels.checkpoints.save import as_written, write_model
+def write_folder(
+    plan: SavePlan,
+    companions: Path,
+    out: Path,
+    force: bool,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Writes a model and the files of the folder `companions` to `out`, whole or not at all.
+
+    Args:
+        max_shard_size: see `save_model`; None for its own.
+    """
+    from qkernels.checkpoints.atomic import new_folder, on_disk
+    from qkernels.checkpoints.save import SHARD_SIZE, as_written, write_model
 
     with (
         progress_bar(f"writing {out}") as update,
         as_written(out),
         new_folder(out, replace=force) as new,
     ):
-        write_model(plan, new, progress=update)
+        write_model(plan, new, max_shard_size or SHARD_SIZE, update)
         # The contents alone: a file made here has the mode that the umask leaves.
         shutil.copytree(companions, new, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        on_disk(new)
 
 
 def parse_overrides(texts: list[str]) -> dict[str, qk.QuantScheme | None]:
@@ -240,21 +275,18 @@ def end_of(model: Any, part: str) -> str:
     return name
 
 
-def batches_of(model: Any, tokenizer: Any, text: str, sequences: int) -> list[torch.Tensor]:
-    """Calibration batches of a text, on the model's device."""
+def batches_of(
+    model: Any, tokenizer: Any, text: str, sequences: int, device: torch.device
+) -> list[torch.Tensor]:
+    """Calibration batches of a text."""
     from qkernels.models.calibration_text import LENGTH, calibration_batches
 
     models.check_takes_text(
         model, "calibrate it in Python, by qkernels.quantize_model(model, calibration=batches)"
     )
     context = getattr(model.config, "max_position_embeddings", None) or LENGTH
-    return calibration_batches(
-        tokenizer,
-        sequences,
-        min(LENGTH, context),
-        text,
-        device=next(model.parameters()).device,
-    )
+    length = min(LENGTH, context)
+    return calibration_batches(tokenizer, sequences, length, text, device=device)
 
 
 def check_output(out: Path, model: Path, force: bool) -> None:

@@ -9,8 +9,7 @@ import contextlib
 import functools
 import importlib
 import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +19,7 @@ from torch import nn
 
 from qkernels.checkpoints import is_quantized, load_model
 from qkernels.checkpoints.config import read_config
+from qkernels.checkpoints.dense_folder import DenseFolder, check_tensors
 from qkernels.checkpoints.foreign import as_checkpoint_error
 from qkernels.checkpoints.gguf import GgufStore, gguf_read_once
 from qkernels.checkpoints.gguf_header import MAGIC
@@ -34,10 +34,6 @@ _TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt", "tekken.json"),
 )
 """A folder without any of these holds no tokenizer."""
-
-
-class UnusedTensorsWarning(UserWarning):
-    """A folder holds tensors that its model does not use."""
 
 
 def load_model_and_tokenizer(
@@ -112,10 +108,28 @@ def load_dense(
             options["config"] = GgufStore(folder / gguf_file).model_config
         with as_checkpoint_error(path, _DAMAGED):
             model, info = kind.from_pretrained(folder, **options, output_loading_info=True)
-    _check_tensors(model, path, info)
+    check_tensors(model, path, info["missing_keys"], info["unexpected_keys"])
     if gguf_file is not None:
         _check_unpacked(model, path, transformers.__version__)
     return model.eval(), encoder
+
+
+def open_dense(
+    path: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    *,
+    tokenizer: bool = True,
+) -> tuple[DenseFolder, Any]:
+    """What `load_dense` loads, with its weights left in the folder, and its tokenizer.
+
+    Arguments and errors as there; GGUF files and pickles are refused.
+    """
+    folder, gguf_file = _locate(Path(path))
+    _require_packages(gguf=False)
+    with _quiet_transformers():
+        encoder = _tokenizer(folder, None) if tokenizer and gguf_file is None else None
+        return DenseFolder(path, dtype, device), encoder
 
 
 def has_tokenizer(path: str | Path) -> bool:
@@ -229,27 +243,6 @@ def _model_class(folder: Path) -> Any:
     found = getattr(transformers, first, None) if isinstance(first, str) else None
     known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if known else None
-
-
-def _check_tensors(model: Any, path: str | Path, info: Mapping[str, Any]) -> None:
-    """Raises for tensors that Transformers did not find, and warns of those it did not use."""
-    missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {_some(missing)} of a {type(model).__name__}, which would be random "
-            "numbers: the files are incomplete, or config.json names another model"
-        )
-    if unused:
-        warnings.warn(
-            f"{path} holds {_some(unused)}, which a {type(model).__name__} does not use",
-            UnusedTensorsWarning,
-            stacklevel=3,
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first three of `names`, and how many there are in all."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_unpacked(model: nn.Module, path: str | Path, version: str) -> None:

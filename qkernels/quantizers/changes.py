@@ -21,10 +21,14 @@ class _BlockChanges:
 
 
 class Changes:
-    """The layers replaced and the parameters rewritten so far, block by block."""
+    """The layers replaced and the parameters rewritten so far, block by block.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    Args:
+        kept: the values that rewritten parameters had are kept; else they are not taken back.
+    """
+
+    def __init__(self, model: nn.Module, *, kept: bool = True) -> None:
+        self._model, self._kept = model, kept
         self._blocks: dict[str, _BlockChanges] = {}
         self._before: dict[str, Tensor] = {}
         self._ties: list[Callable[[], None]] = []
@@ -56,7 +60,8 @@ class Changes:
         parameter = self._model.get_parameter(name)
         assert values.shape == parameter.shape, name
         values = values.detach().to(parameter.device, parameter.dtype, copy=True)
-        original, _ = self._present.parameters.get(name, (parameter.data, None))
+        before = parameter.data if self._kept else values
+        original, _ = self._present.parameters.get(name, (before, None))
         self._present.parameters[name] = original, values
         parameter.data = values
 
@@ -86,6 +91,10 @@ class Changes:
     def rewritten(self) -> dict[str, Tensor]:
         """The parameters of the present block that have other values than at the beginning."""
         return {name: values for name, (_, values) in self._present.parameters.items()}
+
+    def settle(self, block: Block) -> None:
+        """Makes what was done to `block` last, and keeps nothing of what was there before."""
+        self._blocks.pop(block.name, None)
 
     def undo(self) -> None:
         """Makes the model what it was."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -85,20 +85,43 @@ class Outcome:
     made: dict[int, WQLinear] = field(default_factory=dict)
 
 
+class Residence(Protocol):
+    """Keeps the weights of blocks elsewhere while they are not worked on."""
+
+    def bring(self, block: Block) -> None:
+        """Makes the weights of `block` be there, before anything is done with it."""
+
+    def leave(self, block: Block) -> None:
+        """Lets go of the weights of `block`, which is quantized and stored."""
+
+
 def drive(
-    model: nn.Module, plan: Plan, progress: Progress, folder: ResumeFolder | None = None
+    model: nn.Module,
+    plan: Plan,
+    progress: Progress,
+    folder: ResumeFolder | None = None,
+    residence: Residence | None = None,
 ) -> Outcome:
     """Quantizes the layers of `plan` in `model`, which is unchanged where anything is raised.
 
     Blocks that are finished in `folder` are taken from there, the others are added to it.
+
+    Args:
+        residence: where the weights are, of a model that can only be taken block by block and is
+            not changed back.
+
+    Raises:
+        CannotFollow: where that is given, and the model's forward cannot be followed.
     """
-    changes = Changes(model)
+    changes = Changes(model, kept=residence is None)
     whole = None if folder is None else folder.whole_model
     try:
         with calibrating(model):
             try:
-                return _Run(model, plan, changes, progress, folder, whole).through()
+                return _Run(model, plan, changes, progress, folder, whole, residence).through()
             except CannotFollow as reason:
+                if residence is not None:
+                    raise
                 agreed = plan.processes.agree(reason)
                 if not isinstance(agreed, CannotFollow):
                     raise agreed from None
@@ -128,9 +151,11 @@ class _Run:
         progress: Progress,
         folder: ResumeFolder | None,
         whole: str | None,
+        residence: Residence | None = None,
     ) -> None:
         self._model, self._plan, self._changes = model, plan, changes
         self._progress, self._folder, self._processes = progress, folder, plan.processes
+        self._residence = residence
         self._outcome = Outcome(whole)
         self._warned = False
         self._row_weights: dict[str, dict[int, Tensor]] = {}
@@ -142,10 +167,12 @@ class _Run:
         batches = plan.batches or ()
         if batches and whole is None:
             dense = changes.dense_layers if _asks_for_dense(plan) else None
-            self._walk = BlockByBlock(model, self._blocks, batches, dense, self._processes)
+            self._walk = BlockByBlock(
+                model, self._blocks, batches, dense, self._processes, self._arrive
+            )
         else:
             self._walk = WholeModel(
-                model, self._blocks, batches, changes.originals, self._processes
+                model, self._blocks, batches, changes.originals, self._processes, self._arrive
             )
         self._first_batch = self._processes.first_batch(len(batches))
 
@@ -156,6 +183,9 @@ class _Run:
                 self._take(block)
                 self._compare_processes(block)
                 self._walk.advance()
+                if self._residence is not None:
+                    self._changes.settle(block)
+                    self._residence.leave(block)
         finally:
             self._walk.close()
         self._finish()
@@ -163,6 +193,10 @@ class _Run:
         self._processes.gather("end", None)
         self._tell("")
         return self._outcome
+
+    def _arrive(self, block: Block) -> None:
+        if self._residence is not None:
+            self._residence.bring(block)
 
     def _compare_processes(self, block: Block) -> None:
         """Raises, in all processes, where they have made different layers of a block."""
@@ -406,7 +440,8 @@ def build_layer(
         assert (made.n, made.k) == tuple(task.weight.shape), part.method.name
         if isinstance(made, QuantizedWeight):
             weight = made.replace(bias=task.bias)
-            return WQLinear.from_weight(weight, device=task.weight.device, **options)
+            like = task.weight
+            return WQLinear.from_weight(weight, device=like.device, dtype=like.dtype, **options)
         return WQLinear.from_parameters(made, task.weight, task.bias, **options)
     except QuantizationError as error:
         raise type(error)(f"{task.name}: {error}") from None

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from qkernels import rounding
-from qkernels.calibration.distributed import Processes
+from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
 from qkernels.calibration.ranges import Numbers
 from qkernels.calibration.synthetic import random_tokens
@@ -29,9 +29,9 @@ from qkernels.progress import Progress, silent
 from qkernels.quantizers.driver import Outcome, Plan, drive
 from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
 from qkernels.quantizers.linear_forms import LinearForms
-from qkernels.quantizers.plan import plan_layers
+from qkernels.quantizers.plan import LayerPlan, plan_layers
 from qkernels.quantizers.recipe import Recipe
-from qkernels.quantizers.report import QuantizationReport
+from qkernels.quantizers.report import LayerReport, QuantizationReport
 from qkernels.quantizers.resume import (
     WHAT_DIFFERS,
     ResumeFolder,
@@ -145,24 +145,14 @@ def quantize_model(
             for pattern, value in (overrides or {}).items()
         }
         layers = plan_layers(model, default, include, exclude, parsed)
-        embeddings = {name: e.scheme for e in layers.embeddings for name in e.names}
-        check_methods(recipe, layers.schemes, calibrated=calibration is not None)
-        for part in recipe.parts if embeddings else ():
-            if part.method.rewrites_embeddings(part.parameters):
-                raise LayerError(
-                    f"{part} gives embeddings other values, so they stay in 16 bits: leave out "
-                    f"{', '.join(embeddings)}"
-                )
-        _check_observer(choice, layers.schemes)
+        drawn = isinstance(calibration, str) and calibration == "random"
+        batches = random_tokens(model) if drawn else calibration
+        plan = plan_run(layers, recipe, choice, batches, backend, check_kernels, processes)
         _check_shared(recipe, processes, resume)
-        batches = _batches(model, calibration)
-        if batches is not None and not batches:
-            raise LayerError("calibration holds no batch")
-        plan = Plan(recipe, layers.schemes, batches, backend, check_kernels, choice, processes)
         forms = LinearForms(model, plan.schemes)
         try:
             if format is not None:
-                kinds = _kinds(model, plan.schemes, forms)
+                kinds = kinds_of(model, plan.schemes, forms)
                 check_holds(format, embedding_kinds(model, layers.embeddings))
                 check_writes(format, model, kinds)
             for name in plan.schemes:
@@ -170,26 +160,70 @@ def quantize_model(
                 rounding.check_weight(weight.detach(), f"{name}.weight")
             looked_up = EmbeddingForms(model, layers.embeddings)
             if processes.size > 1:
-                _check_alike(model, plan, embeddings)
-            folder = None if resume is None else _open_folder(resume, model, plan, embeddings)
+                _check_alike(layers, plan, fingerprint_model(model))
+            folder = None
+            if resume is not None:
+                folder = open_folder(resume, layers, plan, fingerprint_model(model))
             outcome = drive(model, plan, progress, folder) if plan.schemes else Outcome(None)
         except BaseException:
             forms.undo()
             raise
         forms.finish()
-        reports = outcome.layers | looked_up.put(outcome.layers)
+        reports = looked_up.put(outcome.layers)
         mark_quantized(model)
-        return QuantizationReport(
-            str(recipe),
-            layers=[reports[name] for name in (*plan.schemes, *embeddings)],
-            skipped=layers.skipped,
-            shares=layers.shares,
-            unreached=outcome.unreached,
-            whole_model=outcome.whole_model,
+        return report_of(layers, recipe, outcome, reports)
+
+
+def plan_run(
+    layers: LayerPlan,
+    recipe: Recipe,
+    observer: ObserverChoice,
+    calibration: Iterable[Any] | None,
+    backend: str | None,
+    check_kernels: bool,
+    processes: Processes = ALONE,
+) -> Plan:
+    """What the driver is to do; arguments and errors as for `quantize_model`."""
+    check_methods(recipe, layers.schemes, calibrated=calibration is not None)
+    embeddings = _embeddings(layers)
+    for part in recipe.parts if embeddings else ():
+        if part.method.rewrites_embeddings(part.parameters):
+            raise LayerError(
+                f"{part} gives embeddings other values, so they stay in 16 bits: leave out "
+                f"{', '.join(embeddings)}"
+            )
+    _check_observer(observer, layers.schemes)
+    if isinstance(calibration, str):
+        raise LayerError(
+            f'calibration is {calibration!r}: give batches; "random" is for models in memory'
         )
+    batches = None if calibration is None else list(calibration)
+    if batches is not None and not batches:
+        raise LayerError("calibration holds no batch")
+    return Plan(recipe, layers.schemes, batches, backend, check_kernels, observer, processes)
 
 
-def _kinds(
+def report_of(
+    layers: LayerPlan, recipe: Recipe, outcome: Outcome, embeddings: Mapping[str, LayerReport]
+) -> QuantizationReport:
+    """What became of the layers, with the reports of the embeddings."""
+    reports = {**outcome.layers, **embeddings}
+    return QuantizationReport(
+        str(recipe),
+        layers=[reports[name] for name in (*layers.schemes, *_embeddings(layers))],
+        skipped=layers.skipped,
+        shares=layers.shares,
+        unreached=outcome.unreached,
+        whole_model=outcome.whole_model,
+    )
+
+
+def _embeddings(layers: LayerPlan) -> dict[str, QuantScheme]:
+    """The schemes of embeddings, by name."""
+    return {name: e.scheme for e in layers.embeddings for name in e.names}
+
+
+def kinds_of(
     model: nn.Module, schemes: Mapping[str, QuantScheme], forms: LinearForms
 ) -> dict[str, WeightKind]:
     """What is known of the layers before they are quantized."""
@@ -204,25 +238,27 @@ def _kinds(
     }
 
 
-def _identity(
-    model: nn.Module, plan: Plan, embeddings: Mapping[str, QuantScheme]
-) -> dict[str, Any]:
+def _identity(layers: LayerPlan, plan: Plan, fingerprint: str) -> dict[str, Any]:
     """What makes a run the same as another, but for its batches; with keys of `WHAT_DIFFERS`."""
+    schemes = {**plan.schemes, **_embeddings(layers)}
     return {
         "recipe": str(plan.recipe),
         "observer": str(plan.observer),
         "backend": plan.backend,
-        "schemes": {name: str(scheme) for name, scheme in {**plan.schemes, **embeddings}.items()},
-        "model": fingerprint_model(model),
+        "schemes": {name: str(scheme) for name, scheme in schemes.items()},
+        "model": fingerprint,
     }
 
 
-def _open_folder(
-    folder: str | Path, model: nn.Module, plan: Plan, embeddings: Mapping[str, QuantScheme]
+def open_folder(
+    folder: str | Path, layers: LayerPlan, plan: Plan, fingerprint: str
 ) -> ResumeFolder:
+    """The folder of a run on the model with that fingerprint."""
     batches = plan.batches
     calibration = None if batches is None else fingerprint_batches(batches)
-    return ResumeFolder(folder, {**_identity(model, plan, embeddings), "calibration": calibration})
+    return ResumeFolder(
+        folder, {**_identity(layers, plan, fingerprint), "calibration": calibration}
+    )
 
 
 def _check_shared(recipe: Recipe, processes: Processes, resume: str | Path | None) -> None:
@@ -239,10 +275,10 @@ def _check_shared(recipe: Recipe, processes: Processes, resume: str | Path | Non
         raise LayerError("a folder to resume from is of one process: leave process_group out")
 
 
-def _check_alike(model: nn.Module, plan: Plan, embeddings: Mapping[str, QuantScheme]) -> None:
+def _check_alike(layers: LayerPlan, plan: Plan, fingerprint: str) -> None:
     """Raises where processes were called with different arguments."""
     calibration = None if plan.batches is None else "of its own"
-    own = {**_identity(model, plan, embeddings), "calibration": calibration}
+    own = {**_identity(layers, plan, fingerprint), "calibration": calibration}
     first, *others = plan.processes.gather("run", own)
     for number, other in enumerate(others, 1):
         different = [WHAT_DIFFERS[key] for key in first if first[key] != other[key]]
@@ -259,14 +295,6 @@ def _check_observer(choice: ObserverChoice, schemes: Mapping[str, QuantScheme]) 
             reason = choice.observer.why_not(Numbers.of(scheme.activation))
             if reason is not None:
                 raise SchemeError(f"{name}: observer {choice} is not for {scheme}: {reason}")
-
-
-def _batches(model: nn.Module, calibration: Iterable[Any] | str | None) -> list[Any] | None:
-    if isinstance(calibration, str):
-        if calibration != "random":
-            raise LayerError(f'calibration is {calibration!r}: give batches, or "random"')
-        return random_tokens(model)
-    return None if calibration is None else list(calibration)
 
 
 def check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:

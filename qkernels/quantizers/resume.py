@@ -28,6 +28,7 @@ from qkernels.layouts import PLAIN, PackedWeight, pack
 from qkernels.modules import WQLinear
 from qkernels.quantizers.report import LayerReport
 from qkernels.scheme import QuantScheme
+from qkernels.weight import QuantizedWeight
 
 RUN_FILE = "run.json"
 _VERSION = 2
@@ -115,7 +116,13 @@ class ResumeFolder:
         }
         path = self._path(number)
         aside = path.with_name(path.name + _ASIDE)
-        save_file(tensors, aside, metadata={"block": json.dumps(about)})
+        try:
+            save_file(tensors, aside, metadata={"block": json.dumps(about)})
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{aside} cannot be written ({error}); the blocks finished before are kept, and "
+                "the same run goes on from them"
+            ) from None
         _rename(aside, path)
 
     def load(
@@ -134,17 +141,21 @@ class ResumeFolder:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError:
             return None
-        reports = [LayerReport(**report) for report in about["reports"]]
-        schemes = {report.name: QuantScheme.parse(report.scheme) for report in reports}
+        reports = _reports(about)
+        schemes = {report.name: QuantScheme.parse(report.scheme) for report in reports.values()}
         return FinishedBlock(
             layers={
                 name: _layer(model.get_submodule(name), schemes[name], f"{name}.", tensors, options)
                 for name in about["layers"]
             },
             rewritten={name: tensors[f"rewritten.{name}"] for name in about["rewritten"]},
-            reports=reports,
+            reports=list(reports.values()),
             unreached=about["unreached"],
         )
+
+    def opened(self, number: int) -> OpenedBlock:
+        """The finished block `number`, whose tensors are read one by one."""
+        return OpenedBlock(self._path(number))
 
     def _path(self, number: int) -> Path:
         return self._folder / f"block-{number:04d}.safetensors"
@@ -177,15 +188,51 @@ class ResumeFolder:
             )
 
 
+class OpenedBlock:
+    """The file of a finished block.
+
+    Attributes:
+        layers: names of the layers that it holds.
+        rewritten: names of the parameters that it holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["block"])
+        self._reports = _reports(about)
+        self.layers: list[str] = about["layers"]
+        self.rewritten: list[str] = about["rewritten"]
+
+    def weight(self, layer: str) -> QuantizedWeight:
+        """One of `layers`, with its bias."""
+        report, prefix = self._reports[layer], f"{layer}."
+        with safe_open(self._path, framework="pt") as file:
+            mine = [prefix + part for part in ("words", *FIELDS, "bias")]
+            tensors = {key: file.get_tensor(key) for key in mine if key in file.keys()}  # noqa: SIM118
+        return _weight(QuantScheme.parse(report.scheme), (report.n, report.k), prefix, tensors)
+
+    def parameter(self, name: str) -> Tensor:
+        """One of `rewritten`."""
+        with safe_open(self._path, framework="pt") as file:
+            found: Tensor = file.get_tensor(f"rewritten.{name}")
+        return found
+
+
+def _reports(about: Mapping[str, Any]) -> dict[str, LayerReport]:
+    """The reports of a block's layers, by name."""
+    return {report["name"]: LayerReport(**report) for report in about["reports"]}
+
+
 def fingerprint_model(model: nn.Module) -> str:
     """A hash of a model's modules and of every number in its parameters and buffers."""
     parts: Iterator[object] = (part for item in model.state_dict().items() for part in item)
-    return _hash((repr(model), *parts))
+    return fingerprint((repr(model), *parts))
 
 
 def fingerprint_batches(batches: Iterable[Any]) -> str:
     """A hash of calibration batches: tensors, or tuples, lists and dicts that hold them."""
-    return _hash(part for batch in batches for part in _leaves(batch))
+    return fingerprint(part for batch in batches for part in _leaves(batch))
 
 
 def digest_of_layers(layers: Mapping[str, nn.Module], rewritten: Mapping[str, Tensor]) -> str:
@@ -193,7 +240,7 @@ def digest_of_layers(layers: Mapping[str, nn.Module], rewritten: Mapping[str, Te
     tensors = [
         part for layer in layers.values() for part in _tensors(cast(WQLinear, layer)).items()
     ]
-    return _hash(part for item in (*tensors, *rewritten.items()) for part in item)
+    return fingerprint(part for item in (*tensors, *rewritten.items()) for part in item)
 
 
 def _leaves(value: Any) -> Iterator[object]:
@@ -209,7 +256,8 @@ def _leaves(value: Any) -> Iterator[object]:
         yield value
 
 
-def _hash(parts: Iterable[object]) -> str:
+def fingerprint(parts: Iterable[object]) -> str:
+    """A hash of tensors, their types and shapes, and of whatever else has a `repr`."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Tensor):
@@ -239,12 +287,17 @@ def _layer(
 ) -> WQLinear:
     weight = original.weight
     assert isinstance(weight, Tensor)
+    n, k = weight.shape
+    hub = _weight(scheme, (n, k), prefix, tensors)
+    return WQLinear.from_weight(hub, device=weight.device, dtype=weight.dtype, **options)
+
+
+def _weight(
+    scheme: QuantScheme, shape: tuple[int, int], prefix: str, tensors: Mapping[str, Tensor]
+) -> QuantizedWeight:
     names = [name for name in ("words", *FIELDS) if prefix + name in tensors]
     buffers = {name: tensors[prefix + name] for name in names}
-    n, k = weight.shape
-    packed = PackedWeight(scheme, PLAIN, n, k, buffers)
-    hub = packed.unpack(tensors.get(prefix + "bias"))
-    return WQLinear.from_weight(hub, device=weight.device, dtype=weight.dtype, **options)
+    return PackedWeight(scheme, PLAIN, *shape, buffers).unpack(tensors.get(prefix + "bias"))
 
 
 def _rename(aside: Path, path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import qkernels as qk
 from qkernels.checkpoints.store import ShardWriter
@@ -169,6 +170,62 @@ def test_a_run_that_was_interrupted_goes_on(run, model_folder, text_file, tmp_pa
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     code, _, err = run(*again, "--force", "--override", "*.down_proj=none")
     assert code == 1 and "differs in the schemes of layers" in err
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def test_a_model_is_streamed(run, model_folder, text_file, tmp_path, monkeypatch):
+    arguments = ("quantize", model_folder, "--scheme", "w4a16-g32", "--method", "gptq")
+    arguments = (*arguments, "--calibration", text_file, "--head", "w8a16-g32", "--format", "gptq")
+    expected, out, kept = (tmp_path / name for name in ("expected", "out", "out.unfinished"))
+    code, report, _ = run(*arguments, "-o", expected)
+    assert code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", None)
+        code, text, err = run(*arguments, "-o", out, "--stream")
+        assert (code, " ".join(err.split())) == (
+            0,
+            f"note: finished blocks are kept in {kept}; the same command goes on from them",
+        )
+    assert text.replace(str(out), str(expected)).split() == report.split()
+    found, wanted = weights(out), weights(expected)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    files, others = contents(out), contents(expected)
+    assert {n for n in others if not n.startswith("model")} <= files.keys()
+    assert all(files[name] == others[name] for name in files if not name.startswith("model"))
+    assert not kept.exists()
+    code, _, err = run(*arguments, "-o", out, "--stream")
+    assert code == 1 and "is there: choose another output" in err
+    assert run(*arguments, "-o", out, "--stream", "--force", "--resume", tmp_path / "run")[0] == 0
+    assert contents(out) == files
+    assert len(list((tmp_path / "run").glob("block-*"))) == 3
+
+
+def test_a_streamed_run_that_was_interrupted_goes_on(run, model_folder, tmp_path, monkeypatch):
+    arguments = ("quantize", model_folder, "--scheme", "w4a16-g32", "--stream")
+    assert run(*arguments, "-o", tmp_path / "expected")[0] == 0
+    again = (*arguments, "-o", tmp_path / "out")
+    real = ShardWriter.finish
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardWriter, "finish", interrupted)
+    code, _, err = run(*again)
+    assert code == 130 and "interrupted" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["expected", "out.unfinished"]
+    monkeypatch.setattr(ShardWriter, "finish", real)
+    code, _, err = run(*again, "--exclude", "*.down_proj")
+    assert code == 1 and "differs in the schemes of layers" in err
+    assert run(*again)[0] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    code, _, err = run("quantize", gguf, "--scheme", "w8a16", "--stream", "-o", tmp_path / "new")
+    assert code == 1 and "GGUF file, which is read as a whole" in err
 
 
 def test_the_report_says_what_calibration_did_not_reach(capsys):

@@ -12,9 +12,9 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.checkpoints import is_quantized
+from qkernels.checkpoints.dense_folder import UnusedTensorsWarning
 from qkernels.errors import CheckpointError
 from qkernels.models.loading import (
-    UnusedTensorsWarning,
     load_dense,
     load_model_and_tokenizer,
 )

@@ -30,7 +30,7 @@ from tests.oracles.layer_quantizers import (
     quantize_layers,
 )
 from tests.oracles.packages import require
-from tests.quantizers.test_gptq import correlated_inputs, task_of, weight_of
+from tests.quantizers.test_gptq import PLAIN, correlated_inputs, task_of, weight_of
 
 N, K, ROWS = 64, 384, 1200
 DEAD = [5, 70, 71, 300]
@@ -102,9 +102,7 @@ def ours(case, **parameters):
     group = "" if case["group_size"] == -1 else f"-g{case['group_size']}"
     scheme = f"w{case['bits']}a16{group}{'-sym' if case['sym'] else ''}-sfp32"
     layer = LAYERS[case["layer"]]
-    return GPTQ.quantize(
-        task_of(layer["weight"], scheme, layer["x"]), GptqParameters(drift=0, **parameters)
-    )
+    return GPTQ.quantize(task_of(layer["weight"], scheme, layer["x"]), GptqParameters(**parameters))
 
 
 def loss_of(case, weight):
@@ -119,7 +117,7 @@ def test_the_codes_are_the_same(foreign, name, case):
     # Without an order, that package still fits groups beforehand.
     beforehand = name == "llmcompressor" or case["act_order"] == "static"
     order = "static" if beforehand else case["act_order"]
-    made = ours(case, act_order=order, grid="minmax", refit=False)
+    made = ours(case, **PLAIN, act_order=order)
     codes = made.codes if made.perm is None else made.codes[:, made.perm.argsort()]
     other = (codes != theirs.codes).any(dim=1)
     assert other.sum() <= MOST_OTHER_ROWS
@@ -167,12 +165,9 @@ def test_drift_beside_gptaq(moved, tmp_path):
         layer = GPTQ.quantize(task, GptqParameters(**parameters))
         return layer_loss(**moved, made=layer.dequantize())
 
-    plain = {"grid": "minmax", "refit": False}
-    assert abs(loss(drift=0, **plain) - theirs["0.0"]) <= FOREIGN_LAYER_LOSS * theirs["0.0"]
-    assert loss(drift=0.25, **plain) < 0.9 * theirs["0.25"]
-    assert loss(drift=1, **plain) < 0.5 * theirs["1.0"]
-    # The strength that each comes with.
-    assert loss() < 0.7 * theirs["0.25"]
+    assert abs(loss(**PLAIN) - theirs["0.0"]) <= FOREIGN_LAYER_LOSS * theirs["0.0"]
+    assert loss(**{**PLAIN, "drift": 0.25}) < 0.9 * theirs["0.25"]
+    assert loss(**{**PLAIN, "drift": 1}) < 0.5 * theirs["1.0"]
 
 
 @pytest.mark.full
@@ -182,9 +177,11 @@ def test_layers_of_a_real_model(tmp_path):
     model, tokenizer = load_dense(find_smollm2(), torch.float32)
     ids = encode(tokenizer, read_text(SHIPPED_TEXT))[: 6 * 512].view(6, 512)
     names = [
-        f"model.layers.{layer}"
-        for layer in ("0.self_attn.q_proj", "14.self_attn.o_proj", "0.mlp.up_proj")
+        f"model.layers.{block}.{layer}"
+        for block in (0, 14)
+        for layer in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
     ]
+    names.append("model.layers.0.mlp.down_proj")
     seen = inputs_of(model, names, ids)
     layers = {
         name: {"weight": model.get_submodule(name).weight.detach(), "x": x[: 4 * 512]}
@@ -193,9 +190,7 @@ def test_layers_of_a_real_model(tmp_path):
     settings = {"bits": 4, "sym": False, "group_size": 64}
     cases = {name: {"layer": name, **settings} for name in names}
     ours = {
-        name: GPTQ.quantize(
-            task_of(layer["weight"], "w4a16-g64", layer["x"]), GptqParameters(drift=0)
-        )
+        name: GPTQ.quantize(task_of(layer["weight"], "w4a16-g64", layer["x"]), GptqParameters())
         for name, layer in layers.items()
     }
     ratios = {}
