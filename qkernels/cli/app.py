@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qkernels.cli import bench, convert, doctor, inspect, listing, measure, quantize
+from qkernels.cli import bench, convert, doctor, inspect, listing, measure, mixed, quantize
 from qkernels.cli.console import INTERRUPTED, complain
 
 
@@ -77,6 +77,7 @@ def options(
 
 app.command("doctor")(doctor.doctor)
 app.command("quantize")(quantize.quantize)
+app.command("sensitivity")(mixed.sensitivity)
 app.command("convert")(convert.convert)
 app.command("eval")(measure.evaluate)
 app.command("generate")(measure.generate)

@@ -56,6 +56,14 @@ def quantize(
             help="Another scheme for some layers, or none to leave them alone; may be repeated.",
         ),
     ] = None,
+    overrides_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--overrides",
+            metavar="FILE",
+            help="Schemes of layers by `qkernels sensitivity`; --override goes before them.",
+        ),
+    ] = None,
     head: Annotated[
         str | None,
         typer.Option(metavar="SCHEME", help="Quantize the output head too, so. Else it stays."),
@@ -117,12 +125,15 @@ def quantize(
     from qkernels.calibration.observers import ObserverChoice
     from qkernels.models.calibration_text import needs_calibration
     from qkernels.models.evaluation import SHIPPED_CALIBRATION, read_text
+    from qkernels.quantizers.mixture import read_overrides
     from qkernels.quantizers.recipe import Recipe
     from qkernels.scheme import QuantScheme
 
     parsed, recipe = QuantScheme.parse(scheme), Recipe.parse(method)
     choice = ObserverChoice.parse(observer)
     overrides = parse_overrides(override or [])
+    if overrides_file is not None:
+        overrides |= {n: s for n, s in read_overrides(overrides_file).items() if n not in overrides}
     ends = {
         part: QuantScheme.parse(text)
         for part, text in (("head", head), ("embedding", embedding))

@@ -44,7 +44,7 @@ _BY_GRAM = ("hessian", "block")
 class AutoRoundParameters:
     """Attributes:
     steps: of gradient descent.
-    batch: sequences of a step, at least: whole calibration batches are run.
+    batch: sequences of a step.
     lr: how far the first step moves, in parts of a code and of a range; it falls linearly to 0.
         0 is 1 / steps.
     minmax: learn the ranges too; of scales of a whole weight, or such that are quantized
@@ -53,10 +53,10 @@ class AutoRoundParameters:
     """
 
     steps: int = 200
-    batch: int = 8
+    batch: int = 4
     lr: float = 0.0
     minmax: bool = True
-    grid: grids.Grid = "minmax"
+    grid: grids.Grid = "hessian"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
@@ -345,5 +345,6 @@ AUTOROUND = Method(
     statistics=_statistics,
     quantize_block=_quantize_block,
     uses_batches=True,
+    most_sequences=lambda parameters: parameters.batch,
     why_not=_why_not,
 )

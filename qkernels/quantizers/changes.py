@@ -51,10 +51,6 @@ class Changes:
         self._model.set_submodule(name, layer)
         return original
 
-    def original(self, name: str) -> nn.Module:
-        """The layer whose place another has taken."""
-        return next(c.layers[name][0] for c in self._blocks.values() if name in c.layers)
-
     def rewrite(self, name: str, values: Tensor) -> None:
         """Gives a parameter new values, rounded to its type, in memory of their own."""
         parameter = self._model.get_parameter(name)

@@ -35,6 +35,11 @@ Cost = Callable[[Tensor], Tensor]
 """Errors of a group's weights [R, L] -> the cost of each row, [R]."""
 
 
+def asks_for_inputs(grid: Grid) -> bool:
+    """Whether it takes x^T x."""
+    return grid in ("hessian", "block")
+
+
 def why_not_by_group(scheme: QuantScheme) -> str | None:
     """Why the scale of a group is not free of those of others, or None."""
     if scheme.per_tensor:

@@ -8,8 +8,10 @@ Half-Quadratic Quantization of Large Machine Learning Models):
     E <- sign(R) max(|R| - p |R|^(p-1) / beta, 0),     R = W - s (Q - z)
     z <- mean over the group of  Q - (W - E) / s,      beta <- kappa beta
 
-What it is searched for is not what a product loses, so a group keeps the zero point of its range
-where that leaves less squared error.
+HQQ keeps the scale of the range. Here several are tried, and of all that was met a group keeps what
+leaves it the least squared error, its range among them; with real zero points scale and zero point
+are then fitted to the codes together. With inputs, each column counts by its diagonal element of
+x^T x, in the mean and in the squared error.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import torch
 from torch import Tensor
 
 from qkernels import rounding
+from qkernels.calibration.statistics import Needs
 from qkernels.quantizers import grids
+from qkernels.quantizers.hessian import gram_of
 from qkernels.quantizers.method import LayerTask, Method
 from qkernels.scheme import QuantScheme
 from qkernels.weight import WeightParameters, row_slices
@@ -31,12 +35,14 @@ from qkernels.weight import WeightParameters, row_slices
 class HqqParameters:
     """Attributes:
     zeros: "real" numbers, as in HQQ's own format, or "integer", which every format holds.
+    grid: what a group's error is: "mse", or "hessian" with columns weighed by their inputs.
     p: of the norm.
     beta: the first weight of the split, and `kappa` what it grows by with each step.
     steps: at most; a group that stops getting better stays as it was.
     """
 
     zeros: Literal["real", "integer"] = "integer"
+    grid: Literal["mse", "hessian"] = "mse"
     p: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01
@@ -56,73 +62,115 @@ class HqqParameters:
 _NARROWER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 """Parts of a group's range that its scale is tried at: HQQ itself keeps the whole."""
 
+_REFITS = 3
+
+
+def _statistics(scheme: QuantScheme, parameters: HqqParameters) -> Needs:
+    return Needs(quantized=("gram",)) if grids.asks_for_inputs(parameters.grid) else Needs()
+
 
 def _quantize(task: LayerTask, parameters: HqqParameters) -> WeightParameters:
     fitted = rounding.fit(task.weight, task.scheme, activation_scale=task.activation_scale)
-    real = parameters.zeros == "real"
     scales, zeros = fitted.scales.clone(), fitted.zeros
     assert zeros is not None
-    zeros = zeros.to(scales.dtype) if real else zeros.clone()
+    zeros = zeros.to(scales.dtype) if parameters.zeros == "real" else zeros.clone()
+    importance = torch.ones(fitted.k, device=scales.device)
+    if grids.asks_for_inputs(parameters.grid):
+        assert task.inputs is not None
+        importance = gram_of(task.inputs).diagonal().to(scales.device)
     length = task.scheme.group_length(fitted.k)
     for group in range(task.scheme.groups(fitted.k)):
         columns = slice(group * length, min((group + 1) * length, fitted.k))
+        weights = importance[columns] / importance[columns].sum()
         for start, stop in row_slices(fitted.n, length):
             part = slice(start, stop)
             rows = task.weight[part, columns].float()
-            scales[part, group], found = _fit_group(
-                rows, scales[part, group], zeros[part, group].float(), task.scheme, parameters
-            )
-            zeros[part, group] = found.to(zeros.dtype)
+            fit = _Group(rows, weights, scales.dtype, task.scheme, parameters)
+            scale, zero = fit.best(scales[part, group].float(), zeros[part, group].float())
+            scales[part, group], zeros[part, group] = scale, zero
     fields = {**fitted.fields, "scales": scales, "zeros": zeros}
     return WeightParameters(scheme=task.scheme, n=fitted.n, k=fitted.k, **fields)
 
 
-def _fit_group(
-    rows: Tensor, first: Tensor, zero: Tensor, scheme: QuantScheme, parameters: HqqParameters
-) -> tuple[Tensor, Tensor]:
-    """Scales, in their type, and zero points, fp32, of rows [R, L]: the best that were seen."""
-    largest = (1 << scheme.bits) - 1
+class _Group:
+    """Rows [R, L] of one group; scales and zero points are fp32 [R], as they can be stored.
 
-    def stored(zero: Tensor) -> Tensor:
-        if parameters.zeros == "real":
-            return zero.to(first.dtype).float()
-        return zero.round().clamp_(0, largest)
+    Args:
+        weights: fp32 [L], what columns count; their sum is 1.
+        dtype: of scales, and of real zero points.
+    """
 
-    best_scale, best_zero = first.clone(), zero
-    least = grids.error_of(rows, first.float(), zero, scheme).square().sum(dim=1)
-    for factor in _NARROWER:
-        scale = (first.float() * factor).to(first.dtype)
-        for candidate in _half_quadratic(rows, scale.float(), zero, scheme, parameters):
-            kept = stored(candidate)
-            found = grids.error_of(rows, scale.float(), kept, scheme).square().sum(dim=1)
+    def __init__(
+        self,
+        rows: Tensor,
+        weights: Tensor,
+        dtype: torch.dtype,
+        scheme: QuantScheme,
+        parameters: HqqParameters,
+    ) -> None:
+        self._rows, self._weights, self._dtype = rows, weights, dtype
+        self._scheme, self._parameters = scheme, parameters
+        self._largest = (1 << scheme.bits) - 1
+
+    def best(self, full: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and the zero point of the least squared error. Args: those of the range."""
+        self._scale, self._zero = full, zero
+        self._least = self._error(full, zero)
+        for factor in _NARROWER:
+            scale = (full * factor).to(self._dtype).float()
+            # As much is clipped at one end of the range as at the other.
+            centred = (zero - self._largest / 2) / factor + self._largest / 2
+            for candidate in self._half_quadratic(scale, centred):
+                self._try(scale, self._stored(candidate))
+        if self._parameters.zeros == "real":
+            for _ in range(_REFITS):
+                self._try(*self._fitting())
+        return self._scale, self._zero
+
+    def _try(self, scale: Tensor, zero: Tensor) -> None:
+        found = self._error(scale, zero)
+        better = (found < self._least) & (scale > 0)
+        self._least = torch.where(better, found, self._least)
+        self._scale = torch.where(better, scale, self._scale)
+        self._zero = torch.where(better, zero, self._zero)
+
+    def _error(self, scale: Tensor, zero: Tensor) -> Tensor:
+        return grids.error_of(self._rows, scale, zero, self._scheme).square_() @ self._weights
+
+    def _stored(self, zero: Tensor) -> Tensor:
+        if self._parameters.zeros == "real":
+            return zero.to(self._dtype).float()
+        return zero.round().clamp_(0, self._largest)
+
+    def _fitting(self) -> tuple[Tensor, Tensor]:
+        """The scale and the zero point that the present codes fit best, by linear regression."""
+        codes = grids.encode(self._rows, self._scale, self._zero, self._scheme)
+        codes += self._zero[:, None]
+        code, value = codes @ self._weights, self._rows @ self._weights
+        codes -= code[:, None]
+        scale = (codes * self._rows) @ self._weights / (codes.square() @ self._weights)
+        scale = scale.to(self._dtype).float()
+        return scale, self._stored(code - value / rounding.nonzero(scale))
+
+    def _half_quadratic(self, scale: Tensor, zero: Tensor) -> list[Tensor]:
+        """Zero points that the splitting ends at: as they are, and of the least mean error."""
+        p, beta = self._parameters.p, self._parameters.beta
+        best, least = zero, torch.full_like(scale, torch.inf)
+        for _ in range(self._parameters.steps):
+            values = grids.encode(self._rows, scale, zero, self._scheme)
+            residual = self._rows - values * scale[:, None]
+            found = residual.abs() @ self._weights
             better = found < least
-            least = torch.where(better, found, least)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, kept, best_zero)
-    return best_scale, best_zero
-
-
-def _half_quadratic(
-    rows: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme, parameters: HqqParameters
-) -> list[Tensor]:
-    """Zero points [R] that the splitting ends at: as they are, and of the least p-norm."""
-    p, beta = parameters.p, parameters.beta
-    best, least = zero, torch.full_like(scale, torch.inf)
-    for _ in range(parameters.steps):
-        values = grids.encode(rows, scale, zero, scheme)
-        residual = rows - values * scale[:, None]
-        found = residual.abs().mean(dim=1)
-        better = found < least
-        if not better.any():
-            break
-        best, least = torch.where(better, zero, best), torch.where(better, found, least)
-        large = residual.abs()
-        large = (large - p * large.clamp(min=1e-9).pow(p - 1) / beta).clamp_(min=0)
-        kept = rows - large.mul_(residual.sign())
-        codes = values + zero[:, None]
-        zero = (codes - kept / scale[:, None]).mean(dim=1)
-        beta *= parameters.kappa
-    return [zero, best]
+            if not better.any():
+                break
+            best, least = torch.where(better, zero, best), torch.where(better, found, least)
+            large = residual.abs()
+            large = (large - p * large.clamp(min=1e-9).pow(p - 1) / beta).clamp_(min=0)
+            kept = self._rows - large.mul_(residual.sign())
+            codes = values + zero[:, None]
+            zero = (codes - kept / rounding.nonzero(scale)[:, None]) @ self._weights
+            beta *= self._parameters.kappa
+        return [zero, best]
 
 
 def _why_not(scheme: QuantScheme, parameters: HqqParameters) -> str | None:
@@ -138,6 +186,7 @@ HQQ = Method(
     name="hqq",
     title="zero points by half-quadratic splitting, without data",
     parameters=HqqParameters,
+    statistics=_statistics,
     quantize=_quantize,
     why_not=_why_not,
 )

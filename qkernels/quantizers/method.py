@@ -144,6 +144,11 @@ def any_scheme(scheme: QuantScheme, parameters: Any) -> None:
     """For methods that take every scheme."""
 
 
+def any_number(parameters: Any) -> int | None:
+    """For methods that take batches as they come."""
+    return None
+
+
 def at_once(parameters: Any) -> bool:
     """For methods that calibrate all layers of a block together."""
     return False
@@ -177,6 +182,8 @@ class Method:
         finish: (model, parameters) -> layers of the quantized model -> what they become, with the
             scheme and shape that they have.
         uses_batches: it runs the calibration batches itself, so that processes cannot share them.
+        most_sequences: parameters -> how many sequences of calibration it runs at once, at most, or
+            None where it is all the same; larger batches are cut.
         in_stages: parameters -> whether the layers of a block are quantized in the order in which
             it runs them, each behind the quantized ones before it.
         rewrites_embeddings: parameters -> whether it does, so that these must stay in 16 bits.
@@ -196,6 +203,7 @@ class Method:
     ) = None
     finish: Callable[[ModelTask, Any], Mapping[str, QuantizedWeight]] | None = None
     uses_batches: bool = False
+    most_sequences: Callable[[Any], int | None] = any_number
     in_stages: Callable[[Any], bool] = at_once
     rewrites_embeddings: Callable[[Any], bool] = no_embeddings
     why_not: Callable[[QuantScheme, Any], str | None] = any_scheme

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -18,6 +18,7 @@ from qkernels import rounding
 from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
 from qkernels.calibration.ranges import Numbers
+from qkernels.calibration.synthetic import random_tokens
 from qkernels.checkpoints import mark_quantized
 from qkernels.checkpoints.format import WeightKind
 from qkernels.checkpoints.table import check_holds
@@ -27,6 +28,7 @@ from qkernels.modules.kinds import become, is_plain_linear
 from qkernels.progress import Progress, silent
 from qkernels.quantizers.driver import Outcome, Plan, drive
 from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
+from qkernels.quantizers.gradients import pieces
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.plan import LayerPlan, plan_layers
 from qkernels.quantizers.recipe import Recipe
@@ -46,7 +48,7 @@ def quantize_model(
     method: str | Recipe = "rtn",
     scheme: QuantScheme | str = "w4a16-g128",
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Literal["random"] | None = None,
     observer: str | ObserverChoice = DEFAULT_OBSERVER,
     process_group: ProcessGroup | None = None,
     include: Sequence[str] | None = None,
@@ -73,9 +75,10 @@ def quantize_model(
             by +, such as "a(x=0.5)+b"; the last one quantizes, those before prepare.
         scheme: for all layers that no override names.
         calibration: batches to run through the model (tensors, tuples or dicts of its arguments),
-            for the output errors, static activation scales and methods that learn from inputs. All
-            are held at once, and the inputs that they give to one block. A layer that they do not
-            reach is rounded to nearest, with activations per token where they would be static.
+            or "random" for tokens that are drawn at random where there is no data; for the output
+            errors, static activation scales and methods that learn from inputs. All are held at
+            once, and the inputs that they give to one block. A layer that they do not reach is
+            rounded to nearest, with activations per token where they would be static.
         observer: what finds the range of static activations: an observer of `qkernels list
             observers` with its parameters, such as "percentile(percent=99.9)".
         process_group: of `torch.distributed`, such as `torch.distributed.group.WORLD`: its
@@ -143,7 +146,9 @@ def quantize_model(
             for pattern, value in (overrides or {}).items()
         }
         layers = plan_layers(model, default, include, exclude, parsed)
-        plan = plan_run(layers, recipe, choice, calibration, backend, check_kernels, processes)
+        drawn = isinstance(calibration, str) and calibration == "random"
+        batches = random_tokens(model) if drawn else calibration
+        plan = plan_run(layers, recipe, choice, batches, backend, check_kernels, processes)
         _check_shared(recipe, processes, resume)
         forms = LinearForms(model, plan.schemes)
         try:
@@ -189,9 +194,14 @@ def plan_run(
                 f"{', '.join(embeddings)}"
             )
     _check_observer(observer, layers.schemes)
+    if isinstance(calibration, str):
+        raise LayerError(
+            f'calibration is {calibration!r}: give batches; "random" is for models in memory'
+        )
     batches = None if calibration is None else list(calibration)
     if batches is not None and not batches:
         raise LayerError("calibration holds no batch")
+    batches = None if batches is None else _cut(batches, recipe)
     return Plan(recipe, layers.schemes, batches, backend, check_kernels, observer, processes)
 
 
@@ -240,6 +250,13 @@ def _identity(layers: LayerPlan, plan: Plan, fingerprint: str) -> dict[str, Any]
         "schemes": {name: str(scheme) for name, scheme in schemes.items()},
         "model": fingerprint,
     }
+
+
+def _cut(batches: list[Any], recipe: Recipe) -> list[Any]:
+    """Calibration batches of no more sequences than the methods of a recipe want."""
+    sizes = [part.method.most_sequences(part.parameters) for part in recipe.parts]
+    size = min((size for size in sizes if size is not None), default=None)
+    return batches if size is None else [part for batch in batches for part in pieces(batch, size)]
 
 
 def open_folder(

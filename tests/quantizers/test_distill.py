@@ -34,8 +34,12 @@ def test_scales_get_the_gradients_of_the_dequantized_product(scheme):
     _, hub = quantized_weight(scheme)
     x = torch.randn(5, 80, generator=torch.Generator().manual_seed(1), requires_grad=True)
     wanted = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
-    layer = _Trained(hub, None)
-    (layer.forward(x) * wanted).sum().backward()
+    layer = _Trained(hub, torch.float32)
+    layer.begin()
+    # Two halves of a step, whose gradients add up.
+    for half in (slice(0, 2), slice(2, 5)):
+        (layer.forward(x[half]) * wanted[half]).sum().backward()
+    layer.end()
     got, got_x = layer.factors.grad, x.grad.clone()
     x.grad = None
 
@@ -46,23 +50,6 @@ def test_scales_get_the_gradients_of_the_dequantized_product(scheme):
     (F.linear(x, weight) * wanted).sum().backward()
     assert (got - factors.grad).norm() <= SUM_BOUND * factors.grad.norm() * 80
     assert (got_x - x.grad).norm() <= SUM_BOUND * x.grad.norm() * 80
-
-
-@pytest.mark.parametrize("scheme", ["w4a16-g32", "w3a16-g32-sym"])
-def test_offsets_move_codes_to_their_neighbours(scheme):
-    weight, hub = quantized_weight(scheme)
-    layer = _Trained(hub, weight)
-    assert torch.equal(layer.result().codes, hub.codes)
-    with torch.no_grad():
-        layer.offsets += 0.6
-    moved = layer.result().codes.int() - hub.codes.int()
-    largest = (1 << hub.scheme.bits) - 1
-    assert set(moved.unique().tolist()) <= {0, 1} and moved.sum() > 0
-    assert int(layer.result().codes.max()) == largest
-    with torch.no_grad():
-        layer.offsets -= 1.2
-    moved = layer.result().codes.int() - hub.codes.int()
-    assert set(moved.unique().tolist()) <= {0, -1} and moved.sum() < 0
 
 
 def test_the_divergence_and_its_gradient():
@@ -81,14 +68,13 @@ def test_the_divergence_and_its_gradient():
     assert float(divergence(target, target)) == 0.0
 
 
-@pytest.mark.parametrize(
-    "recipe", ["distill(steps=48, lr=0.005)", "distill(steps=48, rounding=0.05)"]
-)
-def test_the_model_comes_nearer_to_the_dense_one(recipe):
+def test_the_model_comes_nearer_to_the_dense_one():
     ids = calibration()[0]
     plain, taught = tiny_model(), tiny_model()
     qk.quantize_model(plain, "rtn", "w3a16-g32", calibration=calibration())
-    report = qk.quantize_model(taught, "rtn+" + recipe, "w3a16-g32", calibration=calibration())
+    report = qk.quantize_model(
+        taught, "distill(steps=48, lr=0.005)", "w3a16-g32", calibration=calibration()
+    )
     assert divergence_of(taught, ids) < 0.95 * divergence_of(plain, ids)
     assert report.method.startswith("rtn+distill") and report.layers[0].method == report.method
     assert all(parameter.requires_grad for parameter in taught.parameters())
