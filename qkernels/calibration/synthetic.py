@@ -28,16 +28,27 @@ def random_tokens(
         length: at most what the model takes, by its config.
 
     Raises:
-        LayerError: for a model whose embedding of tokens is not known.
+        LayerError: for a model that `why_no_tokens` says something of.
     """
-    embedding = input_embedding(model)
-    if not isinstance(embedding, nn.Embedding):
+    reason = why_no_tokens(model)
+    if reason is not None:
         raise LayerError(
-            f"a {type(model).__name__} does not say which layer embeds its tokens: calibrate it "
-            "with batches of your own"
+            f"a {type(model).__name__} {reason}: calibrate it with batches of your own"
         )
+    embedding = input_embedding(model)
+    assert isinstance(embedding, nn.Embedding)
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     length = min(length, most) if isinstance(most, int) else length
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(embedding.num_embeddings, (sequences, length), generator=generator)
-    return list(ids.to(embedding.weight.device).split(BATCH))
+    device = embedding.weight.device
+    return list((ids if device.type == "meta" else ids.to(device)).split(BATCH))
+
+
+def why_no_tokens(model: nn.Module) -> str | None:
+    """Why `random_tokens` has none for a model, or None."""
+    if not isinstance(input_embedding(model), nn.Embedding):
+        return "does not say which layer embeds its tokens"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "takes tokens of two texts"
+    return None

@@ -90,7 +90,7 @@ def _why_not(kind: WeightKind) -> str | None:
     if beyond:
         return f"has no tensor for {', '.join(beyond)}"
     if kind.real_zeros:
-        return "has no zero points that are no integers"
+        return "has integer zero points alone, such as hqq(zeros=integer) makes"
     if kind.shape is not None and scheme.group_size is not None:
         k, size = kind.shape[1], scheme.group_size
         if k > size and k % size:

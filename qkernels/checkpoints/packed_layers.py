@@ -149,5 +149,5 @@ def why_not_integers(kind: WeightKind, fields: frozenset[str]) -> str | None:
     if beyond:
         return f"has no tensor for {', '.join(beyond)}"
     if kind.real_zeros:
-        return "has no zero points that are no integers"
+        return "has integer zero points alone, such as hqq(zeros=integer) makes"
     return None

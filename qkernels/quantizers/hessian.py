@@ -47,10 +47,20 @@ def gram_of(inputs: LayerInputs) -> Tensor:
     rounded to something near, at no other weight's expense.
     """
     gram: Tensor = inputs.quantized["gram"].matrix / inputs.rows
-    diagonal = gram.diagonal()
+    _count_unseen(gram.diagonal())
+    return gram
+
+
+def squares_of(inputs: LayerInputs) -> Tensor:
+    """The diagonal of `gram_of`, fp32 [K]."""
+    squares: Tensor = (inputs.quantized["squares"].sums / inputs.rows).float()
+    _count_unseen(squares)
+    return squares
+
+
+def _count_unseen(diagonal: Tensor) -> None:
     seen = diagonal[diagonal > 0]
     diagonal[diagonal == 0] = _UNSEEN * seen.min() if len(seen) else 1
-    return gram
 
 
 def damped_gram(gram: Tensor, damp_percent: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""HQQ: zero points, and then scales, that leave few large errors; no calibration.
+"""HQQ: zero points, and then scales, that leave few large errors; no data.
 
     min over z of  |W - s (round(W / s + z) - z)|_p^p,   p < 1
 
@@ -10,8 +10,8 @@ Half-Quadratic Quantization of Large Machine Learning Models):
 
 HQQ keeps the scale of the range. Here several are tried, and of all that was met a group keeps what
 leaves it the least squared error, its range among them; with real zero points scale and zero point
-are then fitted to the codes together. With inputs, each column counts by its diagonal element of
-x^T x, in the mean and in the squared error.
+are then fitted to the codes together. Each column counts by its diagonal element of x^T x, in the
+mean and in the squared error; for that, tokens that are drawn at random do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from qkernels import rounding
 from qkernels.calibration.statistics import Needs
 from qkernels.quantizers import grids
-from qkernels.quantizers.hessian import gram_of
+from qkernels.quantizers.hessian import squares_of
 from qkernels.quantizers.method import LayerTask, Method
 from qkernels.scheme import QuantScheme
 from qkernels.weight import WeightParameters, row_slices
@@ -35,14 +35,15 @@ from qkernels.weight import WeightParameters, row_slices
 class HqqParameters:
     """Attributes:
     zeros: "real" numbers, as in HQQ's own format, or "integer", which every format holds.
-    grid: what a group's error is: "mse", or "hessian" with columns weighed by their inputs.
+    grid: what a group's error is: "hessian" with columns weighed by their inputs on the calibration
+        batches, else on random tokens, all alike where the model embeds none; or "mse".
     p: of the norm.
     beta: the first weight of the split, and `kappa` what it grows by with each step.
     steps: at most; a group that stops getting better stays as it was.
     """
 
-    zeros: Literal["real", "integer"] = "integer"
-    grid: Literal["mse", "hessian"] = "mse"
+    zeros: Literal["real", "integer"] = "real"
+    grid: Literal["mse", "hessian"] = "hessian"
     p: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01
@@ -66,7 +67,11 @@ _REFITS = 3
 
 
 def _statistics(scheme: QuantScheme, parameters: HqqParameters) -> Needs:
-    return Needs(quantized=("gram",)) if grids.asks_for_inputs(parameters.grid) else Needs()
+    return Needs(quantized=("squares",)) if _weighs(parameters) else Needs()
+
+
+def _weighs(parameters: HqqParameters) -> bool:
+    return parameters.grid == "hessian"
 
 
 def _quantize(task: LayerTask, parameters: HqqParameters) -> WeightParameters:
@@ -75,9 +80,8 @@ def _quantize(task: LayerTask, parameters: HqqParameters) -> WeightParameters:
     assert zeros is not None
     zeros = zeros.to(scales.dtype) if parameters.zeros == "real" else zeros.clone()
     importance = torch.ones(fitted.k, device=scales.device)
-    if grids.asks_for_inputs(parameters.grid):
-        assert task.inputs is not None
-        importance = gram_of(task.inputs).diagonal().to(scales.device)
+    if _weighs(parameters) and task.inputs is not None:
+        importance = squares_of(task.inputs).to(scales.device)
     length = task.scheme.group_length(fitted.k)
     for group in range(task.scheme.groups(fitted.k)):
         columns = slice(group * length, min((group + 1) * length, fitted.k))
@@ -188,5 +192,7 @@ HQQ = Method(
     parameters=HqqParameters,
     statistics=_statistics,
     quantize=_quantize,
+    draws_tokens=_weighs,
+    real_zeros=lambda parameters: parameters.zeros == "real",
     why_not=_why_not,
 )

@@ -154,6 +154,16 @@ def at_once(parameters: Any) -> bool:
     return False
 
 
+def needs_batches(parameters: Any) -> bool:
+    """For methods that go without statistics only where they ask for none."""
+    return False
+
+
+def zeros_are_codes(parameters: Any) -> bool:
+    """For methods whose zero points are integers."""
+    return False
+
+
 def no_embeddings(parameters: Any) -> bool:
     """For methods that leave embeddings as they are."""
     return False
@@ -186,6 +196,9 @@ class Method:
             None where it is all the same; larger batches are cut.
         in_stages: parameters -> whether the layers of a block are quantized in the order in which
             it runs them, each behind the quantized ones before it.
+        draws_tokens: parameters -> whether its statistics are of tokens drawn at random where no
+            batches are given; it does without them where the model embeds none.
+        real_zeros: parameters -> whether its zero points are no integers.
         rewrites_embeddings: parameters -> whether it does, so that these must stay in 16 bits.
         why_not: (scheme, parameters) -> the reason, in a user's words, why it cannot make that
             scheme, or None.
@@ -205,6 +218,8 @@ class Method:
     uses_batches: bool = False
     most_sequences: Callable[[Any], int | None] = any_number
     in_stages: Callable[[Any], bool] = at_once
+    draws_tokens: Callable[[Any], bool] = needs_batches
+    real_zeros: Callable[[Any], bool] = zeros_are_codes
     rewrites_embeddings: Callable[[Any], bool] = no_embeddings
     why_not: Callable[[QuantScheme, Any], str | None] = any_scheme
 

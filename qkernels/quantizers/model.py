@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -18,7 +19,7 @@ from qkernels import rounding
 from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
 from qkernels.calibration.ranges import Numbers
-from qkernels.calibration.synthetic import random_tokens
+from qkernels.calibration.synthetic import random_tokens, why_no_tokens
 from qkernels.checkpoints import mark_quantized
 from qkernels.checkpoints.format import WeightKind
 from qkernels.checkpoints.table import check_holds
@@ -76,8 +77,8 @@ def quantize_model(
         scheme: for all layers that no override names.
         calibration: batches to run through the model (tensors, tuples or dicts of its arguments),
             or "random" for tokens that are drawn at random where there is no data; for the output
-            errors, static activation scales and methods that learn from inputs. All are held at
-            once, and the inputs that they give to one block. A layer that they do not reach is
+            errors, static activation scales and methods that learn from inputs. `hqq` draws them
+            where none are given. All are held at once, and the inputs that they give to one block. A layer that they do not reach is
             rounded to nearest, with activations per token where they would be static.
         observer: what finds the range of static activations: an observer of `qkernels list
             observers` with its parameters, such as "percentile(percent=99.9)".
@@ -146,14 +147,13 @@ def quantize_model(
             for pattern, value in (overrides or {}).items()
         }
         layers = plan_layers(model, default, include, exclude, parsed)
-        drawn = isinstance(calibration, str) and calibration == "random"
-        batches = random_tokens(model) if drawn else calibration
+        batches = calibration_of(model, recipe, calibration)
         plan = plan_run(layers, recipe, choice, batches, backend, check_kernels, processes)
         _check_shared(recipe, processes, resume)
         forms = LinearForms(model, plan.schemes)
         try:
             if format is not None:
-                kinds = kinds_of(model, plan.schemes, forms)
+                kinds = kinds_of(model, plan, forms)
                 check_holds(format, embedding_kinds(model, layers.embeddings))
                 check_writes(format, model, kinds)
             for name in plan.schemes:
@@ -173,6 +173,26 @@ def quantize_model(
         reports = looked_up.put(outcome.layers)
         mark_quantized(model)
         return report_of(layers, recipe, outcome, reports)
+
+
+def calibration_of(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Iterable[Any] | None,
+    device: torch.device | None = None,
+) -> Iterable[Any] | None:
+    """The batches that `calibration`, as of `quantize_model`, stands for: random tokens by that
+    word, and where none are given and such are what the recipe takes.
+
+    Args:
+        device: of drawn tokens; None is that of the model's embedding.
+    """
+    asked = isinstance(calibration, str) and calibration == "random"
+    drawn = any(part.method.draws_tokens(part.parameters) for part in recipe.parts)
+    if asked or (calibration is None and drawn and why_no_tokens(model) is None):
+        tokens = random_tokens(model)
+        return tokens if device is None else [ids.to(device) for ids in tokens]
+    return calibration
 
 
 def plan_run(
@@ -225,15 +245,15 @@ def _embeddings(layers: LayerPlan) -> dict[str, QuantScheme]:
     return {name: e.scheme for e in layers.embeddings for name in e.names}
 
 
-def kinds_of(
-    model: nn.Module, schemes: Mapping[str, QuantScheme], forms: LinearForms
-) -> dict[str, WeightKind]:
+def kinds_of(model: nn.Module, plan: Plan, forms: LinearForms) -> dict[str, WeightKind]:
     """What is known of the layers before they are quantized."""
-    layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in schemes}
+    layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in plan.schemes}
+    part = plan.recipe.quantizing
     return {
         name: replace(
-            WeightKind.of_scheme(schemes[name]),
+            WeightKind.of_scheme(plan.schemes[name]),
             shape=(layer.out_features, layer.in_features),
+            real_zeros=part.method.real_zeros(part.parameters),
             instead_of=forms.instead_of(name),
         )
         for name, layer in layers.items()
@@ -316,6 +336,9 @@ def check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibra
             reason = part.method.why_not(scheme, part.parameters)
             if reason is not None:
                 raise SchemeError(f"{name}: {part} does not make {scheme}: {reason}")
-            learns = part.method.uses_batches or part.method.statistics(scheme, part.parameters)
+            learns = part.method.uses_batches or (
+                part.method.statistics(scheme, part.parameters)
+                and not part.method.draws_tokens(part.parameters)
+            )
             if learns and not calibrated:
                 raise LayerError(f"{part} learns from inputs: pass calibration batches")

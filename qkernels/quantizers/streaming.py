@@ -36,7 +36,13 @@ from qkernels.modules.packed import PackedModule
 from qkernels.progress import Progress, silent
 from qkernels.quantizers.driver import Outcome, drive
 from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
-from qkernels.quantizers.model import kinds_of, open_folder, plan_run, report_of
+from qkernels.quantizers.model import (
+    calibration_of,
+    kinds_of,
+    open_folder,
+    plan_run,
+    report_of,
+)
 from qkernels.quantizers.plan import plan_layers
 from qkernels.quantizers.recipe import Recipe
 from qkernels.quantizers.report import QuantizationReport
@@ -173,11 +179,12 @@ def stream(
         for pattern, value in (overrides or {}).items()
     }
     layers = plan_layers(model, QuantScheme.parse(scheme), include, exclude, parsed)
-    plan = plan_run(layers, recipe, choice, calibration, backend, check_kernels)
+    batches = calibration_of(model, recipe, calibration, folder.device)
+    plan = plan_run(layers, recipe, choice, batches, backend, check_kernels)
     _check_streams(model, recipe)
     residence = StreamedBlocks(folder, plan.schemes)
     check_holds(format, embedding_kinds(model, layers.embeddings))
-    check_writes(format, model, kinds_of(model, plan.schemes, residence.forms))
+    check_writes(format, model, kinds_of(model, plan, residence.forms))
     blocks = find_blocks(model, plan.schemes) if plan.schemes else []
     with _refusing():
         check_apart(model, blocks)

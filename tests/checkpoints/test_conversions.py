@@ -80,7 +80,7 @@ REASONS = (
     r"has no (float8|float8 E5M2) weights",
     r"has no quantized activations",
     r"has no tensor for (input_factor|input_factor, offsets|offsets|perm)",
-    r"has no zero points that are no integers",
+    r"has integer zero points alone, .*",
     r"has 4 bits alone",
     r"fills words of (8 channels|32 bits), and N is \d+",
     r"reads no groups of 64 where K is 96: use a group size that divides K",

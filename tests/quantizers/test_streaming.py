@@ -32,6 +32,8 @@ from tests.quantizers.stream_folders import (
     write_model,
 )
 
+WITHOUT_INPUTS = "hqq(zeros=integer, grid=mse)"
+
 
 def formats_of(family):
     """Formats that are written and hold the layers of a family."""
@@ -46,9 +48,13 @@ STREAMED = [name for name in METHODS if name not in WHOLE]
 
 
 def recipe_of(method):
-    """A recipe of a method, with few steps where it takes some."""
-    few = "steps" in {part.name for part in fields(METHODS[method].parameters)}
-    return f"{method}(steps=3)" if few else method
+    """A recipe of a method, with few steps where it takes some, for formats of all kinds."""
+    known = {part.name for part in fields(METHODS[method].parameters)}
+    chosen = {name: value for name, value in _CHOSEN.items() if name in known}
+    return f"{method}({', '.join(f'{name}={value}' for name, value in chosen.items())})"
+
+
+_CHOSEN = {"steps": 3, "zeros": "integer"}
 
 
 @pytest.mark.parametrize(
@@ -159,14 +165,14 @@ def frozen(llama, tmp_path):
 
 
 @pytest.mark.usefixtures("frozen")
-@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq", "awq"])
+@pytest.mark.parametrize("method", ["rtn", WITHOUT_INPUTS, "gptq", "awq"])
 def test_memory_is_that_of_three_blocks(tmp_path, monkeypatch, method):
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6}
     source = write_model(tmp_path / "source", shard="1MB", **sizes)
     shapes = {n: p.numel() * 4 for n, p in DenseFolder(source).model.named_parameters()}
     block = sum(size for name, size in shapes.items() if name.startswith("model.layers.0."))
     rest = sum(size for name, size in shapes.items() if ".layers." not in name)
-    calibration = None if method in ("rtn", "hqq") else batches()[:1]
+    calibration = None if method in ("rtn", WITHOUT_INPUTS) else batches()[:1]
     gc.collect()
     seen = []
 
@@ -203,7 +209,7 @@ def test_another_run_is_an_error(llama, tmp_path):
     assert kept.is_dir()
     for options, named in (
         ({"scheme": "w8a16"}, "the schemes of layers"),
-        ({"method": "hqq"}, "the recipe"),
+        ({"method": WITHOUT_INPUTS}, "the recipe"),
         ({"dtype": torch.bfloat16}, "the model"),
         ({"calibration": batches()}, "the calibration batches"),
     ):
