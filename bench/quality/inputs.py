@@ -86,9 +86,13 @@ def find_model(model: str) -> Path:
     return Path(found[0]) / "model"
 
 
-def load(path: Path) -> tuple[nn.Module, Any]:
-    """A model in fp32 and its tokenizer."""
+DTYPES = {LANGUAGE: torch.bfloat16, ENCODER: torch.float32}
+"""What each model is run in: as those who use it do."""
+
+
+def load(model: str, path: Path) -> tuple[nn.Module, Any]:
+    """A model and its tokenizer."""
     with warnings.catch_warnings():
         # The encoder's file has the numbers of its positions.
         warnings.simplefilter("ignore", UnusedTensorsWarning)
-        return load_dense(path, torch.float32)
+        return load_dense(path, DTYPES[model])

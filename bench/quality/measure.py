@@ -73,7 +73,7 @@ def measure(row: Row, settings: Settings, path: Path) -> Measured:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     measured = blank(row, settings.as_dict())
-    model, tokenizer = inputs.load(path)
+    model, tokenizer = inputs.load(row.model, path)
     measured.dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
     scheme, recipe = QuantScheme.parse(row.scheme), Recipe.parse(row.recipe)
     measured.calibrated = needs_calibration(recipe, [scheme])
@@ -92,7 +92,7 @@ def measure(row: Row, settings: Settings, path: Path) -> Measured:
     measured.peak_bytes = _memory("VmHWM")
     measured.bits_per_weight = report.bits_per_weight
     # The dense model is read again: beside the quantization it would count as its memory.
-    dense, _ = inputs.load(path)
+    dense, _ = inputs.load(row.model, path)
     if row.model == LANGUAGE:
         measured.texts = _on_texts(dense, model, tokenizer, settings)
     else:

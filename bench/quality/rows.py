@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qkernels.errors import QuantizationError
-from qkernels.quantizers.methods import METHODS
 from qkernels.quantizers.recipe import Recipe
 from qkernels.scheme import QuantScheme
 
@@ -56,12 +55,20 @@ class Row:
         return None
 
 
-_LEFT_OUT = ("obq",)
-"""Methods without a row: N K^3 operations a layer are 9e13 for this model, hours on two cores."""
-
-_OTHERS = tuple(name for name in METHODS if name not in (BASELINE, *_LEFT_OUT))
-_INTEGERS = (BASELINE, "rtn(grid=mse)", *_OTHERS)
 _DATA_FREE = (BASELINE, "rtn(grid=mse)")
+_INTEGERS = (
+    *_DATA_FREE,
+    "hqq",
+    "awq",
+    "autoround",
+    "gptq",
+    "rotate+gptq",
+    "guided+gptq",
+    "gptq+distill",
+    "best",
+)
+"""Every method, those that prepare or finish around `gptq`; but for `obq`, whose N K^3 operations a
+layer are 9e13 for this model, hours on two cores."""
 
 _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
     LANGUAGE: {

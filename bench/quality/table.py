@@ -9,7 +9,7 @@ from bench.quality.record import Measured, Record
 from bench.quality.rows import BASELINE, ENCODER, LANGUAGE
 
 _TITLES = {
-    LANGUAGE: "SmolLM2-135M-Instruct, fp32, all linear layers but the output head",
+    LANGUAGE: "SmolLM2-135M-Instruct, bf16, all linear layers but the output head",
     ENCODER: "all-MiniLM-L6-v2, fp32, all linear layers",
 }
 
@@ -48,7 +48,7 @@ def _language(record: Record, rows: Sequence[Measured]) -> list[str]:
     if dense is not None:
         values = [f"{dense.texts[text]['dense_perplexity']:.2f}" for text in texts]
         size = _mebibytes(dense.dense_bytes)
-        lines.append(_line(["dense", "", "32", *values, "0", "100%", "", size]))
+        lines.append(_line(["dense", "", "16", *values, "0", "100%", "", size]))
     for row in rows:
         if row.error is not None:
             lines.append(_failed(row, len(heads) + 2))

@@ -78,8 +78,9 @@ def quantize_model(
         calibration: batches to run through the model (tensors, tuples or dicts of its arguments),
             or "random" for tokens that are drawn at random where there is no data; for the output
             errors, static activation scales and methods that learn from inputs. `hqq` draws them
-            where none are given. All are held at once, and the inputs that they give to one block. A layer that they do not reach is
-            rounded to nearest, with activations per token where they would be static.
+            where none are given. All are held at once, and the inputs that they give to one block.
+            A layer that they do not reach is rounded to nearest, with activations per token where
+            they would be static.
         observer: what finds the range of static activations: an observer of `qkernels list
             observers` with its parameters, such as "percentile(percent=99.9)".
         process_group: of `torch.distributed`, such as `torch.distributed.group.WORLD`: its

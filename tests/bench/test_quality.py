@@ -16,6 +16,7 @@ from qkernels.errors import CheckpointError
 from qkernels.models import compare_models, evaluation
 from qkernels.quantizers.methods import METHODS
 from qkernels.quantizers.model import quantize_model
+from qkernels.quantizers.recipe import Recipe
 from tests.tiny_model import tiny_model, tiny_tokenizer, write_folder
 
 SMALL = ("--windows", "2", "--window", "32", "--sequences", "4", "--length", "32", "--threads", "1")
@@ -55,7 +56,7 @@ def test_every_row_has_its_baseline():
 
 
 def test_every_method_has_a_row():
-    used = {row.recipe.partition("(")[0] for row in ROWS}
+    used = {part.method.name for row in ROWS for part in Recipe.parse(row.recipe).parts}
     assert used == set(METHODS) - {"obq"}
     assert Row("smollm2", "w4a16-g64", "hqq") in ROWS
     assert Row("smollm2", "w4a16-g64-sym", "hqq") not in ROWS
@@ -109,7 +110,7 @@ def test_a_row_is_what_the_functions_give(tmp_path):
     row = Row("smollm2", "w4a16-g32", "gptq")
     got = measure.measure(row, SETTINGS, write_folder(tmp_path / "tiny"))
     assert got.calibrated and got.error is None
-    dense, model = tiny_model(), tiny_model()
+    dense, model = (tiny_model().to(inputs.DTYPES["smollm2"]) for _ in range(2))
     ids = {
         text.name: evaluation.encode(tiny_tokenizer(), text.content)
         for text in (*inputs.evaluation_texts(), inputs.calibration_text())
@@ -304,7 +305,7 @@ def test_the_table():
     assert f"| `w4a16-g64` | `rtn` | 4.25 | 20.00 | 21.00 | {both} | 7 | 3 |" in text
     line = f"| `w4a16-g64` | `gptq` | 4.25 | 12.50 (75%) | 13.50 (68%) | {both} | 7 (busy) | 3 |"
     assert line in text
-    assert "| dense |  | 32 | 10.00 | 10.00 | 0 | 100% |  | 1 |" in text
+    assert "| dense |  | 16 | 10.00 | 10.00 | 0 | 100% |  | 1 |" in text
     assert "| `w4a16-g64` | `awq` | 4.25 | 0.98765 | 0.90000 | 7 | 3 |" in text
     assert "novel: novel.txt; reference: reference.txt." in text
     assert f"commit {'a' * 12}; windows 2." in text
