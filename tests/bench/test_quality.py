@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bench.children import Outcome
 from bench.quality import cli, inputs, measure, picture, record, table
@@ -14,6 +15,7 @@ from bench.quality.rows import BASELINE, MODELS, ROWS, Row
 from qkernels import machine
 from qkernels.errors import CheckpointError
 from qkernels.models import compare_models, evaluation
+from qkernels.models.loading import load_dense
 from qkernels.quantizers.methods import METHODS
 from qkernels.quantizers.model import quantize_model
 from qkernels.quantizers.recipe import Recipe
@@ -108,9 +110,10 @@ def test_the_encoder_is_found_in_its_package(monkeypatch, tmp_path):
 
 def test_a_row_is_what_the_functions_give(tmp_path):
     row = Row("smollm2", "w4a16-g32", "gptq")
-    got = measure.measure(row, SETTINGS, write_folder(tmp_path / "tiny"))
+    folder = write_folder(tmp_path / "tiny")
+    got = measure.measure(row, SETTINGS, folder)
     assert got.calibrated and got.error is None
-    dense, model = (tiny_model().to(inputs.DTYPES["smollm2"]) for _ in range(2))
+    dense, model = (load_dense(folder, torch.bfloat16)[0] for _ in range(2))
     ids = {
         text.name: evaluation.encode(tiny_tokenizer(), text.content)
         for text in (*inputs.evaluation_texts(), inputs.calibration_text())
@@ -124,7 +127,7 @@ def test_a_row_is_what_the_functions_give(tmp_path):
         want = compare_models(dense, model, tokens, window=32, max_windows=2)
         for key, value in got.texts[name].items():
             assert value == pytest.approx(getattr(want, key), rel=1e-6)
-    assert not measure.measure(replace(row, recipe="rtn"), SETTINGS, tmp_path / "tiny").calibrated
+    assert not measure.measure(replace(row, recipe="rtn"), SETTINGS, folder).calibrated
 
 
 def test_an_encoders_row(tmp_path):
