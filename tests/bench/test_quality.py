@@ -19,7 +19,7 @@ from qkernels.models.loading import load_dense
 from qkernels.quantizers.methods import METHODS
 from qkernels.quantizers.model import quantize_model
 from qkernels.quantizers.recipe import Recipe
-from tests.tiny_model import tiny_model, tiny_tokenizer, write_folder
+from tests.tiny_model import tiny_tokenizer, write_folder
 
 SMALL = ("--windows", "2", "--window", "32", "--sequences", "4", "--length", "32", "--threads", "1")
 SETTINGS = Settings(windows=2, window=32, passages=3, sequences=4, length=32, threads=1)
