@@ -3,14 +3,16 @@
     min over s of  KL(p_dense || p_quantized)
 
 by Adam over calibration batches, end to end. Models without logits learn by the relative squared
-error of their outputs. Scales are trained as factors of what they were.
+error of their outputs. Scales are trained as factors of what they were. Some sequences are kept
+aside, and where the model is no nearer to the dense one on them, it stays as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,6 @@ from qkernels.calibration.walks import replace_forward
 from qkernels.modules import WQLinear
 from qkernels.quantizers.gradients import divergence, frozen, gives_logits, output_of, pieces
 from qkernels.quantizers.method import Method, ModelTask
-from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight, code_values
 
 
@@ -32,13 +33,14 @@ class DistillParameters:
     """Attributes:
     steps: of Adam.
     sequences: of calibration, in each step.
-    lr: how far a step moves a scale, as a part of it; falls to 0 by half a cosine.
+    lr: how far a step moves a scale of 4 bits, as a part of it: at each bit less twice as far, so
+        that codes at the ends of the range move by as many codes. Falls to 0 by half a cosine.
     seed: of the order of sequences.
     """
 
-    steps: int = 128
+    steps: int = 64
     sequences: int = 4
-    lr: float = 1e-3
+    lr: float = 3e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,11 +52,16 @@ class DistillParameters:
             raise ValueError(f"lr must be in (0, 1), got {self.lr:g}")
 
 
+_MOST_ASIDE = 8
+"""Sequences that are kept aside."""
+
+
 class _Trained:
     """A quantized layer whose scales are trained.
 
     Attributes:
         factors: fp32 [N, G], of its scales.
+        reach: how far they move, as a multiple of those of 4 bits.
     """
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
@@ -72,6 +79,9 @@ class _Trained:
         self._values = values.to(torch.int8 if small else dtype)
         self._scales = weight.group_scales()
         self.factors = torch.ones_like(self._scales, requires_grad=True)
+        # The neighbours of a float8 are as far from it, for its size, as in 4 bits.
+        bits = 4 if scheme.weight.kind == "float8" else max(2, scheme.bits)
+        self.reach = 2.0 ** (4 - bits)
         self._weight = torch.empty(0)
 
     @torch.no_grad()
@@ -116,34 +126,73 @@ class _Trained:
 def _distill(task: ModelTask, parameters: DistillParameters) -> Mapping[str, QuantizedWeight]:
     layers: dict[int, tuple[str, WQLinear]] = {}
     for name, quantized in task.layers.items():
-        if isinstance(quantized, WQLinear) and _why_not(quantized.scheme, parameters) is None:
+        if isinstance(quantized, WQLinear) and quantized.scheme.scale_levels == "one":
             layers.setdefault(id(quantized), (name, quantized))
-    steps = _steps(task, parameters)
+    if not layers:
+        warnings.warn("distill trains no scales that are quantized themselves", stacklevel=2)
+        return {}
+    aside, cut = _set_aside([piece for batch in task.batches for piece in pieces(batch, 1)])
     with frozen(task.model):
-        trained = {
-            name: _Trained(layer.to_weight(), layer.dtype) for name, layer in layers.values()
+        run = _Distillation(task, layers)
+        before = run.divergence(aside)
+        run.train(_steps(cut, parameters), parameters)
+        # So that whoever is far from a minimum, or past it, loses nothing.
+        return run.results() if run.divergence(aside) < before else {}
+
+
+class _Distillation:
+    """Layers in training, by the names of their modules. Args: layers: id -> name and module."""
+
+    def __init__(self, task: ModelTask, layers: Mapping[int, tuple[str, WQLinear]]) -> None:
+        self._task, self._layers = task, dict(layers.values())
+        self._trained = {
+            name: _Trained(layer.to_weight(), layer.dtype) for name, layer in self._layers.items()
         }
-        own = [t.factors for t in trained.values()]
-        optimizer = torch.optim.Adam(own, lr=parameters.lr, betas=(0.9, 0.99))
+
+    def results(self) -> dict[str, QuantizedWeight]:
+        return {name: each.result() for name, each in self._trained.items()}
+
+    def divergence(self, batches: Sequence[Any]) -> float:
+        """From the dense model: the mean over `batches`."""
+        with torch.no_grad(), self._weights():
+            return sum(float(self._loss(batch)) for batch in batches) / len(batches)
+
+    def train(self, steps: Iterator[list[Any]], parameters: DistillParameters) -> None:
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [each.factors], "lr": parameters.lr * each.reach}
+                for each in self._trained.values()
+            ],
+            betas=(0.9, 0.99),
+        )
+        rates = [group["lr"] for group in optimizer.param_groups]
         for number, batches in enumerate(steps):
             progress = (number + 0.5) / parameters.steps
-            for group in optimizer.param_groups:
-                group["lr"] = parameters.lr * (1 + math.cos(math.pi * progress)) / 2
-            for layer in trained.values():
-                layer.begin()
-            for batch in batches:
-                with torch.no_grad(), task.dense():
-                    wanted = run_batch(task.model, batch)
-                with contextlib.ExitStack() as stack:
-                    for name, quantized in layers.values():
-                        stack.callback(replace_forward(quantized, trained[name].forward))
-                    found = run_batch(task.model, batch)
-                    (_loss(found, wanted) / len(batches)).backward()
-            for layer in trained.values():
-                layer.end()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
+            with self._weights():
+                for batch in batches:
+                    (self._loss(batch) / len(batches)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return {name: each.result() for name, each in trained.items()}
+
+    @contextlib.contextmanager
+    def _weights(self) -> Iterator[None]:
+        """A context in which the layers have the weights of the present factors, whose gradients
+        there become the factors'."""
+        with contextlib.ExitStack() as stack:
+            for each in self._trained.values():
+                each.begin()
+                stack.callback(each.end)
+            yield
+
+    def _loss(self, batch: Any) -> Tensor:
+        with torch.no_grad(), self._task.dense():
+            wanted = run_batch(self._task.model, batch)
+        with contextlib.ExitStack() as stack:
+            for name, layer in self._layers.items():
+                stack.callback(replace_forward(layer, self._trained[name].forward))
+            return _loss(run_batch(self._task.model, batch), wanted)
 
 
 def _loss(found: Any, wanted: Any) -> Tensor:
@@ -154,9 +203,17 @@ def _loss(found: Any, wanted: Any) -> Tensor:
     return (result.float() - target).square().sum() / target.square().sum()
 
 
-def _steps(task: ModelTask, parameters: DistillParameters) -> Iterator[list[Any]]:
-    """What each step runs, one after the other: all of calibration in a drawn order, and again."""
-    cut = [piece for batch in task.batches for piece in pieces(batch, 1)]
+def _set_aside(cut: list[Any]) -> tuple[list[Any], list[Any]]:
+    """One of 16 sequences, spread over all, and the rest; all of them twice where they are few."""
+    aside = cut[:: max(16, len(cut) // _MOST_ASIDE)][:_MOST_ASIDE]
+    if len(cut) < 16:
+        return cut, cut
+    held = {id(piece) for piece in aside}
+    return aside, [piece for piece in cut if id(piece) not in held]
+
+
+def _steps(cut: Sequence[Any], parameters: DistillParameters) -> Iterator[list[Any]]:
+    """What each step runs, one after the other: all of `cut` in a drawn order, and again."""
     generator = torch.Generator().manual_seed(parameters.seed)
     order: list[int] = []
     for _ in range(parameters.steps):
@@ -168,17 +225,10 @@ def _steps(task: ModelTask, parameters: DistillParameters) -> Iterator[list[Any]
         yield step
 
 
-def _why_not(scheme: QuantScheme, parameters: DistillParameters) -> str | None:
-    if scheme.scale_levels != "one":
-        return "its scales are quantized themselves"
-    return None
-
-
 DISTILL = Method(
     name="distill",
     title="scales trained to give the dense model's outputs",
     parameters=DistillParameters,
     finish=_distill,
     uses_batches=True,
-    why_not=_why_not,
 )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import qkernels as qk
 from qkernels import rounding
 from qkernels.errors import LayerError, RecipeError
-from qkernels.quantizers.distill import _Trained
+from qkernels.quantizers.distill import _set_aside, _Trained
 from qkernels.quantizers.gradients import divergence, pieces
 from tests.bounds import SUM_BOUND
 from tests.plain_model import snapshot, unchanged
@@ -78,6 +78,39 @@ def test_the_model_comes_nearer_to_the_dense_one():
     assert divergence_of(taught, ids) < 0.95 * divergence_of(plain, ids)
     assert report.method.startswith("rtn+distill") and report.layers[0].method == report.method
     assert all(parameter.requires_grad for parameter in taught.parameters())
+
+
+def test_a_model_that_comes_no_nearer_stays_as_it_was():
+    plain, taught = tiny_model(), tiny_model()
+    many = calibration(batches=5)
+    qk.quantize_model(plain, "rtn", "w8a16-g32", calibration=many)
+    report = qk.quantize_model(taught, "distill(steps=3, lr=0.9)", "w8a16-g32", calibration=many)
+    assert report.layers[0].method == "rtn"
+    ids = calibration()[0]
+    assert torch.equal(plain(ids).logits, taught(ids).logits)
+
+
+def test_scales_of_fewer_bits_move_further():
+    reached = {}
+    for scheme in ("w2a16-g32", "w3a16-g32", "w4a16-g32", "nf4-g32", "w8a16-g32", "fp8"):
+        reached[scheme] = _Trained(quantized_weight(scheme)[1], torch.float32).reach
+    assert list(reached.values()) == [4, 2, 1, 1, 1 / 16, 1]
+
+
+def test_scales_that_are_quantized_themselves_stay():
+    model = tiny_model()
+    with pytest.warns(UserWarning, match="trains no scales that are quantized themselves"):
+        report = qk.quantize_model(model, "distill", "nf4-g64-dq", calibration=calibration())
+    assert report.layers[0].method == "rtn"
+
+
+def test_what_is_kept_aside_is_not_trained_on():
+    for count, kept in ((3, 3), (15, 15), (16, 1), (40, 3), (128, 8), (1000, 8)):
+        cut = [object() for _ in range(count)]
+        aside, rest = _set_aside(cut)
+        assert len(aside) == kept
+        assert len(rest) == (count if count < 16 else count - kept)
+        assert count < 16 or not {*map(id, aside)} & {*map(id, rest)}
 
 
 def test_twice_is_the_same():
