@@ -159,22 +159,28 @@ class _Group:
     def _half_quadratic(self, scale: Tensor, zero: Tensor) -> list[Tensor]:
         """Zero points that the splitting ends at: as they are, and of the least mean error."""
         p, beta = self._parameters.p, self._parameters.beta
-        best, least = zero, torch.full_like(scale, torch.inf)
+        last, best, least = zero.clone(), zero.clone(), torch.full_like(scale, torch.inf)
+        # Those that still get better, and what they are made of.
+        active, rows = torch.arange(len(scale), device=scale.device), self._rows
         for _ in range(self._parameters.steps):
-            values = grids.encode(self._rows, scale, zero, self._scheme)
-            residual = self._rows - values * scale[:, None]
+            values = grids.encode(rows, scale, zero, self._scheme)
+            residual = rows - values * scale[:, None]
             found = residual.abs() @ self._weights
-            better = found < least
-            if not better.any():
+            better = found < least[active]
+            if not better.all():
+                active, rows, scale, zero = (t[better] for t in (active, rows, scale, zero))
+                values, residual, found = values[better], residual[better], found[better]
+            if not len(active):
                 break
-            best, least = torch.where(better, zero, best), torch.where(better, found, least)
+            best[active], least[active] = zero, found
             large = residual.abs()
             large = (large - p * large.clamp(min=1e-9).pow(p - 1) / beta).clamp_(min=0)
-            kept = self._rows - large.mul_(residual.sign())
+            kept = rows - large.mul_(residual.sign())
             codes = values + zero[:, None]
             zero = (codes - kept / rounding.nonzero(scale)[:, None]) @ self._weights
+            last[active] = zero
             beta *= self._parameters.kappa
-        return [zero, best]
+        return [last, best]
 
 
 def _why_not(scheme: QuantScheme, parameters: HqqParameters) -> str | None:
