@@ -106,6 +106,10 @@ class SuspendedForward:
         output, self._output = self._output, None
         return output
 
+    def end(self) -> None:
+        """Called by the forward: nobody wants what follows."""
+        raise _Cancelled
+
     def _wait(self) -> None:
         self._stopped.acquire()
         self._running = False

@@ -23,6 +23,7 @@ from qkernels.calibration.forwards import (
     current_forward,
     run_batch,
 )
+from qkernels.modules.heads import output_heads
 
 QUANTIZED, DENSE = "quantized", "dense"
 """The two chains of a walk: what a block gets from quantized blocks, and from dense ones."""
@@ -154,6 +155,7 @@ class BlockByBlock:
             # again; the others need not make logits.
             numbers = numbers[:1]
             self._dense_outputs = {}
+            self._end_at_heads()
         for number in numbers:
             forward = self._forwards[QUANTIZED][number]
             call = forward.call
@@ -211,6 +213,17 @@ class BlockByBlock:
             return forward.stop(Call(name, args, kwargs))
 
         self._undo.append(replace_forward(module, gate))
+
+    def _end_at_heads(self) -> None:
+        """Makes forwards end where they would make logits, their largest tensors by far."""
+
+        def end(*_: Any) -> None:
+            forward = current_forward()
+            if forward is not None:
+                forward.end()
+
+        for head in output_heads(self._model):
+            self._undo.append(head.register_forward_pre_hook(end).remove)
 
     def _guard(self, block: Block) -> None:
         """Notices where a layer, or what has taken its place, runs outside of its block."""

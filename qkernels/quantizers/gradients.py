@@ -21,21 +21,22 @@ def pieces(batch: Any, size: int) -> list[Any]:
     Whatever is a tensor with as many rows as the batch has sequences is cut; a batch whose first
     tensor has no rows stays whole.
     """
-    count = next((len(tensor) for tensor in _tensors(batch) if tensor.dim()), 0)
+    count = next((len(tensor) for tensor in tensors_of(batch) if tensor.dim()), 0)
     if count <= size:
         return [batch]
     return [_cut(batch, count, start, start + size) for start in range(0, count, size)]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in dicts, lists and tuples, in their order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 def _cut(value: Any, count: int, start: int, stop: int) -> Any:
@@ -72,7 +73,7 @@ def output_of(result: Any) -> Tensor:
     if isinstance(logits, Tensor):
         return logits
     values: Sequence[Any] = list(result.values()) if isinstance(result, Mapping) else [result]
-    found = next((t for t in _tensors(values) if t.is_floating_point()), None)
+    found = next((t for t in tensors_of(values) if t.is_floating_point()), None)
     if found is None:
         raise QuantizationError(f"the model gives a {type(result).__name__} without any numbers")
     return found

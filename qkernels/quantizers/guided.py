@@ -10,6 +10,7 @@ predicts, whose expected H is the curvature of its divergence from the dense mod
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.calibration.forwards import run_batch
-from qkernels.quantizers.gradients import drawn_loss, frozen, gives_logits, output_of, pieces
+from qkernels.quantizers.gradients import (
+    drawn_loss,
+    frozen,
+    gives_logits,
+    output_of,
+    pieces,
+    tensors_of,
+)
 from qkernels.quantizers.method import Method, ModelTask
 
 
@@ -48,36 +56,82 @@ class GuidedParameters:
 
 def _prepare(task: ModelTask, parameters: GuidedParameters) -> None:
     layers = {id(layer): name for name, layer in reversed(list(task.layers.items()))}
-    found: dict[str, dict[int, list[Tensor]]] = {}
+    tokens = sum(_tokens(batch) for batch in task.batches)
+    found = {name: _Squares(tokens) for name in layers.values()}
     generator = torch.Generator().manual_seed(parameters.seed)
     with frozen(task.model), contextlib.ExitStack() as stack:
         present = [0]
         for layer in {id(layer): layer for layer in task.layers.values()}.values():
-            kept = found.setdefault(layers[id(layer)], {})
-            stack.callback(layer.register_forward_hook(_keeper(kept, present)).remove)
+            hook = _keeper(found[layers[id(layer)]], present)
+            stack.callback(layer.register_forward_hook(hook).remove)
         for number, batch in enumerate(task.batches):
             present[0] = number
             for piece in pieces(batch, parameters.sequences):
                 _loss(run_batch(task.model, piece), generator).backward()
     for name, layer in task.layers.items():
-        kept = found[layers[id(layer)]]
-        if kept:
-            task.row_weights[name] = _weights(kept, parameters)
+        weights = found[layers[id(layer)]].weights(parameters)
+        if weights is not None:
+            task.row_weights[name] = weights
 
 
-def _keeper(kept: dict[int, list[Tensor]], present: list[int]) -> Callable[..., Any]:
-    """A forward hook that puts squared gradients into `kept`, in the order of the calls."""
+def _tokens(batch: Any) -> int:
+    """About how many rows a layer meets of a batch."""
+    first = next(tensors_of(batch), None)
+    return 0 if first is None else math.prod(first.shape[:2])
+
+
+class _Squares:
+    """Mean squared gradients of a layer's outputs, a number a row, in the order of its calls.
+
+    They are in one piece of memory, made beforehand: many small ones that stay among the large ones
+    of each backward pass would keep these from being given back.
+
+    Args:
+        rows: how many there will be, about.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._values = torch.zeros(max(1, rows))
+        self._used = 0
+        self._places: dict[int, list[slice]] = {}
+
+    def reserve(self, batch: int, rows: int) -> slice:
+        """The place of the rows of a call."""
+        place = slice(self._used, self._used + rows)
+        self._used = place.stop
+        if self._used > len(self._values):
+            more = torch.zeros(max(self._used - len(self._values), len(self._values)))
+            self._values = torch.cat((self._values, more))
+        self._places.setdefault(batch, []).append(place)
+        return place
+
+    def put(self, place: slice, values: Tensor) -> None:
+        self._values[place] = values
+
+    def weights(self, parameters: GuidedParameters) -> dict[int, Tensor] | None:
+        """What each row counts, around 1, by batch; None where no gradient came."""
+        every = self._values[: self._used]
+        if not self._used or not every.mean() > 0:
+            return None
+        every = (every / every.mean()).clamp(max=parameters.most) ** parameters.strength
+        every /= every.mean()
+        return {
+            batch: torch.cat([every[place] for place in places])
+            for batch, places in self._places.items()
+        }
+
+
+def _keeper(found: _Squares, present: list[int]) -> Callable[..., Any]:
+    """A forward hook that puts squared gradients into `found`, for the batch that is `present`."""
 
     def hook(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         if not output.requires_grad:
             # The first layers of a model have nothing in front that could ask for a gradient.
             output = output.detach().requires_grad_()
-        rows = kept.setdefault(present[0], [])
-        place = len(rows)
-        rows.append(torch.zeros(output[..., 0].numel()))
+        place = found.reserve(present[0], output[..., 0].numel())
 
         def keep(gradient: Tensor) -> None:
-            rows[place] = gradient.float().square().mean(dim=-1).flatten().cpu()
+            found.put(place, gradient.float().square().mean(dim=-1).flatten())
 
         output.register_hook(keep)
         return output
@@ -93,20 +147,6 @@ def _loss(result: Any, generator: torch.Generator) -> Tensor:
         signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1)
         return (output.float() * signs.to(output.device)).sum()
     return drawn_loss(output, generator)
-
-
-def _weights(kept: dict[int, list[Tensor]], parameters: GuidedParameters) -> dict[int, Tensor]:
-    joined = {batch: torch.cat(rows) for batch, rows in kept.items()}
-    every = torch.cat(list(joined.values()))
-    mean = every.mean()
-    if not mean > 0:
-        return {}
-
-    def bounded(rows: Tensor) -> Tensor:
-        return (rows / mean).clamp(max=parameters.most) ** parameters.strength
-
-    mean_after = bounded(every).mean()
-    return {batch: bounded(rows) / mean_after for batch, rows in joined.items()}
 
 
 GUIDED = Method(

@@ -20,6 +20,7 @@ from qkernels.errors import LayerError
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.methods import METHODS
 from tests.plain_model import TOKENS, Block, Model, no_forward_is_left, snapshot, unchanged
+from tests.tiny_model import tiny_model
 
 BATCHES = [TOKENS, TOKENS[:1, :5], TOKENS.flip(0), TOKENS[:, 3:]]
 
@@ -458,3 +459,13 @@ def test_inputs_that_are_not_finite_are_named():
             model, scheme="w8a8-static", calibration=BATCHES, overrides={"blocks.1.down": None}
         )
     unchanged(model, before)
+
+
+def test_no_logits_are_made_where_a_model_says_what_makes_them():
+    model, calls = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.arange(12)[None]
+    qk.quantize_model(model, scheme="w8a16", calibration=[ids, ids + 1])
+    assert not calls
+    model(ids)
+    assert len(calls) == 1

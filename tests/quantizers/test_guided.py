@@ -73,7 +73,9 @@ def test_statistics_are_of_weighted_rows(monkeypatch):
 
     monkeypatch.setitem(METHODS, "gptq", dataclasses.replace(METHODS["gptq"], quantize=look))
     monkeypatch.setattr(
-        guided, "_weights", lambda kept, p: {b: torch.full((96,), float(b)) for b in kept}
+        guided._Squares,
+        "weights",
+        lambda self, p: {b: torch.full((96,), float(b)) for b in self._places},
     )
     model, batches = tiny_model(), calibration()
     inputs = []
@@ -105,3 +107,16 @@ def test_mistakes_are_named():
         qk.quantize_model(tiny_model(), "guided+rtn", "w4a16-g32")
     with pytest.raises(RecipeError, match="most must be 1 or more"):
         qk.quantize_model(tiny_model(), "guided(most=0.5)+gptq", calibration=calibration())
+
+
+def test_rows_are_kept_by_batch_in_the_order_of_calls():
+    squares = guided._Squares(rows=3)
+    # More than were foreseen.
+    places = [squares.reserve(batch, rows) for batch, rows in ((0, 2), (1, 4), (0, 3))]
+    for number, place in reversed(list(enumerate(places, 1))):
+        squares.put(place, torch.full((place.stop - place.start,), float(number)))
+    weights = squares.weights(guided.GuidedParameters())
+    mean = (2 * 1 + 4 * 2 + 3 * 3) / 9
+    torch.testing.assert_close(weights[0] * mean, torch.tensor([1.0, 1, 3, 3, 3]))
+    torch.testing.assert_close(weights[1] * mean, torch.tensor([2.0] * 4))
+    assert guided._Squares(5).weights(guided.GuidedParameters()) is None
