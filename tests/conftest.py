@@ -6,6 +6,7 @@ it, their rows can run, and so the tests of every kernel run over them too.
 
 import ctypes
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell's job in the background is started with Ctrl-C ignored, and tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Else the layers of bitsandbytes that ours are compared with would run on ours.
 os.environ["QKERNELS_BITSANDBYTES"] = "0"
