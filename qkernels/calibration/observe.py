@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.calibration.distributed import ALONE, Processes
-from qkernels.calibration.statistics import Gram, LayerInputs, Needs
+from qkernels.calibration.statistics import LayerInputs, Needs, SumOfProducts
 from qkernels.calibration.walks import DENSE, QUANTIZED, Walk, replace_forward
 
 
@@ -138,9 +138,9 @@ class _Products:
     """What rows add to sums of products, made once where several layers read one tensor."""
 
     def __init__(self) -> None:
-        self._made: dict[type[Gram], tuple[Tensor, Tensor | None, int, Tensor]] = {}
+        self._made: dict[type[SumOfProducts], tuple[Tensor, Tensor | None, int, Tensor]] = {}
 
-    def of(self, kind: type[Gram], x: Tensor, dense: Tensor | None) -> Tensor:
+    def of(self, kind: type[SumOfProducts], x: Tensor, dense: Tensor | None) -> Tensor:
         """`kind.product`."""
         if kind in self._made:
             # They are held, so that no other tensor has their memory.
@@ -210,7 +210,7 @@ class _Observer:
     ) -> None:
         weights = self._row_weights.get(self._batch)
         for statistic in statistics.values():
-            if not isinstance(statistic, Gram):
+            if not isinstance(statistic, SumOfProducts):
                 statistic.add(x, batch=self._first_batch + self._batch, dense=dense)
             elif weights is None:
                 statistic.take(self._products.of(type(statistic), x, dense))

@@ -85,35 +85,31 @@ class SampledRows:
         self.rows, self.drawn = rows, drawn
 
 
-class Gram:
-    """`matrix` = x^T x over all rows, fp32 [K, K].
+class SumOfProducts:
+    """A sum over rows of what `product` makes of them, in which rows may count differently.
 
     What a call adds is fp32 and the sum fp64, which holds it exactly where the addends of an entry
-    are within 2^29 of each other, and to 2^-53 elsewhere. So their order changes no bit of
-    `matrix` but by a chance of about 2^-29.
+    are within 2^29 of each other, and to 2^-53 elsewhere. So their order changes no bit of the sum
+    in fp32 but by a chance of about 2^-29.
     """
 
-    def __init__(self, columns: int) -> None:
-        self._sum = torch.zeros(columns, columns, dtype=torch.float64)
-
-    @property
-    def matrix(self) -> Tensor:
-        return self._sum.float()
+    def __init__(self, *shape: int) -> None:
+        self._sum = torch.zeros(shape, dtype=torch.float64)
 
     def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
         self.take(self.product(x, dense))
 
     @staticmethod
     def product(x: Tensor, dense: Tensor | None) -> Tensor:
-        """What rows [T, K] add to the sum, fp32 [K, K]."""
-        return transposed_product(x, x)
+        """What rows [T, K] add to the sum, fp32."""
+        raise NotImplementedError
 
     def take(self, product: Tensor) -> None:
         """Takes in rows by what they add."""
         # Its device is that of the first rows.
         self._sum = self._sum.to(product.device).add_(product)
 
-    def merge(self, other: Gram) -> None:
+    def merge(self, other: SumOfProducts) -> None:
         self._sum = self._sum + other._sum.to(self._sum.device)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -121,6 +117,21 @@ class Gram:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._sum = state["sum"]
+
+
+class Gram(SumOfProducts):
+    """`matrix` = x^T x over all rows, fp32 [K, K]."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__(columns, columns)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self._sum.float()
+
+    @staticmethod
+    def product(x: Tensor, dense: Tensor | None) -> Tensor:
+        return transposed_product(x, x)
 
 
 class Drift(Gram):
@@ -135,25 +146,16 @@ class Drift(Gram):
         return transposed_product(dense.float() - x, x)
 
 
-class Squares:
-    """`sums` = the sum of x^2 over all rows, fp64 [K]: the diagonal of x^T x alone, and as exact as
-    `Gram`."""
+class Squares(SumOfProducts):
+    """`sums` = the sum of x^2 over all rows, fp64 [K]: the diagonal of x^T x alone."""
 
-    def __init__(self, columns: int) -> None:
-        self.sums = torch.zeros(columns, dtype=torch.float64)
+    @property
+    def sums(self) -> Tensor:
+        return self._sum
 
-    def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
-        found = x.float().square().sum(dim=0)
-        self.sums = self.sums.to(found.device).add_(found)
-
-    def merge(self, other: Squares) -> None:
-        self.sums = self.sums + other.sums.to(self.sums.device)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"sums": self.sums}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.sums = state["sums"]
+    @staticmethod
+    def product(x: Tensor, dense: Tensor | None) -> Tensor:
+        return x.float().square().sum(dim=0)
 
 
 STATISTICS: dict[str, Callable[[int], Statistic]] = {

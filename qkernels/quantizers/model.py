@@ -148,7 +148,7 @@ def quantize_model(
             for pattern, value in (overrides or {}).items()
         }
         layers = plan_layers(model, default, include, exclude, parsed)
-        batches = calibration_of(model, recipe, calibration)
+        batches = calibration_of(model, recipe, layers, calibration)
         plan = plan_run(layers, recipe, choice, batches, backend, check_kernels, processes)
         _check_shared(recipe, processes, resume)
         forms = LinearForms(model, plan.schemes)
@@ -179,17 +179,20 @@ def quantize_model(
 def calibration_of(
     model: nn.Module,
     recipe: Recipe,
+    layers: LayerPlan,
     calibration: Iterable[Any] | None,
     device: torch.device | None = None,
 ) -> Iterable[Any] | None:
     """The batches that `calibration`, as of `quantize_model`, stands for: random tokens by that
-    word, and where none are given and such are what the recipe takes.
+    word, and where none are given and such are what the recipe takes. Static activations, whose
+    scales are learned from batches too, want given ones.
 
     Args:
         device: of drawn tokens; None is that of the model's embedding.
     """
     asked = isinstance(calibration, str) and calibration == "random"
-    drawn = any(part.method.draws_tokens(part.parameters) for part in recipe.parts)
+    static = any(scheme.activation.is_static for scheme in layers.schemes.values())
+    drawn = any(part.method.draws_tokens(part.parameters) for part in recipe.parts) and not static
     if asked or (calibration is None and drawn and why_no_tokens(model) is None):
         tokens = random_tokens(model)
         return tokens if device is None else [ids.to(device) for ids in tokens]

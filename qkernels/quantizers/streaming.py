@@ -179,7 +179,7 @@ def stream(
         for pattern, value in (overrides or {}).items()
     }
     layers = plan_layers(model, QuantScheme.parse(scheme), include, exclude, parsed)
-    batches = calibration_of(model, recipe, calibration, folder.device)
+    batches = calibration_of(model, recipe, layers, calibration, folder.device)
     plan = plan_run(layers, recipe, choice, batches, backend, check_kernels)
     _check_streams(model, recipe)
     residence = StreamedBlocks(folder, plan.schemes)
