@@ -52,7 +52,7 @@ from qkernels.checkpoints.compressed_tensors_config import (
 )
 from qkernels.checkpoints.config import Config, quantization_of
 from qkernels.checkpoints.exact import with_integer_zeros
-from qkernels.checkpoints.format import Format, StoredLayer, WeightKind, says_method
+from qkernels.checkpoints.format import REAL_ZEROS, Format, StoredLayer, WeightKind, says_method
 from qkernels.checkpoints.store import Store
 from qkernels.errors import CheckpointError, SchemeError
 from qkernels.scheme import QuantScheme
@@ -90,7 +90,7 @@ def _why_not(kind: WeightKind) -> str | None:
     if beyond:
         return f"has no tensor for {', '.join(beyond)}"
     if kind.real_zeros:
-        return "has integer zero points alone, such as hqq(zeros=integer) makes"
+        return REAL_ZEROS
     if kind.shape is not None and scheme.group_size is not None:
         k, size = kind.shape[1], scheme.group_size
         if k > size and k % size:

@@ -15,6 +15,9 @@ from qkernels.fields import FIELDS
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight, WeightParameters
 
+REAL_ZEROS = "has integer zero points alone, such as hqq(zeros=integer) makes"
+"""Why a format does not hold zero points that are no integers."""
+
 
 @dataclass(frozen=True)
 class WeightKind:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qkernels.checkpoints.format import WeightKind
+from qkernels.checkpoints.format import REAL_ZEROS, WeightKind
 from qkernels.checkpoints.packed_config import Settings
 from qkernels.checkpoints.store import Store
 from qkernels.errors import CheckpointError, SchemeError
@@ -149,5 +149,5 @@ def why_not_integers(kind: WeightKind, fields: frozenset[str]) -> str | None:
     if beyond:
         return f"has no tensor for {', '.join(beyond)}"
     if kind.real_zeros:
-        return "has integer zero points alone, such as hqq(zeros=integer) makes"
+        return REAL_ZEROS
     return None

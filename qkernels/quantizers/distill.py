@@ -205,9 +205,9 @@ def _loss(found: Any, wanted: Any) -> Tensor:
 
 def _set_aside(cut: list[Any]) -> tuple[list[Any], list[Any]]:
     """One of 16 sequences, spread over all, and the rest; all of them twice where they are few."""
-    aside = cut[:: max(16, len(cut) // _MOST_ASIDE)][:_MOST_ASIDE]
     if len(cut) < 16:
         return cut, cut
+    aside = cut[:: max(16, len(cut) // _MOST_ASIDE)][:_MOST_ASIDE]
     held = {id(piece) for piece in aside}
     return aside, [piece for piece in cut if id(piece) not in held]
 

@@ -46,15 +46,14 @@ WHOLE = [name for name, row in METHODS.items() if row.prepare_model or row.finis
 
 STREAMED = [name for name in METHODS if name not in WHOLE]
 
+_CHOSEN = {"steps": 3, "zeros": "integer"}
+
 
 def recipe_of(method):
     """A recipe of a method, with few steps where it takes some, for formats of all kinds."""
     known = {part.name for part in fields(METHODS[method].parameters)}
     chosen = {name: value for name, value in _CHOSEN.items() if name in known}
     return f"{method}({', '.join(f'{name}={value}' for name, value in chosen.items())})"
-
-
-_CHOSEN = {"steps": 3, "zeros": "integer"}
 
 
 @pytest.mark.parametrize(
