@@ -23,7 +23,14 @@ from torch import Tensor
 from qkernels.calibration.forwards import run_batch
 from qkernels.calibration.walks import replace_forward
 from qkernels.modules import WQLinear
-from qkernels.quantizers.gradients import divergence, frozen, gives_logits, output_of, pieces
+from qkernels.quantizers.gradients import (
+    Recomputed,
+    divergence,
+    frozen,
+    gives_logits,
+    output_of,
+    pieces,
+)
 from qkernels.quantizers.method import Method, ModelTask
 from qkernels.weight import QuantizedWeight, code_values
 
@@ -86,10 +93,14 @@ class _Trained:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Makes the weight that a step multiplies with."""
+        """Makes the weight of the present factors, which `forward` multiplies with."""
         scales = (self._scales * self.factors).to(self._dtype)
         weight = (self._values.to(self._dtype) * scales[:, :, None]).flatten(1)
-        self._weight = weight[:, : self._hub.k].contiguous().requires_grad_()
+        self._weight = weight[:, : self._hub.k].contiguous()
+
+    def end(self) -> None:
+        """Lets go of what `begin` made."""
+        self._weight = torch.empty(0)
 
     def forward(self, input: Tensor) -> Tensor:
         x, hub = input, self._hub
@@ -97,23 +108,21 @@ class _Trained:
             x = x * hub.input_factor.to(x.dtype)
         if hub.perm is not None:
             x = x[..., hub.perm]
-        y = F.linear(x, self._weight.to(x.dtype))
+        y: Tensor = _Product.apply(x, self.factors, self)
         if hub.outlier_columns is not None and hub.outlier_values is not None:
             y = y + F.linear(x[..., hub.outlier_columns], hub.outlier_values.to(x.dtype))
         return y if hub.bias is None else y + hub.bias.to(y.dtype)
 
-    @torch.no_grad()
-    def end(self) -> None:
-        """Makes the gradient of the factors from that of the weight."""
-        gradient, self._weight = self._weight.grad, torch.empty(0)
-        if gradient is None:
-            return
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """[N, K]."""
+        return self._weight.to(dtype)
+
+    def gradient(self, of_weight: Tensor) -> Tensor:
+        """That of the factors, fp32 [N, G], from that of the weight, [N, K]."""
         groups, length = self._values.shape[1:]
-        gradient = F.pad(gradient, (0, groups * length - self._hub.k)).unflatten(
-            1, (groups, length)
-        )
-        by_scale = (gradient * self._values).sum(dim=2, dtype=torch.float32)
-        self.factors.grad = by_scale.mul_(self._scales)
+        padded = F.pad(of_weight, (0, groups * length - self._hub.k)).unflatten(1, (groups, length))
+        by_scale: Tensor = (padded * self._values).sum(dim=2, dtype=torch.float32)
+        return by_scale.mul_(self._scales)
 
     def result(self) -> QuantizedWeight:
         """The weight under the scales that were found; those that lost their sign stay."""
@@ -121,6 +130,23 @@ class _Trained:
         found = (self._scales * self.factors.detach()).to(before.dtype)
         good = found.isfinite() & (found.sign() == before.sign())
         return self._hub.replace(scales=torch.where(good, found, before))
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, whose gradient of W is summed up to that of the factors at once, and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor, layer: _Trained) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return F.linear(x, layer.weight(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        (x,), layer, gradient = ctx.saved_tensors, ctx.layer, gradients[0]
+        of_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        of_x = gradient @ layer.weight(x.dtype) if ctx.needs_input_grad[0] else None
+        return of_x, layer.gradient(of_weight), None
 
 
 def _distill(task: ModelTask, parameters: DistillParameters) -> Mapping[str, QuantizedWeight]:
@@ -154,8 +180,8 @@ class _Distillation:
 
     def divergence(self, batches: Sequence[Any]) -> float:
         """From the dense model: the mean over `batches`."""
-        with torch.no_grad(), self._weights():
-            return sum(float(self._loss(batch)) for batch in batches) / len(batches)
+        with self._weights():
+            return sum(self._loss(batch) for batch in batches) / len(batches)
 
     def train(self, steps: Iterator[list[Any]], parameters: DistillParameters) -> None:
         optimizer = torch.optim.Adam(
@@ -172,27 +198,42 @@ class _Distillation:
                 group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
             with self._weights():
                 for batch in batches:
-                    (self._loss(batch) / len(batches)).backward()
+                    self._learn(batch, 1 / len(batches))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     @contextlib.contextmanager
     def _weights(self) -> Iterator[None]:
-        """A context in which the layers have the weights of the present factors, whose gradients
-        there become the factors'."""
+        """A context in which the layers have the weights of the present factors."""
         with contextlib.ExitStack() as stack:
             for each in self._trained.values():
                 each.begin()
                 stack.callback(each.end)
             yield
 
-    def _loss(self, batch: Any) -> Tensor:
+    def _learn(self, batch: Any, share: float) -> None:
+        """Adds `share` of the gradients of a batch to the factors'."""
+        wanted = self._dense(batch)
+        # Blocks run again in the backward pass, as they did before.
+        with self._in_training(), Recomputed(self._task.model, self._layers):
+            (_loss(run_batch(self._task.model, batch), wanted) * share).backward()
+
+    def _loss(self, batch: Any) -> float:
+        wanted = self._dense(batch)
+        with torch.no_grad(), self._in_training():
+            return float(_loss(run_batch(self._task.model, batch), wanted))
+
+    def _dense(self, batch: Any) -> Any:
         with torch.no_grad(), self._task.dense():
-            wanted = run_batch(self._task.model, batch)
+            return run_batch(self._task.model, batch)
+
+    @contextlib.contextmanager
+    def _in_training(self) -> Iterator[None]:
+        """A context in which the model runs the layers in training."""
         with contextlib.ExitStack() as stack:
             for name, layer in self._layers.items():
                 stack.callback(replace_forward(layer, self._trained[name].forward))
-            return _loss(run_batch(self._task.model, batch), wanted)
+            yield
 
 
 def _loss(found: Any, wanted: Any) -> Tensor:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
+from qkernels.calibration.blocks import find_blocks
+from qkernels.calibration.walks import replace_forward
 from qkernels.errors import QuantizationError
 
 _SLICE = 128
@@ -61,6 +66,73 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+class Recomputed:
+    """A context in which blocks keep their inputs alone for the backward pass, and run again there.
+
+    So one block's activations are held at a time, for a third more time. A model without blocks
+    keeps everything.
+
+    Attributes:
+        again: whether what runs now runs for the second time.
+
+    Args:
+        layers: names of those that gradients are wanted of or through; their blocks are meant.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+        self.again = False
+        self._stack = contextlib.ExitStack()
+        names = [block.name for block in find_blocks(model, layers)]
+        self._blocks = [model.get_submodule(name) for name in names] if len(names) > 1 else []
+
+    def __enter__(self) -> Recomputed:
+        with contextlib.ExitStack() as stack:
+            for block in {id(block): block for block in self._blocks}.values():
+                forward = functools.partial(self._forward, block.forward)
+                stack.callback(replace_forward(block, forward))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or self.again:
+            return inner(*args, **kwargs)
+        first = [(args, kwargs)]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # The first time on the tensors that came, the second on copies: a block may write to
+            # what it is given.
+            if first:
+                args, kwargs = first.pop()
+            else:
+                args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+            return inner(*args, **kwargs)
+
+        kept_args, kept_kwargs = tree_map_only(Tensor, _kept, (args, kwargs))
+        return checkpoint(
+            run,
+            *kept_args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (contextlib.nullcontext(), self._running_again()),
+            **kept_kwargs,
+        )
+
+    @contextlib.contextmanager
+    def _running_again(self) -> Iterator[None]:
+        self.again = True
+        try:
+            yield
+        finally:
+            self.again = False
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def output_of(result: Any) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qkernels.calibration.forwards import run_batch
 from qkernels.quantizers.gradients import (
+    Recomputed,
     drawn_loss,
     frozen,
     gives_logits,
@@ -59,10 +60,12 @@ def _prepare(task: ModelTask, parameters: GuidedParameters) -> None:
     tokens = sum(_tokens(batch) for batch in task.batches)
     found = {name: _Squares(tokens) for name in layers.values()}
     generator = torch.Generator().manual_seed(parameters.seed)
-    with frozen(task.model), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(frozen(task.model))
+        blocks = stack.enter_context(Recomputed(task.model, task.layers))
         present = [0]
         for layer in {id(layer): layer for layer in task.layers.values()}.values():
-            hook = _keeper(found[layers[id(layer)]], present)
+            hook = _keeper(found[layers[id(layer)]], present, blocks)
             stack.callback(layer.register_forward_hook(hook).remove)
         for number, batch in enumerate(task.batches):
             present[0] = number
@@ -121,13 +124,16 @@ class _Squares:
         }
 
 
-def _keeper(found: _Squares, present: list[int]) -> Callable[..., Any]:
+def _keeper(found: _Squares, present: list[int], blocks: Recomputed) -> Callable[..., Any]:
     """A forward hook that puts squared gradients into `found`, for the batch that is `present`."""
 
     def hook(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         if not output.requires_grad:
             # The first layers of a model have nothing in front that could ask for a gradient.
             output = output.detach().requires_grad_()
+        if blocks.again:
+            # Gradients reach what the first run gave.
+            return output
         place = found.reserve(present[0], output[..., 0].numel())
 
         def keep(gradient: Tensor) -> None:
