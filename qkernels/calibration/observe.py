@@ -23,7 +23,8 @@ def observe(
     walk: Walk,
     layers: Mapping[str, nn.Linear],
     needs: Mapping[str, Needs],
-    until: Sequence[nn.Linear] = (),
+    until: Sequence[nn.Module] = (),
+    once: bool = False,
     row_weights: Mapping[str, Mapping[int, Tensor]] = MappingProxyType({}),
     processes: Processes = ALONE,
     first_batch: int = 0,
@@ -34,6 +35,7 @@ def observe(
 
     Args:
         until: layers before which all `layers` have run; a run ends where one of them is called.
+        once: whether a run also ends where each of `layers` was called once.
         row_weights: layer -> batch -> fp32 [T]: what each of its inputs counts in `x^T x`; 1 for
             what is not in it.
         first_batch: the number of the walk's first batch among those of all processes.
@@ -49,13 +51,22 @@ def observe(
     }
     both = any(each.dense or each.paired for each in needs.values())
     dense = set(walk.batches(DENSE)) if both else set()
+    left: set[int] = set()
+
+    def note(x: Tensor, key: int) -> None:
+        observers[key].add(x)
+        left.discard(key)
+        if once and not left:
+            raise _RunEnded
+
     with contextlib.ExitStack() as stack:
         for layer in {id(layer): layer for layer in layers.values()}.values():
-            stack.callback(_watch(layer, observers[id(layer)].add))
-        for layer in {id(layer): layer for layer in until}.values():
-            stack.callback(_watch(layer, _end_run))
+            stack.callback(_watch(layer, partial(note, key=id(layer))))
+        for end in {id(end): end for end in until}.values():
+            stack.callback(_watch(end, _end_run))
         for batch in walk.batches(QUANTIZED):
             for chain in (DENSE, QUANTIZED) if batch in dense else (QUANTIZED,):
+                left |= observers.keys()
                 for observer in observers.values():
                     observer.begin(batch, chain)
                 with contextlib.suppress(_RunEnded):
@@ -81,10 +92,12 @@ class Stage:
 
     Attributes:
         until: layers that run when all of these have; none where that is not sure.
+        once: whether each of these runs once.
     """
 
     names: list[str]
     until: list[str]
+    once: bool = False
 
 
 def stages(walk: Walk, layers: Mapping[str, nn.Linear]) -> list[Stage]:
@@ -130,7 +143,10 @@ def stages(walk: Walk, layers: Mapping[str, nn.Linear]) -> list[Stage]:
         # Experts run one after the other, each all of its layers.
         last = max(at for at, kind in enumerate(calls) if kind in kinds)
         apart = all(at > last for at, kind in enumerate(calls) if kind in later)
-        made.append(Stage(names_of(kinds), names_of(later) if apart else []))
+        names = names_of(kinds)
+        # Experts may run in one batch and not in the next.
+        once = len(names) == len(kinds) == sum(kind in kinds for kind in calls)
+        made.append(Stage(names, names_of(later) if apart else [], once))
     return [*made, Stage(names_of(rest), [])] if rest else made
 
 
@@ -216,9 +232,7 @@ class _Observer:
                 statistic.take(self._products.of(type(statistic), x, dense))
             else:
                 roots = weights[seen : seen + len(x), None].sqrt().to(x.device)
-                scaled = None if dense is None else dense.float() * roots
-                number = self._first_batch + self._batch
-                statistic.add(x.float() * roots, batch=number, dense=scaled)
+                statistic.take(statistic.product(x, dense, roots))
 
 
 def _watch(layer: nn.Module, note: Callable[[Tensor], None]) -> Callable[[], None]:

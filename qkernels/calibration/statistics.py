@@ -100,8 +100,12 @@ class SumOfProducts:
         self.take(self.product(x, dense))
 
     @staticmethod
-    def product(x: Tensor, dense: Tensor | None) -> Tensor:
-        """What rows [T, K] add to the sum, fp32."""
+    def product(x: Tensor, dense: Tensor | None, roots: Tensor | None = None) -> Tensor:
+        """What rows [T, K] add to the sum, fp32.
+
+        Args:
+            roots: fp32 [T, 1], of what each row counts.
+        """
         raise NotImplementedError
 
     def take(self, product: Tensor) -> None:
@@ -130,8 +134,9 @@ class Gram(SumOfProducts):
         return self._sum.float()
 
     @staticmethod
-    def product(x: Tensor, dense: Tensor | None) -> Tensor:
-        return transposed_product(x, x)
+    def product(x: Tensor, dense: Tensor | None, roots: Tensor | None = None) -> Tensor:
+        rows = x if roots is None else _narrow(x.float() * roots, x.dtype)
+        return transposed_product(rows, rows)
 
 
 class Drift(Gram):
@@ -139,11 +144,19 @@ class Drift(Gram):
     the inputs, as a layer can make up for it."""
 
     @staticmethod
-    def product(x: Tensor, dense: Tensor | None) -> Tensor:
+    def product(x: Tensor, dense: Tensor | None, roots: Tensor | None = None) -> Tensor:
         assert dense is not None, "of pairs of inputs"
-        x = x.float()
         # The difference is taken first: it is small beside both.
-        return transposed_product(dense.float() - x, x)
+        moved, rows = dense.float() - x.float(), x
+        if roots is not None:
+            moved, rows = moved * roots, _narrow(x.float() * roots, x.dtype)
+        return transposed_product(_narrow(moved, x.dtype), rows)
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 made bf16 where that is the type of the inputs that it comes from: rounded as they were,
+    and multiplied twice as fast. Other types keep fp32, which holds what fp16 may not."""
+    return x.bfloat16() if dtype == torch.bfloat16 else x
 
 
 class Squares(SumOfProducts):
@@ -154,8 +167,9 @@ class Squares(SumOfProducts):
         return self._sum
 
     @staticmethod
-    def product(x: Tensor, dense: Tensor | None) -> Tensor:
-        return x.float().square().sum(dim=0)
+    def product(x: Tensor, dense: Tensor | None, roots: Tensor | None = None) -> Tensor:
+        x = x.float()
+        return (x if roots is None else x * roots).square().sum(dim=0)
 
 
 STATISTICS: dict[str, Callable[[int], Statistic]] = {

@@ -293,8 +293,7 @@ class _Run:
                 self._prepare(part, block, layers)
         for stage in self._stages(recipe.quantizing, layers):
             group = {name: layers[name] for name in stage.names}
-            until = [layers[name] for name in stage.until]
-            inputs = self._observe(recipe.quantizing, group, self._for_report, until)
+            inputs = self._observe(recipe.quantizing, group, self._for_report, stage)
             self._quantize_layers(block, group, recipe.quantizing, inputs)
 
     def _stages(self, part: Part, layers: Mapping[str, nn.Linear]) -> list[Stage]:
@@ -315,17 +314,19 @@ class _Run:
         part: Part,
         layers: Mapping[str, nn.Linear],
         beside: Callable[[str], Needs] = lambda name: Needs(),
-        until: Sequence[nn.Linear] = (),
+        stage: Stage | None = None,
     ) -> dict[str, LayerInputs]:
         if self._plan.batches is None:
             return {}
         needs = {name: self._plan.needs(part, name) | beside(name) for name in layers}
+        stage = stage or Stage(list(layers), [])
         found = (
             observe(
                 self._walk,
                 layers,
                 needs,
-                until,
+                [self._model.get_submodule(name) for name in stage.until],
+                stage.once,
                 self._row_weights,
                 self._processes,
                 self._first_batch,

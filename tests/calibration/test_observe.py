@@ -33,13 +33,13 @@ def test_layers_go_by_the_order_they_run_in_and_the_tensor_they_read():
     with torch.no_grad():
         found = stages(walk, layers)
     ups, downs = ([f"experts.{i}.{name}" for i in range(3)] for name in ("up", "down"))
-    assert [(sorted(stage.names), sorted(stage.until)) for stage in found] == [
-        (["k", "q", "v"], sorted(["o", *ups, *downs])),
-        (["o"], sorted([*ups, *downs])),
+    assert [(sorted(stage.names), sorted(stage.until), stage.once) for stage in found] == [
+        (["k", "q", "v"], sorted(["o", *ups, *downs]), True),
+        (["o"], sorted([*ups, *downs]), True),
         # The first one's down runs before the last one's up.
-        (ups, []),
-        (downs, []),
-        (["unused"], []),
+        (ups, [], False),
+        (downs, [], False),
+        (["unused"], [], False),
     ]
     assert all("forward" not in vars(layer) for layer in layers.values())
 
@@ -62,6 +62,22 @@ def test_a_run_ends_where_nothing_more_is_needed():
         assert found[name].rows == whole[name].rows == 10
         assert torch.equal(found[name].quantized["rows"].rows, whole[name].quantized["rows"].rows)
     assert "forward" not in vars(model.o)
+
+
+def test_a_run_of_layers_that_run_once_ends_at_the_last_of_them():
+    model = Attention()
+    layers = {"q": model.q, "k": model.k, "v": model.v}
+    walk = WholeModel(model, [Block("", tuple(layers))], [torch.randn(4, 16)] * 2, None)
+    walk.next()
+    ran = []
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *call, name=name: ran.append(name))
+    needs = dict.fromkeys(layers, Needs(quantized=("rows",)))
+    with torch.no_grad():
+        found = observe(walk, layers, needs, once=True)
+    assert {name: inputs.rows for name, inputs in found.items()} == dict.fromkeys(layers, 8)
+    # The last one's product is left out.
+    assert len(ran) == 4 and len(set(ran)) == 2
 
 
 class Pairs:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qkernels.calibration.statistics import SAMPLE_ROWS, STATISTICS, LayerInputs, Needs
+from tests.bounds import SUM_BOUND
 
 COLUMNS = 8
 
@@ -71,9 +72,30 @@ def test_gram_and_drift_are_their_formulas():
         for batch, rows in enumerate((slice(0, 20), slice(20, 50))):
             statistic.add(x[rows].bfloat16(), batch=batch, dense=dense[rows].bfloat16())
         found[name] = statistic.matrix
-    x, dense = x.bfloat16().double(), dense.bfloat16().double()
+    x, dense = x.bfloat16(), dense.bfloat16()
+    # Differences are rounded as the inputs are.
+    moved = (dense.float() - x.float()).bfloat16().double()
+    x = x.double()
     torch.testing.assert_close(found["gram"].double(), x.T @ x, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found["drift"].double(), (dense - x).T @ x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["drift"].double(), moved.T @ x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_count_as_their_weights_say(dtype):
+    x, dense = (torch.randn(50, COLUMNS).to(dtype) for _ in range(2))
+    weights = torch.rand(50, 1)
+    rows, moved = x.double(), dense.double() - x.double()
+    root = weights.double().sqrt()
+    for name, left in (("gram", rows), ("drift", moved)):
+        found = type(STATISTICS[name](COLUMNS)).product(x, dense, weights.sqrt())
+        wanted = (root * left).T @ (root * rows)
+        # Both factors are rounded, to 2^-8 where the inputs are bf16.
+        bound = 2 * 2**-8 if dtype == torch.bfloat16 else SUM_BOUND
+        size = (root * left).norm() * (root * rows).norm()
+        assert (found.double() - wanted).norm() <= bound * size, name
+    squares = STATISTICS["squares"](COLUMNS).product(x, None, weights.sqrt())
+    wanted = (weights * rows.square()).sum(dim=0)
+    assert (squares.double() - wanted).norm() <= SUM_BOUND * wanted.norm()
 
 
 def test_the_sample_is_spread_over_batches_and_rows():
