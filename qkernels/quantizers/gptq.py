@@ -63,8 +63,8 @@ class GptqParameters:
     act_order: Literal["off", "static", "full"] = "static"
     grid: grids.Grid = "hessian"
     damp_percent: float = 0.01
-    true_sequential: bool = False
-    drift: float = 0.0
+    true_sequential: bool = True
+    drift: float = 0.5
     refit: bool = True
     sweeps: int = 3
 
