@@ -121,9 +121,9 @@ void multiply_transposed(const TransposedProduct& job, Isa isa, const Pool& pool
       const int64_t i = task / across, j = task % across;
       if (symmetric && j < i) return;
       alignas(64) float sums[kProductPanel * kProductPanel] = {};
-      multiply(x.panels + i * steps * kProductPanel, y.panels + j * steps * kProductPanel, steps,
-               sums);
       const int64_t height = std::min(kProductPanel, job.x_columns - i * kProductPanel);
+      multiply(x.panels + i * steps * kProductPanel, y.panels + j * steps * kProductPanel, steps,
+               height, sums);
       const int64_t width = std::min(kProductPanel, job.y_columns - j * kProductPanel);
       for (int64_t r = 0; r < height; ++r) {
         float* to = job.out + (i * kProductPanel + r) * job.y_columns + j * kProductPanel;

@@ -85,7 +85,9 @@ void multiply_transposed(const TransposedProduct& job, Isa isa, const Pool& pool
 constexpr int64_t kProductPanel = 48;
 
 // Adds to sums [kProductPanel][kProductPanel] the products of two panels of columns,
-// [steps][kProductPanel] each: fp32, or pairs of bf16 with the earlier row in the low half.
-using ProductKernel = void (*)(const uint32_t* x, const uint32_t* y, int64_t steps, float* sums);
+// [steps][kProductPanel] each: fp32, or pairs of bf16 with the earlier row in the low half. Of x,
+// the first `columns`, and it may be more.
+using ProductKernel = void (*)(const uint32_t* x, const uint32_t* y, int64_t steps, int64_t columns,
+                               float* sums);
 
 }  // namespace qkernels::cpu

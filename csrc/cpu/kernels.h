@@ -61,6 +61,16 @@ struct FloatTileJob {
   Output out;
 };
 
+// x in pairs of bf16: [panel of 48 rows][columns / 2][48], zero from m and from k on.
+struct ScaledJob {
+  Weight weight;
+  int64_t m;
+  const uint32_t* x;
+  Output out;
+};
+
+constexpr int64_t kScaledPanels = 3;  // that its kernel takes at once
+
 struct Int8TileJob {
   Weight weight;
   int64_t m;
@@ -119,6 +129,14 @@ struct Kernels {
                           int64_t k, const Weight& weight, int terms, bool in_order, uint16_t* out);
   // A row of int8 x [columns] into its row of the tiles, `out` being where that begins.
   void (*pack_int8_row)(const int8_t* x, int64_t columns, int8_t* out);
+
+  // Null without products of pairs of bf16. `scratch` holds scaled_scratch(m) bytes at a multiple
+  // of 64.
+  void (*scaled_panels)(const ScaledJob&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*scaled_scratch)(int64_t m);
+  // Up to 48 rows of bf16 x into pairs, [columns / 2][48].
+  void (*pack_pairs)(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t k, int64_t columns,
+                     uint32_t* out);
 
   // 16 rows of one group; `scratch` holds job.scratch() floats at a multiple of 64 bytes.
   void (*search_scales)(const ScaleSearch& job, int64_t panel, int64_t group, float* scratch);

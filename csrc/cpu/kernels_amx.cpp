@@ -75,12 +75,12 @@ int64_t tile_scratch(int64_t m, int64_t panels) {
 
 }  // namespace
 
-ProductKernel avx512_bf16_product();
+void add_bf16_kernels(Kernels& table);
 
 Kernels amx_kernels() {
   Kernels table = vector_kernels<Avx512>();
   table.fp32_product = multiply_panels<Avx512, Fp32Step<Avx512>, 8>;
-  if (has_bf16_products()) table.bf16_product = avx512_bf16_product();
+  if (has_bf16_products()) add_bf16_kernels(table);
   table.float_tiles = float_tiles;
   table.int8_tiles = int8_tiles;
   table.tile_scratch = tile_scratch;

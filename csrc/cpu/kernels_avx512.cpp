@@ -21,12 +21,12 @@ QK_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 
 namespace qkernels::cpu {
 
-ProductKernel avx512_bf16_product();
+void add_bf16_kernels(Kernels& table);
 
 Kernels avx512_kernels() {
   Kernels table = vector_kernels<Avx512>();
   table.fp32_product = multiply_panels<Avx512, Fp32Step<Avx512>, 8>;
-  if (has_bf16_products()) table.bf16_product = avx512_bf16_product();
+  if (has_bf16_products()) add_bf16_kernels(table);
   return table;
 }
 

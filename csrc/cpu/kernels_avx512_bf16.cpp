@@ -1,3 +1,6 @@
+#include <cmath>
+#include <type_traits>
+
 #include "cpu/calibration.h"
 #include "cpu/kernels.h"
 #include "cpu/target.h"
@@ -12,8 +15,10 @@
 
 QK_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")
 
-#include "cpu/product_tiles.h"
 #include "cpu/vector_avx512.h"
+//
+#include "cpu/product_tiles.h"
+#include "cpu/scaled_panels.h"
 
 namespace qkernels::cpu {
 namespace {
@@ -24,9 +29,22 @@ struct Bf16Step {
   }
 };
 
+constexpr ProductKernel kProduct = multiply_panels<Avx512, Bf16Step, 8>;
+
+void scaled_panels(const ScaledJob& job, int64_t begin, int64_t end, void* scratch) {
+  visit_decoder<Avx512>(job.weight, [&](const auto& decoder) {
+    run_scaled_panels(job, decoder, kProduct, begin, end, scratch);
+  });
+}
+
 }  // namespace
 
-ProductKernel avx512_bf16_product() { return multiply_panels<Avx512, Bf16Step, 8>; }
+void add_bf16_kernels(Kernels& table) {
+  table.bf16_product = kProduct;
+  table.scaled_panels = scaled_panels;
+  table.scaled_scratch = scaled_scratch;
+  table.pack_pairs = pack_pairs;
+}
 
 }  // namespace qkernels::cpu
 

@@ -13,6 +13,7 @@ namespace {
 
 // Rows that are worked on at a time, which bounds the memory that a thread keeps.
 constexpr int64_t kRowsAtOnce = 64, kTileRowsAtOnce = 512;
+constexpr int64_t kScaledRowsAtOnce = 11 * kProductPanel;
 // Of x, next to what else lies in the L2 cache.
 constexpr int64_t kCachedBytes = 3 << 19;
 // Starting threads takes as long as so many products.
@@ -25,6 +26,8 @@ constexpr int64_t kTasksOfThread = 4;
 constexpr int64_t kTileRows = 16;
 // Panels of a task on tiles.
 constexpr int64_t kTilePanels = 16;
+// And times three panels of a task on vectors of bf16.
+constexpr int64_t kMostScaled = 8;
 
 // Of the thread that calls: x in the order of the kernels, shared by all threads of the call.
 thread_local Scratch shared_scratch;
@@ -197,6 +200,35 @@ void float_on_tiles(const FloatArguments& arguments, bool rounds_weights, const 
   }
 }
 
+void float_on_scaled_panels(const FloatArguments& arguments, const Kernels& table,
+                            const Pool& pool) {
+  const Weight& weight = arguments.weight;
+  const int64_t columns = weight.columns(), panels = weight.panels();
+  const int64_t words = columns / 2 * kProductPanel;
+  for (int64_t row = 0; row < arguments.m; row += kScaledRowsAtOnce) {
+    const int64_t m = std::min(kScaledRowsAtOnce, arguments.m - row);
+    const int64_t row_panels = ceil_div(m, kProductPanel);
+    uint32_t* x;
+    carve(shared_scratch, [&](Carver& carver) { x = carver.take<uint32_t>(row_panels * words); });
+    const auto* first = static_cast<const uint16_t*>(
+        row_at(arguments.x, arguments.x_type, arguments.x_stride, row));
+    parallel_for(pool_for(pool, m * columns, kElementsWorthThreads), row_panels, [&](int64_t r) {
+      const int64_t begin = r * kProductPanel, rows = std::min(kProductPanel, m - begin);
+      table.pack_pairs(first + begin * arguments.x_stride, arguments.x_stride, rows, arguments.k,
+                       columns, x + r * words);
+    });
+    const ScaledJob job{weight, m, x, rows_from(arguments.out, weight.n, row)};
+    const Pool workers = pool_for(pool, m * weight.n * columns, kProductsWorthThreads);
+    const int64_t wanted = panels / (kTasksOfThread * workers.threads) / kScaledPanels;
+    const int64_t step = std::clamp(wanted, int64_t{1}, kMostScaled) * kScaledPanels;
+    parallel_for(workers, ceil_div(panels, step), [&](int64_t task) {
+      const auto bytes = static_cast<size_t>(table.scaled_scratch(m));
+      table.scaled_panels(job, task * step, std::min(panels, (task + 1) * step),
+                          own_scratch.reserve(bytes));
+    });
+  }
+}
+
 float* values_of_row(const Kernels& table, const RowSource& source, int64_t row) {
   const auto bytes = static_cast<size_t>(ceil_div(source.k, kLanes) * kLanes * 4);
   auto* values = static_cast<float*>(own_scratch.reserve(bytes));
@@ -236,8 +268,14 @@ struct Scaling {
 
 }  // namespace
 
+bool rounds_on_vectors(Isa isa) { return kernels(isa).scaled_panels != nullptr; }
+
 void linear_float(const FloatArguments& arguments, const Schedule& schedule, const Pool& pool) {
   const Kernels& table = kernels(schedule.isa);
+  if (!schedule.tiles && schedule.rounds_weights) {
+    assert(arguments.x_type == FloatType::kBf16);
+    return float_on_scaled_panels(arguments, table, pool);
+  }
   if (!schedule.tiles) return float_on_rows(arguments, table, pool);
   assert(schedule.rounds_weights || arguments.weight.groups() == 1 ||
          fits_float_tiles(arguments.weight.group));

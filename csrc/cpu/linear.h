@@ -11,10 +11,13 @@ namespace qkernels::cpu {
 struct Schedule {
   Isa isa;
   bool tiles;  // of AMX; else vectors
-  // Tiles of floats hold scaled weights, rounded to bf16 as a dense product of that type has them:
-  // faster for many rows. x and y are bf16.
+  // Weights are scaled and rounded to bf16 as a dense product of that type has them: faster for
+  // many rows. x and y are bf16.
   bool rounds_weights;
 };
+
+// Whether vectors of `isa` multiply rounded weights here.
+bool rounds_on_vectors(Isa isa);
 
 // Whether a group of so many columns, of several, falls into whole tiles. Integer sums over all of
 // K need no whole groups.

@@ -11,7 +11,8 @@ namespace qkernels::cpu {
 // `Step` multiplies: Step::add(sums, a number of x, numbers of y), and kRows rows of sums with what
 // they take fill the registers.
 template <class V, class Step, int kRows>
-void multiply_panels(const uint32_t* x, const uint32_t* y, int64_t steps, float* sums) {
+void multiply_panels(const uint32_t* x, const uint32_t* y, int64_t steps, int64_t columns,
+                     float* sums) {
   using F = typename V::F;
   constexpr int kVectors = 3;
   // A panel of y and some columns of x stay in an L1 cache of 32 KB.
@@ -19,7 +20,7 @@ void multiply_panels(const uint32_t* x, const uint32_t* y, int64_t steps, float*
   static_assert(kProductPanel == kVectors * kLanes && kProductPanel % kRows == 0);
   for (int64_t begin = 0; begin < steps; begin += kSteps) {
     const int64_t end = begin + kSteps < steps ? begin + kSteps : steps;
-    for (int64_t row = 0; row < kProductPanel; row += kRows) {
+    for (int64_t row = 0; row < columns; row += kRows) {
       F sum[kRows][kVectors];
       QK_UNROLL
       for (int i = 0; i < kRows; ++i) {

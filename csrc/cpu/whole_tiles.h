@@ -7,8 +7,8 @@
 
 #pragma once
 
-#include "cpu/decode.h"
 #include "cpu/faults.h"
+#include "cpu/scaled_weights.h"
 #include "cpu/tiles.h"
 
 namespace qkernels::cpu {
@@ -161,7 +161,8 @@ class ScaledTiles {
   static constexpr int64_t kStep = 32;
   static constexpr bool kIntegers = false;
 
-  ScaledTiles(const FloatTileJob& job, const Decoder& decoder) : job_(job), decoder_(decoder) {}
+  ScaledTiles(const FloatTileJob& job, const Decoder& decoder)
+      : job_(job), weights_(job.weight, decoder) {}
 
   const char* x(int64_t row_tile) const {
     return reinterpret_cast<const char*>(job_.x) +
@@ -169,29 +170,8 @@ class ScaledTiles {
   }
   const char* tiles(int64_t, int64_t) const { return nullptr; }
 
-  __attribute__((noinline)) void decode(int64_t panel, int64_t first, int64_t last,
-                                        char* out) const {
-    const Weight& weight = job_.weight;
-    const uint32_t* from =
-        weight.words + panel * weight.panel_words() + first / Decoder::kColumns * kLanes;
-    const bool zeros = weight.has_zeros();
-    const bool fuses = size_of_scales(weight) == 2 && weight.zero_type == GroupType::kUint8;
-    while (first < last) {
-      const int64_t g = weight.groups() == 1 ? 0 : first / weight.group;
-      const int64_t end = weight.group_end(g) < last ? weight.group_end(g) : last;
-      const F scale = group_scales<V>(weight, panel, g);
-      const F zero = group_zeros<V>(weight, panel, g, decoder_.offset);
-      // One operation where it loses nothing: integers times scales of 16 bits are exact.
-      if (!zeros)
-        decode_group<Zeros::kNone>(from, first, end, scale, zero, out);
-      else if (fuses)
-        decode_group<Zeros::kFused>(from, first, end, scale, V::mul(zero, scale), out);
-      else
-        decode_group<Zeros::kReal>(from, first, end, scale, zero, out);
-      from += (end - first) / Decoder::kColumns * kLanes;
-      out += (end - first) * 2 * kLanes;
-      first = end;
-    }
+  void decode(int64_t panel, int64_t first, int64_t last, char* out) const {
+    weights_.template decode<1>(panel, first, last, out);
   }
 
   __attribute__((noinline)) void finish(int64_t panel, int64_t panels, const int32_t* sums,
@@ -209,50 +189,8 @@ class ScaledTiles {
   }
 
  private:
-  enum class Zeros { kNone, kFused, kReal };
-
-  static int size_of_scales(const Weight& weight) {
-    return weight.scale_type == GroupType::kFp16 || weight.scale_type == GroupType::kBf16 ? 2 : 4;
-  }
-
-  template <Zeros kZeros, int kColumn>
-  QK_INLINE F weight_of(I words, F scale, F zero) const {
-    const F value = decoder_.template value<kColumn>(words);
-    if constexpr (kZeros == Zeros::kNone) return V::mul(value, scale);
-    if constexpr (kZeros == Zeros::kFused) return _mm512_fmsub_ps(value, scale, zero);
-    return V::mul(V::sub(value, zero), scale);
-  }
-
-  template <Zeros kZeros, int kColumn>
-  QK_INLINE I pair_of(I words, F scale, F zero, I order) const {
-    const auto both = _mm512_cvtne2ps_pbh(weight_of<kZeros, kColumn + 1>(words, scale, zero),
-                                          weight_of<kZeros, kColumn>(words, scale, zero));
-    return _mm512_permutexvar_epi16(order, reinterpret_cast<I>(both));
-  }
-
-  template <Zeros kZeros>
-  QK_INLINE void decode_group(const uint32_t* from, int64_t first, int64_t last, F scale, F zero,
-                              char* out) const {
-    // Word 2i of a row of a tile is row i's even column, word 2i + 1 its odd one.
-    alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const I order = _mm512_load_si512(kOrder);
-    if (QK_FAULT(tile_scaled_zeros_missing)) zero = V::broadcast(0.0f);
-    for (int64_t k = first; k < last; k += Decoder::kColumns, from += kLanes) {
-      const I words = V::load(from);
-      _mm512_store_si512(out, pair_of<kZeros, 0>(words, scale, zero, order));
-      _mm512_store_si512(out + 64, pair_of<kZeros, 2>(words, scale, zero, order));
-      if constexpr (Decoder::kColumns == 8) {
-        _mm512_store_si512(out + 128, pair_of<kZeros, 4>(words, scale, zero, order));
-        _mm512_store_si512(out + 192, pair_of<kZeros, 6>(words, scale, zero, order));
-      }
-      out += Decoder::kColumns * 2 * kLanes;
-    }
-  }
-
   const FloatTileJob& job_;
-  const Decoder& decoder_;
+  const ScaledWeights<Decoder> weights_;
 };
 
 // --- Integers

@@ -86,6 +86,18 @@ def _with(isa: str) -> WhyNot:
     return where
 
 
+def _with_bf16_products(isa: str) -> WhyNot:
+    """The same for kernels that multiply pairs of bf16 in vectors."""
+
+    def where(problem: Problem) -> str | None:
+        problem_of_isa = _with(isa)(problem)
+        if problem_of_isa is not None or _compiled().rounds_on_vectors(isa):
+            return problem_of_isa
+        return "this CPU has no AVX-512 with products of bf16"
+
+    return where
+
+
 def _groups_of(multiple: int) -> WhyNot:
     """Why groups do not fall into whole tiles of so many columns.
 
@@ -173,6 +185,17 @@ KERNELS = (
         where=_with("amx"),
         why_not=_groups_of(64),
         **by_route(_route("amx", tiles=True), quantized=True),
+    ),
+    Kernel(
+        name="cpu_avx512_scaled",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        x_dtypes=(torch.bfloat16,),
+        least_rows=8,
+        varies=_VARIES,
+        where=_with_bf16_products("avx512"),
+        **by_route(_route("avx512", rounds=True)),
     ),
     Kernel(
         name="cpu_avx512_float",

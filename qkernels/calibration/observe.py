@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.statistics import LayerInputs, Needs, SumOfProducts
-from qkernels.calibration.walks import DENSE, QUANTIZED, Walk, replace_forward
+from qkernels.calibration.walks import DENSE, QUANTIZED, Walk
 
 
 def observe(

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.forwards import run_batch
-from qkernels.calibration.walks import replace_forward
 from qkernels.errors import LayerError
 
 Turn = Callable[[Tensor], Tensor]

@@ -7,14 +7,14 @@ block: it is right for any model, and slower by the number of blocks.
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from qkernels.calibration.blocks import Block
+from qkernels.calibration.calls import copied, replace_forward
 from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.forwards import (
     Call,
@@ -23,6 +23,7 @@ from qkernels.calibration.forwards import (
     current_forward,
     run_batch,
 )
+from qkernels.calibration.reuse import Reuse, Running
 from qkernels.modules.heads import output_heads
 
 QUANTIZED, DENSE = "quantized", "dense"
@@ -46,6 +47,10 @@ class Walk(Protocol):
 
     def run(self, batch: int, chain: str = QUANTIZED) -> Any:
         """Runs the present block, as it now is, on what a batch brings to it."""
+
+    def change(self, now: Collection[str], later: Collection[str]) -> None:
+        """Says which layers of the present block are looked at and change now, and which later, in
+        the order in which they run: what is in front of them gives the same from here on."""
 
     def advance(self) -> None:
         """Goes past the present block with the outputs that it now has."""
@@ -81,6 +86,7 @@ class BlockByBlock:
         self._left = list(blocks)
         self._present: Block | None = None
         self._running: str | None = None
+        self._reuse: Reuse | None = None
         self._finished: set[str] = set()
         self._undo: list[Callable[[], object]] = []
         self._dense_outputs: dict[int, Any] = {}
@@ -135,16 +141,25 @@ class BlockByBlock:
         call = self._forwards[chain][batch].call
         assert call is not None
         # Blocks may write to what they are given: hidden states, caches.
-        args, kwargs = _copied((call.args, call.kwargs), {})
+        args, kwargs = copied((call.args, call.kwargs), {})
+        run = Running(batch, dense=chain == DENSE)
         if chain == QUANTIZED:
-            return self._call(call.block, args, kwargs)
+            return self._call(call.block, args, kwargs, run)
         assert self._dense is not None and self._present is not None
         with self._dense(self._present):
-            return self._call(call.block, args, kwargs)
+            return self._call(call.block, args, kwargs, run)
+
+    def change(self, now: Collection[str], later: Collection[str]) -> None:
+        assert self._present is not None
+        if self._reuse is None:
+            self._reuse = Reuse(self._model, self._present)
+        self._reuse.change(now, later)
 
     def advance(self) -> None:
         block = self._present
         assert block is not None
+        if self._reuse is not None:
+            self._reuse.change((), ())
         self._finished.add(block.name)
         if block.name in block.layers:
             self._install_gate(block.name)
@@ -160,10 +175,11 @@ class BlockByBlock:
             forward = self._forwards[QUANTIZED][number]
             call = forward.call
             assert call is not None
-            output = self._call(block.name, call.args, call.kwargs)
+            output = self._call(block.name, call.args, call.kwargs, Running(number, last=True))
             del call
             forward.resume(output)
             del output
+        self._end_reuse()
         self._present = None
         while self._dense_outputs:
             number, output = self._dense_outputs.popitem()
@@ -171,6 +187,7 @@ class BlockByBlock:
             del output
 
     def close(self) -> None:
+        self._end_reuse()
         for forwards in self._forwards.values():
             for forward in forwards.values():
                 forward.cancel()
@@ -182,18 +199,27 @@ class BlockByBlock:
         for number in self.batches(DENSE):
             call = self._forwards[DENSE][number].call
             assert call is not None
-            kept = _copied((call.args, call.kwargs), {})
+            kept = copied((call.args, call.kwargs), {})
             # What the block writes to its arguments is seen by the blocks after it.
             self._dense_outputs[number] = self._call(call.block, call.args, call.kwargs)
             call.args, call.kwargs = kept
 
-    def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Running | None = None
+    ) -> Any:
         self._running = name
+        if self._reuse is not None:
+            self._reuse.running = run
         try:
             # Not the module itself: its hooks run in the suspended forward, around the gate.
             return self._model.get_submodule(name).forward(*args, **kwargs)
         finally:
             self._running = None
+
+    def _end_reuse(self) -> None:
+        if self._reuse is not None:
+            self._reuse.end()
+            self._reuse = None
 
     def _install_gate(self, name: str) -> None:
         """Makes a call of the block, in a suspended forward, stop there."""
@@ -279,25 +305,15 @@ class WholeModel:
         with self._dense(self._present):
             return run_batch(self._model, self._batches[batch])
 
+    def change(self, now: Collection[str], later: Collection[str]) -> None:
+        # A block may run several times here, each on what other layers of it gave.
+        pass
+
     def advance(self) -> None:
         pass
 
     def close(self) -> None:
         pass
-
-
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Makes `forward` what the module runs; the result undoes that."""
-    before = vars(module).get("forward")
-    vars(module)["forward"] = forward
-
-    def undo() -> None:
-        if before is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = before
-
-    return undo
 
 
 def check_apart(model: nn.Module, blocks: Iterable[Block]) -> None:
@@ -328,22 +344,3 @@ def _in_order_of_execution(
             hook.remove()
     never = len(order)
     return sorted(blocks, key=lambda b: min(order.get(id(layer), never) for layer in layers[b]))
-
-
-def _copied(value: Any, seen: dict[int, Any]) -> Any:
-    """What a block was given, without the memory of the original, so that writing to it is safe."""
-    if id(value) in seen:
-        return seen[id(value)]
-    made: Any
-    if isinstance(value, Tensor):
-        made = value.detach().clone()
-    elif isinstance(value, nn.Module):
-        made = value
-    elif type(value) in (list, tuple):
-        made = type(value)(_copied(item, seen) for item in value)
-    elif type(value) is dict:
-        made = {key: _copied(item, seen) for key, item in value.items()}
-    else:
-        made = copy.deepcopy(value, seen)
-    seen[id(value)] = made
-    return made

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from qkernels.quantizers.mixture import Mixture
     from qkernels.quantizers.sensitivity import Sensitivity
 
-SEQUENCES = 8
-"""Of 512 tokens, run one at a time: a backward pass holds what the forward pass made."""
+SEQUENCES, LENGTH = 64, 128
+"""How many sequences, each of which is one sample of what errors do, and tokens of each."""
 
 DEFAULT_SCHEMES = "w3a16-g64,w4a16-g64,w8a16-g64"
 
@@ -70,12 +70,12 @@ def sensitivity(
     text = read_text(calibration or SHIPPED_CALIBRATION)
     network, tokenizer = models.load(model, dtype, device, dense=True)
     place = next(network.parameters()).device
-    batches = batches_of(network, tokenizer, text, SEQUENCES, place)
+    batches = batches_of(network, tokenizer, text, SEQUENCES, place, LENGTH)
     with progress_bar("measuring layers") as update:
         found = measure_sensitivity(
             network,
             parsed,
-            [ids[None] for batch in batches for ids in batch],
+            batches,
             include=include,
             exclude=exclude,
             method=method,

@@ -276,16 +276,21 @@ def end_of(model: Any, part: str) -> str:
 
 
 def batches_of(
-    model: Any, tokenizer: Any, text: str, sequences: int, device: torch.device
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    sequences: int,
+    device: torch.device,
+    length: int | None = None,
 ) -> list[torch.Tensor]:
-    """Calibration batches of a text."""
+    """Calibration batches of a text. Args: length: tokens of a sequence; None for the usual."""
     from qkernels.models.calibration_text import LENGTH, calibration_batches
 
     models.check_takes_text(
         model, "calibrate it in Python, by qkernels.quantize_model(model, calibration=batches)"
     )
     context = getattr(model.config, "max_position_embeddings", None) or LENGTH
-    length = min(LENGTH, context)
+    length = min(length or LENGTH, context)
     return calibration_batches(tokenizer, sequences, length, text, device=device)
 
 

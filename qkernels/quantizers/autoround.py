@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels import rounding
+from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.statistics import Needs
-from qkernels.calibration.walks import replace_forward
 from qkernels.quantizers import grids
 from qkernels.quantizers.gradients import output_of
 from qkernels.quantizers.hessian import gram_of

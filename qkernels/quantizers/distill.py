@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.forwards import run_batch
-from qkernels.calibration.walks import replace_forward
 from qkernels.modules import WQLinear
 from qkernels.quantizers.gradients import (
     Recomputed,
@@ -94,8 +94,9 @@ class _Trained:
     @torch.no_grad()
     def begin(self) -> None:
         """Makes the weight of the present factors, which `forward` multiplies with."""
-        scales = (self._scales * self.factors).to(self._dtype)
-        weight = (self._values.to(self._dtype) * scales[:, :, None]).flatten(1)
+        # Scales rounded to bf16 would move by half a percent or not at all.
+        scales = (self._scales * self.factors)[:, :, None]
+        weight = (self._values * scales).to(self._dtype).flatten(1)
         self._weight = weight[:, : self._hub.k].contiguous()
 
     def end(self) -> None:

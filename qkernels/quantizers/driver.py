@@ -291,7 +291,11 @@ class _Run:
         for part in recipe.parts:
             if part.method.prepare_block is not None:
                 self._prepare(part, block, layers)
-        for stage in self._stages(recipe.quantizing, layers):
+        found = self._stages(recipe.quantizing, layers)
+        for number, stage in enumerate(found):
+            if len(found) > 1:
+                later = [name for other in found[number + 1 :] for name in other.names]
+                self._walk.change(stage.names, later)
             group = {name: layers[name] for name in stage.names}
             inputs = self._observe(recipe.quantizing, group, self._for_report, stage)
             self._quantize_layers(block, group, recipe.quantizing, inputs)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from qkernels.calibration.blocks import find_blocks
-from qkernels.calibration.walks import replace_forward
+from qkernels.calibration.calls import replace_forward
 from qkernels.errors import QuantizationError
 
 _SLICE = 128

@@ -1,21 +1,22 @@
-"""What the model loses where one layer alone is quantized: an estimate from one backward pass.
+"""What the model loses where one layer alone is quantized: an estimate from backward passes.
 
-An error E of a layer's weight moves its output at a token by E x, and the loss there by g . E x, g
-the gradient of the loss with respect to that output. With labels that the model itself draws, the
-KL divergence between the model and the one with the error is to second order
+An error E of a layer's weight moves its output at a token by E x, and the loss of a sequence by the
+sum over its tokens of g . E x, g the gradient of that loss with respect to the output. With labels
+that the model itself draws, the KL divergence between the model and the one with the error is to
+second order
 
-    KL = 1/2 mean over tokens of (g . E x)^2
+    KL = 1/2 mean over sequences of (sum over tokens of g . E x)^2
 
-(the Fisher information in place of the Hessian; each token's error taken by itself). So a sample of
-the pairs (x, g) of each layer is all that is kept of the model's runs, and every scheme is then
-rounded to and judged layer by layer. A model without logits loses the squared error of its first
-output: g then is the gradient of a random projection of it.
+and that divided by a sequence's tokens is what a token loses (the Fisher information in place of
+the Hessian). Tokens are summed before the square: errors of values, say, add up over all tokens
+that attend to them. A model without logits loses the squared error of its first output: g then is
+the gradient of a random projection of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,12 +25,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from qkernels import rounding
+from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.forwards import run_batch
 from qkernels.calibration.observe import calibrating
-from qkernels.calibration.walks import replace_forward
 from qkernels.errors import LayerError, QuantizationError
 from qkernels.progress import Progress, silent
 from qkernels.quantizers.allocation import Choice
+from qkernels.quantizers.gradients import drawn_loss
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.method import LayerTask
 from qkernels.quantizers.model import check_methods
@@ -37,9 +39,6 @@ from qkernels.quantizers.plan import plan_layers
 from qkernels.quantizers.recipe import Recipe
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight, WeightParameters, row_slices
-
-PAIRS = 256
-"""Tokens of each layer whose input and gradient are kept."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,17 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """What each linear layer of `model` loses under each scheme.
 
-    Beside the model it takes the memory of what a backward pass through one batch holds, and of one
-    layer in fp32. The model is as before in the end.
+    Beside the model it takes the memory of what a backward pass through one batch holds, of all
+    layers' scales, and of some rows in fp32. The model is as before in the end.
 
     Args:
         schemes: to choose from, with 16-bit activations or those that need no calibration.
-        calibration: batches as of `quantize_model`; a few thousand tokens are enough.
+        calibration: batches as of `quantize_model`. Each sequence is one sample, so that many short
+            ones tell more than few long ones: 64 are right to about a sixth.
         include, exclude: as of `quantize_model`.
         method: a recipe of one method that needs no calibration, whose errors are judged.
         seed: of the labels that the model draws.
-        progress: called as progress(done, total, layer name).
+        progress: called as progress(done, total, layer name), for layers and then for batches.
 
     Raises:
         LayerError: for a layer that no gradient reaches, or whose gradient is not finite, without
@@ -118,21 +118,23 @@ def measure_sensitivity(
         layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
         for name, layer in layers.items():
             rounding.check_weight(layer.weight.detach(), f"{name}.weight")
-        seen = _look(model, layers, batches, seed)
-        found: dict[str, LayerSensitivity] = {}
-        first: dict[int, str] = {}
+        total = len(layers) + len(batches)
+        errors: dict[int, _Errors] = {}
         for done, (name, layer) in enumerate(layers.items()):
-            progress(done, len(layers), name)
-            pairs = seen[id(layer)]
-            same_as = first.setdefault(id(layer), name)
-            if same_as != name:
-                found[name] = _again(found[same_as], same_as)
-                continue
-            n, k = layer.weight.shape
-            choices = [_choice(name, layer, scheme, recipe, pairs) for scheme in parsed]
-            dense = Choice(None, 8 * layer.weight.element_size() * n * k, 0.0)
-            found[name] = LayerSensitivity(n, k, pairs.reads or name, (*choices, dense))
-        progress(len(layers), len(layers), "")
+            progress(done, total, name)
+            if id(layer) not in errors:
+                errors[id(layer)] = _Errors.of(name, layer, parsed, recipe)
+
+        def batch_done(count: int) -> None:
+            progress(len(layers) + count, total, "")
+
+        tokens = _look(model, layers, errors, batches, seed, batch_done)
+        found: dict[str, LayerSensitivity] = {}
+        for name, layer in layers.items():
+            own = errors[id(layer)]
+            found[name] = (
+                own.result(layer, tokens) if own.name == name else _again(found[own.name], own.name)
+            )
     finally:
         forms.undo()
     return Sensitivity(found)
@@ -141,30 +143,6 @@ def measure_sensitivity(
 def _again(first: LayerSensitivity, name: str) -> LayerSensitivity:
     choices = tuple(Choice(choice.scheme, 0, 0.0) for choice in first.choices)
     return LayerSensitivity(first.n, first.k, first.reads, choices, same_as=name)
-
-
-def _choice(
-    name: str, layer: nn.Linear, scheme: QuantScheme, recipe: Recipe, pairs: _Pairs
-) -> Choice:
-    weight = layer.weight.detach()
-    (part,) = recipe.parts
-    assert part.method.quantize is not None
-    try:
-        made = part.method.quantize(
-            LayerTask(name, weight, None, scheme, None, None), part.parameters
-        )
-    except QuantizationError as error:
-        raise type(error)(f"{name}: {error}") from None
-    x, gradients = pairs.x.float(), pairs.gradients.float()
-    moved = torch.zeros(len(x), dtype=torch.float64)
-    for start, stop in row_slices(*weight.shape):
-        rows = weight[start:stop]
-        whole = isinstance(made, QuantizedWeight)
-        codes = made.codes[start:stop] if whole else rounding.encode_rows(rows, made, start)
-        found = made.to_column_order(made.dequantize_rows(codes, start))
-        y = x @ (found - rows.float()).t()
-        moved += (y * gradients[:, start:stop]).sum(dim=1).double().cpu()
-    return Choice(str(scheme), stored_bits(made), float(moved.square().mean()) / 2)
 
 
 def stored_bits(made: WeightParameters) -> int:
@@ -178,80 +156,129 @@ def stored_bits(made: WeightParameters) -> int:
 
 
 @dataclass
-class _Pairs:
-    """A sample of the inputs of a layer and of the gradients at its outputs: those of all tokens
-    that drew the least numbers.
+class _Errors:
+    """What a layer becomes under each scheme, and what that has lost so far.
 
     Attributes:
-        x, gradients: [P, K] and [P, N], P at most `PAIRS`, in their types.
+        made: its weight under each scheme.
+        moved: fp64 [S, B]: by how much the loss of each sequence of the present batch moves under
+            each scheme; empty before any gradient has come.
+        losses: fp64 [S], the sum of the squares of that over the batches before.
         reads: the first layer that was given the same tensor.
     """
 
-    x: Tensor = field(default_factory=lambda: torch.empty(0))
-    gradients: Tensor = field(default_factory=lambda: torch.empty(0))
-    drawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    name: str
+    schemes: Sequence[QuantScheme]
+    made: list[WeightParameters]
+    moved: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     reads: str = ""
 
-    def add(self, x: Tensor, gradients: Tensor, generator: torch.Generator) -> None:
-        """Takes in rows [T, K] and [T, N]."""
-        drawn = torch.cat(
-            (self.drawn, torch.rand(len(x), dtype=torch.float64, generator=generator))
-        )
-        kept = drawn.argsort(stable=True)[:PAIRS]
-        old, new = kept[kept < len(self.drawn)], kept[kept >= len(self.drawn)] - len(self.drawn)
-        if len(self.drawn):
-            x, gradients = (
-                torch.cat((mine[old.to(mine.device)], more[new.to(more.device)]))
-                for mine, more in ((self.x, x), (self.gradients, gradients))
-            )
-        else:
-            x, gradients = x[new.to(x.device)], gradients[new.to(x.device)]
-        before = len(self.drawn)
-        self.drawn = torch.cat((drawn[:before][old], drawn[before:][new]))
-        self.x, self.gradients = x, gradients
+    @staticmethod
+    def of(name: str, layer: nn.Linear, schemes: Sequence[QuantScheme], recipe: Recipe) -> _Errors:
+        (part,) = recipe.parts
+        assert part.method.quantize is not None
+        weight, made = layer.weight.detach(), []
+        for scheme in schemes:
+            task = LayerTask(name, weight, None, scheme, None, None)
+            try:
+                made.append(part.method.quantize(task, part.parameters))
+            except QuantizationError as error:
+                raise type(error)(f"{name}: {error}") from None
+        return _Errors(name, schemes, made)
+
+    def add(self, layer: nn.Linear, x: Tensor, gradients: Tensor, sequences: int) -> None:
+        """Takes in a call of the layer: x [..., K] and gradients [..., N] of its output."""
+        # Rows that do not say which sequence they are of, as those of experts, count as one.
+        count = sequences if x.dim() > 2 and len(x) == sequences else 1
+        x, gradients = x.reshape(-1, x.shape[-1]), gradients.reshape(-1, gradients.shape[-1])
+        moved = torch.zeros(len(self.made), count, dtype=torch.float64)
+        for place, made in enumerate(self.made):
+            for start, stop in row_slices(*layer.weight.shape):
+                error = _error_of(layer.weight.detach()[start:stop], made, start, stop).to(x.dtype)
+                products = (x @ error.t()).float() * gradients[:, start:stop]
+                moved[place] += products.view(count, -1).sum(dim=1, dtype=torch.float64).cpu()
+        if self.moved.numel() and self.moved.shape != moved.shape:
+            self.moved, moved = (part.sum(dim=1, keepdim=True) for part in (self.moved, moved))
+        self.moved = self.moved + moved if self.moved.numel() else moved
+
+    def end_batch(self) -> None:
+        """Takes in what the batch has moved."""
+        if self.moved.numel():
+            squares = self.moved.square().sum(dim=1)
+            self.losses = self.losses + squares if self.losses.numel() else squares
+        self.moved = self.moved[:0]
+
+    def result(self, layer: nn.Linear, tokens: int) -> LayerSensitivity:
+        """Args: tokens: of all batches."""
+        n, k = layer.weight.shape
+        choices = [
+            Choice(str(scheme), stored_bits(made), float(loss) / tokens / 2)
+            for scheme, made, loss in zip(self.schemes, self.made, self.losses, strict=True)
+        ]
+        dense = Choice(None, 8 * layer.weight.element_size() * n * k, 0.0)
+        return LayerSensitivity(n, k, self.reads or self.name, (*choices, dense))
+
+
+def _error_of(rows: Tensor, made: WeightParameters, start: int, stop: int) -> Tensor:
+    """fp32 [R, K], of rows [start, stop) of a weight."""
+    whole = isinstance(made, QuantizedWeight)
+    codes = made.codes[start:stop] if whole else rounding.encode_rows(rows, made, start)
+    return made.to_column_order(made.dequantize_rows(codes, start)) - rows.float()
 
 
 def _look(
-    model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequence[Any], seed: int
-) -> dict[int, _Pairs]:
-    """What reaches each layer and what it does to the loss, by the layer's id."""
-    seen = {id(layer): _Pairs() for layer in layers.values()}
-    names = {id(layer): name for name, layer in reversed(list(layers.items()))}
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    errors: Mapping[int, _Errors],
+    batches: Sequence[Any],
+    seed: int,
+    done: Callable[[int], None],
+) -> int:
+    """Makes the losses of `errors`, which are by the layer's id; how many tokens there were."""
     generator = torch.Generator().manual_seed(seed)
+    tokens = 0
     # Inputs of one run, held so that no two of them are in the same memory.
     readers: dict[int, tuple[str, Tensor]] = {}
+    sequences = [1]
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibrating(model))
         stack.enter_context(_without_gradients(model.parameters()))
         stack.enter_context(torch.enable_grad())
         for layer in {id(layer): layer for layer in layers.values()}.values():
-            stack.callback(_watch(layer, names[id(layer)], seen[id(layer)], readers, generator))
-        for batch in batches:
+            stack.callback(_watch(layer, errors[id(layer)], readers, sequences))
+        for number, batch in enumerate(batches):
             readers.clear()
-            loss = _loss(run_batch(model, batch), generator)
+            done(number)
+            loss, rows, sequences[0] = _loss(run_batch(model, batch), generator)
+            tokens += rows
             if loss.requires_grad:
                 loss.backward()
             readers.clear()
-    for name, layer in layers.items():
-        pairs = seen[id(layer)]
-        if not len(pairs.drawn):
+            for each in errors.values():
+                each.end_batch()
+        done(len(batches))
+    for each in errors.values():
+        if not each.losses.numel():
             raise LayerError(
-                f"{name}: no gradient of the model's output reaches it: exclude it, or give "
+                f"{each.name}: no gradient of the model's output reaches it: exclude it, or give "
                 "batches that do"
             )
-        if not (pairs.x.isfinite().all() and pairs.gradients.isfinite().all()):
-            raise LayerError(f"{name}: a calibration batch gives it values that are not finite")
-    return seen
+        if not each.losses.isfinite().all():
+            raise LayerError(
+                f"{each.name}: a calibration batch gives it values that are not finite"
+            )
+    return tokens
 
 
 def _watch(
-    layer: nn.Linear,
-    name: str,
-    pairs: _Pairs,
-    readers: dict[int, tuple[str, Tensor]],
-    generator: torch.Generator,
+    layer: nn.Linear, errors: _Errors, readers: dict[int, tuple[str, Tensor]], sequences: list[int]
 ) -> Any:
-    """Makes the layer's forward keep pairs; the result undoes that."""
+    """Makes the layer's forward tell its errors of what comes; the result undoes that.
+
+    Args:
+        sequences: of the present batch.
+    """
     inner = layer.forward
 
     def forward(x: Tensor) -> Tensor:
@@ -261,12 +288,13 @@ def _watch(
         # The first layer of a model whose parameters want no gradient begins the graph; a copy,
         # since what begins one cannot be changed in place.
         y = y if y.requires_grad else y.requires_grad_().clone()
-        pairs.reads = pairs.reads or readers.setdefault(id(x), (name, x))[0]
-        rows = x.detach().reshape(-1, x.shape[-1])
+        errors.reads = errors.reads or readers.setdefault(id(x), (errors.name, x))[0]
+        x = x.detach()
 
         def keep(gradient: Tensor) -> None:
-            if len(rows):
-                pairs.add(rows, gradient.detach().reshape(len(rows), -1), generator)
+            if x.numel():
+                with torch.no_grad():
+                    errors.add(layer, x, gradient, sequences[0])
 
         y.register_hook(keep)
         return y
@@ -287,17 +315,14 @@ def _without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _loss(output: Any, generator: torch.Generator) -> Tensor:
-    """The sum over tokens of what the model loses by labels of its own."""
+def _loss(output: Any, generator: torch.Generator) -> tuple[Tensor, int, int]:
+    """The sum over tokens of what the model loses by labels of its own; tokens; sequences."""
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
-        logits = logits.flatten(0, -2).float()
-        logarithms = logits.log_softmax(dim=1)
-        drawn = torch.multinomial(logarithms.detach().exp().cpu(), 1, generator=generator)
-        return -logarithms.gather(1, drawn.to(logits.device)).sum()
+        return drawn_loss(logits, generator), logits[..., 0].numel(), len(logits)
     tensors = (part for part in tree_flatten(output)[0] if isinstance(part, Tensor))
     first = next((part for part in tensors if part.is_floating_point()), None)
     if first is None:
         raise LayerError(f"the model gives a {type(output).__name__} without a floating tensor")
     noise = torch.randn(first.shape, generator=generator).to(first.device)
-    return (first.float() * noise).sum()
+    return (first.float() * noise).sum(), first[..., 0].numel(), len(first)

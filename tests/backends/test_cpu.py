@@ -206,7 +206,7 @@ def test_wrong_arguments_of_the_compiled_kernels_are_named():
         ({"code": "table4"}, "a table goes with table4"),
         ({"isa": "sse"}, "isa must be"),
         ({"tiles": True}, "tiles need amx"),
-        ({"rounds_weights": True}, "only tiles"),
+        ({"rounds_weights": True}, "only tiles and products"),
         ({"activation": "int4"}, "activation must be"),
         ({"granularity": "row"}, "granularity must be"),
         ({"code": "fp8e4m3", "activation": "int8"}, "int4 and int8 codes alone"),

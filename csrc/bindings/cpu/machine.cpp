@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bindings/cpu/cpu.h"
+#include "cpu/linear.h"
 #include "cpu/peaks.h"
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -115,6 +116,10 @@ void register_cpu_machine(py::module_& m) {
 #endif
   m.def("cpu_peaks", &cpu_peaks, py::arg("threads"), py::arg("seconds"),
         "the most this machine does: bytes read, fp32, int8 and bf16 operations a second");
+  m.def(
+      "rounds_on_vectors",
+      [](const std::string& isa) { return cpu::rounds_on_vectors(isa_here(isa)); }, py::arg("isa"),
+      "whether its vectors multiply pairs of bf16");
   m.def("why_no_isa", &why_no_isa, py::arg("name"),
         "why this machine does not run portable, avx2, avx512 or amx, or None");
 }

@@ -71,7 +71,8 @@ class CpuRoute final : public Route {
     }
     schedule_ = {isa_here(isa), tiles, rounds_weights};
     require(!tiles || schedule_.isa == cpu::Isa::kAmx, "tiles need amx, got ", isa);
-    require(tiles || !rounds_weights, "only tiles round weights");
+    require(tiles || !rounds_weights || cpu::rounds_on_vectors(schedule_.isa),
+            "only tiles and products of pairs of bf16 round weights, which ", isa, " has none of");
     require(activation == "none" || activation == "int8" || activation == "fp8",
             "activation must be none, int8 or fp8, got ", activation);
     scale_of_ = scale_of(granularity);

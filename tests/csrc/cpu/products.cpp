@@ -110,12 +110,16 @@ class Product {
     for (Isa isa : isas) {
       const int64_t most = isa == Isa::kPortable ? kMostPortableProducts : kMostVectorProducts;
       if (m_ * weight_.n * weight_.k <= most) out.push_back({isa, false, false});
-      if (isa != Isa::kAmx || weight_.has_offsets()) continue;
+      if (weight_.has_offsets()) continue;
+      const bool bf16 = x_type_ == FloatType::kBf16 && y_type_ == FloatType::kBf16;
+      const bool rounds = rows_ == Rows::kFloats && bf16;
+      if (isa == Isa::kAvx512 && rounds && rounds_on_vectors(isa))
+        out.push_back({isa, false, true});
+      if (isa != Isa::kAmx) continue;
       if (rows_ == Rows::kFloats) {
         const bool whole = weight_.groups() == 1 || fits_float_tiles(weight_.group);
         if (whole) out.push_back({isa, true, false});
-        const bool bf16 = x_type_ == FloatType::kBf16 && y_type_ == FloatType::kBf16;
-        if (bf16) out.push_back({isa, true, true});
+        if (rounds) out.push_back({isa, true, true});
       } else if (weight_.sums_are_integers() || fits_int8_tiles(weight_.group)) {
         out.push_back({isa, true, false});
       }
