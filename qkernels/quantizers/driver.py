@@ -8,81 +8,30 @@ handed on. What is kept is the inputs and outputs of one block.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from collections.abc import Mapping
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
 from qkernels.calibration.blocks import Block, find_blocks
-from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.forwards import CannotFollow
-from qkernels.calibration.observe import Stage, calibrating, observe, stages
-from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
-from qkernels.calibration.statistics import LayerInputs, Needs
+from qkernels.calibration.observe import calibrating
+from qkernels.calibration.statistics import LayerInputs
 from qkernels.calibration.walks import BlockByBlock, Walk, WholeModel
-from qkernels.errors import LayerError, QuantizationError
+from qkernels.errors import LayerError
 from qkernels.modules import WQLinear
 from qkernels.progress import Progress
 from qkernels.quantizers.changes import Changes
-from qkernels.quantizers.hessian import warn_of_few
+from qkernels.quantizers.job import Outcome, Plan
+from qkernels.quantizers.making import build_layer, layer_task
 from qkernels.quantizers.method import BlockTask, LayerTask, ModelTask
 from qkernels.quantizers.methods import LAST, METHODS
-from qkernels.quantizers.recipe import Part, Recipe
+from qkernels.quantizers.observing import Observation
+from qkernels.quantizers.recipe import Part
 from qkernels.quantizers.report import LayerReport, compare
 from qkernels.quantizers.resume import FinishedBlock, ResumeFolder, digest_of_layers
-from qkernels.quantizers.static_inputs import (
-    needs_of,
-    with_zero,
-    without_inputs,
-    without_zero,
-    x_parameters,
-)
-from qkernels.scheme import QuantScheme
+from qkernels.quantizers.static_inputs import without_zero
 from qkernels.weight import QuantizedWeight, WeightParameters
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do to a model.
-
-    Attributes:
-        schemes: of each layer to quantize, by name, in the model's order.
-        batches: calibration batches, or None.
-        observer: finds the range of static activations.
-        processes: that calibrate together, each with batches of its own.
-    """
-
-    recipe: Recipe
-    schemes: Mapping[str, QuantScheme]
-    batches: Sequence[Any] | None
-    backend: str | None
-    check_kernels: bool = True
-    observer: ObserverChoice = DEFAULT_OBSERVER
-    processes: Processes = ALONE
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What every layer is made with."""
-        return {"backend": self.backend, "check_kernels": self.check_kernels}
-
-    def needs(self, part: Part, name: str) -> Needs:
-        """What `part` of the recipe asks to know of a layer."""
-        return part.method.statistics(self.schemes[name], part.parameters)
-
-
-@dataclass
-class Outcome:
-    """What the driver did; see `QuantizationReport`.
-
-    Attributes:
-        made: by the id of the layer that each took the place of, since layers may be shared.
-    """
-
-    whole_model: str | None
-    layers: dict[str, LayerReport] = field(default_factory=dict)
-    unreached: dict[str, str] = field(default_factory=dict)
-    made: dict[int, WQLinear] = field(default_factory=dict)
 
 
 class Residence(Protocol):
@@ -157,7 +106,6 @@ class _Run:
         self._progress, self._folder, self._processes = progress, folder, plan.processes
         self._residence = residence
         self._outcome = Outcome(whole)
-        self._warned = False
         self._row_weights: dict[str, dict[int, Tensor]] = {}
         self._blocks = find_blocks(model, plan.schemes)
         for part in plan.recipe.parts:
@@ -174,7 +122,7 @@ class _Run:
             self._walk = WholeModel(
                 model, self._blocks, batches, changes.originals, self._processes, self._arrive
             )
-        self._first_batch = self._processes.first_batch(len(batches))
+        self._observation = Observation(model, plan, self._walk, self._row_weights)
 
     def through(self) -> Outcome:
         """Takes every block, and leaves the walk behind."""
@@ -291,63 +239,19 @@ class _Run:
         for part in recipe.parts:
             if part.method.prepare_block is not None:
                 self._prepare(part, block, layers)
-        found = self._stages(recipe.quantizing, layers)
+        found = self._observation.stages(recipe.quantizing, layers)
         for number, stage in enumerate(found):
             if len(found) > 1:
                 later = [name for other in found[number + 1 :] for name in other.names]
                 self._walk.change(stage.names, later)
             group = {name: layers[name] for name in stage.names}
-            inputs = self._observe(recipe.quantizing, group, self._for_report, stage)
+            beside = self._observation.for_report
+            inputs = self._observation.of(recipe.quantizing, group, beside, stage)
             self._quantize_layers(block, group, recipe.quantizing, inputs)
-
-    def _stages(self, part: Part, layers: Mapping[str, nn.Linear]) -> list[Stage]:
-        """The layers of a block that are calibrated together."""
-        if self._plan.batches is None or not part.method.in_stages(part.parameters):
-            return [Stage(list(layers), [])]
-        # Of batches that reach the block, where any do.
-        mine = stages(self._walk, layers)
-        return self._processes.first("stages", mine if self._walk.batches() else None) or mine
-
-    def _for_report(self, name: str) -> Needs:
-        """What is collected of every layer, whatever the method."""
-        scheme = self._plan.schemes[name]
-        return Needs(quantized=("rows",)) | needs_of(scheme, self._plan.observer)
-
-    def _observe(
-        self,
-        part: Part,
-        layers: Mapping[str, nn.Linear],
-        beside: Callable[[str], Needs] = lambda name: Needs(),
-        stage: Stage | None = None,
-    ) -> dict[str, LayerInputs]:
-        if self._plan.batches is None:
-            return {}
-        needs = {name: self._plan.needs(part, name) | beside(name) for name in layers}
-        stage = stage or Stage(list(layers), [])
-        found = (
-            observe(
-                self._walk,
-                layers,
-                needs,
-                [self._model.get_submodule(name) for name in stage.until],
-                stage.once,
-                self._row_weights,
-                self._processes,
-                self._first_batch,
-            )
-            if any(needs.values())
-            else {}
-        )
-        for name, inputs in found.items():
-            if not inputs.finite:
-                raise LayerError(f"{name}: a calibration batch gives it inputs that are not finite")
-            if not self._warned:
-                self._warned = warn_of_few(name, inputs, layers[name].in_features, str(part))
-        return found
 
     def _prepare(self, part: Part, block: Block, layers: Mapping[str, nn.Linear]) -> None:
         assert part.method.prepare_block is not None
-        inputs = self._observe(part, layers)
+        inputs = self._observation.of(part, layers)
         part.method.prepare_block(self._block_task(block, layers, inputs), part.parameters)
 
     def _block_task(
@@ -375,7 +279,10 @@ class _Run:
         inputs: Mapping[str, LayerInputs],
     ) -> None:
         """Makes the layers, and puts them into the model."""
-        tasks = {name: self._layer_task(name, layer, inputs) for name, layer in layers.items()}
+        tasks = {
+            name: layer_task(name, layer, self._plan, self._outcome, inputs)
+            for name, layer in layers.items()
+        }
         together: Mapping[str, WeightParameters] = {}
         if part.method.quantize_block is not None:
             # A layer with several names is made once.
@@ -401,22 +308,6 @@ class _Run:
             self._tell(name)
             self._quantize_layer(layer, tasks[name], part, together.get(name))
 
-    def _layer_task(
-        self, name: str, layer: nn.Linear, inputs: Mapping[str, LayerInputs]
-    ) -> LayerTask:
-        scheme, own = self._plan.schemes[name], inputs.get(name)
-        if own is not None and not own.rows:
-            own = None
-            scheme, self._outcome.unreached[name] = without_inputs(scheme)
-        return LayerTask(
-            name=name,
-            weight=layer.weight.detach(),
-            bias=None if layer.bias is None else layer.bias.detach(),
-            scheme=scheme,
-            inputs=own,
-            **x_parameters(scheme, self._plan.observer, own),
-        )
-
     def _quantize_layer(
         self, layer: nn.Linear, task: LayerTask, part: Part, weight: WeightParameters | None
     ) -> None:
@@ -428,25 +319,3 @@ class _Run:
             made[id(layer)] = build_layer(task, part, self._plan.options, weight)
         rows = None if task.inputs is None else task.inputs.quantized["rows"].rows
         self._install(layer, compare(task.name, layer, made[id(layer)], rows, str(part)))
-
-
-def build_layer(
-    task: LayerTask,
-    part: Part,
-    options: Mapping[str, Any],
-    made: WeightParameters | None = None,
-) -> WQLinear:
-    """The layer that a part of a recipe makes. Args: made: its weight, where that is known."""
-    try:
-        if made is None:
-            assert part.method.quantize is not None
-            made = part.method.quantize(without_zero(task), part.parameters)
-        made = with_zero(made, task)
-        assert (made.n, made.k) == tuple(task.weight.shape), part.method.name
-        if isinstance(made, QuantizedWeight):
-            weight = made.replace(bias=task.bias)
-            like = task.weight
-            return WQLinear.from_weight(weight, device=like.device, dtype=like.dtype, **options)
-        return WQLinear.from_parameters(made, task.weight, task.bias, **options)
-    except QuantizationError as error:
-        raise type(error)(f"{task.name}: {error}") from None

@@ -17,8 +17,8 @@ from qkernels.checkpoints.format import WeightKind
 from qkernels.modules.experts import FusedExperts, fused_experts, unfuse
 from qkernels.modules.kinds import is_conv1d, take_place_of
 from qkernels.modules.linear import WQLinear
-from qkernels.quantizers.driver import build_layer
 from qkernels.quantizers.embeddings import EmbeddingForms
+from qkernels.quantizers.making import build_layer
 from qkernels.quantizers.method import LayerTask
 from qkernels.quantizers.plan import LayerPlan
 from qkernels.quantizers.recipe import Recipe

@@ -27,9 +27,10 @@ from qkernels.checkpoints.written import check_writes
 from qkernels.errors import LayerError, SchemeError
 from qkernels.modules.kinds import become, is_plain_linear
 from qkernels.progress import Progress, silent
-from qkernels.quantizers.driver import Outcome, Plan, drive
+from qkernels.quantizers.driver import drive
 from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
 from qkernels.quantizers.gradients import pieces
+from qkernels.quantizers.job import Outcome, Plan
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.plan import LayerPlan, plan_layers
 from qkernels.quantizers.recipe import Recipe

@@ -34,8 +34,9 @@ from qkernels.checkpoints.written import check_writes
 from qkernels.errors import CheckpointError, LayerError, RecipeError
 from qkernels.modules.packed import PackedModule
 from qkernels.progress import Progress, silent
-from qkernels.quantizers.driver import Outcome, drive
+from qkernels.quantizers.driver import drive
 from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
+from qkernels.quantizers.job import Outcome
 from qkernels.quantizers.model import (
     calibration_of,
     kinds_of,

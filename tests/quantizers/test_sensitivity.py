@@ -50,9 +50,9 @@ def test_the_estimate_is_the_divergence_that_is_measured():
         measured = divergence(model, dense, torch.cat(batches(count=8, rows=8, length=24)))
         guessed = found.layers[name].choices[0].loss
         logarithms.append(torch.tensor([measured, guessed]).log())
-    print(torch.stack(logarithms).diff(dim=1))
     # Each of 128 samples is a square: their mean is right to an eighth.
-    assert torch.stack(logarithms).diff(dim=1).abs().median() < 0.25
+    apart = torch.stack(logarithms).diff(dim=1).abs()
+    assert apart.median() < 0.25 and apart.max() < 0.5
     assert torch.corrcoef(torch.stack(logarithms).T)[0, 1] > 0.9
 
 

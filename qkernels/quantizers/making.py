@@ -1,0 +1,57 @@
+"""One layer: what a method is told of it, and what the method makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from qkernels.calibration.statistics import LayerInputs
+from qkernels.errors import QuantizationError
+from qkernels.modules import WQLinear
+from qkernels.quantizers.job import Outcome, Plan
+from qkernels.quantizers.method import LayerTask
+from qkernels.quantizers.recipe import Part
+from qkernels.quantizers.static_inputs import with_zero, without_inputs, without_zero, x_parameters
+from qkernels.weight import QuantizedWeight, WeightParameters
+
+
+def layer_task(
+    name: str, layer: nn.Linear, plan: Plan, outcome: Outcome, inputs: Mapping[str, LayerInputs]
+) -> LayerTask:
+    """What is known of a layer; `outcome` is told where no calibration input reached it."""
+    scheme, own = plan.schemes[name], inputs.get(name)
+    if own is not None and not own.rows:
+        own = None
+        scheme, outcome.unreached[name] = without_inputs(scheme)
+    return LayerTask(
+        name=name,
+        weight=layer.weight.detach(),
+        bias=None if layer.bias is None else layer.bias.detach(),
+        scheme=scheme,
+        inputs=own,
+        **x_parameters(scheme, plan.observer, own),
+    )
+
+
+def build_layer(
+    task: LayerTask,
+    part: Part,
+    options: Mapping[str, Any],
+    made: WeightParameters | None = None,
+) -> WQLinear:
+    """The layer that a part of a recipe makes. Args: made: its weight, where that is known."""
+    try:
+        if made is None:
+            assert part.method.quantize is not None
+            made = part.method.quantize(without_zero(task), part.parameters)
+        made = with_zero(made, task)
+        assert (made.n, made.k) == tuple(task.weight.shape), part.method.name
+        if isinstance(made, QuantizedWeight):
+            weight = made.replace(bias=task.bias)
+            like = task.weight
+            return WQLinear.from_weight(weight, device=like.device, dtype=like.dtype, **options)
+        return WQLinear.from_parameters(made, task.weight, task.bias, **options)
+    except QuantizationError as error:
+        raise type(error)(f"{task.name}: {error}") from None
