@@ -90,6 +90,37 @@ def test_a_model_that_comes_no_nearer_stays_as_it_was():
     assert torch.equal(plain(ids).logits, taught(ids).logits)
 
 
+def test_scales_go_as_far_as_sequences_kept_aside_ask_for(monkeypatch):
+    model, reached = tiny_model(), iter([5.0, 3.0, 4.0, 9.0])
+    monkeypatch.setattr(
+        "qkernels.quantizers.distill._Distillation.divergence", lambda self, batches: next(reached)
+    )
+    found = {}
+
+    def results(self):
+        found.update({name: each.factors.clone() for name, each in self._trained.items()})
+        return {}
+
+    def train(self, steps, parameters):
+        for each in self._trained.values():
+            each.factors.data.fill_(1.8)
+
+    monkeypatch.setattr("qkernels.quantizers.distill._Distillation.train", train)
+    monkeypatch.setattr("qkernels.quantizers.distill._Distillation.results", results)
+    # 5 before, 3 after all of the way, 4 after half.
+    qk.quantize_model(model, "distill", "w4a16-g32", calibration=calibration())
+    assert all((factors == 1.8).all() for factors in found.values()) and found
+    # 9 before, 7 after all of the way, 6 after half, 6.5 after a quarter.
+    reached = iter([9.0, 7.0, 6.0, 6.5])
+    qk.quantize_model(tiny_model(), "distill", "w4a16-g32", calibration=calibration())
+    assert all(torch.allclose(factors, torch.tensor(1.4)) for factors in found.values())
+    # 1 before, nothing nearer: as it was.
+    found.clear()
+    reached = iter([1.0, 8.0, 4.0, 2.0, 1.5])
+    qk.quantize_model(tiny_model(), "distill", "w4a16-g32", calibration=calibration())
+    assert not found
+
+
 def test_scales_of_fewer_bits_move_further():
     reached = {}
     for scheme in ("w2a16-g32", "w3a16-g32", "w4a16-g32", "nf4-g32", "w8a16-g32", "fp8"):
