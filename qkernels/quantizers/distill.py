@@ -48,7 +48,7 @@ class DistillParameters:
 
     steps: int = 64
     sequences: int = 4
-    lr: float = 3e-3
+    lr: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:

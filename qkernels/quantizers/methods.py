@@ -21,7 +21,7 @@ LAST = RTN.name
 """What quantizes the layers where a recipe only prepares, and those that calibration never saw."""
 
 RECIPES = {
-    "best": "guided+gptq(true_sequential=false, drift=0)+distill",
+    "best": "gptq+distill",
     "fast": "gptq",
 }
 """Recipes by a name of their own, chosen by what they gave on a model; see docs/methods.md."""
