@@ -23,12 +23,10 @@ class Running:
 
     Attributes:
         dense: in the model before quantization.
-        last: no other run of the batch follows.
     """
 
     batch: int
     dense: bool = False
-    last: bool = False
 
 
 @dataclass
@@ -97,8 +95,8 @@ class Reuse:
         if part.repeats or part.layers & moving:
             return inner(*args, **kwargs)
         key = run.batch, run.dense
-        # The dense model is not run when all layers have changed.
-        last = run.last or (run.dense and not self._later)
+        # One more run follows when all layers have changed, and that not of the dense model.
+        last = not self._later and (run.dense or not self._now)
         if key in part.kept:
             return part.kept.pop(key) if last else copied(part.kept[key], {})
         output = inner(*args, **kwargs)

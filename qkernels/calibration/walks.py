@@ -175,7 +175,7 @@ class BlockByBlock:
             forward = self._forwards[QUANTIZED][number]
             call = forward.call
             assert call is not None
-            output = self._call(block.name, call.args, call.kwargs, Running(number, last=True))
+            output = self._call(block.name, call.args, call.kwargs, Running(number))
             del call
             forward.resume(output)
             del output
@@ -215,6 +215,8 @@ class BlockByBlock:
             return self._model.get_submodule(name).forward(*args, **kwargs)
         finally:
             self._running = None
+            if self._reuse is not None:
+                self._reuse.running = None
 
     def _end_reuse(self) -> None:
         if self._reuse is not None:

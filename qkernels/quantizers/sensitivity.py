@@ -16,7 +16,7 @@ the gradient of a random projection of it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from qkernels.calibration.observe import calibrating
 from qkernels.errors import LayerError, QuantizationError
 from qkernels.progress import Progress, silent
 from qkernels.quantizers.allocation import Choice
-from qkernels.quantizers.gradients import drawn_loss
+from qkernels.quantizers.gradients import drawn_loss, frozen
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.method import LayerTask
 from qkernels.quantizers.model import check_methods
@@ -243,8 +243,7 @@ def _look(
     sequences = [1]
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibrating(model))
-        stack.enter_context(_without_gradients(model.parameters()))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(frozen(model))
         for layer in {id(layer): layer for layer in layers.values()}.values():
             stack.callback(_watch(layer, errors[id(layer)], readers, sequences))
         for number, batch in enumerate(batches):
@@ -300,19 +299,6 @@ def _watch(
         return y
 
     return replace_forward(layer, forward)
-
-
-@contextlib.contextmanager
-def _without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within, parameters want no gradients, so that none is computed or kept."""
-    wanting = [parameter for parameter in parameters if parameter.requires_grad]
-    try:
-        for parameter in wanting:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
 
 
 def _loss(output: Any, generator: torch.Generator) -> tuple[Tensor, int, int]:

@@ -100,7 +100,7 @@ def test_outputs_are_kept_by_batch_and_chain_and_let_go():
     assert model.a.runs == 6
     reuse.change([], [])
     for batch in range(2):
-        assert torch.equal(run(reuse, model, batch, last=True), wanted[batch])
+        assert torch.equal(run(reuse, model, batch), wanted[batch])
     assert model.a.runs == 6
     assert not any(part.kept for part in reuse._parts.values())
     reuse.end()
