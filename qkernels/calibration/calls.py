@@ -23,20 +23,31 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
     return undo
 
 
-def copied(value: Any, seen: dict[int, Any]) -> Any:
+def copied(
+    value: Any,
+    cast: Callable[[Tensor], Tensor] | None = None,
+    seen: dict[int, Any] | None = None,
+) -> Any:
     """What a module was given or gives, without the memory of the original, so that writing to it
-    is safe."""
+    is safe; what was there twice still is one.
+
+    Args:
+        cast: makes each tensor another before it is copied.
+        seen: by id, what has been copied.
+    """
+    seen = {} if seen is None else seen
     if id(value) in seen:
         return seen[id(value)]
     made: Any
     if isinstance(value, Tensor):
-        made = value.detach().clone()
+        made = value.detach()
+        made = (made if cast is None else cast(made)).clone()
     elif isinstance(value, nn.Module):
         made = value
     elif type(value) in (list, tuple):
-        made = type(value)(copied(item, seen) for item in value)
+        made = type(value)(copied(item, cast, seen) for item in value)
     elif type(value) is dict:
-        made = {key: copied(item, seen) for key, item in value.items()}
+        made = {key: copied(item, cast, seen) for key, item in value.items()}
     else:
         made = copy.deepcopy(value, seen)
     seen[id(value)] = made

@@ -8,7 +8,6 @@ since they do nothing there but give what they were seen to give.
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from qkernels.calibration.calls import replace_forward
+from qkernels.calibration.calls import copied, replace_forward
 from qkernels.calibration.forwards import run_batch
 from qkernels.errors import LayerError
 
@@ -77,7 +76,7 @@ class BlockPart:
         return (_first(self.args, self.kwargs).float(),)
 
     def run(self, turn: Turn = unturned) -> Outputs:
-        args, kwargs = _copied((self.args, self.kwargs), _as_float32)
+        args, kwargs = copied((self.args, self.kwargs), _as_float32)
         if args:
             args = (turn(args[0]), *args[1:])
         else:
@@ -111,7 +110,7 @@ class Outside:
         def stand_in(block: BlockPart) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 given.append(_first(args, kwargs).detach().clone())
-                output = _copied(block.output, _as_float32)
+                output = copied(block.output, _as_float32)
                 if isinstance(output, Tensor):
                     return turn(output)
                 return type(output)((turn(output[0]), *output[1:]))
@@ -148,7 +147,7 @@ def take_apart(model: nn.Module, blocks: Sequence[str], batch: Any) -> tuple[lis
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
             if any(call.module is module for call in calls):
                 raise LayerError(f"{name} is run more than once")
-            args, kwargs = _copied((args, kwargs))
+            args, kwargs = copied((args, kwargs))
             if not isinstance(_first(args, kwargs), Tensor):
                 raise LayerError(f"{name} is not given hidden states first")
             calls.append(BlockPart(name, module, args, kwargs))
@@ -159,7 +158,7 @@ def take_apart(model: nn.Module, blocks: Sequence[str], batch: Any) -> tuple[lis
         call = next(call for call in calls if call.module is module)
         if not isinstance(output, Tensor) and type(output) not in (tuple, list):
             raise LayerError(f"{call.name} gives a {type(output).__name__}")
-        call.output = _copied(output)
+        call.output = copied(output)
 
     with contextlib.ExitStack() as stack:
         for name in blocks:
@@ -246,19 +245,6 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _as_float32(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() else x
-
-
-def _copied(value: Any, cast: Turn = unturned) -> Any:
-    """Arguments or outputs with each tensor in them copied."""
-    if isinstance(value, Tensor):
-        return cast(value.detach()).clone()
-    if isinstance(value, nn.Module):
-        return value
-    if type(value) in (list, tuple):
-        return type(value)(_copied(item, cast) for item in value)
-    if type(value) is dict:
-        return {key: _copied(item, cast) for key, item in value.items()}
-    return copy.deepcopy(value)
 
 
 def _emptied(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -98,8 +98,8 @@ class Reuse:
         # One more run follows when all layers have changed, and that not of the dense model.
         last = not self._later and (run.dense or not self._now)
         if key in part.kept:
-            return part.kept.pop(key) if last else copied(part.kept[key], {})
+            return part.kept.pop(key) if last else copied(part.kept[key])
         output = inner(*args, **kwargs)
         if not last:
-            part.kept[key] = copied(output, {})
+            part.kept[key] = copied(output)
         return output

@@ -141,7 +141,7 @@ class BlockByBlock:
         call = self._forwards[chain][batch].call
         assert call is not None
         # Blocks may write to what they are given: hidden states, caches.
-        args, kwargs = copied((call.args, call.kwargs), {})
+        args, kwargs = copied((call.args, call.kwargs))
         run = Running(batch, dense=chain == DENSE)
         if chain == QUANTIZED:
             return self._call(call.block, args, kwargs, run)
@@ -199,7 +199,7 @@ class BlockByBlock:
         for number in self.batches(DENSE):
             call = self._forwards[DENSE][number].call
             assert call is not None
-            kept = copied((call.args, call.kwargs), {})
+            kept = copied((call.args, call.kwargs))
             # What the block writes to its arguments is seen by the blocks after it.
             self._dense_outputs[number] = self._call(call.block, call.args, call.kwargs)
             call.args, call.kwargs = kept
