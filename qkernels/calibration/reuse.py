@@ -69,11 +69,8 @@ class Reuse:
 
     def change(self, now: Collection[str], later: Collection[str]) -> None:
         """Says which layers are looked at and change now, and which later: none when all have
-        changed, and the dense model is not run any more."""
+        changed."""
         self._now, self._later = frozenset(now), frozenset(later)
-        if not self._now:
-            for part in self._parts.values():
-                part.kept = {key: output for key, output in part.kept.items() if not key[1]}
 
     def end(self) -> None:
         """Leaves the block as it was found."""
@@ -95,7 +92,8 @@ class Reuse:
         if part.repeats or part.layers & moving:
             return inner(*args, **kwargs)
         key = run.batch, run.dense
-        # One more run follows when all layers have changed, and that not of the dense model.
+        # One more run follows when all layers have changed. In the dense model it makes its part
+        # again: what is kept until then would lie beside the widest statistics of the block.
         last = not self._later and (run.dense or not self._now)
         if key in part.kept:
             return part.kept.pop(key) if last else copied(part.kept[key])

@@ -89,7 +89,6 @@ class BlockByBlock:
         self._reuse: Reuse | None = None
         self._finished: set[str] = set()
         self._undo: list[Callable[[], object]] = []
-        self._dense_outputs: dict[int, Any] = {}
         chains = (QUANTIZED,) if dense is None else (QUANTIZED, DENSE)
         self._forwards = {
             chain: {
@@ -125,8 +124,6 @@ class BlockByBlock:
         if block is not None:
             self._left.remove(block)
             self._arrive(block)
-            if DENSE in self._forwards:
-                self._run_dense()
         return block
 
     def batches(self, chain: str = QUANTIZED) -> list[int]:
@@ -169,22 +166,13 @@ class BlockByBlock:
             # Behind the last block one batch is enough to see whether the model calls a block
             # again; the others need not make logits.
             numbers = numbers[:1]
-            self._dense_outputs = {}
             self._end_at_heads()
-        for number in numbers:
-            forward = self._forwards[QUANTIZED][number]
-            call = forward.call
-            assert call is not None
-            output = self._call(block.name, call.args, call.kwargs, Running(number))
-            del call
-            forward.resume(output)
-            del output
+        elif self._dense is not None:
+            with self._dense(block):
+                self._go_on(block, DENSE, self.batches(DENSE))
+        self._go_on(block, QUANTIZED, numbers)
         self._end_reuse()
         self._present = None
-        while self._dense_outputs:
-            number, output = self._dense_outputs.popitem()
-            self._forwards[DENSE][number].resume(output)
-            del output
 
     def close(self) -> None:
         self._end_reuse()
@@ -194,15 +182,17 @@ class BlockByBlock:
         while self._undo:
             self._undo.pop()()
 
-    def _run_dense(self) -> None:
-        """Makes the dense outputs while the block is as it was, and keeps its inputs for `run`."""
-        for number in self.batches(DENSE):
-            call = self._forwards[DENSE][number].call
+    def _go_on(self, block: Block, chain: str, numbers: Collection[int]) -> None:
+        """Runs the block a last time, and gives each forward its output in place of its inputs."""
+        for number in numbers:
+            forward = self._forwards[chain][number]
+            call = forward.call
             assert call is not None
-            kept = copied((call.args, call.kwargs))
-            # What the block writes to its arguments is seen by the blocks after it.
-            self._dense_outputs[number] = self._call(call.block, call.args, call.kwargs)
-            call.args, call.kwargs = kept
+            run = Running(number, dense=chain == DENSE)
+            output = self._call(block.name, call.args, call.kwargs, run)
+            del call
+            forward.resume(output)
+            del output
 
     def _call(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Running | None = None

@@ -18,6 +18,7 @@ from qkernels.calibration.forwards import CannotFollow
 from qkernels.calibration.observe import calibrating
 from qkernels.calibration.statistics import LayerInputs
 from qkernels.calibration.walks import BlockByBlock, Walk, WholeModel
+from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.errors import LayerError
 from qkernels.modules import WQLinear
 from qkernels.progress import Progress
@@ -131,6 +132,7 @@ class _Run:
                 self._take(block)
                 self._compare_processes(block)
                 self._walk.advance()
+                give_back_free_pages()
                 if self._residence is not None:
                     self._changes.settle(block)
                     self._residence.leave(block)
@@ -248,6 +250,8 @@ class _Run:
             beside = self._observation.for_report
             inputs = self._observation.of(recipe.quantizing, group, beside, stage)
             self._quantize_layers(block, group, recipe.quantizing, inputs)
+            # Else what the next stage needs for a while comes on top of it.
+            give_back_free_pages()
 
     def _prepare(self, part: Part, block: Block, layers: Mapping[str, nn.Linear]) -> None:
         assert part.method.prepare_block is not None

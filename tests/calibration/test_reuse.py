@@ -102,6 +102,9 @@ def test_outputs_are_kept_by_batch_and_chain_and_let_go():
     for batch in range(2):
         assert torch.equal(run(reuse, model, batch), wanted[batch])
     assert model.a.runs == 6
+    # Nothing is kept for it where the last layers have been looked at.
+    run(reuse, model, 0, dense=True)
+    assert model.a.runs == 7
     assert not any(part.kept for part in reuse._parts.values())
     reuse.end()
     assert "forward" not in vars(model.a) and "forward" not in vars(model.b)
