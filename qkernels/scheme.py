@@ -17,7 +17,9 @@ A `QuantScheme` is printable and parsed back from its one canonical spelling:
     w4a8-g128-flat      one floating scale per group
     fp8-a8              float8 E4M3 weights and activations; `w4afp8-g128` has int4 weights
 
-A trailing `-sfp16`, `-sbf16` or `-sfp32` names the scale type where it is not the default.
+SmoothQuant's levels have names of their own: `smoothquant-o1` is `w8a8-gtensor`, `-o2`
+`w8a8-gtensor-tensor` and `-o3` `w8a8-gtensor-static`. A trailing `-sfp16`, `-sbf16` or `-sfp32`
+names the scale type where it is not the default.
 """
 
 from __future__ import annotations
@@ -125,6 +127,14 @@ WEIGHT_TYPES: dict[str, WeightType] = {
         WeightType("fp8e5m2", 8, "float8", float_dtype=torch.float8_e5m2),
     )
 }
+
+
+NAMED_SCHEMES = {
+    "smoothquant-o1": "w8a8-gtensor",
+    "smoothquant-o2": "w8a8-gtensor-tensor",
+    "smoothquant-o3": "w8a8-gtensor-static",
+}
+"""Schemes by names that others gave them (SmoothQuant, Xiao et al. 2023, table 2)."""
 
 
 def table_type(values: tuple[float, ...]) -> WeightType:
@@ -349,6 +359,7 @@ def _parse(text: str) -> QuantScheme:
 
     if not isinstance(text, str):
         raise fail("it is not a string")
+    text = NAMED_SCHEMES.get(text.strip(), text)
     table, _, rest = text.strip().partition(")")
     # The values of a table may hold the separator of the suffixes.
     parts = [table + ")", *rest.split("-")[1:]] if ")" in text else text.strip().split("-")

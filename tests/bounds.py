@@ -26,3 +26,5 @@ FOREIGN_SCALES = 2**-22
 """Of a scale in fp32 that two programs divide out of a group's range."""
 BIN_BOUND = 2**-7
 """Width of a histogram's bin, of its lower edge."""
+SMOOTHED_ERROR = 0.8
+"""Of the error of rounding to nearest, with a few columns of inputs 12 times the others."""

@@ -172,9 +172,33 @@ class Squares(SumOfProducts):
         return (x if roots is None else x * roots).square().sum(dim=0)
 
 
+class Largest:
+    """`values` = the largest |x| of each column, fp32 [K]."""
+
+    def __init__(self, columns: int) -> None:
+        self.values = torch.zeros(columns)
+
+    def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
+        self._take(x.abs().amax(dim=0).float())
+
+    def merge(self, other: Largest) -> None:
+        self._take(other.values)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.values = state["values"]
+
+    def _take(self, values: Tensor) -> None:
+        # Its device is that of the first rows. NaN stays NaN.
+        self.values = torch.maximum(self.values.to(values.device), values)
+
+
 STATISTICS: dict[str, Callable[[int], Statistic]] = {
     "drift": Drift,
     "gram": Gram,
+    "largest": Largest,
     "rows": SampledRows,
     "squares": Squares,
 }

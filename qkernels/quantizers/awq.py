@@ -17,19 +17,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from qkernels import rounding
 from qkernels.backends.cpu_calibration import transposed_product
-from qkernels.calibration.neighbours import Neighbours, find_neighbours, still_neighbours
+from qkernels.calibration.neighbours import Neighbours
 from qkernels.calibration.statistics import Needs
-from qkernels.calibration.walks import Walk
 from qkernels.quantizers import grids
 from qkernels.quantizers.hessian import gram_of
 from qkernels.quantizers.method import BlockTask, LayerTask, Method
+from qkernels.quantizers.producers import consumers_of, neighbours_of
 from qkernels.scheme import QuantScheme
 from qkernels.weight import WeightParameters, row_slices
 
@@ -60,37 +59,10 @@ def _statistics(scheme: QuantScheme, parameters: AwqParameters) -> Needs:
     return Needs(quantized=("gram",))
 
 
-_Structure = frozenset[tuple[str, torch.Size]]
-
-_FOUND: WeakKeyDictionary[Walk, dict[_Structure, list[Neighbours]]] = WeakKeyDictionary()
-"""What was found in the blocks of a walk so far: most of a model's are built alike."""
-
-
-def _neighbours(task: BlockTask) -> list[Neighbours]:
-    structure = frozenset((name, p.shape) for name, p in task.module.named_parameters())
-    found = _FOUND.setdefault(task.walk, {})
-
-    def look() -> list[Neighbours]:
-        batch = task.batches()[0]
-
-        def run() -> object:
-            return task.run(batch)
-
-        if structure in found and still_neighbours(found[structure], task.module, run):
-            return found[structure]
-        return find_neighbours(task.module, run)
-
-    seen = task.shared("neighbours", look)
-    if seen is None:
-        return []
-    found[structure] = seen
-    return seen
-
-
 def _prepare(task: BlockTask, parameters: AwqParameters) -> None:
     if not parameters.steps:
         return
-    for found in _neighbours(task):
+    for found in neighbours_of(task):
         consumers = _Consumers.of(task, found)
         if consumers is None:
             continue
@@ -149,15 +121,13 @@ class _Consumers:
     @staticmethod
     def of(task: BlockTask, found: Neighbours) -> _Consumers | None:
         """None where calibration reached none."""
-        names = [f"{task.name}.{name}".lstrip(".") for name in found.consumers]
         layers = [
             _Consumer(
                 task.layers[name].weight.detach().float(),
                 task.schemes[name],
                 gram_of(task.inputs[name]),
             )
-            for name in names
-            if name in task.layers and name in task.inputs and task.inputs[name].rows
+            for name in consumers_of(task, found)
         ]
         if not layers:
             return None

@@ -5,23 +5,61 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from qkernels.calibration.blocks import Block
 from qkernels.checkpoints.ties import say_untied
+from qkernels.fields import FIELDS
+
+
+class _ScaledInputs:
+    """A hook that multiplies what a layer is given, before anybody else sees it.
+
+    Attributes:
+        layer: whose inputs they are.
+        factor: fp32 [K].
+        on: whether it does.
+    """
+
+    def __init__(self, layer: nn.Module, factor: Tensor) -> None:
+        self.layer, self.factor, self.on = layer, factor, True
+        handle = layer.register_forward_pre_hook(self._scale, with_kwargs=True)
+        self.remove = handle.remove
+
+    def _scale(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        scale = FIELDS["input_factor"].transform_x
+        assert scale is not None
+        if self.on and args:
+            args = (scale(args[0], self.factor), *args[1:])
+        elif self.on:
+            kwargs = {**kwargs, "input": scale(kwargs["input"], self.factor)}
+        return args, kwargs
 
 
 @dataclass
 class _BlockChanges:
-    """Of one block: name -> what was there, and what is there."""
+    """Of one block: name -> what was there, and what is there.
+
+    Attributes:
+        inputs: of layers before quantization.
+    """
 
     layers: dict[str, tuple[nn.Module, nn.Module]] = field(default_factory=dict)
     parameters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    inputs: dict[str, _ScaledInputs] = field(default_factory=dict)
+
+    def take_hooks_off(self) -> None:
+        """Makes layers take their inputs as they come."""
+        for own in self.inputs.values():
+            own.remove()
 
 
 class Changes:
-    """The layers replaced and the parameters rewritten so far, block by block.
+    """The layers replaced, parameters rewritten and inputs scaled so far, block by block.
 
     Args:
         kept: the values that rewritten parameters had are kept; else they are not taken back.
@@ -61,6 +99,26 @@ class Changes:
         self._present.parameters[name] = original, values
         parameter.data = values
 
+    def scale_inputs(self, name: str, factor: Tensor) -> None:
+        """Multiplies what reaches a layer that is not quantized yet by `factor`, fp32 [K], on top
+        of what it is multiplied by already."""
+        before = self._present.inputs.pop(name, None)
+        if before is not None:
+            before.remove()
+            factor = factor * before.factor
+        layer = self._model.get_submodule(name)
+        device = layer.get_parameter("weight").device
+        self._present.inputs[name] = _ScaledInputs(layer, factor.to(device))
+
+    def scaled_inputs(self) -> dict[str, Tensor]:
+        """The factors of layers of the present block."""
+        return {name: own.factor for name, own in self._present.inputs.items()}
+
+    def input_factor(self, layer: nn.Module) -> Tensor | None:
+        """What the inputs of a layer of the present block are multiplied by."""
+        found = (own.factor for own in self._present.inputs.values() if own.layer is layer)
+        return next(found, None)
+
     def rewrite_model(self, name: str, values: Tensor) -> None:
         """Like `rewrite`, before the first block begins; only `undo` knows what was there."""
         assert not self._blocks, name
@@ -90,12 +148,19 @@ class Changes:
 
     def settle(self, block: Block) -> None:
         """Makes what was done to `block` last, and keeps nothing of what was there before."""
-        self._blocks.pop(block.name, None)
+        if block.name in self._blocks:
+            self._blocks.pop(block.name).take_hooks_off()
+
+    def finish(self) -> None:
+        """Takes off of layers that were replaced what was put on them."""
+        for changes in self._blocks.values():
+            changes.take_hooks_off()
 
     def undo(self) -> None:
         """Makes the model what it was."""
         for changes in self._blocks.values():
             self._show(changes, 0)
+            changes.take_hooks_off()
         self._blocks.clear()
         for name, values in self._before.items():
             self._model.get_parameter(name).data = values
@@ -141,6 +206,8 @@ class Changes:
         self._show_layers(changes.layers, which)
         for name, values in changes.parameters.items():
             self._model.get_parameter(name).data = values[which]
+        for own in changes.inputs.values():
+            own.on = bool(which)
 
     def _show_layers(self, layers: Mapping[str, tuple[nn.Module, nn.Module]], which: int) -> None:
         for name, both in layers.items():

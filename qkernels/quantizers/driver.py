@@ -139,6 +139,7 @@ class _Run:
         finally:
             self._walk.close()
         self._finish()
+        self._changes.finish()
         # What fails in one process until here changes the model in none.
         self._processes.gather("end", None)
         self._tell("")
@@ -216,6 +217,8 @@ class _Run:
             return
         for name, values in finished.rewritten.items():
             self._changes.rewrite(name, values)
+        for name, factor in finished.scaled.items():
+            self._changes.scale_inputs(name, factor)
         for name, packed in finished.layers.items():
             self._outcome.made[id(layers[name])] = packed
         self._outcome.unreached.update(finished.unreached)
@@ -228,6 +231,7 @@ class _Run:
         return FinishedBlock(
             layers=made,
             rewritten=self._changes.rewritten(),
+            scaled=self._changes.scaled_inputs(),
             reports=[self._outcome.layers[name] for name in block.layers],
             unreached={name: unreached[name] for name in block.layers if name in unreached},
         )
@@ -283,8 +287,9 @@ class _Run:
         inputs: Mapping[str, LayerInputs],
     ) -> None:
         """Makes the layers, and puts them into the model."""
+        factor_of = self._changes.input_factor
         tasks = {
-            name: layer_task(name, layer, self._plan, self._outcome, inputs)
+            name: layer_task(name, layer, self._plan, self._outcome, inputs, factor_of(layer))
             for name, layer in layers.items()
         }
         together: Mapping[str, WeightParameters] = {}
@@ -322,4 +327,7 @@ class _Run:
         if id(layer) not in made:
             made[id(layer)] = build_layer(task, part, self._plan.options, weight)
         rows = None if task.inputs is None else task.inputs.quantized["rows"].rows
-        self._install(layer, compare(task.name, layer, made[id(layer)], rows, str(part)))
+        report = compare(
+            task.name, layer, made[id(layer)], rows, str(part), input_factor=task.input_factor
+        )
+        self._install(layer, report)

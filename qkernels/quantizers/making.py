@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qkernels.calibration.statistics import LayerInputs
 from qkernels.errors import QuantizationError
@@ -18,7 +18,12 @@ from qkernels.weight import QuantizedWeight, WeightParameters
 
 
 def layer_task(
-    name: str, layer: nn.Linear, plan: Plan, outcome: Outcome, inputs: Mapping[str, LayerInputs]
+    name: str,
+    layer: nn.Linear,
+    plan: Plan,
+    outcome: Outcome,
+    inputs: Mapping[str, LayerInputs],
+    input_factor: Tensor | None,
 ) -> LayerTask:
     """What is known of a layer; `outcome` is told where no calibration input reached it."""
     scheme, own = plan.schemes[name], inputs.get(name)
@@ -31,6 +36,7 @@ def layer_task(
         bias=None if layer.bias is None else layer.bias.detach(),
         scheme=scheme,
         inputs=own,
+        input_factor=input_factor,
         **x_parameters(scheme, plan.observer, own),
     )
 
@@ -46,7 +52,7 @@ def build_layer(
         if made is None:
             assert part.method.quantize is not None
             made = part.method.quantize(without_zero(task), part.parameters)
-        made = with_zero(made, task)
+        made = _with_factor(with_zero(made, task), task)
         assert (made.n, made.k) == tuple(task.weight.shape), part.method.name
         if isinstance(made, QuantizedWeight):
             weight = made.replace(bias=task.bias)
@@ -55,3 +61,13 @@ def build_layer(
         return WQLinear.from_parameters(made, task.weight, task.bias, **options)
     except QuantizationError as error:
         raise type(error)(f"{task.name}: {error}") from None
+
+
+def _with_factor(made: WeightParameters, task: LayerTask) -> WeightParameters:
+    if task.input_factor is None:
+        return made
+    factor = task.input_factor.to(task.weight.device)
+    if isinstance(made, QuantizedWeight):
+        return made.replace(input_factor=factor)
+    fields = {**made.fields, "input_factor": factor}
+    return WeightParameters(scheme=made.scheme, n=made.n, k=made.k, **fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,6 +35,8 @@ class LayerTask:
             calibration.
         activation_scale: that of x, which the result must carry, for static activations; else None.
         activation_zero: the zero point of x, which the driver adds to the result; methods get None.
+        input_factor: fp32 [K], what x was multiplied by before `inputs` and `weight` are of it,
+            which the driver adds to the result; or None.
     """
 
     name: str
@@ -44,6 +46,7 @@ class LayerTask:
     inputs: LayerInputs | None
     activation_scale: float | None
     activation_zero: int | None = None
+    input_factor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,19 @@ class BlockTask:
             values: of the parameter's shape; rounded to its type.
         """
         self.changes.rewrite(f"{self.name}.{parameter}".lstrip("."), values)
+
+    def scale_inputs(self, layer: str, factor: Tensor) -> None:
+        """Multiplies what reaches one of `layers` by a factor, and divides its weight by that.
+
+        For what nothing in front of the layer can take: the quantized layer has an `input_factor`.
+
+        Args:
+            layer: its name in the model.
+            factor: fp32 [K], > 0.
+        """
+        weight = self.layers[layer].weight.detach()
+        self.changes.rewrite(f"{layer}.weight", weight.float() / factor)
+        self.changes.scale_inputs(layer, factor)
 
 
 @dataclass(frozen=True)
@@ -164,6 +180,10 @@ def zeros_are_codes(parameters: Any) -> bool:
     return False
 
 
+def always_at_work(schemes: Collection[QuantScheme], parameters: Any) -> None:
+    """For methods that do something whatever the schemes."""
+
+
 def no_embeddings(parameters: Any) -> bool:
     """For methods that leave embeddings as they are."""
     return False
@@ -202,6 +222,8 @@ class Method:
         rewrites_embeddings: parameters -> whether it does, so that these must stay in 16 bits.
         why_not: (scheme, parameters) -> the reason, in a user's words, why it cannot make that
             scheme, or None.
+        why_idle: (the schemes of a model's layers, parameters) -> the reason why it would do
+            nothing to any of them, or None.
     """
 
     name: str
@@ -222,6 +244,7 @@ class Method:
     real_zeros: Callable[[Any], bool] = zeros_are_codes
     rewrites_embeddings: Callable[[Any], bool] = no_embeddings
     why_not: Callable[[QuantScheme, Any], str | None] = any_scheme
+    why_idle: Callable[[Collection[QuantScheme], Any], str | None] = always_at_work
 
     def __post_init__(self) -> None:
         assert self.prepares + self.quantizes + self.finishes, self.name

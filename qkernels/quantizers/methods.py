@@ -12,9 +12,11 @@ from qkernels.quantizers.method import Method
 from qkernels.quantizers.obq import OBQ
 from qkernels.quantizers.rotate import ROTATE
 from qkernels.quantizers.rtn import RTN
+from qkernels.quantizers.smoothquant import SMOOTHQUANT
 
 METHODS: dict[str, Method] = {
-    row.name: row for row in (AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, ROTATE, RTN)
+    row.name: row
+    for row in (AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, ROTATE, RTN, SMOOTHQUANT)
 }
 
 LAST = RTN.name

@@ -332,7 +332,12 @@ def _check_observer(choice: ObserverChoice, schemes: Mapping[str, QuantScheme]) 
 
 
 def check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:
-    """Raises where a part of the recipe cannot make a layer's scheme, or lacks calibration."""
+    """Raises where a part of the recipe cannot make a layer's scheme, has nothing to do, or lacks
+    calibration."""
+    for part in recipe.parts if schemes else ():
+        idle = part.method.why_idle({*schemes.values()}, part.parameters)
+        if idle is not None:
+            raise SchemeError(f"{part} has nothing to do: {idle}")
     for name, scheme in schemes.items():
         static = scheme.activation.is_static
         if static and not calibrated:

@@ -98,17 +98,23 @@ def compare(
     packed: PackedModule,
     rows: Tensor | None,
     method: str,
+    input_factor: Tensor | None = None,
 ) -> LayerReport:
     """The report of one layer, with its errors measured.
 
     Args:
         rows: [R, K], inputs of a linear layer to measure the output's error on.
+        input_factor: fp32 [K], what they were multiplied by and the weight divided, which the
+            packed layer does itself.
     """
     weight, held = layer.weight.detach(), packed.packed
     parameters = held.parameters()
     wrong = total = 0.0
     for start, stop in row_slices(*weight.shape):
         original = weight[start:stop].float()
+        if input_factor is not None:
+            # As it goes with x itself, which is what the packed layer takes.
+            original = original * input_factor
         approximate = parameters.to_column_order(held.dequantize_rows(start, stop))
         wrong += float((approximate - original).norm()) ** 2
         total += float(original.norm()) ** 2
@@ -117,7 +123,8 @@ def compare(
         with torch.no_grad():
             bias = layer.bias if isinstance(layer, nn.Linear) else None
             exact = nn.functional.linear(rows, layer.weight, bias).double()
-            got = packed(rows).double()
+            own = rows if input_factor is None else rows.float() / input_factor
+            got = packed(own).double()
         output_error = _relative(float((got - exact).norm()), float(exact.norm()))
     return LayerReport(
         name=name,

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight
 
 RUN_FILE = "run.json"
-_VERSION = 2
+_VERSION = 3
 _ASIDE = ".tmp"
 
 WHAT_DIFFERS = {
@@ -52,12 +52,14 @@ class FinishedBlock:
     Attributes:
         layers: by name, without those that are shared with a layer finished before.
         rewritten: parameters with new values, by their names in the model.
+        scaled: what the inputs of layers are multiplied by, fp32 [K], by their names.
     """
 
     layers: dict[str, WQLinear]
     rewritten: dict[str, Tensor]
     reports: list[LayerReport]
     unreached: dict[str, str]
+    scaled: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ResumeFolder:
@@ -108,8 +110,10 @@ class ResumeFolder:
             f"rewritten.{name}": tensor.cpu().contiguous()
             for name, tensor in block.rewritten.items()
         }
+        tensors |= {f"scaled.{name}": factor.cpu().clone() for name, factor in block.scaled.items()}
         about = {
             "layers": list(block.layers),
+            "scaled": list(block.scaled),
             "rewritten": list(block.rewritten),
             "reports": [asdict(report) for report in block.reports],
             "unreached": block.unreached,
@@ -151,6 +155,7 @@ class ResumeFolder:
             rewritten={name: tensors[f"rewritten.{name}"] for name in about["rewritten"]},
             reports=list(reports.values()),
             unreached=about["unreached"],
+            scaled={name: tensors[f"scaled.{name}"] for name in about["scaled"]},
         )
 
     def opened(self, number: int) -> OpenedBlock:

@@ -161,6 +161,8 @@ ALIKE = {
     "gptq": Scenario("gptq", "w4a16-g24"),
     "gptq full": Scenario("gptq(act_order=full, drift=0)", "w4a16-g24-sym"),
     "awq": Scenario("awq", "w4a16-g24", Normed),
+    "smoothquant": Scenario("smoothquant(steps=3)+gptq", "w8a8", Normed),
+    "smoothquant factors": Scenario("smoothquant", "w8a8-static"),
     "experts": Scenario("gptq", "w4a16-g24", Experts),
     "experts static": Scenario(model=Experts),
     "skipped": Scenario("gptq", "w4a16-g24", Skipping),

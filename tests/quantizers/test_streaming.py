@@ -20,6 +20,7 @@ from qkernels.models.loading import load_dense
 from qkernels.quantizers import resume
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.methods import METHODS
+from qkernels.scheme import QuantScheme
 from tests.checkpoints.folders import WRITTEN, edit_config
 from tests.quantizers.stream_folders import (
     FAMILIES,
@@ -44,7 +45,11 @@ def formats_of(family):
 WHOLE = [name for name, row in METHODS.items() if row.prepare_model or row.finishes]
 """Methods that need all of a model at once."""
 
-STREAMED = [name for name in METHODS if name not in WHOLE]
+STREAMED = [
+    name
+    for name, row in METHODS.items()
+    if name not in WHOLE and row.why_idle([QuantScheme.parse(SCHEME)], row.parameters()) is None
+]
 
 _CHOSEN = {"steps": 3, "zeros": "integer"}
 
@@ -71,6 +76,19 @@ def test_the_folder_is_that_of_a_model_in_memory(folders, tmp_path, family, meth
         assert streamed(source, tmp_path / name, method, **options) == expected
         assert contents(tmp_path / name) == contents(tmp_path / "memory" / name)
         assert len(list((tmp_path / name).glob("model-0*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_inputs_are_scaled_as_in_memory(folders, tmp_path, family):
+    source, options = folders(family), {"calibration": batches(family), "scheme": "w8a8"}
+    method = "smoothquant+gptq"
+    expected = in_memory(source, tmp_path / "memory", method, ["qkernels"], **options)
+    # The second is of the blocks that the first has left.
+    for number in range(2):
+        out = tmp_path / f"streamed-{number}"
+        options |= {"format": "qkernels", "resume": tmp_path / "run"}
+        assert streamed(source, out, method, **options) == expected
+        assert contents(out) == contents(tmp_path / "memory" / "qkernels")
 
 
 @pytest.mark.parametrize("format", WRITTEN)
