@@ -28,3 +28,5 @@ BIN_BOUND = 2**-7
 """Width of a histogram's bin, of its lower edge."""
 SMOOTHED_ERROR = 0.8
 """Of the error of rounding to nearest, with a few columns of inputs 12 times the others."""
+MIGRATED_ERROR = 0.95
+"""The same where norms' weights alone are moved, and one range holds all tokens."""

@@ -33,7 +33,7 @@ _ROWS = 64
 _CLEAN = 2**-6
 """|difference| / |input| between a layer's input and what it was multiplied by: rounding alone."""
 
-_ALIKE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+ALIKE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """|difference| / |block output| that rounding may leave."""
 
 
@@ -281,7 +281,7 @@ def _digits(before: Tensor, after: Tensor, count: int, place: int) -> Tensor | N
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
     difference = (a.double() - b.double()).norm()
-    return bool(difference <= _ALIKE.get(b.dtype, 1e-3) * b.double().norm())
+    return bool(difference <= ALIKE.get(b.dtype, 1e-3) * b.double().norm())
 
 
 @contextlib.contextmanager

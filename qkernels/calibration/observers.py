@@ -8,7 +8,7 @@ range [0, 0], one that has seen NaN or infinity has a range that is not finite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,6 +252,96 @@ class SquaredError(_Counted):
 
 
 @dataclass(frozen=True)
+class TokenWiseParameters:
+    """Attributes:
+    percent: of the tokens whose largest and smallest values are inside the range, in (0, 100]; 0 is
+        what gives a layer's output the least error, and all where no layer is known.
+    """
+
+    percent: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.percent <= 100:
+            raise ValueError(f"percent must be in [0, 100], got {self.percent:g}")
+
+
+_PARTS = (1.0, 0.9999, 0.999, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1)
+"""Of the tokens, tried by `TokenWise`."""
+
+
+class TokenWise(MinMax):
+    """The range of a part of all tokens, by the largest and the smallest value of each: outliers of
+    a few tokens are clipped, and how many values they have does not matter (Outlier Suppression,
+    Wei et al. 2022, section 4.2)."""
+
+    def __init__(self, cells: Cells, parameters: TokenWiseParameters) -> None:
+        super().__init__(cells)
+        self._percent = parameters.percent
+        # Of the largest value of each token, and of the smallest, taken positive.
+        self._tops = (
+            Histogram(_Counted.bits, _Counted.octaves),
+            Histogram(_Counted.bits, _Counted.octaves),
+        )
+        for histogram in self._tops if len(self.low) else ():
+            histogram.add(0, torch.zeros(1, 0))
+
+    def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
+        super().add(x, batch=batch)
+        x = x.detach().float()
+        if x.shape[-1]:
+            for histogram, signed in zip(self._tops, (x, -x), strict=True):
+                tops, cells = self._of_tokens(signed)
+                for first, values in cells.parts(tops.clamp(min=0)):
+                    histogram.add(first, values)
+
+    def _of_tokens(self, x: Tensor) -> tuple[Tensor, Cells]:
+        """The largest values of each token, one for each of its cells, and whose cells they are."""
+        if self.cells.granularity == "group":
+            assert self.cells.group_size is not None
+            groups = x.split(self.cells.group_size, dim=-1)
+            return torch.stack([group.amax(dim=-1) for group in groups], dim=-1), Cells("channel")
+        if self.cells.granularity == "channel":
+            return x, self.cells
+        return x.amax(dim=-1, keepdim=True), self.cells
+
+    def merge(self, other: Any) -> None:
+        super().merge(other)
+        for mine, theirs in zip(self._tops, other._tops, strict=True):
+            mine.merge(theirs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        high, low = (histogram.state_dict() for histogram in self._tops)
+        return {
+            **super().state_dict(),
+            **{f"high.{name}": value for name, value in high.items()},
+            **{f"low.{name}": value for name, value in low.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        for histogram, end in zip(self._tops, ("high.", "low."), strict=True):
+            own = {n.removeprefix(end): v for n, v in state.items() if n.startswith(end)}
+            histogram.load_state_dict(own)
+
+    def range(self, numbers: Numbers) -> tuple[Tensor, Tensor]:
+        return self._inside(self._percent / 100 if self._percent else 1.0)
+
+    def tried(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ranges to choose from by what they do to an output; none where a percentage is given."""
+        if not self._percent:
+            yield from (self._inside(part) for part in _PARTS)
+
+    def _inside(self, part: float) -> tuple[Tensor, Tensor]:
+        """The range of this part of the tokens."""
+        ends = []
+        for histogram, whole in zip(self._tops, (self.high, -self.low), strict=True):
+            end = _quantile(histogram.magnitudes(), histogram.edges(), part).float()
+            end = torch.where(whole.isfinite(), torch.minimum(end, whole), torch.nan)
+            ends.append(whole if part == 1 else end)
+        return -ends[1], ends[0]
+
+
+@dataclass(frozen=True)
 class NoParameters:
     """Of an observer that takes none."""
 
@@ -299,6 +389,12 @@ OBSERVERS: dict[str, Observer] = {
             title="a percentage of all values",
             parameters=PercentileParameters,
             make=Percentile,
+        ),
+        Observer(
+            name="tokenwise",
+            title="a part of all tokens, by each one's largest value",
+            parameters=TokenWiseParameters,
+            make=TokenWise,
         ),
         Observer(name="kl", title="least loss of information", make=KL, why_not=_whole_numbers),
         Observer(

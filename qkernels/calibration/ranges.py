@@ -79,6 +79,14 @@ def scale_and_zero(low: Tensor, high: Tensor, numbers: Numbers) -> tuple[Tensor,
     return scale, zero.clamp(numbers.least, numbers.most).int()
 
 
+def rounded(x: Tensor, scale: Tensor, zero: Tensor, numbers: Numbers) -> Tensor:
+    """What x becomes, fp32: the nearest of the numbers, times their scale. Floats are E4M3."""
+    scaled = x.float() / scale
+    if not numbers.whole:
+        return scaled.clamp(numbers.least, numbers.most).to(torch.float8_e4m3fn).float() * scale
+    return (scaled.round() + zero).clamp(numbers.least, numbers.most).sub(zero) * scale
+
+
 Granularity = Literal["tensor", "channel", "token", "group"]
 
 

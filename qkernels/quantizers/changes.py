@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ class Changes:
         self._model, self._kept = model, kept
         self._blocks: dict[str, _BlockChanges] = {}
         self._before: dict[str, Tensor] = {}
+        self._inputs_before: dict[str, _ScaledInputs] = {}
         self._ties: list[Callable[[], None]] = []
 
     def begin(self, block: Block) -> None:
@@ -116,8 +118,9 @@ class Changes:
 
     def input_factor(self, layer: nn.Module) -> Tensor | None:
         """What the inputs of a layer of the present block are multiplied by."""
-        found = (own.factor for own in self._present.inputs.values() if own.layer is layer)
-        return next(found, None)
+        scaled = (*self._inputs_before.values(), *self._present.inputs.values())
+        factors = [own.factor for own in scaled if own.layer is layer]
+        return math.prod(factors[1:], start=factors[0]) if factors else None
 
     def rewrite_model(self, name: str, values: Tensor) -> None:
         """Like `rewrite`, before the first block begins; only `undo` knows what was there."""
@@ -126,6 +129,13 @@ class Changes:
         assert values.shape == parameter.shape, name
         self._before.setdefault(name, parameter.data)
         parameter.data = values.detach().to(parameter.device, parameter.dtype, copy=True)
+
+    def scale_model_inputs(self, name: str, factor: Tensor) -> None:
+        """Like `scale_inputs`, before the first block begins; only `undo` takes it back."""
+        assert not self._blocks and name not in self._inputs_before, name
+        layer = self._model.get_submodule(name)
+        device = layer.get_parameter("weight").device
+        self._inputs_before[name] = _ScaledInputs(layer, factor.to(device))
 
     def untie(self, name: str) -> None:
         """Makes a parameter that is another module's too one of its own, and says so in configs."""
@@ -155,6 +165,12 @@ class Changes:
         """Takes off of layers that were replaced what was put on them."""
         for changes in self._blocks.values():
             changes.take_hooks_off()
+        self._take_first_hooks_off()
+
+    def _take_first_hooks_off(self) -> None:
+        for own in self._inputs_before.values():
+            own.remove()
+        self._inputs_before.clear()
 
     def undo(self) -> None:
         """Makes the model what it was."""
@@ -165,6 +181,7 @@ class Changes:
         for name, values in self._before.items():
             self._model.get_parameter(name).data = values
         self._before.clear()
+        self._take_first_hooks_off()
         while self._ties:
             self._ties.pop()()
 

@@ -37,7 +37,7 @@ def layer_task(
         scheme=scheme,
         inputs=own,
         input_factor=input_factor,
-        **x_parameters(scheme, plan.observer, own),
+        **x_parameters(scheme, plan.observer, own, layer.weight.detach()),
     )
 
 

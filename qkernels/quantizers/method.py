@@ -150,6 +150,13 @@ class ModelTask:
         """
         self.changes.rewrite_model(parameter, values)
 
+    def scale_inputs(self, layer: str, factor: Tensor) -> None:
+        """Multiplies what reaches one of `layers`, an `nn.Linear`, by a factor fp32 [K] > 0, and
+        divides its weight by that; before the first block. See `BlockTask.scale_inputs`."""
+        weight = self.layers[layer].get_parameter("weight").detach()
+        self.changes.rewrite_model(f"{layer}.weight", weight.float() / factor)
+        self.changes.scale_model_inputs(layer, factor)
+
 
 def no_statistics(scheme: QuantScheme, parameters: Any) -> Needs:
     """For methods that look at weights alone."""

@@ -10,13 +10,17 @@ from qkernels.quantizers.guided import GUIDED
 from qkernels.quantizers.hqq import HQQ
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.obq import OBQ
+from qkernels.quantizers.outlier_suppression import OUTLIER_SUPPRESSION
 from qkernels.quantizers.rotate import ROTATE
 from qkernels.quantizers.rtn import RTN
 from qkernels.quantizers.smoothquant import SMOOTHQUANT
 
 METHODS: dict[str, Method] = {
     row.name: row
-    for row in (AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ, ROTATE, RTN, SMOOTHQUANT)
+    for row in (
+        *(AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ),
+        *(OUTLIER_SUPPRESSION, ROTATE, RTN, SMOOTHQUANT),
+    )
 }
 
 LAST = RTN.name

@@ -17,9 +17,8 @@ anything is quantized.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +36,15 @@ from qkernels.calibration.residual import (
 )
 from qkernels.errors import LayerError
 from qkernels.modules.experts import expert_name, fused_experts
-from qkernels.modules.heads import input_embedding
 from qkernels.modules.kinds import is_conv1d
 from qkernels.quantizers.hadamard import Rotation
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.method import Method, ModelTask
+from qkernels.quantizers.probe import few_tokens
 
 _SAME = 2**-10
 """|difference| / |row| between a part before and after, in fp32. What is found to be wrong is wrong
 by far more, and a row of large cancellation by this much at most."""
-
-_ROWS, _TOKENS = 2, 24
-"""Of the batch that the model is run on."""
 
 Change = Callable[[Tensor], Tensor]
 """Of a parameter in fp64."""
@@ -128,7 +124,7 @@ class _Rotating:
         """The new values of each parameter that changes, by name, rounded to its type."""
         if not self._blocks or "" in self._blocks:
             raise self._refusal("", "it has no repeated blocks")
-        batch = _probe(self._task)
+        batch = few_tokens(self._task, "rotate")
         try:
             blocks, outside = take_apart(self._model, self._blocks, batch)
         except LayerError as error:
@@ -318,30 +314,6 @@ def _largest_error(got: Outputs, wanted: Outputs, turn: Change) -> float:
     pairs = [*zip(got.stream, map(turn, wanted.stream), strict=True)]
     pairs += zip(got.others, wanted.others, strict=True)
     return max(row_error(a, b) for a, b in pairs)
-
-
-def _probe(task: ModelTask) -> Any:
-    """A few tokens: of the first calibration batch, or made up."""
-    if task.batches:
-        batch = task.batches[0]
-        if isinstance(batch, Tensor) and batch.dim() == 2:
-            return batch[:_ROWS, :_TOKENS]
-        if isinstance(batch, Mapping) and _are_all_tokens(batch.values()):
-            return {key: tokens[:_ROWS, :_TOKENS] for key, tokens in batch.items()}
-        return batch
-    embedding = input_embedding(task.model) or next(
-        (module for module in task.model.modules() if isinstance(module, nn.Embedding)), None
-    )
-    if not isinstance(embedding, nn.Embedding):
-        raise LayerError("rotate runs the model, which embeds no tokens: pass calibration batches")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(embedding.num_embeddings, (_ROWS, _TOKENS), generator=generator)
-    return tokens.to(embedding.weight.device)
-
-
-def _are_all_tokens(values: Collection[Any]) -> bool:
-    shapes = {v.shape if isinstance(v, Tensor) and v.dim() == 2 else None for v in values}
-    return len(shapes) == 1 and None not in shapes
 
 
 ROTATE = Method(

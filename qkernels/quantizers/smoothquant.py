@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels import rounding
+from qkernels.calibration.ranges import Numbers, rounded, scale_and_zero
 from qkernels.calibration.statistics import Needs
 from qkernels.quantizers.method import BlockTask, Method
 from qkernels.quantizers.producers import consumers_of, neighbours_of
-from qkernels.reference import quantize_rows, quantize_rows_asymmetric
 from qkernels.scheme import QuantScheme
 
 _LEAST = 1e-5
@@ -181,16 +181,13 @@ class _Layer:
 
     def _rounded_inputs(self, x: Tensor, largest: Tensor) -> Tensor:
         """x as the layer will multiply it; one scale for all tokens is that of all batches."""
-        activation = self._scheme.activation
-        if activation.has_zeros and activation.granularity == "tokenasym":
-            codes, scale, zero = quantize_rows_asymmetric(x)
-            return (codes.float() - zero[:, None]) * scale[:, None]
-        if activation.granularity == "token":
-            codes, scale = quantize_rows(x, activation.torch_dtype)
-            return codes.float() * scale[:, None]
-        one = (largest.max() / activation.largest).clamp(min=_LEAST)
-        codes, _ = quantize_rows(x, activation.torch_dtype, one)
-        return codes.float() * one
+        activation, numbers = self._scheme.activation, Numbers.of(self._scheme.activation)
+        if activation.granularity in ("token", "tokenasym"):
+            low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+        else:
+            low, high = -largest.max(), largest.max()
+        scale, zero = scale_and_zero(low.clamp(max=0), high.clamp(min=0), numbers)
+        return rounded(x, scale, zero, numbers)
 
 
 SMOOTHQUANT = Method(

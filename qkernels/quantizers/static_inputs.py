@@ -10,9 +10,11 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from qkernels.calibration.observers import ObserverChoice
-from qkernels.calibration.ranges import Numbers, scale_and_zero
+from qkernels.calibration.observers import ObserverChoice, TokenWise
+from qkernels.calibration.ranges import Numbers, rounded, scale_and_zero
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.quantizers.method import LayerTask
 from qkernels.scheme import Activation, QuantScheme
@@ -25,20 +27,50 @@ def needs_of(scheme: QuantScheme, observer: ObserverChoice) -> Needs:
 
 
 def x_parameters(
-    scheme: QuantScheme, observer: ObserverChoice, inputs: LayerInputs | None
+    scheme: QuantScheme, observer: ObserverChoice, inputs: LayerInputs | None, weight: Tensor
 ) -> dict[str, Any]:
-    """`activation_scale` and `activation_zero` of a `LayerTask`."""
+    """`activation_scale` and `activation_zero` of a `LayerTask` with this weight [N, K]."""
     if not scheme.activation.is_static:
         return {"activation_scale": None, "activation_zero": None}
     assert inputs is not None
     numbers = Numbers.of(scheme.activation)
-    low, high = inputs.quantized[str(observer)].range(numbers)
+    seen = inputs.quantized[str(observer)]
+    low, high = seen.range(numbers)
+    if isinstance(seen, TokenWise):
+        low, high = _least_output_error(seen, numbers, inputs.quantized["rows"].rows, weight)
     scale, zero = scale_and_zero(low, high, numbers)
     has_zero = scheme.activation.has_zeros
     return {
         "activation_scale": float(scale),
         "activation_zero": int(zero) if has_zero else None,
     }
+
+
+_CLOSER = tuple(1 + step / 50 for step in range(-8, 9))
+"""Parts of the best range that are tried in the end."""
+
+
+def _least_output_error(
+    seen: TokenWise, numbers: Numbers, rows: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The range with the least |(x_q - x) W^T|^2 on a sample of rows [R, K]: of those of parts of
+    all tokens, and then of ranges close to the best of them."""
+    rows, weight = rows.float(), weight.float()
+
+    def error(ends: tuple[Tensor, Tensor]) -> float:
+        wrong = rounded(rows, *scale_and_zero(*ends, numbers), numbers) - rows
+        return float(F.linear(wrong, weight).square().sum())
+
+    whole = seen.range(numbers)
+    best = min(seen.tried(), key=error, default=None)
+    if best is None:
+        return whole
+    low, high = best
+    closer = (
+        (torch.maximum(low * step, whole[0]), torch.minimum(high * step, whole[1]))
+        for step in _CLOSER
+    )
+    return min((best, *closer), key=error)
 
 
 def without_inputs(scheme: QuantScheme) -> tuple[QuantScheme, str]:

@@ -156,6 +156,8 @@ ALIKE = {
     "static": Scenario(),
     "percentile": Scenario(options=(("observer", "percentile(percent=98)"),)),
     "moving average": Scenario(options=(("observer", "moving_average"),)),
+    "tokenwise": Scenario(options=(("observer", "tokenwise"),)),
+    "migrated": Scenario("outlier_suppression", model=Normed),
     "zero points": Scenario(scheme="w8a8-staticasym", options=(("observer", "mse"),)),
     "sample": Scenario("looks", "w4a16-g24"),
     "gptq": Scenario("gptq", "w4a16-g24"),

@@ -344,7 +344,10 @@ def test_ranges_of_one_tensor_are_those_of_its_parts(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("median", "observer 'median' is not one of minmax, moving_average, percentile, kl, mse"),
+        (
+            "median",
+            "observer 'median' is not one of minmax, moving_average, percentile, tokenwise, kl",
+        ),
         ("minmax+kl", r"observer 'minmax\+kl' does not parse"),
         (3, "observer 3 does not parse"),
         ("kl(bins=3)", "observer kl has no parameter 'bins': it takes none"),
