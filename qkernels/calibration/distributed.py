@@ -123,14 +123,15 @@ class Processes:
             return own
         state = _state_of(own)
         kinds = {key: (value.shape, value.dtype) for key, value in state.items()}
-        told = self.gather("statistics", (own.rows, kinds))
+        told = self.gather("statistics", (own.rows, own.broken, kinds))
         merged = empty()
-        for process, (rows, theirs) in enumerate(told):
+        for process, (rows, broken, theirs) in enumerate(told):
             sent = {
                 key: self._broadcast(process, state.get(key), *kind, device)
                 for key, kind in theirs.items()
             }
             held = _loaded(empty() if process else merged, rows, sent)
+            held.broken = broken
             if process:
                 merged.merge(held)
         return merged

@@ -142,15 +142,43 @@ def current_forward() -> SuspendedForward | None:
     return getattr(_here, "forward", None)
 
 
-def _ambient() -> Callable[[], contextlib.AbstractContextManager[None]]:
+Around = Callable[[], contextlib.AbstractContextManager[None]]
+
+_AUTOCAST = ("cpu", "cuda")
+
+
+def autocast_here() -> Around:
+    """Gives a context in which autocast is as it is now, wherever that is entered."""
+    types = {
+        device: torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        for device in _AUTOCAST
+    }
+
+    @contextlib.contextmanager
+    def entered() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for device, dtype in types.items():
+                if dtype is not None:
+                    stack.enter_context(torch.autocast(device, dtype))
+            yield
+
+    return entered
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """A context for arithmetic of our own, whose types are what it says."""
+    with contextlib.ExitStack() as stack:
+        for device in _AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _ambient() -> Around:
     """What torch keeps for each thread, as it is in this one, to be entered in another."""
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    autocast = {
-        device: torch.get_autocast_dtype(device)
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
-    }
-    default = torch.get_default_device()
+    autocast, default = autocast_here(), torch.get_default_device()
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     @contextlib.contextmanager
@@ -158,8 +186,7 @@ def _ambient() -> Callable[[], contextlib.AbstractContextManager[None]]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(gradients))
-            for device, dtype in autocast.items():
-                stack.enter_context(torch.autocast(device, dtype))
+            stack.enter_context(autocast())
             if default.type != "cpu":
                 stack.enter_context(default)
             if gpu is not None:

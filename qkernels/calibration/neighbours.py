@@ -63,12 +63,13 @@ class Neighbours:
             factor: fp32 [count], > 0: what the consumers' weights are multiplied by.
         """
         producer = block.get_submodule(self.producer)
+        factor = factor.cpu()
         for name, values in _scaled(producer, 1 / factor, self.first, self.plus_one):
             yield f"{self.producer}.{name}", values
         for consumer in self.consumers:
             weight = block.get_submodule(consumer).weight
             assert isinstance(weight, Tensor)
-            yield f"{consumer}.weight", weight.float() * factor[self.channels]
+            yield f"{consumer}.weight", weight.float() * factor[self.channels].to(weight.device)
 
 
 def _scaled(
@@ -82,10 +83,11 @@ def _scaled(
         if parameter is None:
             continue
         values = parameter.detach().float()
+        own = factor.to(values.device)
         if name == "weight" and plus_one:
-            yield name, (values + 1) * factor - 1
+            yield name, (values + 1) * own - 1
         else:
-            yield name, values * (factor[:, None] if values.dim() == 2 else factor)
+            yield name, values * (own[:, None] if values.dim() == 2 else own)
 
 
 def find_neighbours(block: nn.Module, run: Callable[[], Any]) -> list[Neighbours]:
@@ -194,7 +196,7 @@ class _Trace:
             found |= new
             for reader, digits in new.items():
                 weight = self._block.get_parameter(f"{reader}.weight").detach().float()
-                changed[f"{reader}.weight"] = weight / _powers(digits, 0)
+                changed[f"{reader}.weight"] = weight / _powers(digits, 0).to(weight.device)
 
     def _not_run(self, consumers: Sequence[str], columns: int) -> list[str] | None:
         """Layers that this input did not reach, and that are consumers as those like them are, such

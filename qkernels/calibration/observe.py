@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibration.batches import Tokens
 from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.distributed import ALONE, Processes
+from qkernels.calibration.forwards import without_autocast
 from qkernels.calibration.statistics import LayerInputs, Needs, SumOfProducts
 from qkernels.calibration.walks import DENSE, QUANTIZED, Walk
 
@@ -29,6 +31,7 @@ def observe(
     row_weights: Mapping[str, Mapping[int, Tensor]] = MappingProxyType({}),
     processes: Processes = ALONE,
     first_batch: int = 0,
+    tokens: Sequence[Tokens] = (),
 ) -> dict[str, LayerInputs]:
     """What reaches each layer of the walk's present block, over all batches of all processes.
 
@@ -38,16 +41,19 @@ def observe(
         until: layers before which all `layers` have run; a run ends where one of them is called.
         once: whether a run also ends where each of `layers` was called once.
         row_weights: layer -> batch -> fp32 [T]: what each of its inputs counts in `x^T x`; 1 for
-            what is not in it.
+            what is not in it. Layers in it are given all tokens of a batch in their order.
         first_batch: the number of the walk's first batch among those of all processes.
+        tokens: those of each batch of the walk, so that padding is left out.
     """
-    products = _Products()
+    products, rows = _Products(), _Rows()
     empty = {
         id(layer): partial(LayerInputs.empty, needs[name], layer.in_features)
         for name, layer in layers.items()
     }
     observers = {
-        id(layer): _Observer(empty[id(layer)](), row_weights.get(name, {}), products, first_batch)
+        id(layer): _Observer(
+            empty[id(layer)](), row_weights.get(name, {}), products, rows, first_batch
+        )
         for name, layer in layers.items()
     }
     both = any(each.dense or each.paired for each in needs.values())
@@ -68,6 +74,7 @@ def observe(
         for batch in walk.batches(QUANTIZED):
             for chain in (DENSE, QUANTIZED) if batch in dense else (QUANTIZED,):
                 left |= observers.keys()
+                rows.begin(tokens[batch] if tokens else None)
                 for observer in observers.values():
                     observer.begin(batch, chain)
                 with contextlib.suppress(_RunEnded):
@@ -173,6 +180,40 @@ class _Products:
         return product
 
 
+class _Rows:
+    """Inputs as rows [R, K], without padding: made once where several layers read one tensor."""
+
+    def __init__(self) -> None:
+        self._tokens: Tokens | None = None
+        self._made: tuple[Tensor, int, Tensor] | None = None
+
+    def begin(self, tokens: Tokens | None) -> None:
+        """Args: tokens: of the batch that comes, where they are known."""
+        self._tokens, self._made = tokens, None
+
+    def are_all(self, rows: int) -> bool:
+        """Whether that many rows, padding among them, are all tokens of the batch, as far as it is
+        known."""
+        return self._tokens is None or rows == self._tokens.count
+
+    def of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows of x [..., K], and which of all its rows they are, bool; None for all."""
+        x = x.detach()
+        kept = None if self._tokens is None else self._tokens.of_rows(x.shape[:-1])
+        flat = x.reshape(-1, x.shape[-1])
+        if kept is None:
+            return flat, None
+        kept = kept.to(x.device)
+        if self._made is not None:
+            # It is held, so that no other tensor has its memory.
+            other, version, rows = self._made
+            if _is_same(flat, other) and version == _version(flat):
+                return rows, kept
+        rows = flat[kept]
+        self._made = flat, _version(flat), rows
+        return rows, kept
+
+
 def _version(x: Tensor) -> int:
     """How often x was written to; nobody writes to inputs of inference mode, which do not count."""
     return 0 if x.is_inference() else x._version
@@ -180,6 +221,36 @@ def _version(x: Tensor) -> int:
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+
+
+_DOUBTFUL = 32
+"""Pairs of rows that are looked at closely: those that are least alike."""
+
+
+def of_one_token(x: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of x [R, K] and `dense` [S, K] that are of the same token, pair by pair.
+
+    Experts are given some of the tokens, others in the dense model than in the quantized one, so
+    neither numbers nor places say whose a row is. But its twin is nearer to it than all other rows.
+    Where that holds for the pairs that are least alike, rows stand in the same order; else those
+    are taken that are each other's nearest.
+    """
+    if x.shape == dense.shape and _are_nearest(x.float(), dense.float()):
+        return x, dense
+    distances = torch.cdist(x.float(), dense.float())
+    nearest = distances.argmin(dim=1)
+    places = torch.arange(len(x), device=x.device)
+    mutual = distances.argmin(dim=0)[nearest] == places
+    return x[mutual], dense[nearest[mutual]]
+
+
+def _are_nearest(x: Tensor, dense: Tensor) -> bool:
+    likeness = torch.cosine_similarity(x, dense, dim=1)
+    doubtful = likeness.argsort()[:_DOUBTFUL]
+    distances = torch.cdist(x[doubtful], dense)
+    own = distances.gather(1, doubtful[:, None])
+    # A token that comes twice has two twins.
+    return bool((own <= distances.amin(dim=1, keepdim=True) * (1 + 1e-4)).all())
 
 
 class _Observer:
@@ -190,10 +261,11 @@ class _Observer:
         inputs: LayerInputs,
         row_weights: Mapping[int, Tensor],
         products: _Products,
+        rows: _Rows,
         first_batch: int,
     ) -> None:
         self.inputs, self._first_batch = inputs, first_batch
-        self._row_weights, self._products = row_weights, products
+        self._row_weights, self._products, self._rows = row_weights, products, rows
         self._batch, self._chain, self._seen = -1, QUANTIZED, 0
         # Inputs of the dense chain that still wait for their twins; of one batch at a time.
         self._dense: deque[Tensor] = deque()
@@ -205,35 +277,63 @@ class _Observer:
 
     def add(self, x: Tensor) -> None:
         """Takes in x [..., K]."""
-        x = x.detach().reshape(-1, x.shape[-1])
-        seen = self._seen
-        self._seen += len(x)
+        # The model may run under autocast.
+        with without_autocast():
+            self._take(x)
+
+    def _take(self, x: Tensor) -> None:
+        given = x[..., 0].numel()
+        x, kept = self._rows.of(x)
+        weights = self._weights(given, kept)
+        self._seen += given
         if self._chain == DENSE:
             if self.inputs.paired:
                 self._dense.append(x)
             if len(x):
-                self._add(self.inputs.dense, x, None, seen)
+                self._add(self.inputs.dense, x, None, weights)
             return
         dense = self._dense.popleft() if self._dense else None
         if not len(x):
             return
         self.inputs.rows += len(x)
-        self._add(self.inputs.quantized, x, None, seen)
-        if dense is not None and dense.shape == x.shape:
-            self._add(self.inputs.paired, x, dense, seen)
+        self._add(self.inputs.quantized, x, None, weights)
+        if dense is None:
+            return
+        if not self._rows.are_all(given) or x.shape != dense.shape:
+            assert weights is None, "of a layer that is given some of the tokens"
+            x, dense = of_one_token(x, dense)
+        if len(x):
+            self._add(self.inputs.paired, x, dense, weights)
+
+    def _weights(self, given: int, kept: Tensor | None) -> Tensor | None:
+        """What the next rows count, fp32 [R, 1]."""
+        weights = self._row_weights.get(self._batch)
+        if weights is None:
+            return None
+        own = weights[self._seen : self._seen + given, None]
+        return own if kept is None else own[kept.to(own.device)]
 
     def _add(
-        self, statistics: Mapping[str, Any], x: Tensor, dense: Tensor | None, seen: int
+        self,
+        statistics: Mapping[str, Any],
+        x: Tensor,
+        dense: Tensor | None,
+        weights: Tensor | None,
     ) -> None:
-        weights = self._row_weights.get(self._batch)
+        summed = False
         for statistic in statistics.values():
             if not isinstance(statistic, SumOfProducts):
                 statistic.add(x, batch=self._first_batch + self._batch, dense=dense)
-            elif weights is None:
-                statistic.take(self._products.of(type(statistic), x, dense))
+                continue
+            summed = True
+            if weights is None:
+                product = self._products.of(type(statistic), x, dense)
             else:
-                roots = weights[seen : seen + len(x), None].sqrt().to(x.device)
-                statistic.take(statistic.product(x, dense, roots))
+                product = statistic.product(x, dense, weights.sqrt().to(x.device))
+            statistic.take(product, len(x))
+        if not summed and not x.isfinite().all():
+            # Sums show it themselves.
+            self.inputs.broken = True
 
 
 def _watch(layer: nn.Module, note: Callable[[Tensor], None]) -> Callable[[], None]:

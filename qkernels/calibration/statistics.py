@@ -91,13 +91,17 @@ class SumOfProducts:
     What a call adds is fp32 and the sum fp64, which holds it exactly where the addends of an entry
     are within 2^29 of each other, and to 2^-53 elsewhere. So their order changes no bit of the sum
     in fp32 but by a chance of about 2^-29.
+
+    Attributes:
+        rows: how many were summed.
     """
 
     def __init__(self, *shape: int) -> None:
         self._sum = torch.zeros(shape, dtype=torch.float64)
+        self.rows = 0
 
     def add(self, x: Tensor, *, batch: int, dense: Tensor | None = None) -> None:
-        self.take(self.product(x, dense))
+        self.take(self.product(x, dense), len(x))
 
     @staticmethod
     def product(x: Tensor, dense: Tensor | None, roots: Tensor | None = None) -> Tensor:
@@ -108,19 +112,21 @@ class SumOfProducts:
         """
         raise NotImplementedError
 
-    def take(self, product: Tensor) -> None:
-        """Takes in rows by what they add."""
+    def take(self, product: Tensor, rows: int) -> None:
+        """Takes in so many rows by what they add."""
         # Its device is that of the first rows.
         self._sum = self._sum.to(product.device).add_(product)
+        self.rows += rows
 
     def merge(self, other: SumOfProducts) -> None:
         self._sum = self._sum + other._sum.to(self._sum.device)
+        self.rows += other.rows
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"sum": self._sum}
+        return {"sum": self._sum, "rows": torch.tensor(self.rows)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._sum = state["sum"]
+        self._sum, self.rows = state["sum"], int(state["rows"])
 
 
 class Gram(SumOfProducts):
@@ -244,12 +250,14 @@ class LayerInputs:
 
     Attributes:
         rows: rows of input that reached the layer behind quantized blocks.
-        quantized, dense, paired: the statistics that `Needs` asked for, by name. A call that gave
-            the dense and the quantized model different numbers of rows, as experts may, is in no
-            paired statistic.
+        quantized, dense, paired: the statistics that `Needs` asked for, by name. Paired are of
+            rows that are of one token, which may be fewer: experts are given other tokens in the
+            dense model.
+        broken: whether rows were met that are not finite and that no sum shows.
     """
 
     rows: int = 0
+    broken: bool = False
     quantized: dict[str, Any] = field(default_factory=dict)
     dense: dict[str, Any] = field(default_factory=dict)
     paired: dict[str, Any] = field(default_factory=dict)
@@ -261,11 +269,13 @@ class LayerInputs:
         def made(names: tuple[str, ...]) -> dict[str, Any]:
             return {name: new_statistic(name, columns) for name in names}
 
-        return LayerInputs(0, made(needs.quantized), made(needs.dense), made(needs.paired))
+        return LayerInputs(
+            quantized=made(needs.quantized), dense=made(needs.dense), paired=made(needs.paired)
+        )
 
     @property
     def finite(self) -> bool:
-        """Whether no sum has met NaN or infinity; rows are samples, which may hold them."""
+        """Whether no row has met NaN or infinity."""
         sums = (self.quantized, self.dense, self.paired)
         tensors = (
             tensor
@@ -274,11 +284,12 @@ class LayerInputs:
             if name != "rows"
             for tensor in statistic.state_dict().values()
         )
-        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+        return not self.broken and all(bool(tensor.isfinite().all()) for tensor in tensors)
 
     def merge(self, other: LayerInputs) -> None:
         """Takes in what another process collected for the same layer and needs."""
         self.rows += other.rows
+        self.broken |= other.broken
         for mine, theirs in (
             (self.quantized, other.quantized),
             (self.dense, other.dense),

@@ -17,9 +17,11 @@ from qkernels.calibration.blocks import Block
 from qkernels.calibration.calls import copied, replace_forward
 from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.forwards import (
+    Around,
     Call,
     CannotFollow,
     SuspendedForward,
+    autocast_here,
     current_forward,
     run_batch,
 )
@@ -70,6 +72,8 @@ class BlockByBlock:
             the dense chain is wanted; else None.
         processes: which take the same blocks in the same order, each with its own batches.
         arrive: is called with each block before it is the present one.
+        around: gives a context for each run of the model; None is the autocast that is on when the
+            walk is made.
     """
 
     def __init__(
@@ -80,9 +84,10 @@ class BlockByBlock:
         dense: Dense | None = None,
         processes: Processes = ALONE,
         arrive: Callable[[Block], None] = _stay,
+        around: Around | None = None,
     ) -> None:
         self._model, self._dense, self._processes = model, dense, processes
-        self._arrive = arrive
+        self._arrive, self._around = arrive, around or autocast_here()
         self._left = list(blocks)
         self._present: Block | None = None
         self._running: str | None = None
@@ -92,7 +97,7 @@ class BlockByBlock:
         chains = (QUANTIZED,) if dense is None else (QUANTIZED, DENSE)
         self._forwards = {
             chain: {
-                number: SuspendedForward(partial(run_batch, model, batch))
+                number: SuspendedForward(partial(self._forward_of, batch))
                 for number, batch in enumerate(batches)
             }
             for chain in chains
@@ -181,6 +186,8 @@ class BlockByBlock:
                 forward.cancel()
         while self._undo:
             self._undo.pop()()
+        # Of the run that the walk belongs to: it and all that it holds would wait for a collector.
+        self._arrive = _stay
 
     def _go_on(self, block: Block, chain: str, numbers: Collection[int]) -> None:
         """Runs the block a last time, and gives each forward its output in place of its inputs."""
@@ -194,6 +201,10 @@ class BlockByBlock:
             forward.resume(output)
             del output
 
+    def _forward_of(self, batch: Any) -> Any:
+        with self._around():
+            return run_batch(self._model, batch)
+
     def _call(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Running | None = None
     ) -> Any:
@@ -202,7 +213,8 @@ class BlockByBlock:
             self._reuse.running = run
         try:
             # Not the module itself: its hooks run in the suspended forward, around the gate.
-            return self._model.get_submodule(name).forward(*args, **kwargs)
+            with self._around():
+                return self._model.get_submodule(name).forward(*args, **kwargs)
         finally:
             self._running = None
             if self._reuse is not None:
@@ -265,6 +277,8 @@ class WholeModel:
             before quantization.
         processes: which take the same blocks in the same order, each with its own batches.
         arrive: is called with each block before it is the present one.
+        around: gives a context for each run of the model; None is the autocast that is on when the
+            walk is made.
     """
 
     def __init__(
@@ -275,8 +289,10 @@ class WholeModel:
         dense: Dense,
         processes: Processes = ALONE,
         arrive: Callable[[Block], None] = _stay,
+        around: Around | None = None,
     ) -> None:
         self._model, self._batches, self._dense, self._arrive = model, batches, dense, arrive
+        self._around = around or autocast_here()
         self._left = _in_order_of_execution(model, blocks, batches) if batches else list(blocks)
         self._left = processes.gather("order of blocks", self._left)[0]
         self._present: Block | None = None
@@ -293,8 +309,9 @@ class WholeModel:
     def run(self, batch: int, chain: str = QUANTIZED) -> Any:
         assert self._present is not None
         if chain == QUANTIZED:
-            return run_batch(self._model, self._batches[batch])
-        with self._dense(self._present):
+            with self._around():
+                return run_batch(self._model, self._batches[batch])
+        with self._dense(self._present), self._around():
             return run_batch(self._model, self._batches[batch])
 
     def change(self, now: Collection[str], later: Collection[str]) -> None:
@@ -305,7 +322,7 @@ class WholeModel:
         pass
 
     def close(self) -> None:
-        pass
+        self._arrive = _stay
 
 
 def check_apart(model: nn.Module, blocks: Iterable[Block]) -> None:

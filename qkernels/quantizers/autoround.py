@@ -36,9 +36,6 @@ from qkernels.weight import QuantizedWeight, WeightParameters
 _HELD_BYTES = 1 << 30
 """Outputs of the dense block that are held; the rest are made again where they are needed."""
 
-_BY_GRAM = ("hessian", "block")
-"""Grids that ask for x^T x."""
-
 
 @dataclass(frozen=True)
 class AutoRoundParameters:
@@ -69,7 +66,7 @@ class AutoRoundParameters:
 
 def _statistics(scheme: QuantScheme, parameters: AutoRoundParameters) -> Needs:
     # Some statistic of dense inputs, so that the dense model runs beside.
-    gram = ("gram",) if parameters.grid in _BY_GRAM else ()
+    gram = ("gram",) if grids.asks_for_inputs(parameters.grid) else ()
     return Needs(quantized=gram, dense=("rows",))
 
 
@@ -127,7 +124,7 @@ class LearnedRounding:
         free = gradient * (rounded == codes)
         if len(self.learned) > 1:
             by_scale = (gradient * codes.sub_(zero)).sum(dim=2, keepdim=True)
-            by_scale -= (free * self._weight).sum(dim=2, keepdim=True) / scale
+            by_scale -= (free * self._weight).sum(dim=2, keepdim=True) / rounding.nonzero(scale)
             by_zero = (free - gradient).sum(dim=2, keepdim=True) * scale
             for factor, moved in zip(
                 self.learned[1:], self._by_ends(scale, by_scale, by_zero), strict=True
@@ -182,12 +179,11 @@ class LearnedRounding:
 
     def _stored(self, scale: Tensor) -> Tensor:
         dtype = self.parameters.scales.dtype
-        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        return scale.to(dtype).clamp_(min=least).float()
+        return scale.to(dtype).clamp_(min=rounding.least_scale(dtype)).float()
 
     def _nearest(self, scale: Tensor, zero: Tensor) -> Tensor:
         """Codes before they are clamped, fp32 [N, G, L]."""
-        return (self._weight / scale).add_(self.learned[0]).round_().add_(zero)
+        return (self._weight / rounding.nonzero(scale)).add_(self.learned[0]).round_().add_(zero)
 
 
 def _quantize_block(
@@ -205,7 +201,7 @@ def _quantize_block(
 def _begin(task: LayerTask, parameters: AutoRoundParameters) -> LearnedRounding:
     fitted = rounding.fit(task.weight, task.scheme, activation_scale=task.activation_scale)
     gram = None
-    if parameters.grid in _BY_GRAM:
+    if grids.asks_for_inputs(parameters.grid):
         assert task.inputs is not None
         gram = gram_of(task.inputs)
     fitted = grids.search(task.weight, fitted, parameters.grid, gram)
@@ -318,12 +314,20 @@ class _Descent:
     def _drawn(self) -> Iterator[list[int]]:
         """Batches for each step, each of them as often as any other."""
         generator = torch.Generator().manual_seed(0)
-        batches, left = list(self._first), list[int]()
+        batches = list(self._first)
+        left: list[int] = []
         while True:
+            # None twice in a step, whose loss would be met once and counted twice.
             chosen: list[int] = []
-            while sum(self._sequences[batch] for batch in chosen) < self._parameters.batch:
-                left = left or torch.randperm(len(batches), generator=generator).tolist()
-                chosen.append(batches[left.pop()])
+            while sum(self._sequences[b] for b in chosen) < self._parameters.batch and len(
+                chosen
+            ) < len(batches):
+                if all(b in chosen for b in left):
+                    order = torch.randperm(len(batches), generator=generator).tolist()
+                    more = [batches[place] for place in order]
+                    # Taken from the end.
+                    left += [b for b in more if b in chosen] + [b for b in more if b not in chosen]
+                chosen.append(left.pop())
             yield chosen
 
 

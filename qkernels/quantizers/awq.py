@@ -34,6 +34,9 @@ from qkernels.weight import WeightParameters, row_slices
 
 _LEAST_FACTOR = 1e-4
 
+_KEPT = ("outlier_columns", "outlier_values")
+"""The fields of columns in 16 bits."""
+
 
 @dataclass(frozen=True)
 class AwqParameters:
@@ -189,7 +192,7 @@ def _quantize(task: LayerTask, parameters: AwqParameters) -> WeightParameters:
         # The least number of a 16-bit type that holds the weight itself.
         dtype = torch.float16 if task.weight.dtype == torch.float32 else task.weight.dtype
         columns = gram.diagonal().topk(count).indices.sort().values
-        beside = {"outlier_columns": columns, "outlier_values": weight[:, columns].to(dtype)}
+        beside = dict(zip(_KEPT, (columns, weight[:, columns].to(dtype)), strict=True))
         weight = weight.clone()
         weight[:, columns] = 0
     fitted = rounding.fit(weight, task.scheme, activation_scale=task.activation_scale)
@@ -201,6 +204,8 @@ def _quantize(task: LayerTask, parameters: AwqParameters) -> WeightParameters:
 def _why_not(scheme: QuantScheme, parameters: AwqParameters) -> str | None:
     if parameters.keep and not scheme.weight_only:
         return "columns in 16 bits go with activations in 16 bits"
+    if parameters.keep and scheme.weight.values is not None and 0 not in scheme.weight.values:
+        return f"{scheme.weight.name} has no zero, which columns in 16 bits have as their codes"
     return None
 
 
@@ -211,5 +216,6 @@ AWQ = Method(
     statistics=_statistics,
     prepare_block=_prepare,
     quantize=_quantize,
+    adds=lambda parameters: frozenset(_KEPT if parameters.keep else ()),
     why_not=_why_not,
 )

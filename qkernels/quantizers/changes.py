@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,10 +65,19 @@ class Changes:
 
     Args:
         kept: the values that rewritten parameters had are kept; else they are not taken back.
+        no_factors: why layers may have no factor of their input, or None.
     """
 
-    def __init__(self, model: nn.Module, *, kept: bool = True) -> None:
-        self._model, self._kept = model, kept
+    def __init__(
+        self, model: nn.Module, *, kept: bool = True, no_factors: str | None = None
+    ) -> None:
+        self._model, self._kept, self._no_factors = model, kept, no_factors
+        users: dict[int, int] = {}
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                users[id(parameter)] = users.get(id(parameter), 0) + 1
+        self._shared = {key for key, count in users.items() if count > 1}
+        self._told = False
         self._blocks: dict[str, _BlockChanges] = {}
         self._before: dict[str, Tensor] = {}
         self._inputs_before: dict[str, _ScaledInputs] = {}
@@ -100,6 +110,23 @@ class Changes:
         original, _ = self._present.parameters.get(name, (before, None))
         self._present.parameters[name] = original, values
         parameter.data = values
+
+    def is_shared(self, name: str) -> bool:
+        """Whether several modules have this parameter, so that one cannot be changed alone."""
+        return id(self._model.get_parameter(name)) in self._shared
+
+    def may_scale_inputs(self, name: str) -> bool:
+        """Whether a layer may have a factor of its input, and another weight; says once why not."""
+        if self.is_shared(f"{name}.weight"):
+            return False
+        if self._no_factors is not None and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{name}: nothing in front of it takes a factor of its input, and "
+                f"{self._no_factors}: it is left as it is, and so are others",
+                stacklevel=2,
+            )
+        return self._no_factors is None
 
     def scale_inputs(self, name: str, factor: Tensor) -> None:
         """Multiplies what reaches a layer that is not quantized yet by `factor`, fp32 [K], on top

@@ -23,16 +23,18 @@ from torch import Tensor
 
 from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.forwards import run_batch
+from qkernels.errors import LayerError
 from qkernels.modules import WQLinear
 from qkernels.quantizers.gradients import (
     Recomputed,
+    counted,
     divergence,
     frozen,
     gives_logits,
     output_of,
     pieces,
 )
-from qkernels.quantizers.method import Method, ModelTask
+from qkernels.quantizers.method import Method, ModelTask, check_seed
 from qkernels.weight import QuantizedWeight, code_values
 
 
@@ -58,10 +60,17 @@ class DistillParameters:
             )
         if not 0 < self.lr < 1:
             raise ValueError(f"lr must be in (0, 1), got {self.lr:g}")
+        check_seed(self.seed)
 
 
-_MOST_ASIDE = 8
-"""Sequences that are kept aside."""
+_FEW, _MOST_ASIDE = 16, 8
+"""From so many sequences on some are kept aside, and how many at most."""
+
+_EPSILON = 1e-16
+"""Adam's: gradients of the factors of 8 bits are about 1e-9."""
+
+_HALF_SCALE = 2.0**12
+"""What the loss is multiplied by in fp16, whose least number is 6e-8; Adam does not see it."""
 
 _MOST_HALVINGS = 3
 """Of the way that scales have gone: what is left of noise falls with its square."""
@@ -71,13 +80,17 @@ class _Trained:
     """A quantized layer whose scales are trained.
 
     Attributes:
-        factors: fp32 [N, G], of its scales.
+        factors: fp32 [N, G], of its scales; [1, 1] where the whole weight has one.
         reach: how far they move, as a multiple of those of 4 bits.
     """
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         scheme = weight.scheme
-        self._hub, self._dtype = weight, dtype
+        self._dtype = dtype
+        # What gradients need may not come from inference mode.
+        self._hub = weight.replace(
+            **{name: value.clone() for name, value in weight.fields.items() if value.is_inference()}
+        )
         values = code_values(scheme, weight.codes)
         length, groups = scheme.group_length(weight.k), scheme.groups(weight.k)
         values = F.pad(values, (0, groups * length - weight.k)).unflatten(1, (groups, length))
@@ -88,7 +101,8 @@ class _Trained:
         # In one byte where that holds them: they are whole numbers below 128.
         small = scheme.weight.kind == "linear" and scheme.bits < 8 and not real
         self._values = values.to(torch.int8 if small else dtype)
-        self._scales = weight.group_scales()
+        # One of a whole weight is one number, which its rows share.
+        self._scales = weight.scales.float()
         self.factors = torch.ones_like(self._scales, requires_grad=True)
         # The neighbours of a float8 are as far from it, for its size, as in 4 bits.
         bits = 4 if scheme.weight.kind == "float8" else max(2, scheme.bits)
@@ -123,11 +137,11 @@ class _Trained:
         return self._weight.to(dtype)
 
     def gradient(self, of_weight: Tensor) -> Tensor:
-        """That of the factors, fp32 [N, G], from that of the weight, [N, K]."""
+        """That of the factors, from that of the weight, [N, K]."""
         groups, length = self._values.shape[1:]
         padded = F.pad(of_weight, (0, groups * length - self._hub.k)).unflatten(1, (groups, length))
         by_scale: Tensor = (padded * self._values).sum(dim=2, dtype=torch.float32)
-        return by_scale.mul_(self._scales)
+        return by_scale.sum_to_size(self._scales.shape) * self._scales
 
     def result(self) -> QuantizedWeight:
         """The weight under the scales that were found; those that lost their sign stay."""
@@ -166,6 +180,8 @@ def _distill(task: ModelTask, parameters: DistillParameters) -> Mapping[str, Qua
     with frozen(task.model):
         run = _Distillation(task, layers)
         before = run.divergence(aside)
+        if not math.isfinite(before):
+            raise LayerError("distill: the model's outputs on calibration sequences are not finite")
         run.train(_steps(cut, parameters), parameters)
         # So that whoever was near a minimum, or is past it, loses nothing.
         return run.results() if run.shorten(aside, before) else {}
@@ -176,6 +192,7 @@ class _Distillation:
 
     def __init__(self, task: ModelTask, layers: Mapping[int, tuple[str, WQLinear]]) -> None:
         self._task, self._layers = task, dict(layers.values())
+        self._half = any(layer.dtype == torch.float16 for layer in self._layers.values())
         self._trained = {
             name: _Trained(layer.to_weight(), layer.dtype) for name, layer in self._layers.items()
         }
@@ -195,6 +212,7 @@ class _Distillation:
                 for each in self._trained.values()
             ],
             betas=(0.9, 0.99),
+            eps=_EPSILON,
         )
         rates = [group["lr"] for group in optimizer.param_groups]
         for number, batches in enumerate(steps):
@@ -237,12 +255,13 @@ class _Distillation:
         wanted = self._dense(batch)
         # Blocks run again in the backward pass, as they did before.
         with self._in_training(), Recomputed(self._task.model, self._layers):
-            (_loss(run_batch(self._task.model, batch), wanted) * share).backward()
+            loss = _loss(run_batch(self._task.model, batch), wanted, batch)
+            (loss * share * (_HALF_SCALE if self._half else 1.0)).backward()
 
     def _loss(self, batch: Any) -> float:
         wanted = self._dense(batch)
         with torch.no_grad(), self._in_training():
-            return float(_loss(run_batch(self._task.model, batch), wanted))
+            return float(_loss(run_batch(self._task.model, batch), wanted, batch))
 
     def _dense(self, batch: Any) -> Any:
         with torch.no_grad(), self._task.dense():
@@ -257,21 +276,23 @@ class _Distillation:
             yield
 
 
-def _loss(found: Any, wanted: Any) -> Tensor:
+def _loss(found: Any, wanted: Any, batch: Any) -> Tensor:
     result, target = output_of(found), output_of(wanted)
+    kept = counted(batch, result)
     if gives_logits(found):
-        return divergence(result, target)
-    target = target.float()
-    return (result.float() - target).square().sum() / target.square().sum()
+        return divergence(result, target, kept)
+    result, target = result.float(), target.float()
+    if kept is not None:
+        result, target = (x.flatten(0, -2)[kept.to(x.device)] for x in (result, target))
+    return (result - target).square().sum() / target.square().sum()
 
 
 def _set_aside(cut: list[Any]) -> tuple[list[Any], list[Any]]:
     """One of 16 sequences, spread over all, and the rest; all of them twice where they are few."""
-    if len(cut) < 16:
+    if len(cut) < _FEW:
         return cut, cut
-    aside = cut[:: max(16, len(cut) // _MOST_ASIDE)][:_MOST_ASIDE]
-    held = {id(piece) for piece in aside}
-    return aside, [piece for piece in cut if id(piece) not in held]
+    aside = range(0, len(cut), max(_FEW, len(cut) // _MOST_ASIDE))[:_MOST_ASIDE]
+    return [cut[i] for i in aside], [piece for i, piece in enumerate(cut) if i not in aside]
 
 
 def _steps(cut: Sequence[Any], parameters: DistillParameters) -> Iterator[list[Any]]:

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 
 from qkernels.calibration.blocks import Block, find_blocks
-from qkernels.calibration.forwards import CannotFollow
+from qkernels.calibration.forwards import Around, CannotFollow, autocast_here, without_autocast
 from qkernels.calibration.observe import calibrating
 from qkernels.calibration.statistics import LayerInputs
 from qkernels.calibration.walks import BlockByBlock, Walk, WholeModel
@@ -63,12 +63,16 @@ def drive(
     Raises:
         CannotFollow: where that is given, and the model's forward cannot be followed.
     """
-    changes = Changes(model, kept=residence is None)
+    changes = Changes(model, kept=residence is None, no_factors=plan.no_factors)
     whole = None if folder is None else folder.whole_model
+    around = autocast_here()
     try:
-        with calibrating(model):
+        # The model runs as it does for whoever calls, methods in the types that they name.
+        with calibrating(model), without_autocast():
             try:
-                return _Run(model, plan, changes, progress, folder, whole, residence).through()
+                return _Run(
+                    model, plan, changes, progress, folder, whole, around, residence
+                ).through()
             except CannotFollow as reason:
                 if residence is not None:
                     raise
@@ -79,7 +83,7 @@ def drive(
             changes.undo()
             if folder is not None:
                 folder.take_whole_model(whole)
-            return _Run(model, plan, changes, progress, folder, whole).through()
+            return _Run(model, plan, changes, progress, folder, whole, around).through()
     except BaseException:
         changes.undo()
         raise
@@ -101,6 +105,7 @@ class _Run:
         progress: Progress,
         folder: ResumeFolder | None,
         whole: str | None,
+        around: Around,
         residence: Residence | None = None,
     ) -> None:
         self._model, self._plan, self._changes = model, plan, changes
@@ -117,11 +122,12 @@ class _Run:
         if batches and whole is None:
             dense = changes.dense_layers if _asks_for_dense(plan) else None
             self._walk = BlockByBlock(
-                model, self._blocks, batches, dense, self._processes, self._arrive
+                model, self._blocks, batches, dense, self._processes, self._arrive, around
             )
         else:
             self._walk = WholeModel(
-                model, self._blocks, batches, changes.originals, self._processes, self._arrive
+                *(model, self._blocks, batches, changes.originals),
+                *(self._processes, self._arrive, around),
             )
         self._observation = Observation(model, plan, self._walk, self._row_weights)
 

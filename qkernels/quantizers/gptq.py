@@ -102,12 +102,14 @@ def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
     made = _round_columns(
         weight, fitted, order.tolist(), upper, None if at_once else parameters.grid, gram
     )
+    # Damped throughout: where inputs are few, what they do not tell apart is not to be moved.
+    loss = damped.float()
     if parameters.refit:
-        made = refit_scales(made, weight, gram)
+        made = refit_scales(made, weight, loss)
     for _ in range(parameters.sweeps):
-        made = descend(made, weight, damped.float())
+        made = descend(made, weight, loss)
         if parameters.refit:
-            made = refit_scales(made, weight, gram)
+            made = refit_scales(made, weight, loss)
     return made if perm is None else made.replace(perm=perm)
 
 
@@ -130,7 +132,10 @@ def _target(task: LayerTask, drift: float, lower: Tensor) -> Tensor:
     weight = task.weight.float()
     if not drift or "drift" not in task.inputs.paired:
         return weight
-    moved = task.inputs.paired["drift"].matrix.to(weight.device) / task.inputs.rows
+    drifted = task.inputs.paired["drift"]
+    if not drifted.rows:
+        return weight
+    moved = drifted.matrix.to(weight.device) / drifted.rows
     missing = torch.cholesky_solve((weight @ moved).double().t(), lower)
     return weight + drift * missing.t().float()
 
@@ -256,4 +261,5 @@ GPTQ = Method(
     statistics=_statistics,
     quantize=_quantize,
     in_stages=lambda parameters: parameters.true_sequential,
+    adds=lambda parameters: frozenset({"perm"} if parameters.act_order == "full" else ()),
 )

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from qkernels.calibration.batches import Tokens, tensors_of
 from qkernels.calibration.blocks import find_blocks
 from qkernels.calibration.calls import replace_forward
-from qkernels.errors import QuantizationError
+from qkernels.errors import LayerError, QuantizationError
 
 _SLICE = 128
 """Tokens whose log-probabilities are held in fp32 at a time: 25 MiB over a vocabulary of 49,152."""
@@ -23,25 +24,22 @@ _SLICE = 128
 def pieces(batch: Any, size: int) -> list[Any]:
     """A calibration batch cut into pieces of at most `size` sequences.
 
-    Whatever is a tensor with as many rows as the batch has sequences is cut; a batch whose first
-    tensor has no rows stays whole.
+    A batch whose first tensor has no rows stays whole.
+
+    Raises:
+        LayerError: where it holds tensors that do not have a row for each sequence, as images may,
+            so that nobody knows what belongs to which.
     """
     count = next((len(tensor) for tensor in tensors_of(batch) if tensor.dim()), 0)
     if count <= size:
         return [batch]
+    other = next((len(t) for t in tensors_of(batch) if t.dim() and len(t) not in (1, count)), None)
+    if other is not None:
+        raise LayerError(
+            f"a calibration batch of {count} sequences holds a tensor of {other} rows, so it is "
+            f"not known which belong to which: give batches of {size} or fewer"
+        )
     return [_cut(batch, count, start, start + size) for start in range(0, count, size)]
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in dicts, lists and tuples, in their order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_of(item)
 
 
 def _cut(value: Any, count: int, start: int, stop: int) -> Any:
@@ -156,13 +154,19 @@ def gives_logits(result: Any) -> bool:
     return isinstance(getattr(result, "logits", None), Tensor)
 
 
-def divergence(logits: Tensor, target: Tensor) -> Tensor:
+def counted(batch: Any, logits: Tensor) -> Tensor | None:
+    """Which tokens of logits [..., V] that a batch gave are no padding, bool [R]; None for all."""
+    return Tokens.of(batch).of_rows(logits.shape[:-1])
+
+
+def divergence(logits: Tensor, target: Tensor, kept: Tensor | None = None) -> Tensor:
     """The mean over tokens of KL(target || logits), in nats, fp32 [].
 
     Args:
         logits, target: [..., V]; the gradient reaches `logits` alone.
+        kept: bool [R], the tokens that count; None for all.
     """
-    made: Tensor = _Divergence.apply(logits, target)
+    made: Tensor = _Divergence.apply(logits, target, kept)
     return made
 
 
@@ -170,30 +174,37 @@ class _Divergence(torch.autograd.Function):
     """Makes the gradient beside the loss, so that no slice is kept."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, kept: Tensor | None) -> Tensor:
         rows = logits.reshape(-1, logits.shape[-1])
         targets = target.reshape(-1, target.shape[-1])
         gradient = torch.empty_like(rows)
         total = torch.zeros((), dtype=torch.float64, device=rows.device)
-        for start in range(0, len(rows), _SLICE):
-            part = slice(start, start + _SLICE)
+        for part, own in _slices(rows, kept):
             found = rows[part].float().log_softmax(dim=-1)
             wanted = targets[part].float().log_softmax(dim=-1)
             chances = wanted.exp()
-            total += (chances * (wanted - found)).sum(dtype=torch.float64)
-            gradient[part] = found.exp_().sub_(chances).div_(len(rows))
+            lost = (chances * (wanted - found)).sum(dim=-1, keepdim=True, dtype=torch.float64)
+            total += torch.where(own, lost, 0).sum()
+            gradient[part] = torch.where(own, found.exp_().sub_(chances), 0)
         ctx.save_for_backward(gradient.view_as(logits))
-        return (total / len(rows)).float()
+        # The gradient is divided where it is multiplied: fp16 does not hold that of each token.
+        ctx.count = len(rows) if kept is None else max(1, int(kept.sum()))
+        return (total / ctx.count).float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None
+        return gradient * (gradients[0] / ctx.count), None, None
 
 
-def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """-log p of tokens that are drawn from p itself, summed, fp32 []. Args: logits: [..., V]."""
-    made: Tensor = _DrawnLoss.apply(logits, generator)
+def drawn_loss(logits: Tensor, generator: torch.Generator, kept: Tensor | None = None) -> Tensor:
+    """-log p of tokens that are drawn from p itself, summed, fp32 [].
+
+    Args:
+        logits: [..., V].
+        kept: bool [R], the tokens that count; None for all.
+    """
+    made: Tensor = _DrawnLoss.apply(logits, generator, kept)
     return made
 
 
@@ -201,24 +212,34 @@ class _DrawnLoss(torch.autograd.Function):
     """Makes the gradient beside the loss, so that no slice is kept."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, generator: torch.Generator) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, generator: torch.Generator, kept: Tensor | None
+    ) -> Tensor:
         rows = logits.reshape(-1, logits.shape[-1])
         gradient = torch.empty_like(rows)
         total = torch.zeros((), dtype=torch.float64, device=rows.device)
-        for start in range(0, len(rows), _SLICE):
-            part = slice(start, start + _SLICE)
+        for part, own in _slices(rows, kept):
             chances = rows[part].float().softmax(dim=-1)
             # Where a number from 0 to 1 falls among the sums of chances.
             sums = chances.cumsum(dim=-1)
             places = torch.rand(len(sums), 1, generator=generator).to(sums.device) * sums[:, -1:]
             drawn = torch.searchsorted(sums, places).clamp_(max=sums.shape[-1] - 1)
-            total -= chances.gather(1, drawn).log().sum(dtype=torch.float64)
+            likely = chances.gather(1, drawn).log()
+            total -= torch.where(own, likely, 0).sum(dtype=torch.float64)
             ones = torch.ones_like(places)
-            gradient[part] = chances.scatter_add_(1, drawn, -ones)
+            gradient[part] = torch.where(own, chances.scatter_add_(1, drawn, -ones), 0)
         ctx.save_for_backward(gradient.view_as(logits))
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None
+        return gradient * gradients[0], None, None
+
+
+def _slices(rows: Tensor, kept: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows, and which of their rows count, bool [S, 1]: padding may hold anything."""
+    for start in range(0, len(rows), _SLICE):
+        part = slice(start, start + _SLICE)
+        own = torch.ones(1, dtype=torch.bool) if kept is None else kept[part, None]
+        yield part, own.to(rows.device)

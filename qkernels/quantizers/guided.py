@@ -10,32 +10,33 @@ predicts, whose expected H is the curvature of its divergence from the dense mod
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibration.batches import Tokens
 from qkernels.calibration.forwards import run_batch
+from qkernels.errors import LayerError
 from qkernels.quantizers.gradients import (
     Recomputed,
+    counted,
     drawn_loss,
     frozen,
     gives_logits,
     output_of,
     pieces,
-    tensors_of,
 )
-from qkernels.quantizers.method import Method, ModelTask
+from qkernels.quantizers.method import Method, ModelTask, check_seed
 
 
 @dataclass(frozen=True)
 class GuidedParameters:
     """Attributes:
-    most: how much an input counts at most, as a multiple of the mean: gradients of some tokens are
-        hundreds of times those of others.
+    most: how much an input counts at most, as a multiple of the mean of all before any is cut down
+        to that: gradients of some tokens are hundreds of times those of others.
     strength: the power that weights are taken to, from 0, where all count alike, to 1.
     sequences: run at a time; memory grows with them.
     seed: of the tokens that are drawn.
@@ -53,15 +54,16 @@ class GuidedParameters:
             raise ValueError(f"strength must be in [0, 1], got {self.strength:g}")
         if self.sequences < 1:
             raise ValueError(f"sequences must be 1 or more, got {self.sequences}")
+        check_seed(self.seed)
 
 
 def _prepare(task: ModelTask, parameters: GuidedParameters) -> None:
     layers = {id(layer): name for name, layer in reversed(list(task.layers.items()))}
-    tokens = sum(_tokens(batch) for batch in task.batches)
-    found = {name: _Squares(tokens) for name in layers.values()}
+    tokens = [Tokens.of(batch) for batch in task.batches]
     generator = torch.Generator().manual_seed(parameters.seed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(task.model))
+        found = {name: _Squares(sum(own.count for own in tokens)) for name in layers.values()}
         blocks = stack.enter_context(Recomputed(task.model, task.layers))
         present = [0]
         for layer in {id(layer): layer for layer in task.layers.values()}.values():
@@ -70,17 +72,13 @@ def _prepare(task: ModelTask, parameters: GuidedParameters) -> None:
         for number, batch in enumerate(task.batches):
             present[0] = number
             for piece in pieces(batch, parameters.sequences):
-                _loss(run_batch(task.model, piece), generator).backward()
+                _loss(run_batch(task.model, piece), piece, generator).backward()
     for name, layer in task.layers.items():
-        weights = found[layers[id(layer)]].weights(parameters)
-        if weights is not None:
-            task.row_weights[name] = weights
-
-
-def _tokens(batch: Any) -> int:
-    """About how many rows a layer meets of a batch."""
-    first = next(tensors_of(batch), None)
-    return 0 if first is None else math.prod(first.shape[:2])
+        squares = found[layers[id(layer)]]
+        if not squares.finite:
+            raise LayerError(f"guided: gradients that are not finite reach {name}")
+        if squares.are_of(tokens):
+            task.row_weights[name] = squares.weights(parameters)
 
 
 class _Squares:
@@ -111,11 +109,23 @@ class _Squares:
     def put(self, place: slice, values: Tensor) -> None:
         self._values[place] = values
 
-    def weights(self, parameters: GuidedParameters) -> dict[int, Tensor] | None:
-        """What each row counts, around 1, by batch; None where no gradient came."""
+    @property
+    def finite(self) -> bool:
+        return bool(self._values[: self._used].isfinite().all())
+
+    def are_of(self, tokens: Sequence[Tokens]) -> bool:
+        """Whether they are numbers of all tokens of each batch, in their order, and any is not 0.
+
+        Experts are given some of the tokens, other ones behind quantized blocks, in an order of
+        their own: which number is whose is not known.
+        """
+        rows = {n: sum(p.stop - p.start for p in places) for n, places in self._places.items()}
+        all_there = all(rows.get(number) == own.count for number, own in enumerate(tokens))
+        return all_there and bool(self._values[: self._used].any())
+
+    def weights(self, parameters: GuidedParameters) -> dict[int, Tensor]:
+        """What each row counts, around 1, by batch."""
         every = self._values[: self._used]
-        if not self._used or not every.mean() > 0:
-            return None
         every = (every / every.mean()).clamp(max=parameters.most) ** parameters.strength
         every /= every.mean()
         return {
@@ -145,14 +155,16 @@ def _keeper(found: _Squares, present: list[int], blocks: Recomputed) -> Callable
     return hook
 
 
-def _loss(result: Any, generator: torch.Generator) -> Tensor:
+def _loss(result: Any, batch: Any, generator: torch.Generator) -> Tensor:
     """The sum over tokens, so that batches of all sizes count alike."""
     output = output_of(result)
-    if not gives_logits(result):
-        # Random directions: the expected squared gradient is that of the output's squared error.
-        signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1)
-        return (output.float() * signs.to(output.device)).sum()
-    return drawn_loss(output, generator)
+    kept = counted(batch, output)
+    if gives_logits(result):
+        return drawn_loss(output, generator, kept)
+    # Random directions: the expected squared gradient is that of the output's squared error.
+    signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1)
+    moved = output.float() * signs.to(output.device)
+    return moved.sum() if kept is None else moved.flatten(0, -2)[kept.to(moved.device)].sum()
 
 
 GUIDED = Method(

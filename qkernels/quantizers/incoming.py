@@ -18,7 +18,7 @@ from qkernels.modules.experts import FusedExperts, fused_experts, unfuse
 from qkernels.modules.kinds import is_conv1d, take_place_of
 from qkernels.modules.linear import WQLinear
 from qkernels.quantizers.embeddings import EmbeddingForms
-from qkernels.quantizers.making import build_layer
+from qkernels.quantizers.making import build_layer, planned_kind
 from qkernels.quantizers.method import LayerTask
 from qkernels.quantizers.plan import LayerPlan
 from qkernels.quantizers.recipe import Recipe
@@ -105,10 +105,11 @@ class IncomingLayers:
         for name, place in self._places.items():
             n, k = place.weight_of(self._model.get_parameter(place.parameter)).shape
             other = "an expert of a fused parameter" if place.fused is not None else None
-            found[name] = replace(
-                WeightKind.of_scheme(self._plan.schemes[name]),
-                shape=(n, k),
-                instead_of="a Conv1D" if is_conv1d(place.module) else other,
+            found[name] = planned_kind(
+                self._plan.schemes[name],
+                self._recipe.quantizing,
+                (n, k),
+                "a Conv1D" if is_conv1d(place.module) else other,
             )
         return found
 

@@ -24,6 +24,7 @@ class Plan:
         batches: calibration batches, or None.
         observer: finds the range of static activations.
         processes: that calibrate together, each with batches of its own.
+        no_factors: why layers may have no factor of their input, or None.
     """
 
     recipe: Recipe
@@ -33,6 +34,7 @@ class Plan:
     check_kernels: bool = True
     observer: ObserverChoice = DEFAULT_OBSERVER
     processes: Processes = ALONE
+    no_factors: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from qkernels.calibration.statistics import LayerInputs
+from qkernels.checkpoints.format import WeightKind
 from qkernels.errors import QuantizationError
 from qkernels.modules import WQLinear
 from qkernels.quantizers.job import Outcome, Plan
 from qkernels.quantizers.method import LayerTask
 from qkernels.quantizers.recipe import Part
 from qkernels.quantizers.static_inputs import with_zero, without_inputs, without_zero, x_parameters
+from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight, WeightParameters
 
 
@@ -38,6 +41,25 @@ def layer_task(
         inputs=own,
         input_factor=input_factor,
         **x_parameters(scheme, plan.observer, own, layer.weight.detach()),
+    )
+
+
+def planned_kind(
+    scheme: QuantScheme, part: Part, shape: tuple[int, int], instead_of: str | None
+) -> WeightKind:
+    """What is known of a layer before it is quantized.
+
+    Args:
+        part: what will quantize it.
+        instead_of: as `WeightKind` has it.
+    """
+    kind = WeightKind.of_scheme(scheme)
+    return replace(
+        kind,
+        fields=kind.fields | part.method.adds(part.parameters),
+        shape=shape,
+        real_zeros=part.method.real_zeros(part.parameters),
+        instead_of=instead_of,
     )
 
 

@@ -107,11 +107,15 @@ class BlockTask:
         """Multiplies what reaches one of `layers` by a factor, and divides its weight by that.
 
         For what nothing in front of the layer can take: the quantized layer has an `input_factor`.
+        Where it may not, because the format that the model is for holds none or another module has
+        the same weight, nothing is done.
 
         Args:
             layer: its name in the model.
             factor: fp32 [K], > 0.
         """
+        if not self.changes.may_scale_inputs(layer):
+            return
         weight = self.layers[layer].weight.detach()
         self.changes.rewrite(f"{layer}.weight", weight.float() / factor)
         self.changes.scale_inputs(layer, factor)
@@ -153,9 +157,17 @@ class ModelTask:
     def scale_inputs(self, layer: str, factor: Tensor) -> None:
         """Multiplies what reaches one of `layers`, an `nn.Linear`, by a factor fp32 [K] > 0, and
         divides its weight by that; before the first block. See `BlockTask.scale_inputs`."""
+        if not self.changes.may_scale_inputs(layer):
+            return
         weight = self.layers[layer].get_parameter("weight").detach()
         self.changes.rewrite_model(f"{layer}.weight", weight.float() / factor)
         self.changes.scale_model_inputs(layer, factor)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for one that no generator takes."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be 0 or more and fit 63 bits, got {seed}")
 
 
 def no_statistics(scheme: QuantScheme, parameters: Any) -> Needs:
@@ -184,6 +196,16 @@ def needs_batches(parameters: Any) -> bool:
 
 def zeros_are_codes(parameters: Any) -> bool:
     """For methods whose zero points are integers."""
+    return False
+
+
+def no_more_fields(parameters: Any) -> frozenset[str]:
+    """For methods whose weights are what their scheme says."""
+    return frozenset()
+
+
+def folds_what_it_scales(parameters: Any) -> bool:
+    """For methods that leave inputs as they are, or let what is in front of a layer scale them."""
     return False
 
 
@@ -226,6 +248,8 @@ class Method:
         draws_tokens: parameters -> whether its statistics are of tokens drawn at random where no
             batches are given; it does without them where the model embeds none.
         real_zeros: parameters -> whether its zero points are no integers.
+        adds: parameters -> the fields that its weights have beyond those of their scheme.
+        scales_inputs: parameters -> whether layers may get a factor of their input.
         rewrites_embeddings: parameters -> whether it does, so that these must stay in 16 bits.
         why_not: (scheme, parameters) -> the reason, in a user's words, why it cannot make that
             scheme, or None.
@@ -249,6 +273,8 @@ class Method:
     in_stages: Callable[[Any], bool] = at_once
     draws_tokens: Callable[[Any], bool] = needs_batches
     real_zeros: Callable[[Any], bool] = zeros_are_codes
+    adds: Callable[[Any], frozenset[str]] = no_more_fields
+    scales_inputs: Callable[[Any], bool] = folds_what_it_scales
     rewrites_embeddings: Callable[[Any], bool] = no_embeddings
     why_not: Callable[[QuantScheme, Any], str | None] = any_scheme
     why_idle: Callable[[Collection[QuantScheme], Any], str | None] = always_at_work

@@ -22,7 +22,7 @@ from qkernels.calibration.ranges import Numbers
 from qkernels.calibration.synthetic import random_tokens, why_no_tokens
 from qkernels.checkpoints import mark_quantized
 from qkernels.checkpoints.format import WeightKind
-from qkernels.checkpoints.table import check_holds
+from qkernels.checkpoints.table import FORMATS, check_holds
 from qkernels.checkpoints.written import check_writes
 from qkernels.errors import LayerError, SchemeError
 from qkernels.modules.kinds import become, is_plain_linear
@@ -32,6 +32,7 @@ from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
 from qkernels.quantizers.gradients import pieces
 from qkernels.quantizers.job import Outcome, Plan
 from qkernels.quantizers.linear_forms import LinearForms
+from qkernels.quantizers.making import planned_kind
 from qkernels.quantizers.plan import LayerPlan, plan_layers
 from qkernels.quantizers.recipe import Recipe
 from qkernels.quantizers.report import LayerReport, QuantizationReport
@@ -158,6 +159,7 @@ def quantize_model(
                 kinds = kinds_of(model, plan, forms)
                 check_holds(format, embedding_kinds(model, layers.embeddings))
                 check_writes(format, model, kinds)
+                plan = for_format(plan, format, kinds)
             for name in plan.schemes:
                 weight = cast(nn.Linear, model.get_submodule(name)).weight
                 rounding.check_weight(weight.detach(), f"{name}.weight")
@@ -252,24 +254,31 @@ def _embeddings(layers: LayerPlan) -> dict[str, QuantScheme]:
 
 def kinds_of(model: nn.Module, plan: Plan, forms: LinearForms) -> dict[str, WeightKind]:
     """What is known of the layers before they are quantized."""
-    layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in plan.schemes}
-    part = plan.recipe.quantizing
-    return {
-        name: replace(
-            WeightKind.of_scheme(plan.schemes[name]),
-            shape=(layer.out_features, layer.in_features),
-            real_zeros=part.method.real_zeros(part.parameters),
-            instead_of=forms.instead_of(name),
-        )
-        for name, layer in layers.items()
-    }
+    found = {}
+    for name, scheme in plan.schemes.items():
+        layer = cast(nn.Linear, model.get_submodule(name))
+        shape = layer.out_features, layer.in_features
+        found[name] = planned_kind(scheme, plan.recipe.quantizing, shape, forms.instead_of(name))
+    return found
+
+
+def for_format(plan: Plan, format: str, kinds: Mapping[str, WeightKind]) -> Plan:
+    """The plan of a model that is to be saved in `format`, which may hold no factors of inputs."""
+    parts = plan.recipe.parts
+    if not any(part.method.scales_inputs(part.parameters) for part in parts):
+        return plan
+    factor = frozenset({"input_factor"})
+    reason = FORMATS[format].why_not_all(
+        {name: replace(kind, fields=kind.fields | factor) for name, kind in kinds.items()}
+    )
+    return plan if reason is None else replace(plan, no_factors=f"{format} {reason}")
 
 
 def _identity(layers: LayerPlan, plan: Plan, fingerprint: str) -> dict[str, Any]:
     """What makes a run the same as another, but for its batches; with keys of `WHAT_DIFFERS`."""
     schemes = {**plan.schemes, **_embeddings(layers)}
     return {
-        "recipe": str(plan.recipe),
+        "recipe": str(plan.recipe) + ("" if plan.no_factors is None else ", inputs as they are"),
         "observer": str(plan.observer),
         "backend": plan.backend,
         "schemes": {name: str(scheme) for name, scheme in schemes.items()},

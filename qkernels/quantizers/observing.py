@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from qkernels.calibration.batches import Tokens
 from qkernels.calibration.observe import Stage, observe, stages
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.calibration.walks import Walk
@@ -29,6 +30,7 @@ class Observation:
         self._model, self._plan, self._walk = model, plan, walk
         self._row_weights = row_weights
         self._first_batch = plan.processes.first_batch(len(plan.batches or ()))
+        self._tokens = [Tokens.of(batch) for batch in plan.batches or ()]
         self._warned = False
 
     def stages(self, part: Part, layers: Mapping[str, nn.Linear]) -> list[Stage]:
@@ -63,6 +65,7 @@ class Observation:
             self._row_weights,
             self._plan.processes,
             self._first_batch,
+            self._tokens,
         )
         for name, inputs in found.items():
             if not inputs.finite:

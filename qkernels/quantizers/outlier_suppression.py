@@ -164,5 +164,6 @@ OUTLIER_SUPPRESSION = Method(
     name="outlier_suppression",
     title="norms' weights moved behind the rounding of activations",
     prepare_model=_prepare,
+    scales_inputs=lambda parameters: True,
     why_idle=_why_idle,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibration.batches import Tokens
 from qkernels.errors import LayerError
 from qkernels.modules.heads import input_embedding
 from qkernels.quantizers.method import ModelTask
@@ -26,7 +27,13 @@ def few_tokens(task: ModelTask, method: str) -> Any:
         if isinstance(batch, Tensor) and batch.dim() == 2 and not batch.is_floating_point():
             return batch[:_ROWS, :_TOKENS]
         if isinstance(batch, Mapping) and _are_all_tokens(batch.values()):
-            return {key: tokens[:_ROWS, :_TOKENS] for key, tokens in batch.items()}
+            kept = Tokens.of(batch).kept
+            if kept is None:
+                return {key: tokens[:_ROWS, :_TOKENS] for key, tokens in batch.items()}
+            # Of one sequence, without its padding.
+            row = int(kept.sum(dim=1).argmax())
+            own = kept[row]
+            return {key: v[row : row + 1, own][:, :_TOKENS] for key, v in batch.items()}
         return batch
     embedding = input_embedding(task.model) or next(
         (module for module in task.model.modules() if isinstance(module, nn.Embedding)), None

@@ -17,7 +17,8 @@ _FOUND: WeakKeyDictionary[Walk, dict[_Structure, list[Neighbours]]] = WeakKeyDic
 
 
 def neighbours_of(task: BlockTask) -> list[Neighbours]:
-    """All in the block, norms first; none where no batch reaches it."""
+    """All in the block, norms first; none where no batch reaches it, and none of modules that have
+    a parameter together with others."""
     structure = frozenset((name, p.shape) for name, p in task.module.named_parameters())
     found = _FOUND.setdefault(task.walk, {})
 
@@ -35,7 +36,15 @@ def neighbours_of(task: BlockTask) -> list[Neighbours]:
     if seen is None:
         return []
     found[structure] = seen
-    return seen
+    return [one for one in seen if not _is_shared(task, one)]
+
+
+def _is_shared(task: BlockTask, found: Neighbours) -> bool:
+    names = [f"{task.name}.{name}".lstrip(".") for name in (found.producer, *found.consumers)]
+    producer = task.module.get_submodule(found.producer)
+    own = [key for key, value in producer._parameters.items() if value is not None]
+    parameters = [*(f"{names[0]}.{key}" for key in own), *(f"{name}.weight" for name in names[1:])]
+    return any(task.changes.is_shared(name) for name in parameters)
 
 
 def consumers_of(task: BlockTask, found: Neighbours) -> list[str]:

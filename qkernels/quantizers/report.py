@@ -121,6 +121,8 @@ def compare(
     output_error = None
     if rows is not None:
         with torch.no_grad():
+            # Under autocast it may have met them in another type.
+            rows = rows.to(layer.weight.dtype)
             bias = layer.bias if isinstance(layer, nn.Linear) else None
             exact = nn.functional.linear(rows, layer.weight, bias).double()
             own = rows if input_factor is None else rows.float() / input_factor

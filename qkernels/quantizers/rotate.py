@@ -39,7 +39,7 @@ from qkernels.modules.experts import expert_name, fused_experts
 from qkernels.modules.kinds import is_conv1d
 from qkernels.quantizers.hadamard import Rotation
 from qkernels.quantizers.linear_forms import LinearForms
-from qkernels.quantizers.method import Method, ModelTask
+from qkernels.quantizers.method import Method, ModelTask, check_seed
 from qkernels.quantizers.probe import few_tokens
 
 _SAME = 2**-10
@@ -65,8 +65,7 @@ class RotateParameters:
     def __post_init__(self) -> None:
         if not (self.r1 or self.r2):
             raise ValueError("r1 and r2 are both false: nothing is left to rotate")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be 0 or more and fit 63 bits, got {self.seed}")
+        check_seed(self.seed)
 
 
 def _prepare_model(task: ModelTask, parameters: RotateParameters) -> None:

@@ -196,5 +196,6 @@ SMOOTHQUANT = Method(
     parameters=SmoothQuantParameters,
     statistics=_statistics,
     prepare_block=_prepare,
+    scales_inputs=lambda parameters: not parameters.fold,
     why_idle=_why_idle,
 )

@@ -39,6 +39,7 @@ from qkernels.quantizers.embeddings import EmbeddingForms, embedding_kinds
 from qkernels.quantizers.job import Outcome
 from qkernels.quantizers.model import (
     calibration_of,
+    for_format,
     kinds_of,
     open_folder,
     plan_run,
@@ -185,7 +186,9 @@ def stream(
     _check_streams(model, recipe)
     residence = StreamedBlocks(folder, plan.schemes)
     check_holds(format, embedding_kinds(model, layers.embeddings))
-    check_writes(format, model, kinds_of(model, plan, residence.forms))
+    kinds = kinds_of(model, plan, residence.forms)
+    check_writes(format, model, kinds)
+    plan = for_format(plan, format, kinds)
     blocks = find_blocks(model, plan.schemes) if plan.schemes else []
     with _refusing():
         check_apart(model, blocks)

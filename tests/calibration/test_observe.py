@@ -1,10 +1,12 @@
 """What is collected of layers, and which are quantized together where a method works in stages."""
 
+import pytest
 import torch
 from torch import nn
 
+from qkernels.calibration.batches import Tokens
 from qkernels.calibration.blocks import Block
-from qkernels.calibration.observe import observe, stages
+from qkernels.calibration.observe import observe, of_one_token, stages
 from qkernels.calibration.statistics import STATISTICS, Needs
 from qkernels.calibration.walks import DENSE, WholeModel
 
@@ -104,7 +106,7 @@ class Scripted:
             self.layer(torch.full((rows, 16), float(value)))
 
 
-def test_rows_of_both_chains_are_paired_where_they_are_as_many(monkeypatch):
+def test_rows_of_both_chains_are_paired_call_by_call(monkeypatch):
     monkeypatch.setitem(STATISTICS, "pairs", Pairs)
     layer = nn.Linear(16, 4)
     calls = {
@@ -120,7 +122,107 @@ def test_rows_of_both_chains_are_paired_where_they_are_as_many(monkeypatch):
     walk, names = Scripted(layer, calls), ("pairs",)
     needs = {"a": Needs(paired=names, dense=("minmax",)), "b": Needs()}
     found = observe(walk, {"a": layer, "b": nn.Linear(16, 4)}, needs)
-    assert found["a"].paired["pairs"].seen == [(20, 10), (20, 10), (22, 12), (27, 17)]
+    # Of calls with other numbers of rows, those that are each other's nearest.
+    pairs = [(20, 10), (20, 10), (22, 12), (23, 13), (27, 17)]
+    assert found["a"].paired["pairs"].seen == pairs
     assert found["a"].rows == 2 + 4 + 2 + 1 and found["b"].rows == 0
     assert float(found["a"].dense["minmax"].high) == 17
     assert DENSE == "dense" and "forward" not in vars(layer)
+
+
+class TestRowsOfOneToken:
+    """Experts are given other tokens in the dense model than in the quantized one."""
+
+    def rows(self, count=200):
+        generator = torch.Generator().manual_seed(0)
+        dense = torch.randn(count, 32, generator=generator)
+        return dense + 0.3 * torch.randn(count, 32, generator=generator), dense
+
+    def test_in_one_order_they_are_taken_as_they_stand(self):
+        x, dense = self.rows()
+        found, twins = of_one_token(x, dense)
+        assert found is x and twins is dense
+
+    def test_a_token_that_comes_twice_has_two_twins(self):
+        x, dense = self.rows()
+        x, dense = (torch.cat((part, part[:40])) for part in (x, dense))
+        found, twins = of_one_token(x, dense)
+        assert found is x and twins is dense
+
+    @pytest.mark.parametrize("gone", [[0], [199], [3, 77, 150]])
+    def test_as_many_rows_of_other_tokens(self, gone):
+        more_x, more = self.rows(200 + len(gone))
+        kept = torch.tensor([i for i in range(200 + len(gone)) if i not in gone])
+        # Those that the quantized model does not give the expert; the dense one lacks the last.
+        found, twins = of_one_token(more_x[kept], more[:200])
+        number = {tuple(row.tolist()): i for i, row in enumerate(more_x)}
+        other = {tuple(row.tolist()): i for i, row in enumerate(more)}
+        pairs = [
+            (number[tuple(a.tolist())], other[tuple(b.tolist())])
+            for a, b in zip(found, twins, strict=True)
+        ]
+        assert all(a == b for a, b in pairs)
+        assert len(pairs) >= 200 - len(gone) - 1
+
+    def test_another_order(self):
+        x, dense = self.rows()
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+        found, twins = of_one_token(x[order], dense)
+        assert len(found) == 200 and torch.equal(twins, dense[order])
+
+
+def test_padding_is_left_out():
+    layer = nn.Linear(16, 4)
+    x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    x[mask == 0] = 1000
+    tokens = [Tokens.of({"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": mask})]
+
+    class Once:
+        def batches(self, chain):
+            return [0] if chain == "quantized" else []
+
+        def run(self, batch, chain="quantized"):
+            layer(x)
+            # As models that flatten their tokens give it.
+            layer(x.flatten(0, 1))
+
+    needs = {"a": Needs(quantized=("gram", "minmax", "rows"))}
+    found = observe(Once(), {"a": layer}, needs, tokens=tokens)["a"]
+    rows = x[mask == 1]
+    assert found.rows == 2 * len(rows) == len(found.quantized["rows"].rows)
+    assert torch.allclose(found.quantized["gram"].matrix, 2 * rows.T @ rows, rtol=1e-4, atol=1e-4)
+    assert float(found.quantized["minmax"].high) == float(rows.max())
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.zeros(2, 5, dtype=torch.long),
+        {"input_ids": torch.zeros(2, 5), "attention_mask": torch.ones(2, 5)},
+        # The mask does not speak of what the decoder is given.
+        {
+            "input_ids": torch.zeros(2, 5),
+            "attention_mask": torch.zeros(2, 5),
+            "decoder_input_ids": torch.zeros(2, 5),
+        },
+    ],
+)
+def test_batches_without_padding(batch):
+    tokens = Tokens.of(batch)
+    assert tokens.count == 10 and tokens.kept is None
+
+
+def test_numbers_that_are_not_finite_are_seen_where_nothing_is_summed():
+    layer, x = nn.Linear(16, 4), torch.randn(300, 16)
+    x[270, 3] = float("nan")
+
+    class Once:
+        def batches(self, chain):
+            return [0] if chain == "quantized" else []
+
+        def run(self, batch, chain="quantized"):
+            layer(x)
+
+    found = observe(Once(), {"a": layer}, {"a": Needs(quantized=("rows",))})
+    assert not found["a"].finite

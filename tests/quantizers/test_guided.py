@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import qkernels as qk
+from qkernels.calibration.batches import Tokens
 from qkernels.errors import LayerError, RecipeError
 from qkernels.quantizers import guided
 from qkernels.quantizers.changes import Changes
@@ -31,7 +32,7 @@ def weights_of(model, batches, **parameters):
 
 def test_weights_are_squared_gradients_of_the_outputs(monkeypatch):
     model, batches = tiny_model(), calibration()
-    monkeypatch.setattr(guided, "_loss", lambda result, _: result.logits.square().sum())
+    monkeypatch.setattr(guided, "_loss", lambda result, *_: result.logits.square().sum())
     found = weights_of(model, batches, most=1e9)
     name = "model.layers.1.mlp.up_proj"
     layer, squares = model.get_submodule(name), []
@@ -119,4 +120,7 @@ def test_rows_are_kept_by_batch_in_the_order_of_calls():
     mean = (2 * 1 + 4 * 2 + 3 * 3) / 9
     torch.testing.assert_close(weights[0] * mean, torch.tensor([1.0, 1, 3, 3, 3]))
     torch.testing.assert_close(weights[1] * mean, torch.tensor([2.0] * 4))
-    assert guided._Squares(5).weights(guided.GuidedParameters()) is None
+    assert squares.are_of([Tokens(5), Tokens(4)])
+    # Of layers that are given some of the tokens it is not known which they are.
+    assert not squares.are_of([Tokens(6), Tokens(4)]) and not squares.are_of([Tokens(5)] * 3)
+    assert not guided._Squares(5).are_of([])
