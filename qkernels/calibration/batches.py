@@ -1,14 +1,17 @@
-"""What a calibration batch says of its tokens: how many there are, and which are padding."""
+"""Calibration batches: what may be one, and what it says of its tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from qkernels.errors import LayerError
+from qkernels.modules.heads import input_embedding
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -21,6 +24,63 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_of(item)
+
+
+def checked(calibration: Iterable[Any]) -> list[Any]:
+    """The batches, in the form that `calibration.forwards.run_batch` takes.
+
+    Raises:
+        LayerError: for what is no batches, naming the one that is none.
+    """
+    if isinstance(calibration, str | Tensor | Mapping):
+        what = "a text" if isinstance(calibration, str) else "one batch"
+        raise LayerError(
+            f"calibration is a list of batches, got {what} ({_brief(calibration)}): give [batch]"
+        )
+    batches = list(calibration)
+    if not batches:
+        raise LayerError("calibration holds no batch")
+    for number, batch in enumerate(batches):
+        found = list(tensors_of(batch))
+        if not found:
+            raise LayerError(
+                f"calibration batch {number} holds no tensor ({_brief(batch)}): give tensors of "
+                "token ids, or tuples or dicts of the model's arguments"
+            )
+        empty = next((tensor for tensor in found if not tensor.numel()), None)
+        if empty is not None:
+            raise LayerError(f"calibration batch {number} is empty: {_brief(empty)}")
+    return batches
+
+
+def check_tokens(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Raises LayerError for batches whose token ids a model of Transformers does not know."""
+    embedding = input_embedding(model)
+    if not isinstance(embedding, nn.Embedding):
+        return
+    for number, batch in enumerate(batches):
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        ids = next(tensors_of(ids), None)
+        if ids is None:
+            continue
+        if ids.is_floating_point():
+            raise LayerError(
+                f"calibration batch {number} holds {_brief(ids)} where the model takes token ids"
+            )
+        least, most = int(ids.min()), int(ids.max())
+        if least < 0 or most >= embedding.num_embeddings:
+            wrong = least if least < 0 else most
+            raise LayerError(
+                f"calibration batch {number} holds the token {wrong}, and the model knows 0 to "
+                f"{embedding.num_embeddings - 1}: is it of another tokenizer?"
+            )
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}".removeprefix("torch.")
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:40] + '...'}"
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ class Processes:
         self._group = group
         self.rank, self.size = 0, 1
         if group is not None:
+            if not isinstance(group, torch.distributed.ProcessGroup):
+                raise LayerError(
+                    f"process_group is {group!r}: give a group of torch.distributed, such as "
+                    "torch.distributed.group.WORLD once init_process_group was called"
+                )
             self.rank = torch.distributed.get_rank(group)
             self.size = torch.distributed.get_world_size(group)
             if self.rank < 0:

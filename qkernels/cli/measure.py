@@ -56,8 +56,8 @@ def evaluate(
 
     if layers is not None and against is None:
         raise QuantizationError("--layers compares with the dense model: name it by --against")
-    if json is not None and not json.absolute().parent.is_dir():
-        raise QuantizationError(f"the folder of {json} does not exist: make it")
+    if json is not None:
+        models.check_file(json)
     content = evaluation.read_text(text or evaluation.SHIPPED_TEXT)
     network, tokenizer = _load(model, scheme, dtype, device, causal=against is None)
     rows = table("what", "value")

@@ -55,18 +55,18 @@ def sensitivity(
 ) -> None:
     """Choose a scheme for each layer under a budget of bits, for `quantize --overrides`."""
     from qkernels.cli.quantize import batches_of
-    from qkernels.errors import QuantizationError
     from qkernels.models.evaluation import SHIPPED_CALIBRATION, read_text
     from qkernels.quantizers.mixture import mix
     from qkernels.quantizers.recipe import Recipe
-    from qkernels.quantizers.sensitivity import measure_sensitivity
+    from qkernels.quantizers.sensitivity import check_judges, measure_sensitivity
     from qkernels.scheme import QuantScheme
 
     parsed = [QuantScheme.parse(scheme.strip()) for scheme in split_schemes(schemes)]
-    Recipe.parse(method)
+    for scheme in parsed:
+        check_judges(Recipe.parse(method), scheme)
     for path in (out, picture):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise QuantizationError(f"the folder {path.absolute().parent} does not exist: make it")
+        if path is not None:
+            models.check_file(path)
     text = read_text(calibration or SHIPPED_CALIBRATION)
     network, tokenizer = models.load(model, dtype, device, dense=True)
     place = next(network.parameters()).device
@@ -79,6 +79,7 @@ def sensitivity(
             include=include,
             exclude=exclude,
             method=method,
+            budget=budget,
             progress=update,
         )
     mixture = mix(found, budget, together=together)

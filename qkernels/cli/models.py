@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from enum import Enum
@@ -152,6 +153,19 @@ def stream_with_bar(folder: DenseFolder, scheme: qk.QuantScheme, **options: Any)
 
     with progress_bar(f"quantizing to {scheme}") as update:
         return stream(folder, options.pop("method"), scheme, progress=update, **options)
+
+
+def check_file(path: Path) -> None:
+    """Raises where a file that is written in the end could not be."""
+    from qkernels.errors import QuantizationError
+
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise QuantizationError(f"the folder {parent} does not exist: make it")
+    if path.is_dir():
+        raise QuantizationError(f"{path} is a folder: name a file")
+    if not os.access(path if path.exists() else parent, os.W_OK):
+        raise QuantizationError(f"{path} cannot be written to: name another file")
 
 
 def check_takes_text(model: Any, remedy: str) -> None:

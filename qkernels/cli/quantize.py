@@ -154,9 +154,11 @@ def quantize(
     for part, wanted in ends.items():
         check_scheme(format, wanted, instead_of="an embedding" if part == "embedding" else None)
     reads = text is not None or has_tokenizer(model)
-    if stream:
-        kept = unfinished(out) if resume is None else resume
+    kept = unfinished(out) if stream and resume is None else resume
+    if kept is not None:
         check_apart_from(kept, model, out)
+    if stream:
+        assert kept is not None
         folder, tokenizer = models.open_folder(model, dtype, device, tokenizer=reads)
         network = folder.model
     else:
@@ -190,6 +192,7 @@ def quantize(
             report, size = streamed.report, streamed.shard_size()
             write_folder(streamed.plan, companions, out, force, size)
             if resume is None:
+                assert kept is not None
                 shutil.rmtree(kept)
     print_report(report, report.numbers * dtype.dtype.itemsize, out)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qkernels.calibration.blocks import Block
@@ -105,7 +106,7 @@ class Changes:
         """Gives a parameter new values, rounded to its type, in memory of their own."""
         parameter = self._model.get_parameter(name)
         assert values.shape == parameter.shape, name
-        values = values.detach().to(parameter.device, parameter.dtype, copy=True)
+        values = _copied(values, parameter)
         before = parameter.data if self._kept else values
         original, _ = self._present.parameters.get(name, (before, None))
         self._present.parameters[name] = original, values
@@ -155,7 +156,7 @@ class Changes:
         parameter = self._model.get_parameter(name)
         assert values.shape == parameter.shape, name
         self._before.setdefault(name, parameter.data)
-        parameter.data = values.detach().to(parameter.device, parameter.dtype, copy=True)
+        parameter.data = _copied(values, parameter)
 
     def scale_model_inputs(self, name: str, factor: Tensor) -> None:
         """Like `scale_inputs`, before the first block begins; only `undo` takes it back."""
@@ -256,3 +257,9 @@ class Changes:
     def _show_layers(self, layers: Mapping[str, tuple[nn.Module, nn.Module]], which: int) -> None:
         for name, both in layers.items():
             self._model.set_submodule(name, both[which])
+
+
+def _copied(values: Tensor, parameter: Tensor) -> Tensor:
+    # What is made in inference mode is of no use to those that want gradients of it later.
+    with torch.inference_mode(False), torch.no_grad():
+        return values.detach().to(parameter.device, parameter.dtype, copy=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from qkernels.errors import QuantizationError, SchemeError
 from qkernels.quantizers.allocation import allocate
-from qkernels.quantizers.sensitivity import Sensitivity
+from qkernels.quantizers.sensitivity import Sensitivity, check_budget
 from qkernels.scheme import QuantScheme
 
 
@@ -61,11 +61,7 @@ def mix(sensitivity: Sensitivity, budget: float, *, together: bool = False) -> M
     choices = {name: layer.choices for name, layer in sensitivity.layers.items()}
     numbers = sensitivity.numbers
     least = sum(min(c.bits for c in layer.choices) for layer in sensitivity.layers.values())
-    if least > budget * numbers:
-        raise QuantizationError(
-            f"a budget of {budget:g} bits a weight is too small: with scales and zero points the "
-            f"least of these schemes takes {least / numbers:.4f}"
-        )
+    check_budget(budget, least, numbers)
     taken = allocate(choices, int(budget * numbers), groups.values())
     return Mixture(
         {name: choice.scheme for name, choice in taken.items()},

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from qkernels import rounding
+from qkernels.calibration.batches import check_tokens, checked
 from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
 from qkernels.calibration.ranges import Numbers
@@ -85,7 +86,8 @@ def quantize_model(
             they would be static.
         observer: what finds the range of static activations: an observer of `qkernels list
             observers` with its parameters, such as "percentile(percent=99.9)".
-        process_group: of `torch.distributed`, such as `torch.distributed.group.WORLD`: its
+        process_group: of `torch.distributed`, such as `torch.distributed.group.WORLD`, which is
+            None, this process alone, before `init_process_group`: its
             processes all call this with the same model and arguments, each with calibration batches
             of its own, which may be more or fewer than others'. Each gets the codes that one
             process would make of all batches, those of the first process first, but for what the
@@ -152,8 +154,10 @@ def quantize_model(
         layers = plan_layers(model, default, include, exclude, parsed)
         batches = calibration_of(model, recipe, layers, calibration)
         plan = plan_run(layers, recipe, choice, batches, backend, check_kernels, processes)
+        check_tokens(model, plan.batches or ())
         _check_shared(recipe, processes, resume)
         forms = LinearForms(model, plan.schemes)
+        folder = None
         try:
             if format is not None:
                 kinds = kinds_of(model, plan, forms)
@@ -166,13 +170,15 @@ def quantize_model(
             looked_up = EmbeddingForms(model, layers.embeddings)
             if processes.size > 1:
                 _check_alike(layers, plan, fingerprint_model(model))
-            folder = None
             if resume is not None:
                 folder = open_folder(resume, layers, plan, fingerprint_model(model))
             outcome = drive(model, plan, progress, folder) if plan.schemes else Outcome(None)
         except BaseException:
             forms.undo()
             raise
+        finally:
+            if folder is not None:
+                folder.close()
         forms.finish()
         reports = looked_up.put(outcome.layers)
         mark_quantized(model)
@@ -221,14 +227,7 @@ def plan_run(
                 f"{', '.join(embeddings)}"
             )
     _check_observer(observer, layers.schemes)
-    if isinstance(calibration, str):
-        raise LayerError(
-            f'calibration is {calibration!r}: give batches; "random" is for models in memory'
-        )
-    batches = None if calibration is None else list(calibration)
-    if batches is not None and not batches:
-        raise LayerError("calibration holds no batch")
-    batches = None if batches is None else _cut(batches, recipe)
+    batches = None if calibration is None else _cut(checked(calibration), recipe)
     return Plan(recipe, layers.schemes, batches, backend, check_kernels, observer, processes)
 
 

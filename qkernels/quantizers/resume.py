@@ -13,6 +13,7 @@ import ctypes
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ class FinishedBlock:
 
 
 class ResumeFolder:
-    """The finished blocks of one run.
+    """The finished blocks of one run, which no other run may use until `close` is called.
 
     Args:
         folder: made where it is missing.
@@ -71,7 +72,7 @@ class ResumeFolder:
 
     Raises:
         CheckpointError: for a folder of another run, naming what differs, of something else, or
-            whose run.json is damaged.
+            whose run.json is damaged; for one that another run uses.
     """
 
     def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
@@ -80,17 +81,26 @@ class ResumeFolder:
         if self._folder.exists() and not self._folder.is_dir():
             raise CheckpointError(f"cannot resume from {folder}: it is no folder")
         self._folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self._folder.glob(f"*{_ASIDE}"):
-            left_over.unlink()
+        handle = _hold(self._folder)
+        self._let_go = None if handle is None else weakref.finalize(self, os.close, handle)
+        left_over = {*self._folder.glob(f"block-*.safetensors{_ASIDE}")}
+        left_over |= {*self._folder.glob(RUN_FILE + _ASIDE)}
         if (self._folder / RUN_FILE).exists():
             self._check_same_run()
-        elif any(self._folder.iterdir()):
+        elif {*self._folder.iterdir()} - left_over:
             raise CheckpointError(
                 f"cannot resume from {folder}: it holds other files and no {RUN_FILE}; give an "
                 "empty folder to begin with"
             )
         else:
             self._write_run()
+        for file in left_over:
+            file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leaves the folder to others."""
+        if self._let_go is not None:
+            self._let_go()
 
     def take_whole_model(self, reason: str) -> None:
         """Begins again: blocks cannot be taken one by one, because of `reason`."""
@@ -191,6 +201,28 @@ class ResumeFolder:
                 f"cannot resume from {self._folder}: it is of a run that differs in {names}; give "
                 "another folder, or the same arguments"
             )
+
+
+def _hold(folder: Path) -> int | None:
+    """Keeps other runs off of a folder until the result is closed, or this process ends; None where
+    the system has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise CheckpointError(
+            f"another run uses {folder}: wait until it ends, or give another folder"
+        ) from None
+    except OSError:
+        # Of a file system without locks.
+        os.close(handle)
+        return None
+    return handle
 
 
 class OpenedBlock:

@@ -16,22 +16,29 @@ the gradient of a random projection of it.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from qkernels import rounding
+from qkernels.calibration.batches import check_tokens, checked
 from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.forwards import run_batch
 from qkernels.calibration.observe import calibrating
-from qkernels.errors import LayerError, QuantizationError
+from qkernels.errors import LayerError, QuantizationError, SchemeError
 from qkernels.progress import Progress, silent
 from qkernels.quantizers.allocation import Choice
-from qkernels.quantizers.gradients import drawn_loss, frozen
+from qkernels.quantizers.gradients import (
+    counted,
+    drawn_loss,
+    frozen,
+    gives_logits,
+    output_of,
+)
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.method import LayerTask
 from qkernels.quantizers.model import check_methods
@@ -39,6 +46,22 @@ from qkernels.quantizers.plan import plan_layers
 from qkernels.quantizers.recipe import Recipe
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight, WeightParameters, row_slices
+
+
+def check_judges(recipe: Recipe, scheme: QuantScheme) -> None:
+    """Raises SchemeError where a layer of that scheme, or a method, needs data to be judged."""
+    part = recipe.quantizing
+    if scheme.activation.is_static:
+        raise SchemeError(
+            f"{scheme} has static activations, which sensitivity does not calibrate: choose "
+            "schemes whose activations are scaled as they come"
+        )
+    if part.method.statistics(scheme, part.parameters) or part.method.quantize is None:
+        raise SchemeError(
+            f"{part} learns from inputs, and sensitivity judges methods that look at weights "
+            "alone, such as rtn"
+        )
+    check_methods(recipe, {"layers": scheme}, calibrated=False)
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,9 @@ class LayerSensitivity:
         n, k: of its weight.
         reads: the first layer that reads the same tensor: projections to q, k and v have the same.
         choices: with the loss in nats a token of a model with logits; the last leaves it as it is.
+            Of a layer that no gradient has reached, such as an expert that no token was given, the
+            losses are the mean of those of layers whose names differ in numbers alone; where none
+            of these was reached either, it stays as it is.
         same_as: the layer that it is, under another name; None where it is the first of that name.
             The bits and losses of such a layer are 0, since they count with the first.
     """
@@ -81,6 +107,7 @@ def measure_sensitivity(
     exclude: Sequence[str] | None = None,
     method: str = "rtn",
     seed: int = 0,
+    budget: float | None = None,
     progress: Progress = silent,
 ) -> Sensitivity:
     """What each linear layer of `model` loses under each scheme.
@@ -95,24 +122,27 @@ def measure_sensitivity(
         include, exclude: as of `quantize_model`.
         method: a recipe of one method that needs no calibration, whose errors are judged.
         seed: of the labels that the model draws.
+        budget: bits a weight that the layers are to have in the mean: what no choice fits is said
+            before the model runs.
         progress: called as progress(done, total, layer name), for layers and then for batches.
 
     Raises:
-        LayerError: for a layer that no gradient reaches, or whose gradient is not finite, without
-            batches, or where `method` learns from inputs.
-        SchemeError: for a scheme that does not parse or that the method does not make.
+        LayerError: where no gradient reaches any layer, or one that is not finite, or without
+            batches.
+        QuantizationError: for a `budget` that is too small.
+        SchemeError: for a scheme that does not parse or that the method does not make, and where
+            it needs data for that.
     """
     parsed = list(dict.fromkeys(QuantScheme.parse(scheme) for scheme in schemes))
     if not parsed:
         raise LayerError("no scheme to choose from is given")
-    recipe, batches = Recipe.parse(method), list(calibration)
+    recipe, batches = Recipe.parse(method), checked(calibration)
+    check_tokens(model, batches)
     if len(recipe.parts) > 1:
         raise LayerError(f"layers are judged under one method, got {recipe}")
-    if not batches:
-        raise LayerError("calibration holds no batch")
     names = list(plan_layers(model, parsed[0], include, exclude, {}).schemes)
     for scheme in parsed:
-        check_methods(recipe, dict.fromkeys(names, scheme), calibrated=False)
+        check_judges(recipe, scheme)
     forms = LinearForms(model, names)
     try:
         layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
@@ -124,6 +154,13 @@ def measure_sensitivity(
             progress(done, total, name)
             if id(layer) not in errors:
                 errors[id(layer)] = _Errors.of(name, layer, parsed, recipe)
+
+        if budget is not None:
+            check_budget(
+                budget,
+                sum(min(map(stored_bits, each.made)) for each in errors.values()),
+                sum(layer.weight.numel() for layer in {*layers.values()}),
+            )
 
         def batch_done(count: int) -> None:
             progress(len(layers) + count, total, "")
@@ -138,6 +175,22 @@ def measure_sensitivity(
     finally:
         forms.undo()
     return Sensitivity(found)
+
+
+def check_budget(budget: float, least: int, numbers: int) -> None:
+    """Raises QuantizationError where `budget` bits a weight are less than the fewest bits that all
+    take together, or no number."""
+    if not budget > 0:
+        raise QuantizationError(f"a budget is a number of bits a weight, got {budget:g}")
+    if least > budget * numbers:
+        raise QuantizationError(
+            f"a budget of {budget:g} bits a weight is too small: with scales and zero points the "
+            f"least of these schemes takes {least / numbers:.4f}"
+        )
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
 
 
 def _again(first: LayerSensitivity, name: str) -> LayerSensitivity:
@@ -214,7 +267,8 @@ class _Errors:
         n, k = layer.weight.shape
         choices = [
             Choice(str(scheme), stored_bits(made), float(loss) / tokens / 2)
-            for scheme, made, loss in zip(self.schemes, self.made, self.losses, strict=True)
+            # No losses where no gradient came.
+            for scheme, made, loss in zip(self.schemes, self.made, self.losses, strict=False)
         ]
         dense = Choice(None, 8 * layer.weight.element_size() * n * k, 0.0)
         return LayerSensitivity(n, k, self.reads or self.name, (*choices, dense))
@@ -249,7 +303,7 @@ def _look(
         for number, batch in enumerate(batches):
             readers.clear()
             done(number)
-            loss, rows, sequences[0] = _loss(run_batch(model, batch), generator)
+            loss, rows, sequences[0] = _loss(run_batch(model, batch), batch, generator)
             tokens += rows
             if loss.requires_grad:
                 loss.backward()
@@ -257,12 +311,14 @@ def _look(
             for each in errors.values():
                 each.end_batch()
         done(len(batches))
+    reached = [each for each in errors.values() if each.losses.numel()]
+    if not reached:
+        raise LayerError("no gradient of the model's output reaches any of the layers")
     for each in errors.values():
-        if not each.losses.numel():
-            raise LayerError(
-                f"{each.name}: no gradient of the model's output reaches it: exclude it, or give "
-                "batches that do"
-            )
+        like = [one.losses for one in reached if _kind(one.name) == _kind(each.name)]
+        if not each.losses.numel() and like:
+            each.losses = torch.stack(like).mean(dim=0)
+    for each in errors.values():
         if not each.losses.isfinite().all():
             raise LayerError(
                 f"{each.name}: a calibration batch gives it values that are not finite"
@@ -301,14 +357,15 @@ def _watch(
     return replace_forward(layer, forward)
 
 
-def _loss(output: Any, generator: torch.Generator) -> tuple[Tensor, int, int]:
+def _loss(result: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, int, int]:
     """The sum over tokens of what the model loses by labels of its own; tokens; sequences."""
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return drawn_loss(logits, generator), logits[..., 0].numel(), len(logits)
-    tensors = (part for part in tree_flatten(output)[0] if isinstance(part, Tensor))
-    first = next((part for part in tensors if part.is_floating_point()), None)
-    if first is None:
-        raise LayerError(f"the model gives a {type(output).__name__} without a floating tensor")
-    noise = torch.randn(first.shape, generator=generator).to(first.device)
-    return (first.float() * noise).sum(), first[..., 0].numel(), len(first)
+    output = output_of(result)
+    kept = counted(batch, output)
+    tokens = output[..., 0].numel() if kept is None else int(kept.sum())
+    if gives_logits(result):
+        return drawn_loss(output, generator, kept), tokens, len(output)
+    noise = torch.randn(output.shape, generator=generator).to(output.device)
+    moved = output.float() * noise
+    if kept is not None:
+        moved = moved.flatten(0, -2)[kept.to(moved.device)]
+    return moved.sum(), tokens, len(output)

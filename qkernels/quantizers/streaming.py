@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import rounding
+from qkernels.calibration.batches import check_tokens
 from qkernels.calibration.blocks import Block, find_blocks
 from qkernels.calibration.forwards import CannotFollow
 from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
@@ -183,6 +184,7 @@ def stream(
     layers = plan_layers(model, QuantScheme.parse(scheme), include, exclude, parsed)
     batches = calibration_of(model, recipe, layers, calibration, folder.device)
     plan = plan_run(layers, recipe, choice, batches, backend, check_kernels)
+    check_tokens(model, plan.batches or ())
     _check_streams(model, recipe)
     residence = StreamedBlocks(folder, plan.schemes)
     check_holds(format, embedding_kinds(model, layers.embeddings))
@@ -193,13 +195,14 @@ def stream(
     with _refusing():
         check_apart(model, blocks)
     run = open_folder(resume, layers, plan, fingerprint(_checked(folder, residence, blocks)))
-    alone = [n for e in layers.embeddings if e.head is None for n in e.names]
-    residence.hold(f"{name}.weight" for name in alone)
-    looked_up = EmbeddingForms(model, layers.embeddings)
-    if plan.batches is not None:
-        residence.hold_for_forward(blocks)
-    with _refusing():
-        outcome = drive(model, plan, progress, run, residence) if blocks else Outcome(None)
+    with contextlib.closing(run):
+        alone = [n for e in layers.embeddings if e.head is None for n in e.names]
+        residence.hold(f"{name}.weight" for name in alone)
+        looked_up = EmbeddingForms(model, layers.embeddings)
+        if plan.batches is not None:
+            residence.hold_for_forward(blocks)
+        with _refusing():
+            outcome = drive(model, plan, progress, run, residence) if blocks else Outcome(None)
     residence.forms.finish()
     reports = looked_up.put(outcome.layers)
     mark_quantized(model)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qkernels.calibration.blocks import find_blocks
-from qkernels.calibration.neighbours import find_neighbours, still_neighbours
+from qkernels.calibration.neighbours import Neighbours, find_neighbours, still_neighbours
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.plan import plan_layers
 from qkernels.scheme import QuantScheme
@@ -180,3 +180,22 @@ def test_an_expert_that_no_row_reached_is_a_neighbour_as_the_others_are():
     reached = [name for name in found["post_attention_layernorm"].consumers if name in found]
     assert set(found["post_attention_layernorm"].consumers) == {"mlp.gate", *EXPERTS}
     assert len(reached) == 2
+
+
+@pytest.mark.parametrize("producer", ["norm", "first"])
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_factors_go_to_the_device_of_what_they_scale(producer, plus_one):
+    """Here one without numbers, which refuses those of the CPU as a GPU does."""
+    block = nn.ModuleDict(
+        {
+            "norm": nn.LayerNorm(8, device="meta"),
+            "first": nn.Linear(8, 8, device="meta"),
+            "linear": nn.Linear(8, 4, device="meta"),
+        }
+    )
+    found = Neighbours(
+        producer, ("linear",), torch.zeros(8, dtype=torch.int64), 8, plus_one=plus_one
+    )
+    made = dict(found.rewritten(block, torch.ones(8)))
+    assert len(made) == 3
+    assert all(values.device.type == "meta" for values in made.values())

@@ -270,3 +270,31 @@ def test_what_it_does_not_make_is_named_beforehand():
 def test_parameters_out_of_range_are_named(text, what):
     with pytest.raises(RecipeError, match=what):
         Recipe.parse(text)
+
+
+@pytest.mark.parametrize("sequences", [1, 5, 6, 10, 16])
+def test_a_step_draws_no_batch_twice_and_all_as_often(sequences):
+    descent = object.__new__(autoround._Descent)
+    descent._parameters = autoround.AutoRoundParameters(batch=4)
+    descent._first = dict.fromkeys(range(sequences), 1.0)
+    descent._sequences = dict.fromkeys(range(sequences), 1)
+    steps = [step for step, _ in zip(descent._drawn(), range(40), strict=False)]
+    assert all(len(step) == len(set(step)) == min(4, sequences) for step in steps)
+    often = [sum(number in step for step in steps) for number in range(sequences)]
+    assert max(often) - min(often) <= 2
+
+
+def test_a_layer_of_zeros_stops_no_other():
+    losses = {}
+    for zeroed in (False, True):
+        model = fresh()
+        if zeroed:
+            model.blocks[0].down.weight.data.zero_()
+        report = qk.quantize_model(model, FEW, "w4a16-g24-dq", calibration=BATCHES)
+        losses[zeroed] = {layer.name: layer.output_error for layer in report.layers}
+    plain = fresh()
+    plain.blocks[0].down.weight.data.zero_()
+    report = qk.quantize_model(plain, "rtn", "w4a16-g24-dq", calibration=BATCHES)
+    nearest = {layer.name: layer.output_error for layer in report.layers}
+    assert losses[True]["blocks.0.down"] == 0
+    assert losses[True]["blocks.1.up"] != nearest["blocks.1.up"]

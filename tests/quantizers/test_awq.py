@@ -5,7 +5,7 @@ import torch
 
 import qkernels as qk
 from qkernels import rounding
-from qkernels.errors import RecipeError, SchemeError
+from qkernels.errors import CheckpointError, RecipeError, SchemeError
 from qkernels.quantizers.awq import AWQ, AwqParameters
 from qkernels.quantizers.hqq import HQQ, HqqParameters
 from qkernels.quantizers.method import LayerTask
@@ -147,3 +147,46 @@ def test_hqq_says_what_it_does_not_make():
 def test_parameters_out_of_range_are_named(text, what):
     with pytest.raises(RecipeError, match=what):
         Recipe.parse(text)
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+def test_a_weight_that_two_blocks_share_is_left_alone(method):
+    scheme = "w8a16-g32" if method == "awq" else "w8a8"
+    torch.manual_seed(0)
+    model = outlying(tiny_model())
+    first, second = model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    with torch.no_grad():
+        wanted = model(TOKENS).logits
+        qk.quantize_model(model, method, scheme, calibration=[TOKENS], check_kernels=False)
+        error = (model(TOKENS).logits - wanted).norm() / wanted.norm()
+    assert error < 0.05
+
+
+def test_columns_are_kept_beside_codes_that_have_a_zero():
+    for scheme in ("binary-g16", f"table({','.join(map(str, range(1, 17)))})-g16"):
+        with pytest.raises(SchemeError, match="has no zero, which columns in 16 bits have"):
+            qk.quantize_model(tiny_model(), "awq(keep=0.05)", scheme, calibration=[TOKENS])
+
+
+@pytest.mark.parametrize(
+    ("method", "format", "what"),
+    [
+        ("gptq(act_order=full)", "compressed-tensors", "perm"),
+        ("gptq(act_order=full)", "awq", "perm"),
+        ("awq(keep=0.05)", "gptq", "outlier_columns, outlier_values"),
+    ],
+)
+def test_what_a_format_does_not_hold_is_said_beforehand(method, format, what):
+    def too_far(done, total, name):
+        raise AssertionError("layers are quantized")
+
+    with pytest.raises(CheckpointError, match=f"{format} has no tensor for {what}"):
+        qk.quantize_model(
+            tiny_model(),
+            method,
+            "w4a16-g32",
+            calibration=[TOKENS],
+            format=format,
+            progress=too_far,
+        )

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 import qkernels as qk
 from qkernels import rounding
 from qkernels.errors import LayerError, RecipeError
+from qkernels.quantizers import distill
 from qkernels.quantizers.distill import _set_aside, _Trained
-from qkernels.quantizers.gradients import divergence, pieces
+from qkernels.quantizers.gradients import counted, divergence, pieces
 from tests.bounds import SUM_BOUND
 from tests.plain_model import snapshot, unchanged
 from tests.tiny_model import VOCABULARY, tiny_model
@@ -199,3 +200,70 @@ def test_batches_are_cut_by_sequences():
     assert torch.equal(torch.cat([p["input_ids"] for p in cut]), ids)
     assert all(p["scale"] == 2 and len(p["mask"]) == len(p["input_ids"]) for p in cut)
     assert pieces(ids, 5)[0] is ids
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-gtensor", "w4a16-gtensor-sym"])
+def test_one_scale_of_a_whole_weight_is_trained(scheme):
+    model, batches = tiny_model(), calibration()
+    qk.quantize_model(model, "rtn+distill(steps=2)", scheme, calibration=batches)
+    _, hub = quantized_weight(scheme)
+    x = torch.randn(5, 80, generator=torch.Generator().manual_seed(1))
+    layer = _Trained(hub, torch.float32)
+    layer.begin()
+    layer.forward(x).square().sum().backward()
+    layer.end()
+    wanted = 2 * F.linear(x, hub.dequantize()).square().sum()
+    assert layer.factors.grad.shape == (1, 1)
+    assert float(layer.factors.grad) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_one_batch_given_many_times():
+    ids = torch.arange(24)[None] % 60
+    model = tiny_model()
+    qk.quantize_model(model, "rtn+distill(steps=2)", "w4a16-g32", calibration=[ids] * 20)
+    aside, rest = _set_aside([ids] * 20)
+    assert (len(aside), len(rest)) == (2, 18)
+
+
+def test_gradients_of_half_precision_do_not_vanish():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(512, 4096, generator=generator)
+    target = logits + 0.1 * torch.randn(512, 4096, generator=generator)
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        x = logits.to(dtype).requires_grad_()
+        (divergence(x, target.to(dtype)) * distill._HALF_SCALE / 4).backward()
+        found[dtype] = x.grad.float()
+    exact = found[torch.float32]
+    assert (found[torch.float16] - exact).norm() <= 0.05 * exact.norm()
+    model = tiny_model(torch.float16)
+    qk.quantize_model(model, "rtn+distill(steps=2)", "w4a16-g32", calibration=calibration())
+
+
+def test_padding_does_not_count():
+    ids = torch.randint(VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, 16:] = 0
+    logits, target = torch.randn(4, 24, 8, requires_grad=True), torch.randn(4, 24, 8)
+    kept = counted({"input_ids": ids, "attention_mask": mask}, logits)
+    loss = divergence(logits, target, kept)
+    assert torch.allclose(loss, divergence(logits[:, :16].contiguous(), target[:, :16]))
+    loss.backward()
+    assert not logits.grad[:, 16:].any() and logits.grad[:, :16].any()
+
+
+@pytest.mark.parametrize("recipe", ["gptq(act_order=full)", "awq(keep=0.05)"])
+def test_in_inference_mode(recipe):
+    model = tiny_model()
+    with torch.inference_mode():
+        qk.quantize_model(
+            model, f"{recipe}+distill(steps=2)", "w4a16-g32", calibration=calibration()
+        )
+
+
+def test_a_model_whose_outputs_are_not_finite_is_named():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.inf
+    with pytest.raises(LayerError, match=r"distill: the model's outputs .* are not finite"):
+        qk.quantize_model(model, "rtn+distill(steps=1)", "w4a16-g32", calibration=calibration())

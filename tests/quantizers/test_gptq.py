@@ -346,3 +346,16 @@ def test_too_few_inputs_are_warned_of_once(tokens):
         assert len(said) == 1
         assert said[0].startswith(f"{name} met {tokens} calibration tokens, and each has {k} ")
         assert f"gptq learns from so few what holds for them alone. Give {4 * k} tok" in said[0]
+
+
+@pytest.mark.parametrize("tokens", [8, 3000])
+def test_scales_stay_near_where_inputs_tell_little_apart(tokens):
+    """A few kinds of tokens, fewer than a row has groups."""
+    k = 512
+    kinds = torch.randn(8, k, generator=torch.Generator().manual_seed(0))
+    x, weight = kinds[torch.arange(tokens) % 8], weight_of(64, k)
+    made = GPTQ.quantize(task_of(weight, "w4a16-g32", x), GptqParameters())
+    nearest = rounding.quantize(weight, "w4a16-g32")
+    other = torch.randn(200, k, generator=torch.Generator().manual_seed(1))
+    wanted = other @ weight.T
+    assert output_error(made, other, wanted) < 2 * output_error(nearest, other, wanted)

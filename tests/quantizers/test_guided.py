@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 import qkernels as qk
 from qkernels.calibration.batches import Tokens
@@ -12,6 +13,7 @@ from qkernels.quantizers.guided import GUIDED, GuidedParameters
 from qkernels.quantizers.method import LayerTask, ModelTask
 from qkernels.quantizers.methods import METHODS
 from tests.bounds import SUM_BOUND
+from tests.calibration.test_architectures import MIXTRAL
 from tests.tiny_model import VOCABULARY, tiny_model
 
 
@@ -124,3 +126,43 @@ def test_rows_are_kept_by_batch_in_the_order_of_calls():
     # Of layers that are given some of the tokens it is not known which they are.
     assert not squares.are_of([Tokens(6), Tokens(4)]) and not squares.are_of([Tokens(5)] * 3)
     assert not guided._Squares(5).are_of([])
+
+
+def mixture():
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**MIXTRAL)).eval()
+
+
+def test_experts_count_all_tokens_alike():
+    """They are given other tokens behind quantized blocks, in another order."""
+    ids = [
+        torch.randint(5, 60, (4, 24), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    ]
+    report = qk.quantize_model(mixture(), "guided+gptq", "w3a16-g32", calibration=ids)
+    assert report.method == "guided+gptq"
+    model = mixture()
+    found = weights_of(model, ids)
+    assert any("q_proj" in name for name in found)
+    assert not any("expert" in name for name in found)
+
+
+def test_gradients_that_are_not_finite_are_named():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.inf
+    with pytest.raises(LayerError, match=r"guided: gradients .* reach model\.layers"):
+        qk.quantize_model(model, "guided+gptq", "w4a16-g32", calibration=calibration())
+
+
+@pytest.mark.parametrize(
+    "recipe", ["guided(seed=99999999999999999999)+gptq", "rtn+distill(seed=-1)"]
+)
+def test_seeds_that_no_generator_takes(recipe):
+    with pytest.raises(RecipeError, match="fit 63 bits"):
+        qk.quantize_model(tiny_model(), recipe, "w4a16-g32", calibration=calibration())
+
+
+def test_in_inference_mode():
+    model = tiny_model()
+    with torch.inference_mode():
+        qk.quantize_model(model, "guided+gptq", "w4a16-g32", calibration=calibration())

@@ -1,3 +1,7 @@
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +23,9 @@ from qkernels.quantizers.methods import METHODS
 from qkernels.scheme import QuantScheme
 from tests import schemes
 from tests.plain_model import TOKENS, Block, Model, no_forward_is_left, snapshot, unchanged
+from tests.tiny_model import tiny_model
+
+TINY_TOKENS = torch.arange(96).view(4, 24) % 60
 
 
 def test_report_and_replacement():
@@ -350,3 +357,70 @@ def test_a_shared_layer_stays_shared():
     model.blocks[1].up = model.blocks[0].up
     qk.quantize_model(model, scheme="w8a16")
     assert model.blocks[1].up is model.blocks[0].up
+
+
+@pytest.mark.parametrize(
+    ("calibration", "what"),
+    [
+        (TOKENS, r"got one batch \(int64 \[2, 20\]\): give \[batch\]"),
+        ({"tokens": TOKENS}, "got one batch"),
+        ("some text", "got a text"),
+        (["a text"], "batch 0 holds no tensor"),
+        ([TOKENS, [[1, 2], [3, 4]]], "batch 1 holds no tensor"),
+        ([TOKENS[:0]], r"batch 0 is empty: int64 \[0, 20\]"),
+        ([TOKENS[:, :0]], r"batch 0 is empty: int64 \[2, 0\]"),
+    ],
+)
+def test_what_is_no_calibration_is_named(calibration, what):
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(LayerError, match=what):
+        qk.quantize_model(model, "rtn", "w4a16-g24", calibration=calibration)
+    unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [
+        (torch.full((1, 8), 5000), "batch 0 holds the token 5000, and the model knows 0 to 127"),
+        (torch.full((1, 8), -1), "batch 0 holds the token -1"),
+        ({"input_ids": torch.ones(1, 8)}, r"batch 0 holds float32 \[1, 8\] where the model takes"),
+    ],
+)
+def test_tokens_that_the_model_does_not_know_are_named(batch, what):
+    with pytest.raises(LayerError, match=what):
+        qk.quantize_model(tiny_model(), "gptq", "w4a16-g32", calibration=[batch])
+
+
+def test_something_else_as_process_group():
+    with pytest.raises(LayerError, match="process_group is 'gloo': give a group"):
+        qk.quantize_model(Model(), "rtn", "w4a16-g24", process_group="gloo")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "hqq", "obq", "awq", "rotate+gptq"])
+def test_under_autocast_methods_compute_in_their_own_types(method):
+    def quantized(*contexts):
+        model = tiny_model()
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            report = qk.quantize_model(model, method, "w4a16-g32", calibration=[TINY_TOKENS])
+        return max(layer.output_error for layer in report.layers)
+
+    assert quantized(torch.autocast("cpu", torch.bfloat16)) < 1.3 * quantized()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "gptq+distill(steps=1)"])
+def test_the_dense_layers_are_let_go(method):
+    model = tiny_model()
+    batch = TINY_TOKENS.clone()
+    held = [weakref.ref(m) for n, m in model.named_modules() if n.endswith("_proj")]
+    held.append(weakref.ref(batch))
+    gc.collect()
+    gc.disable()
+    try:
+        qk.quantize_model(model, method, "w4a16-g32", calibration=[batch])
+        del batch
+        assert not any(each() is not None for each in held)
+    finally:
+        gc.enable()

@@ -295,3 +295,26 @@ def test_a_process_killed_at_a_random_moment_leaves_a_folder_to_resume(tmp_path)
     process.wait()
     assert blocks_in(tmp_path)[:1] == ["block-0000.safetensors"]
     same(quantized(tmp_path), expected)
+
+
+def test_other_files_stay(tmp_path):
+    for name in ("thesis.tmp", "other.txt"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "folder.tmp").mkdir()
+    with pytest.raises(CheckpointError, match=r"it holds other files and no run\.json"):
+        quantized(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.tmp", "other.txt", "folder.tmp"}
+
+
+def test_a_folder_is_of_one_run_at_a_time(tmp_path):
+    def again(done, total, name):
+        if done == 3:
+            with pytest.raises(CheckpointError, match="another run uses"):
+                quantized(tmp_path)
+
+    expected = quantized()
+    same(quantized(tmp_path, progress=again), expected)
+    # And of the next one when that has ended, well or not.
+    with pytest.raises(CheckpointError, match="differs in"):
+        quantized(tmp_path, scheme="w8a8")
+    same(quantized(tmp_path), expected)

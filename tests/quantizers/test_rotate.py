@@ -19,7 +19,7 @@ from tests.bounds import FOLDED_BOUND
 from tests.calibration.test_architectures import GEMMA, LLAMA_LIKE, MIXTRAL, OPT, SMALL_GPT
 from tests.cli.conftest import model_folder, run, text_file  # noqa: F401
 from tests.plain_model import TOKENS, Model, snapshot, unchanged
-from tests.tiny_model import tiny_config
+from tests.tiny_model import tiny_config, tiny_model
 
 transformers = pytest.importorskip("transformers", reason="models come from transformers")
 
@@ -385,3 +385,12 @@ def test_the_command_line_rotates(run, model_folder, text_file, tmp_path):  # no
     loaded = qk.load_model(out)
     assert relative(logits(loaded).float(), logits(dense)) < 0.2
     assert len(loaded.model.norm.weight.unique()) == 1
+
+
+def test_padding_in_front_is_not_looked_at():
+    model, ids = tiny_model(), torch.arange(80).view(2, 40) % 60
+    mask = torch.ones_like(ids)
+    mask[:, :30] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    report = qk.quantize_model(model, "rotate+rtn", "w4a16-g32", calibration=[batch])
+    assert report.method == "rotate+rtn"

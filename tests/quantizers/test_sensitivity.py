@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import qkernels as qk
-from qkernels.errors import LayerError, SchemeError, WeightError
+from qkernels.errors import LayerError, QuantizationError, SchemeError, WeightError
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.methods import METHODS
 from qkernels.quantizers.sensitivity import measure_sensitivity
@@ -128,16 +128,20 @@ class Huge(Model):
 
 def test_what_cannot_be_measured_is_named(monkeypatch):
     tokens = [torch.arange(40).view(2, 20)]
-    with pytest.raises(LayerError, match=r"blocks\.0\.up: no gradient"):
-        measure_sensitivity(Idle(), ("w4a16",), tokens)
-    found = measure_sensitivity(Idle(), ("w4a16",), tokens, include=["blocks.1.*"])
-    assert list(found.layers) == ["blocks.1.up", "blocks.1.down"]
+    with pytest.raises(LayerError, match="no gradient of the model's output reaches any"):
+        measure_sensitivity(Idle(), ("w4a16",), tokens, include=["blocks.0.*"])
     with pytest.raises(LayerError, match="no batch"):
         measure_sensitivity(Model(), ("w4a16",), [])
     with pytest.raises(LayerError, match="no scheme"):
         measure_sensitivity(Model(), (), tokens)
-    with pytest.raises(LayerError, match="learns from inputs"):
-        measure_sensitivity(Model(), ("w4a16",), tokens, method="gptq")
+    for method in ("gptq", "rtn(grid=hessian)"):
+        with pytest.raises(SchemeError, match="learns from inputs, and sensitivity judges methods"):
+            measure_sensitivity(Model(), ("w4a16",), tokens, method=method)
+    with pytest.raises(SchemeError, match="w8a8-static has static activations, which sensitivity"):
+        measure_sensitivity(Model(), ("w4a16", "w8a8-static"), tokens)
+    for budget in (2.0, float("nan"), -1.0):
+        with pytest.raises(QuantizationError, match=r"too small|is a number of bits a weight"):
+            measure_sensitivity(Model(), ("w4a16",), tokens, budget=budget)
     smooth = Method(name="smooth", title="", prepare_block=lambda task, parameters: None)
     monkeypatch.setitem(METHODS, "smooth", smooth)
     with pytest.raises(LayerError, match="under one method"):
@@ -151,3 +155,15 @@ def test_what_cannot_be_measured_is_named(monkeypatch):
         model.embed.weight[3] = torch.inf
     with pytest.raises(LayerError, match=r"blocks\.0\.up: .* not finite"):
         measure_sensitivity(model, ("w4a16",), tokens)
+
+
+def test_what_no_gradient_reaches_loses_what_others_like_it_do():
+    tokens, model = [torch.arange(40).view(2, 20)], Idle()
+    found = measure_sensitivity(model, ("w4a16", "w8a16"), tokens).layers
+    like = measure_sensitivity(model, ("w4a16", "w8a16"), tokens, include=["blocks.1.*"]).layers
+    assert found["blocks.1.up"] == like["blocks.1.up"]
+    losses = [choice.loss for choice in found["blocks.0.up"].choices]
+    reached = [
+        choice.loss for name in found if name.endswith("up") for choice in found[name].choices
+    ]
+    assert losses[0] > losses[1] > losses[2] == 0 and losses[0] in reached

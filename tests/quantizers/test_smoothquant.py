@@ -198,3 +198,15 @@ def test_values_out_of_range(wrong):
 def test_without_calibration():
     with pytest.raises(LayerError, match="pass calibration"):
         qk.quantize_model(tiny_model(), "smoothquant", "w8a8")
+
+
+def test_where_the_format_holds_no_factors_layers_have_none():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+    x = torch.randn(64, 32)
+    x[:, 3] *= 50
+    with pytest.warns(UserWarning, match="compressed-tensors has no tensor for input_factor"):
+        qk.quantize_model(
+            model, "smoothquant", "w8a8", calibration=[x], format="compressed-tensors"
+        )
+    assert with_factor(model) == []
