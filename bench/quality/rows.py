@@ -70,6 +70,15 @@ _INTEGERS = (
 """Every method, those that prepare or finish around `gptq`; but for `obq`, whose N K^3 operations a
 layer are 9e13 for this model, hours on two cores."""
 
+_ACTIVATIONS = (
+    BASELINE,
+    "smoothquant",
+    "smoothquant(steps=11)",
+    "outlier_suppression",
+    "gptq",
+    "smoothquant(steps=11)+gptq",
+)
+
 _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
     LANGUAGE: {
         "w4a16-g64": _INTEGERS,
@@ -83,6 +92,11 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
         "binary-g64": _DATA_FREE,
         "fp8e4m3-a16": _DATA_FREE,
         "w8a16-g64-sym": _DATA_FREE,
+        "w8a8": _ACTIVATIONS,
+        "w8a8-gtensor": _ACTIVATIONS,
+        "w8a8-gtensor-tensor": _ACTIVATIONS,
+        "w8a8-gtensor-static": _ACTIVATIONS,
+        "w4a8-g64": _ACTIVATIONS,
     },
     ENCODER: {
         "w8a16-g64-sym": (BASELINE,),
@@ -90,6 +104,7 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
         "w4a16-g64-sym": _INTEGERS,
         "w3a16-g64": _INTEGERS,
         "nf4-g64": _DATA_FREE,
+        "w8a8-static": _ACTIVATIONS,
     },
 }
 """model -> scheme -> recipes. A method that does not make the scheme has no row there."""
