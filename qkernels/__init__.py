@@ -24,6 +24,7 @@ from qkernels.modules import (
 )
 from qkernels.ops import linear
 from qkernels.quantizers.model import quantize_model
+from qkernels.quantizers.qat import convert_qat, prepare_qat, undo_qat
 from qkernels.quantizers.report import LayerReport, QuantizationReport
 from qkernels.quantizers.streaming import quantize_folder
 from qkernels.scheme import QuantScheme, table_type
@@ -46,11 +47,13 @@ __all__ = [
     "WQLinear_GEMV",
     "WQLinear_GEMVFast",
     "add_rms_norm_quantize",
+    "convert_qat",
     "errors",
     "explain",
     "functional",
     "linear",
     "load_model",
+    "prepare_qat",
     "quantize_activation",
     "quantize_folder",
     "quantize_model",
@@ -62,6 +65,7 @@ __all__ = [
     "save_model",
     "silu_mul_quantize",
     "table_type",
+    "undo_qat",
 ]
 
 register_with_transformers()

@@ -1,0 +1,253 @@
+"""A linear layer in training that computes what its quantized form will.
+
+    W' = s (Q(W / s + z) - z),    y = Q_x(x) W'^T + b
+
+Gradients pass rounding as if it were not there, and stop where a weight is clipped (the
+straight-through estimator, Bengio et al. 2013). Scales and zero points are those of the weight's
+range at each step, or learned with it (LSQ, Esser et al. 2020, and LSQ+, Bhalgat et al. 2020, for
+zero points):
+
+    dW'/ds = Q(v) - z - (v - z  inside of the range, else 0),    v = W / s + z
+    dW'/dz = 0  inside of the range, else -s
+
+times 1 / sqrt(numbers of a scale * the largest code), which keeps the steps of scales and weights
+alike.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qkernels import rounding
+from qkernels.errors import SchemeError
+from qkernels.reference import quantize_rows, quantize_rows_asymmetric, tensor_scale
+from qkernels.scheme import QuantScheme
+from qkernels.weight import QuantizedWeight, WeightParameters
+
+
+class FakeQuantLinear(nn.Linear):
+    """`nn.Linear` whose weight is rounded to a scheme in each forward, and its inputs as well.
+
+    Attributes:
+        scheme: what it is rounded to.
+        scales: fp32 [N, G] ([1, 1] where the whole weight has one), where they are learned; else
+            None, and they are those of the weight's range.
+        zeros: fp32 of the same shape, where zero points are learned too; else None.
+        activation_scale: fp32 [], of static activations, learned from the first batch on; 0 before
+            it. None where the scheme has none.
+
+    Args:
+        layer: its parameters become this layer's.
+        learn: learn scales and zero points.
+
+    Raises:
+        SchemeError: for static activations with a zero point, and for scales to be learned that are
+            quantized themselves.
+    """
+
+    scales: nn.Parameter | None
+    zeros: nn.Parameter | None
+    activation_scale: nn.Parameter | None
+
+    def __init__(self, layer: nn.Linear, scheme: QuantScheme | str, *, learn: bool = True) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.scheme = QuantScheme.parse(scheme)
+        if self.scheme.activation.granularity == "staticasym":
+            raise SchemeError(f"{self.scheme}: zero points of static activations are not learned")
+        if learn and self.scheme.scale_levels != "one":
+            raise SchemeError(
+                f"{self.scheme}: scales that are quantized themselves are not learned: use "
+                'step="range"'
+            )
+        self.weight, self.bias = layer.weight, layer.bias
+        self.train(layer.training)
+        scales = zeros = static = None
+        if learn:
+            fitted = rounding.fit(layer.weight.detach(), _dynamic(self.scheme))
+            scales = nn.Parameter(fitted.scales.float())
+            zeros = None if fitted.zeros is None else nn.Parameter(fitted.zeros.float())
+        if self.scheme.activation.is_static:
+            static = nn.Parameter(torch.zeros((), device=layer.weight.device))
+        self.register_parameter("scales", scales)
+        self.register_parameter("zeros", zeros)
+        self.register_parameter("activation_scale", static)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self._rounded_input(input), self.fake_weight().to(input.dtype), self.bias)
+
+    def fake_weight(self) -> Tensor:
+        """W', fp32 [N, K], with gradients."""
+        made: Tensor = _FakeWeight.apply(self.weight, self.scales, self.zeros, self.scheme)
+        return made
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedWeight:
+        """What W' is stored as, bit for bit.
+
+        Raises:
+            SchemeError: where a static scale has met no batch yet.
+        """
+        parameters = _parameters(self.weight, self.scales, self.zeros, self.scheme)
+        fields = dict(parameters.fields)
+        if self.activation_scale is not None:
+            if not float(self.activation_scale) > 0:
+                raise SchemeError(
+                    f"{self.scheme}: its scale of activations has met no batch: train, or run, the "
+                    "model first"
+                )
+            fields["activation_scale"] = self.activation_scale.detach().float()
+        codes = rounding.encode_rows(self.weight.detach(), parameters, 0)
+        bias = None if self.bias is None else self.bias.detach()
+        return QuantizedWeight(scheme=self.scheme, codes=codes, bias=bias, **fields)
+
+    def plain(self) -> nn.Linear:
+        """An `nn.Linear` with the parameters of this one, unrounded."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scheme={self.scheme}"
+
+    def _rounded_input(self, x: Tensor) -> Tensor:
+        activation = self.scheme.activation
+        if activation.dtype == "none":
+            return x
+        if not activation.is_static:
+            return x + (_dynamically_rounded(x.detach(), self.scheme) - x.detach())
+        scale = self.activation_scale
+        assert scale is not None
+        if not float(scale.detach()) > 0:
+            with torch.no_grad():
+                # LSQ's beginning, which is for few bits: with more, the largest |x| is less.
+                magnitudes, largest = x.detach().float().abs(), activation.largest
+                start = 2 * magnitudes.mean() / math.sqrt(largest)
+                start = torch.minimum(start, magnitudes.max() / largest)
+                scale.copy_(start.clamp(min=torch.finfo(torch.float32).tiny))
+        made: Tensor = _FakeInput.apply(x, scale, self.scheme)
+        return made
+
+
+def _dynamic(scheme: QuantScheme) -> QuantScheme:
+    """A scheme with the same weights, whose activations need no calibration."""
+    if not scheme.activation.is_static:
+        return scheme
+    return QuantScheme.parse(str(scheme).replace("-static", ""))
+
+
+def _dynamically_rounded(x: Tensor, scheme: QuantScheme) -> Tensor:
+    """x as the quantized layer will multiply it."""
+    activation, rows = scheme.activation, x.reshape(-1, x.shape[-1])
+    if activation.has_zeros:
+        codes, scale, zero = quantize_rows_asymmetric(rows)
+        made = (codes.float() - zero[:, None]) * scale[:, None]
+    elif activation.granularity == "token":
+        codes, scale = quantize_rows(rows, activation.torch_dtype)
+        made = codes.float() * scale[:, None]
+    else:
+        one = tensor_scale(rows, activation.torch_dtype)
+        codes, _ = quantize_rows(rows, activation.torch_dtype, one)
+        made = codes.float() * one
+    return made.view(x.shape).to(x.dtype)
+
+
+def _parameters(
+    weight: Tensor, scales: Tensor | None, zeros: Tensor | None, scheme: QuantScheme
+) -> WeightParameters:
+    """Of the fake weight, as they are stored; without those of activations."""
+    own = _dynamic(scheme)
+    if scales is None:
+        return rounding.fit(weight.detach(), own)
+    least = rounding.least_scale(own.scale_dtype)
+    fields = {"scales": scales.detach().to(own.scale_dtype).clamp(min=least)}
+    if zeros is not None:
+        largest = (1 << own.bits) - 1
+        fields["zeros"] = zeros.detach().round().clamp(0, largest).to(torch.uint8)
+    n, k = weight.shape
+    return WeightParameters(scheme=own, n=n, k=k, **fields)
+
+
+class _FakeWeight(torch.autograd.Function):
+    """The weight rounded, and the gradients of LSQ+."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, scheme: QuantScheme
+    ) -> Tensor:
+        parameters = _parameters(weight, scales, zeros, scheme)
+        codes = rounding.encode_rows(weight, parameters, 0)
+        made = parameters.dequantize_rows(codes, 0)
+        ctx.parameters, ctx.learns = parameters, (scales is not None, zeros is not None)
+        ctx.save_for_backward(weight, made)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (weight, made) = gradients, ctx.saved_tensors
+        if not ctx.learns[0]:
+            # The range reaches as far as any weight.
+            return gradient.to(weight.dtype), None, None, None
+        parameters = ctx.parameters
+        scheme, (n, k) = parameters.scheme, weight.shape
+        length, groups = scheme.group_length(k), scheme.groups(k)
+
+        def grouped(values: Tensor) -> Tensor:
+            return F.pad(values.float(), (0, groups * length - k)).unflatten(1, (groups, length))
+
+        scale = rounding.nonzero(parameters.group_scales())[:, :, None]
+        g, w = grouped(gradient), grouped(weight)
+        stored = parameters.group_zeros()
+        zero = torch.zeros_like(scale) if stored is None else stored[:, :, None]
+        zero = zero + (scheme.implied_zero if scheme.weight.kind == "linear" else 0)
+        inside = _is_inside(w / scale + zero, scheme)
+        to_weight = (g * inside).flatten(1)[:, :k].to(weight.dtype)
+        values = grouped(made) / scale
+        share = 1 / math.sqrt(min(length, k) * (n if scheme.per_tensor else 1) * _largest(scheme))
+        by_scale = (g * (values - inside * w / scale)).sum(dim=2) * share
+        by_zero = None
+        if ctx.learns[1]:
+            by_zero = (g * ~inside).sum(dim=2).neg() * scale[:, :, 0] * share
+            by_zero = by_zero.sum_to_size(parameters.scales.shape)
+        return to_weight, by_scale.sum_to_size(parameters.scales.shape), by_zero, None
+
+
+def _is_inside(scaled: Tensor, scheme: QuantScheme) -> Tensor:
+    """Which weights, in units of codes, no end of the range clips."""
+    if scheme.weight.kind == "linear":
+        return (scaled >= -0.5) & (scaled <= (1 << scheme.bits) - 0.5)
+    return scaled.abs() <= scheme.weight.max_value
+
+
+def _largest(scheme: QuantScheme) -> float:
+    if scheme.weight.kind == "linear":
+        return float((1 << scheme.bits) - 1 if not scheme.symmetric else 1 << (scheme.bits - 1))
+    return scheme.weight.max_value
+
+
+class _FakeInput(torch.autograd.Function):
+    """x rounded under one scale that is learned."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor:
+        codes, _ = quantize_rows(
+            x.reshape(-1, x.shape[-1]), scheme.activation.torch_dtype, scale.float()
+        )
+        made = codes.float().mul_(scale).view(x.shape).to(x.dtype)
+        ctx.largest = scheme.activation.largest
+        ctx.save_for_backward(x, scale, made)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,), (x, scale, made) = gradients, ctx.saved_tensors
+        scaled = x.float() / scale
+        inside = scaled.abs() <= ctx.largest
+        share = 1 / math.sqrt(max(1, x.numel()) * ctx.largest)
+        moved = made.float() / scale - inside * scaled
+        by_scale = (gradient.float() * moved).sum() * share
+        return gradient * inside, by_scale.to(scale.dtype).reshape(()), None
