@@ -119,7 +119,9 @@ class FakeQuantLinear(nn.Linear):
         if activation.dtype == "none":
             return x
         if not activation.is_static:
-            return x + (_dynamically_rounded(x.detach(), self.scheme) - x.detach())
+            with torch.no_grad():
+                made = _dynamically_rounded(x, self.scheme)
+            return x + (made - x.detach())
         scale = self.activation_scale
         assert scale is not None
         if not float(scale.detach()) > 0:
@@ -129,8 +131,8 @@ class FakeQuantLinear(nn.Linear):
                 start = 2 * magnitudes.mean() / math.sqrt(largest)
                 start = torch.minimum(start, magnitudes.max() / largest)
                 scale.copy_(start.clamp(min=torch.finfo(torch.float32).tiny))
-        made: Tensor = _FakeInput.apply(x, scale, self.scheme)
-        return made
+        learned: Tensor = _FakeInput.apply(x, scale, self.scheme)
+        return learned
 
 
 def _dynamic(scheme: QuantScheme) -> QuantScheme:
@@ -138,6 +140,29 @@ def _dynamic(scheme: QuantScheme) -> QuantScheme:
     if not scheme.activation.is_static:
         return scheme
     return QuantScheme.parse(str(scheme).replace("-static", ""))
+
+
+def rounded_input(x: Tensor, parameters: WeightParameters, zero: int | None = None) -> Tensor:
+    """x [..., K] as a layer with these parameters multiplies it; its gradient is that of x.
+
+    Args:
+        zero: the zero point of x that goes with a static scale, or None.
+    """
+    scheme = parameters.scheme
+    if scheme.activation.dtype == "none":
+        return x
+    static = parameters.activation_scale
+    with torch.no_grad():
+        if static is None:
+            made = _dynamically_rounded(x, scheme)
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            if zero is not None:
+                codes = ((rows.float() / static).round() + zero).clamp(-128, 127) - zero
+            else:
+                codes = quantize_rows(rows, scheme.activation.torch_dtype, static)[0].float()
+            made = (codes * static).view(x.shape).to(x.dtype)
+    return x + (made - x.detach())
 
 
 def _dynamically_rounded(x: Tensor, scheme: QuantScheme) -> Tensor:

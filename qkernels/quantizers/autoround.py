@@ -15,8 +15,7 @@ their gradients (Cheng et al. 2023, SignRound, which is AutoRound's method).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,17 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels import rounding
-from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.statistics import Needs
+from qkernels.modules.fake_quant import rounded_input
 from qkernels.quantizers import grids
-from qkernels.quantizers.gradients import output_of
+from qkernels.quantizers.descent import Descent
 from qkernels.quantizers.hessian import gram_of
 from qkernels.quantizers.method import BlockTask, LayerTask, Method
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight, WeightParameters
-
-_HELD_BYTES = 1 << 30
-"""Outputs of the dense block that are held; the rest are made again where they are needed."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +80,14 @@ class LearnedRounding:
             [N, G, 1]; of symmetric weights beta alone, and V alone where ranges stay.
     """
 
-    def __init__(self, weight: Tensor, parameters: WeightParameters, minmax: bool) -> None:
-        self.parameters = parameters
+    def __init__(
+        self,
+        weight: Tensor,
+        parameters: WeightParameters,
+        minmax: bool,
+        input_zero: int | None = None,
+    ) -> None:
+        self.parameters, self._input_zero = parameters, input_zero
         self._k = parameters.k
         scheme = parameters.scheme
         length = scheme.group_length(self._k)
@@ -131,6 +133,9 @@ class LearnedRounding:
             ):
                 factor.sub_(moved.sign_(), alpha=rate).clamp_(0, 1)
         self.learned[0].sub_(free.sign_(), alpha=rate).clamp_(-0.5, 0.5)
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        return rounded_input(x, self.parameters, self._input_zero)
 
     def quantized(self) -> QuantizedWeight:
         """What W' is stored as."""
@@ -194,7 +199,7 @@ def _quantize_block(
     # Neither what is saved for gradients nor what has them may come from inference mode.
     with torch.inference_mode(False), torch.no_grad():
         rounded = {name: _begin(layer, parameters) for name, layer in layers.items()}
-        _Descent(task, rounded, parameters).run()
+        Descent(task, rounded, parameters).run()
         return {name: own.quantized() for name, own in rounded.items()}
 
 
@@ -205,141 +210,7 @@ def _begin(task: LayerTask, parameters: AutoRoundParameters) -> LearnedRounding:
         assert task.inputs is not None
         gram = gram_of(task.inputs)
     fitted = grids.search(task.weight, fitted, parameters.grid, gram)
-    return LearnedRounding(task.weight, fitted, parameters.minmax)
-
-
-class _Targets:
-    """Outputs of the block in the model before quantization, by batch."""
-
-    def __init__(self, task: BlockTask) -> None:
-        self._task, self._held = task, dict[int, Tensor]()
-        held = 0
-        for batch in task.batches(dense=True):
-            output = output_of(task.run(batch, dense=True))
-            held += output.nbytes
-            if held > _HELD_BYTES:
-                break
-            self._held[batch] = output
-
-    def of(self, batch: int) -> Tensor:
-        held = self._held.get(batch)
-        return output_of(self._task.run(batch, dense=True)) if held is None else held
-
-
-class _Descent:
-    """Signed gradient descent over the layers of a block.
-
-    The loss of a batch is a sum of squares, and is compared with that of its weights at first.
-    """
-
-    def __init__(
-        self,
-        task: BlockTask,
-        rounded: Mapping[str, LearnedRounding],
-        parameters: AutoRoundParameters,
-    ) -> None:
-        self._task, self._parameters = task, parameters
-        self._layers = [task.layers[name] for name in rounded]
-        self._rounded = list(rounded.values())
-        self._targets = _Targets(task)
-        self._sequences: dict[int, int] = {}
-        self._first: dict[int, float] = {}
-        weights = self._weights()
-        for batch in sorted({*task.batches()} & {*task.batches(dense=True)}):
-            self._begin(batch, weights)
-
-    def _begin(self, batch: int, weights: Sequence[Tensor]) -> None:
-        """Takes a batch in where there is something to learn from it."""
-        wanted = self._targets.of(batch)
-        with self._in_place(weights):
-            got = output_of(self._task.run(batch))
-        # Experts may be given other numbers of rows than in the dense model.
-        loss = float(_squares(got, wanted)) if got.shape == wanted.shape else 0.0
-        if loss:
-            self._first[batch], self._sequences[batch] = loss, len(wanted)
-
-    def run(self) -> None:
-        """Leaves the layers as they were at the step of the least loss."""
-        if not self._first:
-            return
-        steps, batches = self._parameters.steps, self._drawn()
-        rate = self._parameters.lr or 1 / steps
-        least, best = 1.0, self._learned()
-        for step in range(steps):
-            loss, gradients = self._gradients(next(batches))
-            if loss < least:
-                least, best = loss, self._learned()
-            for own, gradient in zip(self._rounded, gradients, strict=True):
-                own.step(gradient, rate * (1 - step / steps))
-        for own, learned in zip(self._rounded, best, strict=True):
-            own.learned = learned
-
-    def _learned(self) -> list[list[Tensor]]:
-        return [[values.clone() for values in own.learned] for own in self._rounded]
-
-    def _weights(self) -> list[Tensor]:
-        return [
-            own.weight(layer.weight.dtype)
-            for own, layer in zip(self._rounded, self._layers, strict=True)
-        ]
-
-    def _gradients(self, batches: Sequence[int]) -> tuple[float, list[Tensor]]:
-        """The loss, as a part of the first, and its gradients with respect to the weights."""
-        # Made before the layers have other weights.
-        targets = {batch: self._targets.of(batch) for batch in batches}
-        weights = [weight.requires_grad_() for weight in self._weights()]
-        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-        total = 0.0
-        with self._in_place(weights):
-            for batch, wanted in targets.items():
-                with torch.enable_grad():
-                    loss = _squares(output_of(self._task.run(batch)), wanted)
-                    # So that it is about 1 at each output, which 16-bit types hold.
-                    factor = (wanted.numel() / self._first[batch]) ** 0.5
-                    found = torch.autograd.grad(loss * factor, weights, allow_unused=True)
-                total += float(loss)
-                for gradient, own in zip(found, sums, strict=True):
-                    if gradient is not None:
-                        own += gradient
-        return total / sum(self._first[batch] for batch in batches), sums
-
-    @contextmanager
-    def _in_place(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """A context in which the layers have these weights."""
-        with ExitStack() as stack:
-            for layer, weight in zip(self._layers, weights, strict=True):
-                stack.callback(replace_forward(layer, _product(weight, layer.bias)))
-            yield
-
-    def _drawn(self) -> Iterator[list[int]]:
-        """Batches for each step, each of them as often as any other."""
-        generator = torch.Generator().manual_seed(0)
-        batches = list(self._first)
-        left: list[int] = []
-        while True:
-            # None twice in a step, whose loss would be met once and counted twice.
-            chosen: list[int] = []
-            while sum(self._sequences[b] for b in chosen) < self._parameters.batch and len(
-                chosen
-            ) < len(batches):
-                if all(b in chosen for b in left):
-                    order = torch.randperm(len(batches), generator=generator).tolist()
-                    more = [batches[place] for place in order]
-                    # Taken from the end.
-                    left += [b for b in more if b in chosen] + [b for b in more if b not in chosen]
-                chosen.append(left.pop())
-            yield chosen
-
-
-def _squares(got: Tensor, wanted: Tensor) -> Tensor:
-    return (got.float() - wanted.float()).square().sum()
-
-
-def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    def forward(input: Tensor) -> Tensor:
-        return F.linear(input, weight, bias)
-
-    return forward
+    return LearnedRounding(task.weight, fitted, parameters.minmax, task.input_zero)
 
 
 AUTOROUND = Method(

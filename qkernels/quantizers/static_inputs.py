@@ -88,7 +88,8 @@ def without_zero(task: LayerTask) -> LayerTask:
         return task
     symmetric = Activation(task.scheme.activation.dtype, "static")
     scheme = dataclasses.replace(task.scheme, activation=symmetric)
-    return dataclasses.replace(task, scheme=scheme, activation_zero=None)
+    zero = task.activation_zero
+    return dataclasses.replace(task, scheme=scheme, activation_zero=None, input_zero=zero)
 
 
 def with_zero(made: WeightParameters, task: LayerTask) -> WeightParameters:

@@ -7,8 +7,9 @@ from torch import nn
 import qkernels as qk
 from qkernels import rounding
 from qkernels.errors import LayerError, RecipeError, SchemeError
-from qkernels.quantizers import autoround
+from qkernels.quantizers import autoround, descent
 from qkernels.quantizers.autoround import LearnedRounding
+from qkernels.quantizers.descent import Descent
 from qkernels.quantizers.recipe import Recipe
 from qkernels.scheme import QuantScheme
 from tests.plain_model import TOKENS, Model, no_forward_is_left, snapshot, unchanged
@@ -210,7 +211,7 @@ def test_an_interrupt_within_a_step(monkeypatch):
 
 def test_outputs_that_are_not_held_are_made_again(monkeypatch):
     expected = quantized(method=FEW, scheme="w4a16-g24")
-    monkeypatch.setattr(autoround, "_HELD_BYTES", 2 * 20 * 72 * 4)
+    monkeypatch.setattr(descent, "_HELD_BYTES", 2 * 20 * 72 * 4)
     same(quantized(method=FEW, scheme="w4a16-g24"), expected)
 
 
@@ -274,11 +275,11 @@ def test_parameters_out_of_range_are_named(text, what):
 
 @pytest.mark.parametrize("sequences", [1, 5, 6, 10, 16])
 def test_a_step_draws_no_batch_twice_and_all_as_often(sequences):
-    descent = object.__new__(autoround._Descent)
-    descent._parameters = autoround.AutoRoundParameters(batch=4)
-    descent._first = dict.fromkeys(range(sequences), 1.0)
-    descent._sequences = dict.fromkeys(range(sequences), 1)
-    steps = [step for step, _ in zip(descent._drawn(), range(40), strict=False)]
+    drawing = object.__new__(Descent)
+    drawing._parameters = autoround.AutoRoundParameters(batch=4)
+    drawing._first = dict.fromkeys(range(sequences), 1.0)
+    drawing._sequences = dict.fromkeys(range(sequences), 1)
+    steps = [step for step, _ in zip(drawing._drawn(), range(40), strict=False)]
     assert all(len(step) == len(set(step)) == min(4, sequences) for step in steps)
     often = [sum(number in step for step in steps) for number in range(sequences)]
     assert max(often) - min(often) <= 2
