@@ -186,6 +186,8 @@ def _why_not_quantized(what: PackedSpec) -> str | None:
             f"x is quantized per token, which layers of {what.scheme} do not take: pass x itself, "
             "or use a scheme such as w8a8 or w4a8-g128"
         )
+    if activation.outliers:
+        return f"layers of {what.scheme} keep columns of x in 16 bits: pass x itself"
     for field in (FIELDS[name] for name in what.names if name in FIELDS):
         if field.transform_x is not None and not field.permutes_x:
             return f"x is quantized, and this layer's {field.name} comes before that: pass x itself"

@@ -209,6 +209,8 @@ def linear(
     """
     scheme = packed.scheme
     row_scale = None
+    if scheme.activation.outliers:
+        return _linear_with_outliers(x, packed, bias, batch_invariant)
     if scheme.activation.has_zeros:
         quantized, scale, zero = _quantize_with_zeros(x, packed)
         return linear_quantized(quantized, scale, packed, bias, x.dtype, zero)
@@ -235,6 +237,32 @@ def linear(
             part += bias[start:stop].float()
         y[:, start:stop] = part
     return y
+
+
+def outlier_columns(x: Tensor, threshold: float) -> Tensor:
+    """The columns of x [M, K] with a magnitude of `threshold` or more, int64 [C]; such as are not
+    finite are among them."""
+    return (~(x.abs() < threshold)).any(dim=0).nonzero()[:, 0]
+
+
+def without_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """x [M, K] with zeros in some columns."""
+    return x.index_fill(1, columns, 0)
+
+
+def _linear_with_outliers(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, batch_invariant: bool
+) -> Tensor:
+    threshold = packed.scheme.activation.outliers
+    if batch_invariant and x.shape[0] > 1:
+        rows = (_linear_with_outliers(row[None], packed, bias, False) for row in x)
+        return torch.cat(list(rows))
+    columns = outlier_columns(x, threshold)
+    quantized, scale = quantize_rows(without_columns(x, columns), torch.int8)
+    y = linear_quantized(quantized, scale, packed, bias, torch.float32)
+    if columns.numel():
+        y += x[:, columns].float() @ packed.columns(columns).t()
+    return y.to(x.dtype)
 
 
 @_full_precision()

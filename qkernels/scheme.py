@@ -12,6 +12,7 @@ A `QuantScheme` is printable and parsed back from its one canonical spelling:
     fp8e4m3-a16         float8 weights, per output channel
     w8a8                int8 weights per channel, symmetric; int8 activations per token, dynamic
     w8a8-tensor         activations per tensor, dynamic; `-static`: with a calibrated scale
+    w8a8-outliers6      int8 but for columns of x with a magnitude of 6 or more (LLM.int8())
     w8a8-tokenasym      int8 activations per token with zero points; `-staticasym`: one, calibrated
     w4a8-g128           two-level scales: int8 = multiplier[n,g] * (code - zero), fp32 per channel
     w4a8-g128-flat      one floating scale per group
@@ -165,11 +166,14 @@ class Activation:
     `dtype` is "none" (16-bit), "int8" or "fp8" (E4M3); `granularity` is "token" (one scale a row,
     computed at run time), "tensor" (one scale, computed at run time), "static" (one scale,
     calibrated beforehand). All of these are symmetric; in int8, "tokenasym" and "staticasym" have
-    a zero point beside each scale.
+    a zero point beside each scale. With `outliers`, columns of x that hold a magnitude of that and
+    more are left out of what is quantized, and multiplied in 16 bits (LLM.int8(), Dettmers et al.
+    2022); 0 leaves none out.
     """
 
     dtype: str = "none"
     granularity: str = "token"
+    outliers: float = 0.0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -277,6 +281,10 @@ def _why_invalid(scheme: QuantScheme) -> str | None:
         return (
             f"activation granularity {act.granularity!r} is not one of {', '.join(GRANULARITIES)}"
         )
+    if act.outliers and (act.dtype != "int8" or act.granularity != "token"):
+        return "columns with outliers are kept apart from int8 activations per token"
+    if not 0 <= act.outliers < math.inf:
+        return f"outliers are magnitudes above 0, got {act.outliers:g}"
     if act.has_zeros and act.dtype != "int8":
         return f"zero points of activations ({act.granularity}) are for int8"
     if act.dtype == "int8" and not linear:
@@ -324,7 +332,8 @@ def accepted_forms() -> str:
     return (
         f"accepted are w{{{','.join(linear)}}}a{{16,8,fp8}}, {', '.join(named)} or "
         "table(v0,...,v15), then any of -a16 -a8 -afp8 -g<N> -gtensor -sym -asym -tensor -static "
-        "-tokenasym -staticasym -flat -dq -sfp16 -sbf16 -sfp32, for example w4a16-g128"
+        "-tokenasym -staticasym -outliers<M> -flat -dq -sfp16 -sbf16 -sfp32, for example "
+        "w4a16-g128"
     )
 
 
@@ -370,7 +379,7 @@ def _parse(text: str) -> QuantScheme:
     act_name = named_activation or "16"
 
     group_size: int | None = None
-    granularity, flags, scale_name = "token", set(), None
+    granularity, flags, scale_name, outliers = "token", set(), None, 0.0
     seen: set[str] = set()
     for part in parts[1:]:
         if part in ("a16", "a8", "afp8") and named_activation is None:
@@ -385,6 +394,8 @@ def _parse(text: str) -> QuantScheme:
             flags.add(part)
         elif part in GRANULARITIES[1:]:
             kind, granularity = "activation granularity", part
+        elif re.fullmatch(r"outliers\d+(\.\d+)?", part):
+            kind, outliers = "outliers", float(part.removeprefix("outliers"))
         elif part in ("flat", "dq"):
             kind = "scale levels"
             flags.add(part)
@@ -401,7 +412,7 @@ def _parse(text: str) -> QuantScheme:
     )
     if act_dtype == "none" and granularity != "token":
         raise fail(f"{granularity!r} is about 8-bit activations, and these have 16 bits")
-    activation = Activation(act_dtype, granularity)
+    activation = Activation(act_dtype, granularity, outliers)
     symmetric = "sym" in flags or ("asym" not in flags and _default_symmetric(weight, activation))
     levels = _default_levels(weight, group_size, activation)
     if "flat" in flags:
@@ -449,6 +460,8 @@ def _spell(scheme: QuantScheme) -> str:
         parts.append("sym" if scheme.symmetric else "asym")
     if act.granularity != "token":
         parts.append(act.granularity)
+    if act.outliers:
+        parts.append(f"outliers{act.outliers:g}")
     default_levels = _default_levels(weight, scheme.group_size, act)
     if scheme.scale_levels == "double":
         parts.append("dq")

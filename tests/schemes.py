@@ -17,12 +17,14 @@ INT8_ACTIVATION = (
     *("w4a8", "w4a8-g64", "w4a8-g64-asym", "w4a8-g64-flat", "w4a8-g100-asym-flat"),
     *("w3a8-g64", "w2a8-g64", "w8a8-g6"),
 )
+OUTLIERS_APART = ("w8a8-outliers1", "w4a8-g64-outliers2")
+"""Thresholds that numbers of a normal distribution pass."""
 ZERO_POINT_ACTIVATION = ("w8a8-tokenasym", "w4a8-g64-tokenasym")
 FLOAT8_ACTIVATION = ("fp8-a8", "fp8-a8-static", "fp8-a8-tensor", "w4afp8-g64", "nf4-afp8-g64")
 
-ALL = WEIGHT_ONLY + INT8_ACTIVATION + ZERO_POINT_ACTIVATION + FLOAT8_ACTIVATION
+ALL = WEIGHT_ONLY + INT8_ACTIVATION + ZERO_POINT_ACTIVATION + OUTLIERS_APART + FLOAT8_ACTIVATION
 
-REFERENCE_OR_CPU = (*ZERO_POINT_ACTIVATION, "nf4-g4-sfp32", "w4a16-g3", "w8a8-g6")
+REFERENCE_OR_CPU = (*ZERO_POINT_ACTIVATION, *OUTLIERS_APART, "nf4-g4-sfp32", "w4a16-g3", "w8a8-g6")
 """What Triton's kernels do not take: activations with zero points, groups under 16 columns."""
 
 

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkernels import compiled
+from qkernels import compiled, reference
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, RouteOf, WhyNot, by_route
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.errors import NoKernelError
+from qkernels.layouts import PackedWeight
 from qkernels.layouts.padding import kernel_group
+from qkernels.reference import outlier_columns, without_columns
 from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook, nested_table
 
@@ -143,6 +146,41 @@ def _route(isa: str, tiles: bool = False, rounds: bool = False) -> RouteOf:
     return lambda problem, device: _made(problem.scheme, problem.n, problem.k, isa, tiles, rounds)
 
 
+def _within(problem: Problem) -> Problem:
+    """The problem whose product is left where columns with outliers are taken out of x."""
+    scheme = problem.scheme
+    inner = replace(scheme, activation=replace(scheme.activation, outliers=0.0))
+    return replace(problem, scheme=inner, x_dtype=torch.float32)
+
+
+def _integers_of(problem: Problem) -> Kernel | None:
+    """The kernel for what is left, for these rows of x."""
+    inner = _within(problem)
+    found = (k for k in KERNELS if k.exact and k.run_quantized and k.refusal(inner) is None)
+    return next(found, None)
+
+
+def _keeps_outliers(problem: Problem) -> str | None:
+    if problem.scheme.activation.outliers:
+        return None
+    return "is for schemes that keep columns with outliers apart"
+
+
+def _run_apart(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    """int8 but for columns of x with outliers, whose product is added in fp32."""
+    columns = outlier_columns(x, problem.scheme.activation.outliers)
+    left = without_columns(x, columns) if columns.numel() else x
+    kernel, inner = _integers_of(problem), _within(problem)
+    weight = PackedWeight(inner.scheme, packed.layout, packed.n, packed.k, packed.buffers)
+    if kernel is None:
+        y = reference.linear(left.float(), weight, bias)
+    else:
+        y = kernel.run(left.float(), weight, bias, inner)
+    if columns.numel():
+        y += x[:, columns].float() @ packed.columns(columns).t()
+    return y.to(x.dtype)
+
+
 _FLOAT_ROWS = PREPARED | {"offsets"}
 """The optional fields that kernels for few rows know; tiles leave offsets to them."""
 
@@ -151,7 +189,7 @@ _VARIES = "rounds unlike the kernels for few rows, and batch_invariant wants one
 # The numbers of rows were measured, each against the rows below it and the reference, which
 # dequantizes for torch's product: see docs/cpu.md. Those of portable and avx2 were measured where
 # torch had AVX-512 and VNNI. Tiles have 32 columns of floats or 64 of int8.
-KERNELS = (
+KERNELS: tuple[Kernel, ...] = (
     Kernel(
         name="cpu_amx_scaled",
         backend="cpu",
@@ -256,6 +294,18 @@ KERNELS = (
         weight_rounding="integers",
         where=_with("portable"),
         **by_route(_route("portable"), quantized=True),
+    ),
+    Kernel(
+        name="cpu_int8_outliers",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        activation_outliers=True,
+        varies="finds columns with outliers in all rows of x, and batch_invariant wants each alone",
+        weight_rounding="integers",
+        where=_with("portable"),
+        why_not=_keeps_outliers,
+        run=_run_apart,
     ),
 )
 

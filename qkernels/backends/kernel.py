@@ -81,6 +81,7 @@ class Kernel:
         layout: name of the layout it reads; None reads any.
         activations: the types of activations, of a scheme, that it multiplies.
         activation_zeros: it multiplies activations with zero points too.
+        activation_outliers: it keeps columns with outliers apart, where the scheme says so.
         x_dtypes: the types of x that it takes.
         least_rows, most_rows: the rows of x that it is for; None for any number.
         varies: why a row's result depends on the other rows or their number, which
@@ -106,6 +107,7 @@ class Kernel:
     layout: str | None
     activations: tuple[str, ...]
     activation_zeros: bool = False
+    activation_outliers: bool = False
     x_dtypes: tuple[torch.dtype, ...] = FLOATS
     least_rows: RowLimit = 0
     most_rows: RowLimit | None = None
@@ -163,6 +165,8 @@ class Kernel:
             return f"multiplies {taken} activations, and the scheme has {has} ones"
         if problem.scheme.activation.has_zeros and not self.activation_zeros:
             return "knows no zero points of activations"
+        if problem.scheme.activation.outliers and not self.activation_outliers:
+            return "keeps no columns with outliers apart"
         if problem.x_dtype not in self.x_dtypes:
             taken = " or ".join(_DTYPES[dtype] for dtype in self.x_dtypes)
             return f"takes x of {taken}, not {problem.x_dtype}"

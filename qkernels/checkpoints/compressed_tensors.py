@@ -86,6 +86,8 @@ def _why_not(kind: WeightKind) -> str | None:
         return "has no float8 E5M2 weights"
     if scheme.scale_levels != "one":
         return "has no scales of several levels (-flat has one)"
+    if scheme.activation.outliers:
+        return "keeps no columns of activations in 16 bits"
     beyond = sorted(kind.fields - _FIELDS)
     if beyond:
         return f"has no tensor for {', '.join(beyond)}"

@@ -15,6 +15,7 @@ from qkernels.weight import (
     QuantizedWeight,
     WeightParameters,
     check_parameters,
+    code_values,
     nested_scales,
     row_slices,
 )
@@ -35,6 +36,8 @@ class Layout:
         take_rows: (scheme, words, rows int64 [R], k) -> codes [R, K] uint8 of those rows alone.
         take_groups: (scales or zeros of the layout, rows int64 [R]) -> those of the rows [R, G], of
             a scheme that has them for each row.
+        take_columns: (scheme, words, columns int64 [C], n, k) -> codes [N, C] uint8 of those
+            columns alone; None where all are unpacked for that.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Layout:
     load_groups: Callable[[QuantScheme, int, Tensor], Tensor]
     take_rows: Callable[[QuantScheme, Tensor, Tensor, int], Tensor]
     take_groups: Callable[[Tensor, Tensor], Tensor]
+    take_columns: Callable[[QuantScheme, Tensor, Tensor, int, int], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +120,23 @@ class PackedWeight:
         taken = WeightParameters(scheme=scheme, n=len(rows), k=self.k, **fields)
         codes = layout.take_rows(self.scheme, self.buffers["words"], rows, self.k)
         return taken.to_column_order(taken.dequantize_rows(codes, 0))
+
+    def columns(self, columns: Tensor) -> Tensor:
+        """Columns of the weight, int64 [C] in the codes' order, fp32 [N, C]: those of
+        `dequantize_rows`, bit for bit."""
+        parameters, take = self.parameters(), self.layout.take_columns
+        if take is None or parameters.beyond_codes(0, 0) is not None:
+            slices = row_slices(self.n, self.k)
+            return torch.cat([self.dequantize_rows(*part)[:, columns] for part in slices])
+        codes = take(self.scheme, self.buffers["words"], columns, self.n, self.k)
+        values, groups = (
+            code_values(self.scheme, codes),
+            columns // self.scheme.group_length(self.k),
+        )
+        zeros = parameters.group_zeros()
+        if zeros is not None:
+            values -= zeros[:, groups]
+        return values.mul_(parameters.group_scales()[:, groups])
 
     def dequantize_rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the weight, fp32, in the codes' column order."""

@@ -80,6 +80,17 @@ def _take_rows(scheme: QuantScheme, words: Tensor, rows: Tensor, k: int) -> Tens
     return codes if order is None else codes.index_select(1, order[1])
 
 
+def _take_columns(scheme: QuantScheme, words: Tensor, columns: Tensor, n: int, k: int) -> Tensor:
+    order = column_order(scheme, k, words.device)
+    places = columns if order is None else order[1][columns]
+    nibbles = _is_nibble(scheme)
+    step, field = places // (8 if nibbles else 4), places % (8 if nibbles else 4)
+    shifts = 8 * (field % 4) + 4 * (field // 4)
+    # [panels, C, 16]
+    taken = (words[:, step] >> shifts[None, :, None]) & (15 if nibbles else 255)
+    return taken.transpose(1, 2).flatten(0, 1)[:n].to(torch.uint8)
+
+
 def pack_vnni_torch(codes: Tensor, nibbles: bool) -> Tensor:
     """uint8 codes [N, K] -> int32 words [N/16, steps, 16], in plain torch."""
     n, k = codes.shape
@@ -132,4 +143,5 @@ VNNI = Layout(
     load_groups=_load_groups,
     take_rows=_take_rows,
     take_groups=_take_groups,
+    take_columns=_take_columns,
 )

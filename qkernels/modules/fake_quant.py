@@ -25,7 +25,13 @@ from torch import Tensor, nn
 
 from qkernels import rounding
 from qkernels.errors import SchemeError
-from qkernels.reference import quantize_rows, quantize_rows_asymmetric, tensor_scale
+from qkernels.reference import (
+    outlier_columns,
+    quantize_rows,
+    quantize_rows_asymmetric,
+    tensor_scale,
+    without_columns,
+)
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight, WeightParameters
 
@@ -120,7 +126,7 @@ class FakeQuantLinear(nn.Linear):
             return x
         if not activation.is_static:
             with torch.no_grad():
-                made = _dynamically_rounded(x, self.scheme)
+                made = dynamically_rounded(x, self.scheme)
             return x + (made - x.detach())
         scale = self.activation_scale
         assert scale is not None
@@ -154,7 +160,7 @@ def rounded_input(x: Tensor, parameters: WeightParameters, zero: int | None = No
     static = parameters.activation_scale
     with torch.no_grad():
         if static is None:
-            made = _dynamically_rounded(x, scheme)
+            made = dynamically_rounded(x, scheme)
         else:
             rows = x.reshape(-1, x.shape[-1])
             if zero is not None:
@@ -165,10 +171,15 @@ def rounded_input(x: Tensor, parameters: WeightParameters, zero: int | None = No
     return x + (made - x.detach())
 
 
-def _dynamically_rounded(x: Tensor, scheme: QuantScheme) -> Tensor:
-    """x as the quantized layer will multiply it."""
+def dynamically_rounded(x: Tensor, scheme: QuantScheme) -> Tensor:
+    """x [..., K] as a layer multiplies it whose scales of activations come from x."""
     activation, rows = scheme.activation, x.reshape(-1, x.shape[-1])
-    if activation.has_zeros:
+    if activation.outliers:
+        apart = outlier_columns(rows, activation.outliers)
+        codes, scale = quantize_rows(without_columns(rows, apart), activation.torch_dtype)
+        made = codes.float() * scale[:, None]
+        made[:, apart] = rows[:, apart].float()
+    elif activation.has_zeros:
         codes, scale, zero = quantize_rows_asymmetric(rows)
         made = (codes.float() - zero[:, None]) * scale[:, None]
     elif activation.granularity == "token":

@@ -21,6 +21,7 @@ from torch import Tensor
 from qkernels import rounding
 from qkernels.calibration.ranges import Numbers, rounded, scale_and_zero
 from qkernels.calibration.statistics import Needs
+from qkernels.modules.fake_quant import dynamically_rounded
 from qkernels.quantizers.method import BlockTask, Method
 from qkernels.quantizers.producers import consumers_of, neighbours_of
 from qkernels.scheme import QuantScheme
@@ -183,10 +184,8 @@ class _Layer:
         """x as the layer will multiply it; one scale for all tokens is that of all batches."""
         activation, numbers = self._scheme.activation, Numbers.of(self._scheme.activation)
         if activation.granularity in ("token", "tokenasym"):
-            low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
-        else:
-            low, high = -largest.max(), largest.max()
-        scale, zero = scale_and_zero(low.clamp(max=0), high.clamp(min=0), numbers)
+            return dynamically_rounded(x, self._scheme)
+        scale, zero = scale_and_zero(-largest.max(), largest.max(), numbers)
         return rounded(x, scale, zero, numbers)
 
 

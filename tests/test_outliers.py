@@ -1,0 +1,147 @@
+"""LLM.int8(): columns of x with outliers are multiplied in 16 bits, the others as int8."""
+
+import pytest
+import torch
+
+import qkernels as qk
+from qkernels import reference, rounding
+from qkernels.errors import CheckpointError, SchemeError, WeightError
+from qkernels.layouts import LAYOUTS, pack
+from tests import schemes
+from tests.bounds import FROBENIUS_BOUND
+from tests.tiny_model import tiny_model
+
+TOKENS = torch.arange(96).view(4, 24) % 60
+
+
+def layer_of(scheme, n=40, k=100, backend=None, **options):
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.05
+    return qk.WQLinear.from_weight(rounding.quantize(weight, scheme), backend=backend, **options)
+
+
+def outlying(m=7, k=100, dtype=torch.float32):
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(1))
+    x[:, 5] *= 30
+    x[m // 2, 77] = -9
+    return x.to(dtype)
+
+
+def test_by_hand():
+    """Two tokens, three columns, one output; the second column holds an outlier in one of them."""
+    x = torch.tensor([[1.0, 10.0, -2.0], [0.5, 0.25, 4.0]])
+    weight = torch.tensor([[0.5, -1.0, 2.0]])
+    hub = rounding.quantize(weight, "w8a8-outliers6")
+    w = hub.dequantize()
+    left = x.clone()
+    left[:, 1] = 0
+    scale = torch.tensor([2.0, 4.0]) / 127
+    rounded = (left / scale[:, None]).round() * scale[:, None]
+    wanted = rounded @ w.T + x[:, 1:2] @ w[:, 1:2].T
+    for backend in (None, "reference"):
+        layer = qk.WQLinear.from_weight(hub, backend=backend)
+        assert torch.allclose(layer(x), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8-g20", "w4a8-g20-flat", "w8a8-gtensor"])
+def test_outliers_cost_the_others_nothing(backend, scheme):
+    x = outlying()
+    layer = layer_of(f"{scheme}-outliers6", backend=backend)
+    exact = x @ layer.dequantize().T
+    error = (layer(x) - exact).norm() / exact.norm()
+    plain = (layer_of(scheme, backend=backend)(x) - exact).norm() / exact.norm()
+    assert error < 0.5 * plain
+    # With none, it is int8 bit for bit.
+    quiet = torch.randn(7, 100, generator=torch.Generator().manual_seed(1)).clamp(-5, 5)
+    assert torch.equal(layer(quiet), layer_of(scheme, backend=backend)(quiet))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("m", [0, 1, 2, 17])
+@pytest.mark.parametrize("scheme", ["w8a8-outliers6", "w4a8-g20-outliers6", "w8a8-outliers0.01"])
+def test_the_kernel_gives_what_the_reference_does(scheme, m, dtype):
+    x, bias = outlying(max(1, m), dtype=dtype)[:m], torch.randn(40, dtype=dtype)
+    weight = torch.randn(40, 100, generator=torch.Generator().manual_seed(0)) * 0.05
+    hub = rounding.quantize(weight, scheme, bias=bias)
+    fast = qk.WQLinear.from_weight(hub, backend="cpu")
+    slow = qk.WQLinear.from_weight(hub, backend="reference")
+    got, wanted = fast(x).double(), slow(x).double()
+    assert got.shape == (m, 40)
+    assert (got - wanted).norm() <= FROBENIUS_BOUND[dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("text", schemes.ALL)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_columns_of_a_packed_weight(text, name):
+    scheme = qk.QuantScheme.parse(text)
+    if LAYOUTS[name].why_not(scheme) is not None:
+        return
+    weight = torch.randn(37, 100, generator=torch.Generator().manual_seed(0))
+    hub = rounding.quantize(
+        weight, scheme, activation_scale=1.0 if scheme.activation.is_static else None
+    )
+    packed = pack(hub, LAYOUTS[name])
+    columns = torch.tensor([99, 0, 5, 64, 23, 24])
+    assert torch.equal(packed.columns(columns), packed.dequantize_rows(0, 37)[:, columns])
+    assert packed.columns(columns[:0]).shape == (37, 0)
+
+
+def test_batch_invariant_rows_do_not_see_each_other():
+    layer = layer_of("w8a8-outliers6", batch_invariant=True)
+    x = outlying()
+    whole = layer(x)
+    for row in range(len(x)):
+        assert torch.equal(layer(x[row : row + 1])[0], whole[row])
+    # Elsewhere a column is one for all rows: those that have no outlier in it are nearer to exact.
+    exact = x @ layer.dequantize().T
+    together = layer_of("w8a8-outliers6")(x)
+    assert (together - exact).norm() < (whole - exact).norm()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_its_row(value):
+    x = outlying()
+    x[2, 3] = value
+    y = layer_of("w8a8-outliers6")(x)
+    assert not y[2].isfinite().any()
+    assert y[[0, 1, 3, 4, 5, 6]].isfinite().all()
+
+
+def test_outlier_columns():
+    x = torch.tensor([[1.0, -6.0, 0.0, 5.99], [float("nan"), 0.0, 0.0, 0.0]])
+    assert reference.outlier_columns(x, 6.0).tolist() == [0, 1]
+
+
+def test_spelled_and_read():
+    scheme = qk.QuantScheme.parse("w8a8-outliers5.5")
+    assert scheme.activation.outliers == 5.5 and str(scheme) == "w8a8-outliers5.5"
+    for wrong in (
+        *("w4a16-g64-outliers6", "w8a8-static-outliers6", "w8a8-tokenasym-outliers6"),
+        *("fp8-a8-outliers6", "w8a8-outliers", "w8a8-outliers6-outliers7", "w8a8-outliers-1"),
+    ):
+        with pytest.raises(SchemeError):
+            qk.QuantScheme.parse(wrong)
+
+
+def test_activations_that_are_quantized_already_are_refused():
+    layer = layer_of("w8a8-outliers6")
+    with pytest.raises(WeightError, match="keep columns of x in 16 bits: pass x itself"):
+        layer(qk.quantize_activation(outlying()))
+
+
+def test_a_model_is_quantized_saved_and_loaded(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter[::16] *= 12
+    wanted = model(TOKENS).logits
+    report = qk.quantize_model(model, "gptq", "w8a8-outliers6", calibration=[TOKENS])
+    assert all(layer.scheme == "w8a8-outliers6" for layer in report.layers)
+    with pytest.raises(CheckpointError, match="keeps no columns of activations in 16 bits"):
+        qk.save_model(model, tmp_path / "other", format="compressed-tensors")
+    qk.save_model(model, tmp_path / "own", format="qkernels")
+    with torch.no_grad():
+        got = model(TOKENS).logits
+        assert torch.equal(qk.load_model(tmp_path / "own")(TOKENS).logits, got)
+    assert (got - wanted).norm() < 0.02 * wanted.norm()
