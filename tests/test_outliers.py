@@ -145,3 +145,28 @@ def test_a_model_is_quantized_saved_and_loaded(tmp_path):
         got = model(TOKENS).logits
         assert torch.equal(qk.load_model(tmp_path / "own")(TOKENS).logits, got)
     assert (got - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("m", [0, 1, 5, 64])
+@pytest.mark.parametrize("scheme", ["w4a16-g20", "w3a16-g64-sym", "nf4-g64-dq", "fp8e4m3-a16"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_columns_in_16_bits_beside_the_codes(scheme, m, dtype, ordered):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 100, generator=generator) * 0.05
+    perm = torch.randperm(100, generator=generator) if ordered else None
+    hub = rounding.quantize(weight, scheme, perm=perm, bias=torch.randn(40, dtype=dtype))
+    values = torch.randn(40, 3, generator=generator).half()
+    hub = hub.replace(outlier_columns=torch.tensor([99, 0, 31]), outlier_values=values)
+    x = torch.randn(m, 100, generator=generator).to(dtype)
+    fast = qk.WQLinear.from_weight(hub, dtype=dtype)
+    (chosen,) = (
+        row.kernel
+        for row in qk.explain(
+            scheme, m=m, n=40, k=100, x_dtype=dtype, fields=("outlier_columns", "outlier_values")
+        )
+        if row.chosen
+    )
+    assert chosen == "cpu_float_columns"
+    exact = x.double() @ hub.dequantize().double().T + hub.bias.double()
+    assert (fast(x).double() - exact).norm() <= FROBENIUS_BOUND[dtype] * exact.norm()

@@ -20,7 +20,6 @@ from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProbl
 from qkernels.errors import NoKernelError
 from qkernels.layouts import PackedWeight
 from qkernels.layouts.padding import kernel_group
-from qkernels.reference import outlier_columns, without_columns
 from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook, nested_table
 
@@ -146,18 +145,22 @@ def _route(isa: str, tiles: bool = False, rounds: bool = False) -> RouteOf:
     return lambda problem, device: _made(problem.scheme, problem.n, problem.k, isa, tiles, rounds)
 
 
-def _within(problem: Problem) -> Problem:
-    """The problem whose product is left where columns with outliers are taken out of x."""
-    scheme = problem.scheme
-    inner = replace(scheme, activation=replace(scheme.activation, outliers=0.0))
-    return replace(problem, scheme=inner, x_dtype=torch.float32)
+_COLUMNS = frozenset({"outlier_columns", "outlier_values"})
+"""Fields of columns that a weight has in 16 bits beside its codes."""
 
 
-def _integers_of(problem: Problem) -> Kernel | None:
-    """The kernel for what is left, for these rows of x."""
-    inner = _within(problem)
-    found = (k for k in KERNELS if k.exact and k.run_quantized and k.refusal(inner) is None)
-    return next(found, None)
+def _of_rows(problem: Problem) -> Kernel | None:
+    """The kernel for a problem and its number of rows, but for those that call another one."""
+    rows = (kernel for kernel in KERNELS if kernel not in COMPOSED)
+    return next((kernel for kernel in rows if kernel.refusal(problem) is None), None)
+
+
+def _run_inner(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    """A part of a product, by the kernel that is for it."""
+    kernel = _of_rows(problem)
+    if kernel is None:
+        return reference.linear(x, packed, bias)
+    return kernel.run(x, packed, bias, problem)
 
 
 def _keeps_outliers(problem: Problem) -> str | None:
@@ -168,17 +171,31 @@ def _keeps_outliers(problem: Problem) -> str | None:
 
 def _run_apart(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """int8 but for columns of x with outliers, whose product is added in fp32."""
-    columns = outlier_columns(x, problem.scheme.activation.outliers)
-    left = without_columns(x, columns) if columns.numel() else x
-    kernel, inner = _integers_of(problem), _within(problem)
-    weight = PackedWeight(inner.scheme, packed.layout, packed.n, packed.k, packed.buffers)
-    if kernel is None:
-        y = reference.linear(left.float(), weight, bias)
-    else:
-        y = kernel.run(left.float(), weight, bias, inner)
+    columns = reference.outlier_columns(x, problem.scheme.activation.outliers)
+    left = reference.without_columns(x, columns) if columns.numel() else x
+    scheme = replace(problem.scheme, activation=replace(problem.scheme.activation, outliers=0.0))
+    inner = replace(problem, scheme=scheme, x_dtype=torch.float32)
+    weight = PackedWeight(scheme, packed.layout, packed.n, packed.k, packed.buffers)
+    y = _run_inner(left.float(), weight, bias, inner)
     if columns.numel():
         y += x[:, columns].float() @ packed.columns(columns).t()
     return y.to(x.dtype)
+
+
+def _has_columns(problem: Problem) -> str | None:
+    if problem.fields >= _COLUMNS:
+        return None
+    return "is for weights with columns in 16 bits beside their codes"
+
+
+def _run_beside(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    """The product with the codes, and one with the columns in 16 bits beside it."""
+    inner = replace(problem, fields=problem.fields - _COLUMNS)
+    buffers = {name: held for name, held in packed.buffers.items() if name not in _COLUMNS}
+    weight = PackedWeight(packed.scheme, packed.layout, packed.n, packed.k, buffers)
+    y = _run_inner(x, weight, bias, inner)
+    columns, values = (packed.buffers[name] for name in ("outlier_columns", "outlier_values"))
+    return y.addmm_(x.index_select(1, columns), values.to(x.dtype).t())
 
 
 _FLOAT_ROWS = PREPARED | {"offsets"}
@@ -189,6 +206,33 @@ _VARIES = "rounds unlike the kernels for few rows, and batch_invariant wants one
 # The numbers of rows were measured, each against the rows below it and the reference, which
 # dequantizes for torch's product: see docs/cpu.md. Those of portable and avx2 were measured where
 # torch had AVX-512 and VNNI. Tiles have 32 columns of floats or 64 of int8.
+COMPOSED = (
+    Kernel(
+        name="cpu_int8_outliers",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        activation_outliers=True,
+        varies="finds columns with outliers in all rows of x, and batch_invariant wants each alone",
+        weight_rounding="integers",
+        where=_with("portable"),
+        why_not=_keeps_outliers,
+        run=_run_apart,
+    ),
+    Kernel(
+        name="cpu_float_columns",
+        backend="cpu",
+        layout="vnni",
+        activations=("none",),
+        fields=_FLOAT_ROWS | _COLUMNS,
+        varies=_VARIES,
+        where=_with("portable"),
+        why_not=_has_columns,
+        run=_run_beside,
+    ),
+)
+"""Kernels that call one of the others for most of their product."""
+
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
         name="cpu_amx_scaled",
@@ -295,18 +339,7 @@ KERNELS: tuple[Kernel, ...] = (
         where=_with("portable"),
         **by_route(_route("portable"), quantized=True),
     ),
-    Kernel(
-        name="cpu_int8_outliers",
-        backend="cpu",
-        layout="vnni",
-        activations=("int8",),
-        activation_outliers=True,
-        varies="finds columns with outliers in all rows of x, and batch_invariant wants each alone",
-        weight_rounding="integers",
-        where=_with("portable"),
-        why_not=_keeps_outliers,
-        run=_run_apart,
-    ),
+    *COMPOSED,
 )
 
 
