@@ -14,6 +14,7 @@ from qkernels.activations import (
 from qkernels.checkpoints import load_model, save_model
 from qkernels.checkpoints.registration import register_with_transformers
 from qkernels.errors import QuantizationError
+from qkernels.integrations.fuse import FuseReport, fuse, unfuse
 from qkernels.integrations.modules import replace_linears
 from qkernels.modules import (
     WQEmbedding,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "FuseReport",
     "LayerReport",
     "QuantScheme",
     "QuantizationError",
@@ -51,6 +53,7 @@ __all__ = [
     "errors",
     "explain",
     "functional",
+    "fuse",
     "linear",
     "load_model",
     "prepare_qat",
@@ -66,6 +69,7 @@ __all__ = [
     "silu_mul_quantize",
     "table_type",
     "undo_qat",
+    "unfuse",
 ]
 
 register_with_transformers()

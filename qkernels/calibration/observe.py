@@ -75,6 +75,7 @@ def observe(
             for chain in (DENSE, QUANTIZED) if batch in dense else (QUANTIZED,):
                 left |= observers.keys()
                 rows.begin(tokens[batch] if tokens else None)
+                products.forget()
                 for observer in observers.values():
                     observer.begin(batch, chain)
                 with contextlib.suppress(_RunEnded):
@@ -163,6 +164,10 @@ class _Products:
 
     def __init__(self) -> None:
         self._made: dict[type[SumOfProducts], tuple[Tensor, Tensor | None, int, Tensor]] = {}
+
+    def forget(self) -> None:
+        """Lets go of the tensors of a run, before those of the next one come."""
+        self._made.clear()
 
     def of(self, kind: type[SumOfProducts], x: Tensor, dense: Tensor | None) -> Tensor:
         """`kind.product`."""
