@@ -102,14 +102,13 @@ def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
     made = _round_columns(
         weight, fitted, order.tolist(), upper, None if at_once else parameters.grid, gram
     )
-    # Damped throughout: where inputs are few, what they do not tell apart is not to be moved.
-    loss = damped.float()
+    added = float((damped.diagonal() - gram.diagonal()).mean())
     if parameters.refit:
-        made = refit_scales(made, weight, loss)
+        made = refit_scales(made, weight, gram, added)
     for _ in range(parameters.sweeps):
-        made = descend(made, weight, loss)
+        made = descend(made, weight, damped.float())
         if parameters.refit:
-            made = refit_scales(made, weight, loss)
+            made = refit_scales(made, weight, gram, added)
     return made if perm is None else made.replace(perm=perm)
 
 
@@ -195,13 +194,18 @@ def _round_columns(
     return QuantizedWeight(scheme=scheme, codes=codes.t().contiguous(), **fields)
 
 
-def refit_scales(made: QuantizedWeight, weight: Tensor, gram: Tensor) -> QuantizedWeight:
+def refit_scales(
+    made: QuantizedWeight, weight: Tensor, gram: Tensor, added: float = 0.0
+) -> QuantizedWeight:
     """The same codes under the scales that fit best, row by row.
 
     A row is q = sum_g s_g c_g with c_g its codes of group g less their zero point. Moving its
     scales by d changes its error (w - q) H (w - q)^T by d A d - 2 b d, with A[g, h] = c_g H c_h^T
     and b[g] = c_g H (w - q)^T, which is least where A d = b. A row keeps its scales where rounding
     those found to their type leaves more error than before.
+
+    Where inputs are few, H does not tell all groups apart, and scales may go anywhere: rows that
+    have more error then under H with `added` on its diagonal take what is best under that.
 
     Args:
         weight: fp32 [N, K] and `gram`, H, fp32 [K, K], both in the order of the codes.
@@ -220,19 +224,30 @@ def refit_scales(made: QuantizedWeight, weight: Tensor, gram: Tensor) -> Quantiz
         old = made.scales[start:stop].double()
         # Of the error and not of the weight, which in fp32 would hide what there is to gain.
         error = weight[start:stop] - made.dequantize_rows(made.codes[start:stop], start)
-        wanted = (error @ gram).mul_(values).double()
-        wanted = F.pad(wanted, (0, padding)).unflatten(1, (groups, length)).sum(dim=2)
+        wanted = _by_group((error @ gram).mul_(values), padding, groups)
         products = wanted.new_empty(stop - start, groups, groups)
         for group in range(groups):
             columns = slice(group * length, min((group + 1) * length, made.k))
             reach = (values[:, columns] @ gram[columns]).mul_(values)
             reach = F.pad(reach, (0, padding)).unflatten(1, (groups, length))
             products[:, group] = reach.sum(dim=2)
-        found = (old + _solve(products, wanted)).to(made.scales.dtype)
-        good = (found > 0).all(dim=1) & found.isfinite().all(dim=1)
-        good &= _change(products, wanted, found.double() - old) < 0
-        scales[start:stop] = torch.where(good[:, None], found, made.scales[start:stop])
+        more_wanted = wanted + added * _by_group(values * error, padding, groups)
+        squares = _by_group(values.square(), padding, groups)
+        more_products = products + added * torch.diag_embed(squares)
+        kept = made.scales[start:stop]
+        for a, b in ((more_products, more_wanted), (products, wanted)):
+            found = (old + _solve(a, b)).to(kept.dtype)
+            good = (found > 0).all(dim=1) & found.isfinite().all(dim=1)
+            for each in ((a, b), (more_products, more_wanted)):
+                good &= _change(*each, found.double() - old) < 0
+            kept = torch.where(good[:, None], found, kept)
+        scales[start:stop] = kept
     return made.replace(scales=scales)
+
+
+def _by_group(values: Tensor, padding: int, groups: int) -> Tensor:
+    """The sums of values [R, K] over each group, fp64 [R, G]."""
+    return F.pad(values, (0, padding)).unflatten(1, (groups, -1)).double().sum(dim=2)
 
 
 def _slices(n: int, k: int, groups: int) -> Iterator[tuple[int, int]]:
