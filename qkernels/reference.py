@@ -182,7 +182,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """fp32 products in fp32, also where torch is set to bf16 or TF32 for them."""
     try:
         before = torch.get_float32_matmul_precision()
@@ -198,7 +198,7 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@_full_precision()
+@full_precision()
 def linear(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, *, batch_invariant: bool = False
 ) -> Tensor:
@@ -265,7 +265,7 @@ def _linear_with_outliers(
     return y.to(x.dtype)
 
 
-@_full_precision()
+@full_precision()
 def linear_quantized(
     quantized: Tensor,
     scale: Tensor,
@@ -331,7 +331,7 @@ def _shifted_product(a: Tensor, zero: Tensor | None, b: Tensor) -> Tensor:
     return product - zero[:, None] * sums
 
 
-@_full_precision()
+@full_precision()
 def grad_input(grad: Tensor, packed: PackedWeight) -> Tensor:
     """grad_x [M, K] = grad [M, N] @ W, in the weight's own column order and grad's dtype.
 

@@ -82,7 +82,7 @@ def test_an_input_factor_runs_on_the_kernels_and_again_when_they_are_known(text)
 def test_kernels_that_do_not_know_a_field_say_so():
     rows = qk.explain("w4a16-g64", n=N, k=K, fields=("outlier_columns", "outlier_values", "perm"))
     chosen = next(row for row in rows if row.chosen)
-    assert chosen.kernel == "reference"
+    assert chosen.kernel == "cpu_float_columns"
     others = [row.reason for row in rows if row.backend == "cpu" and "float" in row.kernel]
     assert any("does not know outlier_columns, outlier_values" in reason for reason in others)
 
@@ -114,7 +114,8 @@ def test_every_layout_gives_back_every_field(text, layout):
 def test_a_state_dict_holds_every_field():
     weight = with_everything("w4a16-g64")
     layer = qk.WQLinear.from_weight(weight)
-    assert set(layer.state_dict()) == {"words", "bias", *weight.fields}
+    held = {"words" if name.startswith("words") else name for name in layer.state_dict()}
+    assert held == {"words", "bias", *weight.fields}
     other = qk.WQLinear.from_weight(with_everything("w4a16-g64"))
     other.load_state_dict(layer.state_dict())
     x = torch.randn(2, K)

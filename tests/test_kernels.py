@@ -144,7 +144,8 @@ def expected(quantized, x):
     else:
         packed = pack(quantized, LAYOUTS["plain"])
         rows = x if quantized.perm is None else x[:, quantized.perm]
-        if quantized.scheme.activation.has_zeros:
+        activation = quantized.scheme.activation
+        if activation.has_zeros or activation.outliers:
             left = truth.rounded(quantized, rows)
         else:
             xq, scale = reference.quantize_activations(rows, packed)

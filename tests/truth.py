@@ -59,6 +59,12 @@ def rounded(weight: QuantizedWeight, x: Tensor) -> Tensor:
         return x.double()
     if activation.has_zeros:
         return _rounded_with_zeros(weight, x.float())
+    if activation.outliers:
+        apart = (x.abs() >= activation.outliers).any(dim=0)
+        left = torch.where(apart, 0, x.float())
+        scale = left.abs().amax(1, keepdim=True) / 127
+        kept = (left / torch.where(scale == 0, 1, scale)).round() * scale
+        return torch.where(apart, x.double(), kept.double())
     largest = {"int8": 127.0, "fp8": 448.0}[activation.dtype]
     tops = {"token": x.float().abs().amax(1, keepdim=True), "tensor": x.float().abs().amax()}
     if activation.granularity == "static":

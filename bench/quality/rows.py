@@ -77,6 +77,7 @@ _ACTIVATIONS = (
     "outlier_suppression",
     "gptq",
     "smoothquant(steps=11)+gptq",
+    "zeroquant",
 )
 
 _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {

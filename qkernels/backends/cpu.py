@@ -178,7 +178,8 @@ def _run_apart(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Pr
     weight = PackedWeight(scheme, packed.layout, packed.n, packed.k, packed.buffers)
     y = _run_inner(left.float(), weight, bias, inner)
     if columns.numel():
-        y += x[:, columns].float() @ packed.columns(columns).t()
+        with reference.full_precision():
+            y += x[:, columns].float() @ packed.columns(columns).t()
     return y.to(x.dtype)
 
 
@@ -195,7 +196,8 @@ def _run_beside(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: P
     weight = PackedWeight(packed.scheme, packed.layout, packed.n, packed.k, buffers)
     y = _run_inner(x, weight, bias, inner)
     columns, values = (packed.buffers[name] for name in ("outlier_columns", "outlier_values"))
-    return y.addmm_(x.index_select(1, columns), values.to(x.dtype).t())
+    with reference.full_precision():
+        return y.addmm_(x.index_select(1, columns), values.to(x.dtype).t())
 
 
 _FLOAT_ROWS = PREPARED | {"offsets"}

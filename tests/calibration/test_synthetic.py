@@ -33,7 +33,7 @@ def test_a_model_is_calibrated_without_data():
 
 
 def test_other_words_and_models_without_an_embedding_are_refused():
-    with pytest.raises(LayerError, match="calibration is 'text': give batches;"):
+    with pytest.raises(LayerError, match="calibration is a list of batches, got a text"):
         qk.quantize_model(tiny_model(), "rtn", "w4a16-g32", calibration="text")
     with pytest.raises(LayerError, match="does not say which layer embeds"):
         qk.quantize_model(Model(), "rtn", "w4a16-g24", calibration="random")
