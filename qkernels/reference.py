@@ -91,13 +91,18 @@ def _where_finite(x: Tensor, scale: Tensor) -> Tensor:
     return torch.where(finite, scale, torch.full_like(scale, float("nan")))
 
 
+def quantize_with_zero(x: Tensor, scale: Tensor, zero: Tensor | int) -> Tensor:
+    """x as int8 under one scale and zero point that are known beforehand; NaN is the zero point."""
+    rounded = torch.nan_to_num((x.float() / scale).round(), nan=0.0) + zero
+    return rounded.clamp(-128, 127).to(torch.int8)
+
+
 def _quantize_with_zeros(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, K] as int8 with a scale fp32 [M] and a zero point int32 [M] for each row."""
     if not packed.scheme.activation.is_static:
         return quantize_rows_asymmetric(x)
     scale, zero = packed.buffers["activation_scale"], packed.buffers["activation_zero"]
-    rounded = torch.nan_to_num((x.float() / scale).round(), nan=0.0) + zero
-    quantized = rounded.clamp(-128, 127).to(torch.int8)
+    quantized = quantize_with_zero(x, scale, zero)
     return quantized, _where_finite(x, scale), zero.expand(x.shape[0])
 
 

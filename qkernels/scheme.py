@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -238,6 +238,13 @@ class QuantScheme:
     @property
     def weight_only(self) -> bool:
         return self.activation.dtype == "none"
+
+    @property
+    def dynamic(self) -> QuantScheme:
+        """The same with activations per token, where theirs would be calibrated."""
+        if not self.activation.is_static:
+            return self
+        return replace(self, activation=Activation(self.activation.dtype))
 
     @property
     def implied_zero(self) -> int:

@@ -131,6 +131,12 @@ class WeightParameters:
             return self.__dict__["fields"].get(name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def replace(self, **changes: Any) -> WeightParameters:
+        """The same with another scheme or other fields; None takes a field away."""
+        return WeightParameters(
+            **{"scheme": self.scheme, "n": self.n, "k": self.k, **self.fields, **changes}
+        )
+
     def group_scales(self, start: int = 0, stop: int | None = None) -> Tensor:
         """What a code's value is multiplied by, for rows [start, stop): fp32 [rows, G]."""
         stop = self.n if stop is None else stop

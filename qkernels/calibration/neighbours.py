@@ -33,7 +33,7 @@ _ROWS = 64
 _CLEAN = 2**-6
 """|difference| / |input| between a layer's input and what it was multiplied by: rounding alone."""
 
-ALIKE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_ALIKE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """|difference| / |block output| that rounding may leave."""
 
 
@@ -64,7 +64,7 @@ class Neighbours:
         """
         producer = block.get_submodule(self.producer)
         factor = factor.cpu()
-        for name, values in _scaled(producer, 1 / factor, self.first, self.plus_one):
+        for name, values in scaled(producer, 1 / factor, self.first, self.plus_one):
             yield f"{self.producer}.{name}", values
         for consumer in self.consumers:
             weight = block.get_submodule(consumer).weight
@@ -72,7 +72,7 @@ class Neighbours:
             yield f"{consumer}.weight", weight.float() * factor[self.channels].to(weight.device)
 
 
-def _scaled(
+def scaled(
     module: nn.Module, factor: Tensor, first: int, plus_one: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """The parameters of a norm or a linear layer with its outputs from `first` on multiplied by
@@ -177,7 +177,7 @@ class _Trace:
         """The layers that read outputs of `name` directly, with a digit of each column's number."""
         module = self._block.get_submodule(name)
         powers = _powers(torch.arange(count), place)
-        changed = {f"{name}.{n}": v for n, v in _scaled(module, powers, first, plus_one)}
+        changed = {f"{name}.{n}": v for n, v in scaled(module, powers, first, plus_one)}
         found: dict[str, Tensor] = {}
         while True:
             seen = self._look(changed)
@@ -214,7 +214,7 @@ class _Trace:
         if len(seen.outputs) != len(self._base.outputs):
             return False
         return all(
-            a.shape == b.shape and _are_alike(a, b)
+            a.shape == b.shape and are_alike(a, b)
             for a, b in zip(seen.outputs, self._base.outputs, strict=True)
         )
 
@@ -281,9 +281,10 @@ def _digits(before: Tensor, after: Tensor, count: int, place: int) -> Tensor | N
     return digits.cpu() if (digits >= 0).all() else None
 
 
-def _are_alike(a: Tensor, b: Tensor) -> bool:
+def are_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether the output `a` is `b`, but for rounding in b's type."""
     difference = (a.double() - b.double()).norm()
-    return bool(difference <= ALIKE.get(b.dtype, 1e-3) * b.double().norm())
+    return bool(difference <= _ALIKE.get(b.dtype, 1e-3) * b.double().norm())
 
 
 @contextlib.contextmanager

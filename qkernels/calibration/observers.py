@@ -8,7 +8,7 @@ range [0, 0], one that has seen NaN or infinity has a range that is not finite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -346,6 +346,11 @@ class NoParameters:
     """Of an observer that takes none."""
 
 
+def _none_tried(statistic: Any) -> tuple[()]:
+    """For observers whose range does not depend on a layer."""
+    return ()
+
+
 def _any_numbers(numbers: Numbers) -> None:
     """For observers that look at values alone."""
 
@@ -363,6 +368,8 @@ class Observer:
         title: a few words for listings.
         parameters: a frozen dataclass with defaults, as `spelling` takes it.
         make: (cells, parameters) -> a `Statistic` with a `range` as `MinMax` has it.
+        tried: of a statistic that was made, ranges to choose from by what they do to the output of
+            a layer, where one is known; none for what needs no output.
         why_not: (numbers) -> the reason, in a user's words, why it finds no range for values that
             are rounded to them, or None.
     """
@@ -371,6 +378,7 @@ class Observer:
     title: str
     parameters: type[Any] = NoParameters
     make: Callable[[Cells, Any], Any]
+    tried: Callable[[Any], Iterable[tuple[Tensor, Tensor]]] = _none_tried
     why_not: Callable[[Numbers], str | None] = _any_numbers
 
 
@@ -395,6 +403,7 @@ OBSERVERS: dict[str, Observer] = {
             title="a part of all tokens, by each one's largest value",
             parameters=TokenWiseParameters,
             make=TokenWise,
+            tried=TokenWise.tried,
         ),
         Observer(name="kl", title="least loss of information", make=KL, why_not=_whole_numbers),
         Observer(

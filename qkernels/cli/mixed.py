@@ -62,8 +62,9 @@ def sensitivity(
     from qkernels.scheme import QuantScheme
 
     parsed = [QuantScheme.parse(scheme.strip()) for scheme in split_schemes(schemes)]
+    recipe = Recipe.parse(method)
     for scheme in parsed:
-        check_judges(Recipe.parse(method), scheme)
+        check_judges(recipe, scheme)
     for path in (out, picture):
         if path is not None:
             models.check_file(path)

@@ -29,6 +29,7 @@ from qkernels.reference import (
     outlier_columns,
     quantize_rows,
     quantize_rows_asymmetric,
+    quantize_with_zero,
     tensor_scale,
     without_columns,
 )
@@ -74,7 +75,7 @@ class FakeQuantLinear(nn.Linear):
         self.train(layer.training)
         scales = zeros = static = None
         if learn:
-            fitted = rounding.fit(layer.weight.detach(), _dynamic(self.scheme))
+            fitted = rounding.fit(layer.weight.detach(), self.scheme.dynamic)
             scales = nn.Parameter(fitted.scales.float())
             zeros = None if fitted.zeros is None else nn.Parameter(fitted.zeros.float())
         if self.scheme.activation.is_static:
@@ -121,19 +122,13 @@ class FakeQuantLinear(nn.Linear):
         return f"{super().extra_repr()}, scheme={self.scheme}"
 
     def _rounded_input(self, x: Tensor) -> Tensor:
-        activation = self.scheme.activation
-        if activation.dtype == "none":
-            return x
-        if not activation.is_static:
-            with torch.no_grad():
-                made = dynamically_rounded(x, self.scheme)
-            return x + (made - x.detach())
         scale = self.activation_scale
-        assert scale is not None
+        if scale is None:
+            return rounded_input(x, self.scheme)
         if not float(scale.detach()) > 0:
             with torch.no_grad():
                 # LSQ's beginning, which is for few bits: with more, the largest |x| is less.
-                magnitudes, largest = x.detach().float().abs(), activation.largest
+                magnitudes, largest = x.detach().float().abs(), self.scheme.activation.largest
                 start = 2 * magnitudes.mean() / math.sqrt(largest)
                 start = torch.minimum(start, magnitudes.max() / largest)
                 scale.copy_(start.clamp(min=torch.finfo(torch.float32).tiny))
@@ -141,30 +136,24 @@ class FakeQuantLinear(nn.Linear):
         return learned
 
 
-def _dynamic(scheme: QuantScheme) -> QuantScheme:
-    """A scheme with the same weights, whose activations need no calibration."""
-    if not scheme.activation.is_static:
-        return scheme
-    return QuantScheme.parse(str(scheme).replace("-static", ""))
-
-
-def rounded_input(x: Tensor, parameters: WeightParameters, zero: int | None = None) -> Tensor:
-    """x [..., K] as a layer with these parameters multiplies it; its gradient is that of x.
+def rounded_input(
+    x: Tensor, scheme: QuantScheme, static: Tensor | None = None, zero: int | None = None
+) -> Tensor:
+    """x [..., K] as a layer multiplies it; its gradient is that of x.
 
     Args:
-        zero: the zero point of x that goes with a static scale, or None.
+        static: the scale of static activations, fp32 [].
+        zero: their zero point, or None.
     """
-    scheme = parameters.scheme
     if scheme.activation.dtype == "none":
         return x
-    static = parameters.activation_scale
     with torch.no_grad():
         if static is None:
             made = dynamically_rounded(x, scheme)
         else:
             rows = x.reshape(-1, x.shape[-1])
             if zero is not None:
-                codes = ((rows.float() / static).round() + zero).clamp(-128, 127) - zero
+                codes = quantize_with_zero(rows, static, zero).float() - zero
             else:
                 codes = quantize_rows(rows, scheme.activation.torch_dtype, static)[0].float()
             made = (codes * static).view(x.shape).to(x.dtype)
@@ -196,7 +185,7 @@ def _parameters(
     weight: Tensor, scales: Tensor | None, zeros: Tensor | None, scheme: QuantScheme
 ) -> WeightParameters:
     """Of the fake weight, as they are stored; without those of activations."""
-    own = _dynamic(scheme)
+    own = scheme.dynamic
     if scales is None:
         return rounding.fit(weight.detach(), own)
     least = rounding.least_scale(own.scale_dtype)

@@ -135,7 +135,8 @@ class LearnedRounding:
         self.learned[0].sub_(free.sign_(), alpha=rate).clamp_(-0.5, 0.5)
 
     def rounded_input(self, x: Tensor) -> Tensor:
-        return rounded_input(x, self.parameters, self._input_zero)
+        own = self.parameters
+        return rounded_input(x, own.scheme, own.activation_scale, self._input_zero)
 
     def quantized(self) -> QuantizedWeight:
         """What W' is stored as."""

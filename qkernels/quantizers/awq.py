@@ -28,7 +28,7 @@ from qkernels.calibration.statistics import Needs
 from qkernels.quantizers import grids
 from qkernels.quantizers.hessian import gram_of
 from qkernels.quantizers.method import BlockTask, LayerTask, Method
-from qkernels.quantizers.producers import consumers_of, neighbours_of
+from qkernels.quantizers.producers import any_scale, around_one, consumers_of, neighbours_of
 from qkernels.scheme import QuantScheme
 from qkernels.weight import WeightParameters, row_slices
 
@@ -86,7 +86,7 @@ class _Consumer:
     def loss(self, factor: Tensor) -> float:
         """|x E^T|^2 / |x W^T|^2 where the weight is rounded with its columns times `factor`."""
         scaled = self.weight * factor
-        fitted = rounding.fit(scaled, self.scheme, activation_scale=_any_scale(self.scheme))
+        fitted = rounding.fit(scaled, self.scheme, activation_scale=any_scale(self.scheme))
         lost = 0.0
         for start, stop in row_slices(*scaled.shape):
             codes = rounding.encode_rows(scaled[start:stop], fitted, start)
@@ -106,11 +106,6 @@ class _Consumer:
 def _squared_output(rows: Tensor, gram: Tensor) -> float:
     """|x R^T|^2 of rows R [N, K]: the sum over R^T R times `gram`, of which half is computed."""
     return float((transposed_product(rows, rows) * gram).sum())
-
-
-def _any_scale(scheme: QuantScheme) -> float | None:
-    """Weights are rounded the same under every scale of activations."""
-    return 1.0 if scheme.activation.is_static else None
 
 
 @dataclass(frozen=True)
@@ -158,8 +153,8 @@ class _Consumers:
         divisors = self._of_outputs(mean)
         for step in range(1, steps + 1):
             t = step / steps
-            yield _around_one(sizes**t)
-            yield _around_one(sizes**t / divisors ** (1 - t))
+            yield _bounded(sizes**t)
+            yield _bounded(sizes**t / divisors ** (1 - t))
 
     def _of_outputs(self, columns: Tensor) -> Tensor:
         """The geometric mean of the columns that are one output of the producer."""
@@ -178,9 +173,8 @@ def _sizes_in_groups(weight: Tensor, scheme: QuantScheme) -> Tensor:
     return sizes.mean(dim=0)
 
 
-def _around_one(factor: Tensor) -> Tensor:
-    factor = factor.clamp(min=_LEAST_FACTOR)
-    return factor / (factor.max() * factor.min()).sqrt()
+def _bounded(factor: Tensor) -> Tensor:
+    return around_one(factor.clamp(min=_LEAST_FACTOR))
 
 
 def _quantize(task: LayerTask, parameters: AwqParameters) -> WeightParameters:
@@ -196,9 +190,7 @@ def _quantize(task: LayerTask, parameters: AwqParameters) -> WeightParameters:
         weight = weight.clone()
         weight[:, columns] = 0
     fitted = rounding.fit(weight, task.scheme, activation_scale=task.activation_scale)
-    fitted = grids.search(weight, fitted, parameters.grid, gram)
-    fields = {**fitted.fields, **beside}
-    return WeightParameters(scheme=task.scheme, n=fitted.n, k=fitted.k, **fields)
+    return grids.search(weight, fitted, parameters.grid, gram).replace(**beside)
 
 
 def _why_not(scheme: QuantScheme, parameters: AwqParameters) -> str | None:

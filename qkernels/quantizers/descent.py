@@ -163,12 +163,15 @@ class Descent:
         generator = torch.Generator().manual_seed(0)
         batches = list(self._first)
         left: list[int] = []
+
+        def enough(chosen: list[int]) -> bool:
+            sequences = sum(self._sequences[batch] for batch in chosen)
+            return sequences >= self._parameters.batch or len(chosen) == len(batches)
+
         while True:
             # None twice in a step, whose loss would be met once and counted twice.
             chosen: list[int] = []
-            while sum(self._sequences[b] for b in chosen) < self._parameters.batch and len(
-                chosen
-            ) < len(batches):
+            while not enough(chosen):
                 if all(b in chosen for b in left):
                     order = torch.randperm(len(batches), generator=generator).tolist()
                     more = [batches[place] for place in order]

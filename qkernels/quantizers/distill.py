@@ -28,6 +28,7 @@ from qkernels.modules import WQLinear
 from qkernels.quantizers.gradients import (
     Recomputed,
     counted,
+    counted_rows,
     divergence,
     frozen,
     gives_logits,
@@ -281,9 +282,7 @@ def _loss(found: Any, wanted: Any, batch: Any) -> Tensor:
     kept = counted(batch, result)
     if gives_logits(found):
         return divergence(result, target, kept)
-    result, target = result.float(), target.float()
-    if kept is not None:
-        result, target = (x.flatten(0, -2)[kept.to(x.device)] for x in (result, target))
+    result, target = (counted_rows(x.float(), kept) for x in (result, target))
     return (result - target).square().sum() / target.square().sum()
 
 

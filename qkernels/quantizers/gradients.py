@@ -159,6 +159,11 @@ def counted(batch: Any, logits: Tensor) -> Tensor | None:
     return Tokens.of(batch).of_rows(logits.shape[:-1])
 
 
+def counted_rows(x: Tensor, kept: Tensor | None) -> Tensor:
+    """x [..., K], and of its rows those that count, [R, K], where some do not."""
+    return x if kept is None else x.flatten(0, -2)[kept.to(x.device)]
+
+
 def divergence(logits: Tensor, target: Tensor, kept: Tensor | None = None) -> Tensor:
     """The mean over tokens of KL(target || logits), in nats, fp32 [].
 

@@ -70,10 +70,8 @@ def search(
         )
     else:
         scales, zeros = _search_all(weight, parameters, grid, gram)
-    fields = {**parameters.fields, "scales": scales}
-    if zeros is not None:
-        fields["zeros"] = zeros
-    return WeightParameters(scheme=parameters.scheme, n=parameters.n, k=parameters.k, **fields)
+    found = {"scales": scales} if zeros is None else {"scales": scales, "zeros": zeros}
+    return parameters.replace(**found)
 
 
 def _search_all(

@@ -23,6 +23,7 @@ from qkernels.errors import LayerError
 from qkernels.quantizers.gradients import (
     Recomputed,
     counted,
+    counted_rows,
     drawn_loss,
     frozen,
     gives_logits,
@@ -164,7 +165,7 @@ def _loss(result: Any, batch: Any, generator: torch.Generator) -> Tensor:
     # Random directions: the expected squared gradient is that of the output's squared error.
     signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1)
     moved = output.float() * signs.to(output.device)
-    return moved.sum() if kept is None else moved.flatten(0, -2)[kept.to(moved.device)].sum()
+    return counted_rows(moved, kept).sum()
 
 
 GUIDED = Method(

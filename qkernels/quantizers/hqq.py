@@ -92,8 +92,7 @@ def _quantize(task: LayerTask, parameters: HqqParameters) -> WeightParameters:
             fit = _Group(rows, weights, scales.dtype, task.scheme, parameters)
             scale, zero = fit.best(scales[part, group].float(), zeros[part, group].float())
             scales[part, group], zeros[part, group] = scale, zero
-    fields = {**fitted.fields, "scales": scales, "zeros": zeros}
-    return WeightParameters(scheme=task.scheme, n=fitted.n, k=fitted.k, **fields)
+    return fitted.replace(scales=scales, zeros=zeros)
 
 
 class _Group:

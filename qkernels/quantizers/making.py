@@ -74,7 +74,9 @@ def build_layer(
         if made is None:
             assert part.method.quantize is not None
             made = part.method.quantize(without_zero(task), part.parameters)
-        made = _with_factor(with_zero(made, task), task)
+        made = with_zero(made, task)
+        if task.input_factor is not None:
+            made = made.replace(input_factor=task.input_factor.to(task.weight.device))
         assert (made.n, made.k) == tuple(task.weight.shape), part.method.name
         if isinstance(made, QuantizedWeight):
             weight = made.replace(bias=task.bias)
@@ -83,13 +85,3 @@ def build_layer(
         return WQLinear.from_parameters(made, task.weight, task.bias, **options)
     except QuantizationError as error:
         raise type(error)(f"{task.name}: {error}") from None
-
-
-def _with_factor(made: WeightParameters, task: LayerTask) -> WeightParameters:
-    if task.input_factor is None:
-        return made
-    factor = task.input_factor.to(task.weight.device)
-    if isinstance(made, QuantizedWeight):
-        return made.replace(input_factor=factor)
-    fields = {**made.fields, "input_factor": factor}
-    return WeightParameters(scheme=made.scheme, n=made.n, k=made.k, **fields)

@@ -215,6 +215,16 @@ def always_at_work(schemes: Collection[QuantScheme], parameters: Any) -> None:
     """For methods that do something whatever the schemes."""
 
 
+def why_no_rounded_activations(schemes: Collection[QuantScheme], parameters: Any) -> str | None:
+    """For methods that make activations easier to round: `Method.why_idle`."""
+    if any(not scheme.weight_only for scheme in schemes):
+        return None
+    return (
+        f"{' and '.join(sorted(map(str, schemes)))} leaves activations in 16 bits; choose a scheme "
+        "such as w8a8, or awq"
+    )
+
+
 def no_embeddings(parameters: Any) -> bool:
     """For methods that leave embeddings as they are."""
     return False

@@ -13,7 +13,7 @@ The paper's second part, token-wise clipping, is the observer `tokenwise`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,23 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.calibration.forwards import run_batch
-from qkernels.calibration.neighbours import ALIKE, with_parameters
+from qkernels.calibration.neighbours import are_alike, scaled, with_parameters
 from qkernels.quantizers.gradients import output_of
-from qkernels.quantizers.method import Method, ModelTask, NoParameters
+from qkernels.quantizers.method import (
+    Method,
+    ModelTask,
+    NoParameters,
+    why_no_rounded_activations,
+)
 from qkernels.quantizers.probe import few_tokens
-from qkernels.scheme import QuantScheme
 
 _LEAST = 1e-3
 """Of |gamma|, as a part of its mean: what is smaller is made no larger than that."""
-
-
-def _why_idle(schemes: Collection[QuantScheme], parameters: NoParameters) -> str | None:
-    if any(not scheme.weight_only for scheme in schemes):
-        return None
-    return (
-        f"{' and '.join(sorted(map(str, schemes)))} leaves activations in 16 bits; choose a scheme "
-        "such as w8a8-static"
-    )
 
 
 @dataclass
@@ -59,15 +54,6 @@ class _Norm:
         gamma = (gamma + 1 if self.plus_one else gamma).abs()
         return gamma.clamp(min=_LEAST * float(gamma.mean()))
 
-    def without(self, gamma: Tensor) -> dict[str, Tensor]:
-        """The norm's parameters where its output is divided by gamma."""
-        found = {}
-        for name, parameter in self.module.named_parameters(recurse=False):
-            values = parameter.detach().float()
-            shift = 1.0 if self.plus_one and name == "weight" else 0.0
-            found[name] = (values + shift) / gamma - shift
-        return found
-
 
 def _prepare(task: ModelTask, parameters: NoParameters) -> None:
     batch = few_tokens(task, OUTLIER_SUPPRESSION.name)
@@ -84,7 +70,8 @@ def _prepare(task: ModelTask, parameters: NoParameters) -> None:
             continue
         gamma = norm.gamma()
         name = names[id(norm.module)]
-        moved = {f"{name}.{key}": values for key, values in norm.without(gamma).items()}
+        without = scaled(norm.module, 1 / gamma, 0, norm.plus_one)
+        moved = {f"{name}.{key}": values for key, values in without}
         for reader in norm.readers:
             weight = task.model.get_submodule(reader).get_parameter("weight")
             moved[f"{reader}.weight"] = weight.detach().float() * gamma
@@ -156,8 +143,7 @@ def _computes(
     """Whether the model gives the same under other parameters."""
     with with_parameters(model, parameters):
         got = output_of(run_batch(model, batch))
-    difference = (got.double() - wanted.double()).norm()
-    return bool(difference <= ALIKE.get(wanted.dtype, 1e-3) * wanted.double().norm())
+    return are_alike(got, wanted)
 
 
 OUTLIER_SUPPRESSION = Method(
@@ -165,5 +151,5 @@ OUTLIER_SUPPRESSION = Method(
     title="norms' weights moved behind the rounding of activations",
     prepare_model=_prepare,
     scales_inputs=lambda parameters: True,
-    why_idle=_why_idle,
+    why_idle=why_no_rounded_activations,
 )

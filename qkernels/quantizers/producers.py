@@ -5,10 +5,12 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from qkernels.calibration.neighbours import Neighbours, find_neighbours, still_neighbours
 from qkernels.calibration.walks import Walk
 from qkernels.quantizers.method import BlockTask
+from qkernels.scheme import QuantScheme
 
 _Structure = frozenset[tuple[str, torch.Size]]
 
@@ -52,3 +54,14 @@ def consumers_of(task: BlockTask, found: Neighbours) -> list[str]:
     in the model."""
     names = [f"{task.name}.{name}".lstrip(".") for name in found.consumers]
     return [n for n in names if n in task.layers and n in task.inputs and task.inputs[n].rows]
+
+
+def around_one(factor: Tensor) -> Tensor:
+    """The factor of columns times one number, so that no 16-bit type overflows; the product with
+    inputs that are divided by it does not change."""
+    return factor / (factor.max() * factor.min()).sqrt()
+
+
+def any_scale(scheme: QuantScheme) -> float | None:
+    """Of static activations: weights are rounded the same under every one."""
+    return 1.0 if scheme.activation.is_static else None

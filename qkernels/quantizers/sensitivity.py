@@ -34,6 +34,7 @@ from qkernels.progress import Progress, silent
 from qkernels.quantizers.allocation import Choice
 from qkernels.quantizers.gradients import (
     counted,
+    counted_rows,
     drawn_loss,
     frozen,
     gives_logits,
@@ -365,7 +366,4 @@ def _loss(result: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, 
     if gives_logits(result):
         return drawn_loss(output, generator, kept), tokens, len(output)
     noise = torch.randn(output.shape, generator=generator).to(output.device)
-    moved = output.float() * noise
-    if kept is not None:
-        moved = moved.flatten(0, -2)[kept.to(moved.device)]
-    return moved.sum(), tokens, len(output)
+    return counted_rows(output.float() * noise, kept).sum(), tokens, len(output)

@@ -10,7 +10,7 @@ for the least error of the output on a sample of rows, with activations and weig
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,8 +22,8 @@ from qkernels import rounding
 from qkernels.calibration.ranges import Numbers, rounded, scale_and_zero
 from qkernels.calibration.statistics import Needs
 from qkernels.modules.fake_quant import dynamically_rounded
-from qkernels.quantizers.method import BlockTask, Method
-from qkernels.quantizers.producers import consumers_of, neighbours_of
+from qkernels.quantizers.method import BlockTask, Method, why_no_rounded_activations
+from qkernels.quantizers.producers import any_scale, around_one, consumers_of, neighbours_of
 from qkernels.scheme import QuantScheme
 
 _LEAST = 1e-5
@@ -55,15 +55,6 @@ def _statistics(scheme: QuantScheme, parameters: SmoothQuantParameters) -> Needs
     if scheme.weight_only:
         return Needs()
     return Needs(quantized=("largest", "rows") if parameters.steps else ("largest",))
-
-
-def _why_idle(schemes: Collection[QuantScheme], parameters: SmoothQuantParameters) -> str | None:
-    if any(not scheme.weight_only for scheme in schemes):
-        return None
-    return (
-        f"{' and '.join(sorted(map(str, schemes)))} leaves activations in 16 bits; choose a scheme "
-        "such as w8a8, or awq"
-    )
 
 
 def _prepare(task: BlockTask, parameters: SmoothQuantParameters) -> None:
@@ -132,8 +123,7 @@ class _Smoothed:
 
     def _at(self, alpha: float) -> Tensor:
         factor = self._inputs**alpha / self._weights ** (1 - alpha)
-        # Around 1, so that no 16-bit type overflows; the product does not change.
-        return factor / (factor.max() * factor.min()).sqrt()
+        return around_one(factor)
 
     def _loss(self, factor: Tensor) -> float:
         return sum(layer.loss(factor[self._columns]) for layer in self._layers)
@@ -170,7 +160,7 @@ class _Layer:
         fake = rounding.quantize(
             self.weight.float() * factor,
             self._scheme,
-            activation_scale=1.0 if self._scheme.activation.is_static else None,
+            activation_scale=any_scale(self._scheme),
         )
         wrong = F.linear(x, fake.dequantize()) - self._exact
         return float(wrong.square().sum()) / max(float(self._exact.square().sum()), 1e-30)
@@ -196,5 +186,5 @@ SMOOTHQUANT = Method(
     statistics=_statistics,
     prepare_block=_prepare,
     scales_inputs=lambda parameters: not parameters.fold,
-    why_idle=_why_idle,
+    why_idle=why_no_rounded_activations,
 )

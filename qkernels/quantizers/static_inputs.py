@@ -7,18 +7,19 @@ is added to what they made.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkernels.calibration.observers import ObserverChoice, TokenWise
+from qkernels.calibration.observers import ObserverChoice
 from qkernels.calibration.ranges import Numbers, rounded, scale_and_zero
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.quantizers.method import LayerTask
 from qkernels.scheme import Activation, QuantScheme
-from qkernels.weight import QuantizedWeight, WeightParameters
+from qkernels.weight import WeightParameters
 
 
 def needs_of(scheme: QuantScheme, observer: ObserverChoice) -> Needs:
@@ -36,8 +37,10 @@ def x_parameters(
     numbers = Numbers.of(scheme.activation)
     seen = inputs.quantized[str(observer)]
     low, high = seen.range(numbers)
-    if isinstance(seen, TokenWise):
-        low, high = _least_output_error(seen, numbers, inputs.quantized["rows"].rows, weight)
+    tried = list(observer.observer.tried(seen))
+    if tried:
+        rows = inputs.quantized["rows"].rows
+        low, high = _least_output_error(tried, (low, high), numbers, rows, weight)
     scale, zero = scale_and_zero(low, high, numbers)
     has_zero = scheme.activation.has_zeros
     return {
@@ -51,20 +54,21 @@ _CLOSER = tuple(1 + step / 50 for step in range(-8, 9))
 
 
 def _least_output_error(
-    seen: TokenWise, numbers: Numbers, rows: Tensor, weight: Tensor
+    tried: Sequence[tuple[Tensor, Tensor]],
+    whole: tuple[Tensor, Tensor],
+    numbers: Numbers,
+    rows: Tensor,
+    weight: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The range with the least |(x_q - x) W^T|^2 on a sample of rows [R, K]: of those of parts of
-    all tokens, and then of ranges close to the best of them."""
+    """The range with the least |(x_q - x) W^T|^2 on a sample of rows [R, K]: of those that are
+    tried, and then of ranges close to the best of them, `whole` at most."""
     rows, weight = rows.float(), weight.float()
 
     def error(ends: tuple[Tensor, Tensor]) -> float:
         wrong = rounded(rows, *scale_and_zero(*ends, numbers), numbers) - rows
         return float(F.linear(wrong, weight).square().sum())
 
-    whole = seen.range(numbers)
-    best = min(seen.tried(), key=error, default=None)
-    if best is None:
-        return whole
+    best = min(tried, key=error)
     low, high = best
     closer = (
         (torch.maximum(low * step, whole[0]), torch.minimum(high * step, whole[1]))
@@ -78,7 +82,7 @@ def without_inputs(scheme: QuantScheme) -> tuple[QuantScheme, str]:
     if not scheme.activation.is_static:
         return scheme, "rounded to nearest"
     # Per token needs no data and keeps the weights' format; a scale that is guessed may saturate.
-    dynamic = dataclasses.replace(scheme, activation=Activation(scheme.activation.dtype, "token"))
+    dynamic = scheme.dynamic
     return dynamic, f"rounded to nearest, with activations scaled per token ({dynamic})"
 
 
@@ -97,7 +101,4 @@ def with_zero(made: WeightParameters, task: LayerTask) -> WeightParameters:
     if task.activation_zero is None:
         return made
     zero = torch.tensor(task.activation_zero, dtype=torch.int32, device=task.weight.device)
-    if isinstance(made, QuantizedWeight):
-        return made.replace(scheme=task.scheme, activation_zero=zero)
-    fields = {**made.fields, "activation_zero": zero}
-    return WeightParameters(scheme=task.scheme, n=made.n, k=made.k, **fields)
+    return made.replace(scheme=task.scheme, activation_zero=zero)

@@ -84,7 +84,8 @@ class TrainedWeight:
         self.learned[0].sub_(moved, alpha=rate * self._size)
 
     def rounded_input(self, x: Tensor) -> Tensor:
-        return rounded_input(x, self._fitted, self._task.input_zero)
+        static = self._fitted.activation_scale
+        return rounded_input(x, self._task.scheme, static, self._task.input_zero)
 
     def quantized(self) -> QuantizedWeight:
         """What W' is stored as."""
