@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -54,3 +55,8 @@ def _repeats(parent: nn.Module, entry: nn.Module) -> bool:
     if isinstance(parent, nn.Sequential):
         return sum(type(other) is type(entry) for other in parent) > 1
     return isinstance(parent, nn.ModuleList)
+
+
+def kind_of(name: str) -> str:
+    """The same for modules that numbers alone tell apart, such as experts."""
+    return re.sub(r"\d+", "*", name)

@@ -12,7 +12,6 @@ are found by their numbers, written in powers of two.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+
+from qkernels.calibration.blocks import kind_of
 
 _POWERS = (-4, -3, -2, -1, 1, 2, 3, 4)
 """Numbers of channels are written in base 8, a digit d as 2^_POWERS[d]. No power is 1, which is
@@ -201,9 +202,9 @@ class _Trace:
     def _not_run(self, consumers: Sequence[str], columns: int) -> list[str] | None:
         """Layers that this input did not reach, and that are consumers as those like them are, such
         as other experts; None where there may be others."""
-        kinds = {re.sub(r"\d+", "*", name) for name in consumers}
+        kinds = {kind_of(name) for name in consumers}
         idle = [name for name in self._readers if name not in self._base.inputs]
-        like = [name for name in idle if re.sub(r"\d+", "*", name) in kinds]
+        like = [name for name in idle if kind_of(name) in kinds]
         unlike = set(idle) - set(like)
         return None if any(self._readers[name] == columns for name in unlike) else like
 

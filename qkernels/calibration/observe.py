@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.calibration.batches import Tokens
+from qkernels.calibration.blocks import kind_of
 from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.forwards import without_autocast
@@ -118,7 +118,7 @@ def stages(walk: Walk, layers: Mapping[str, nn.Linear]) -> list[Stage]:
     """
     grouped: dict[str, list[str]] = {}
     for name in layers:
-        grouped.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+        grouped.setdefault(kind_of(name), []).append(name)
     # The inputs are held until the end, so that no two of them are in the same memory.
     first: dict[str, Tensor] = {}
     calls: list[str] = []

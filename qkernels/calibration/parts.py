@@ -8,7 +8,6 @@ since they do nothing there but give what they were seen to give.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from qkernels.calibration.blocks import kind_of
 from qkernels.calibration.calls import copied, replace_forward
 from qkernels.calibration.forwards import run_batch
 from qkernels.errors import LayerError
@@ -201,11 +201,6 @@ def modules_not_run(model: nn.Module, batch: Any) -> list[str]:
             stack.callback(module.register_forward_pre_hook(note(name)).remove)
         run_batch(model, batch)
     return [name for name in own if kind_of(name) not in ran]
-
-
-def kind_of(name: str) -> str:
-    """The same for modules that numbers alone tell apart, such as experts."""
-    return re.sub(r"\d+", "*", name)
 
 
 def row_error(got: Tensor, wanted: Tensor) -> float:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibration.blocks import kind_of
 from qkernels.calibration.neighbours import Neighbours, find_neighbours, with_parameters
-from qkernels.calibration.parts import Outputs, Part, kind_of, row_error
+from qkernels.calibration.parts import Outputs, Part, row_error
 from qkernels.errors import LayerError
 
 _SAME = 1e-4

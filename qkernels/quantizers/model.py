@@ -34,7 +34,7 @@ from qkernels.quantizers.gradients import pieces
 from qkernels.quantizers.job import Outcome, Plan
 from qkernels.quantizers.linear_forms import LinearForms
 from qkernels.quantizers.making import planned_kind
-from qkernels.quantizers.plan import LayerPlan, plan_layers
+from qkernels.quantizers.plan import LayerPlan, parsed_overrides, plan_layers
 from qkernels.quantizers.recipe import Recipe
 from qkernels.quantizers.report import LayerReport, QuantizationReport
 from qkernels.quantizers.resume import (
@@ -147,10 +147,7 @@ def quantize_model(
         recipe, choice = Recipe.parse(method), ObserverChoice.parse(observer)
         check_backend(backend)
         default = QuantScheme.parse(scheme)
-        parsed = {
-            pattern: None if value is None else QuantScheme.parse(value)
-            for pattern, value in (overrides or {}).items()
-        }
+        parsed = parsed_overrides(overrides)
         layers = plan_layers(model, default, include, exclude, parsed)
         batches = calibration_of(model, recipe, layers, calibration)
         plan = plan_run(layers, recipe, choice, batches, backend, check_kernels, processes)

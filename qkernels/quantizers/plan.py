@@ -81,6 +81,16 @@ class LayerPlan:
     shares: dict[str, float] = field(default_factory=dict)
 
 
+def parsed_overrides(
+    overrides: Mapping[str, QuantScheme | str | None] | None,
+) -> dict[str, QuantScheme | None]:
+    """Overrides as of `quantize_model`, with their schemes parsed."""
+    return {
+        pattern: None if value is None else QuantScheme.parse(value)
+        for pattern, value in (overrides or {}).items()
+    }
+
+
 def plan_layers(
     model: nn.Module,
     default: QuantScheme,

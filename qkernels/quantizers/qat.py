@@ -12,7 +12,7 @@ from qkernels.checkpoints import mark_quantized
 from qkernels.errors import LayerError, QuantizationError, SchemeError
 from qkernels.modules import FakeQuantLinear, WQLinear
 from qkernels.modules.kinds import is_plain_linear, take_place_of
-from qkernels.quantizers.plan import plan_layers
+from qkernels.quantizers.plan import parsed_overrides, plan_layers
 from qkernels.quantizers.report import LayerReport, QuantizationReport, compare
 from qkernels.scheme import QuantScheme
 from qkernels.select import check_backend
@@ -52,10 +52,7 @@ def prepare_qat(
     """
     if step not in ("lsq", "range"):
         raise SchemeError(f"step is 'lsq' or 'range', got {step!r}")
-    parsed = {
-        pattern: None if value is None else QuantScheme.parse(value)
-        for pattern, value in (overrides or {}).items()
-    }
+    parsed = parsed_overrides(overrides)
     plan = plan_layers(model, QuantScheme.parse(scheme), include, exclude, parsed)
     found = {
         name: own
@@ -97,9 +94,9 @@ def convert_qat(
     made: dict[int, WQLinear] = {}
     reports: list[LayerReport] = []
     for name, layer in layers.items():
+        rounding.check_weight(layer.weight.detach(), f"{name}.weight")
         try:
             if id(layer) not in made:
-                rounding.check_weight(layer.weight.detach(), f"{name}.weight")
                 like = layer.weight
                 made[id(layer)] = WQLinear.from_weight(
                     layer.quantized(),
@@ -109,8 +106,7 @@ def convert_qat(
                     dtype=like.dtype,
                 )
         except QuantizationError as error:
-            text = str(error)
-            raise type(error)(text if text.startswith(name) else f"{name}: {text}") from None
+            raise type(error)(f"{name}: {error}") from None
         reports.append(compare(name, layer, made[id(layer)], None, "qat"))
     for name, layer in layers.items():
         _put(model, name, layer, made[id(layer)])

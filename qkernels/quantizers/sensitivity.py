@@ -16,7 +16,6 @@ the gradient of a random projection of it.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from qkernels import rounding
 from qkernels.calibration.batches import check_tokens, checked
+from qkernels.calibration.blocks import kind_of
 from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.forwards import run_batch
 from qkernels.calibration.observe import calibrating
@@ -190,10 +190,6 @@ def check_budget(budget: float, least: int, numbers: int) -> None:
         )
 
 
-def _kind(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
-
-
 def _again(first: LayerSensitivity, name: str) -> LayerSensitivity:
     choices = tuple(Choice(choice.scheme, 0, 0.0) for choice in first.choices)
     return LayerSensitivity(first.n, first.k, first.reads, choices, same_as=name)
@@ -316,7 +312,7 @@ def _look(
     if not reached:
         raise LayerError("no gradient of the model's output reaches any of the layers")
     for each in errors.values():
-        like = [one.losses for one in reached if _kind(one.name) == _kind(each.name)]
+        like = [one.losses for one in reached if kind_of(one.name) == kind_of(each.name)]
         if not each.losses.numel() and like:
             each.losses = torch.stack(like).mean(dim=0)
     for each in errors.values():

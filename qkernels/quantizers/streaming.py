@@ -46,7 +46,7 @@ from qkernels.quantizers.model import (
     plan_run,
     report_of,
 )
-from qkernels.quantizers.plan import plan_layers
+from qkernels.quantizers.plan import parsed_overrides, plan_layers
 from qkernels.quantizers.recipe import Recipe
 from qkernels.quantizers.report import QuantizationReport
 from qkernels.quantizers.residence import StreamedBlocks
@@ -177,10 +177,7 @@ def stream(
     recipe, model = Recipe.parse(method), folder.model
     choice = ObserverChoice.parse(observer)
     check_backend(backend)
-    parsed = {
-        pattern: None if value is None else QuantScheme.parse(value)
-        for pattern, value in (overrides or {}).items()
-    }
+    parsed = parsed_overrides(overrides)
     layers = plan_layers(model, QuantScheme.parse(scheme), include, exclude, parsed)
     batches = calibration_of(model, recipe, layers, calibration, folder.device)
     plan = plan_run(layers, recipe, choice, batches, backend, check_kernels)
