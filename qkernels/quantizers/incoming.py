@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qkernels import rounding
 from qkernels.checkpoints.format import WeightKind
+from qkernels.checkpoints.memory import give_back_free_pages
 from qkernels.modules.experts import FusedExperts, fused_experts, unfuse
 from qkernels.modules.kinds import is_conv1d, take_place_of
 from qkernels.modules.linear import WQLinear
@@ -140,6 +141,7 @@ class IncomingLayers:
             planned = {self._places[name].number for name in self._names[parameter]}
             if len(planned) < len(values):
                 self._dense[parameter] = values
+        give_back_free_pages()
 
     def _make(self, name: str, weight: Tensor) -> None:
         key, scheme, part = (

@@ -12,6 +12,7 @@ from qkernels import rounding
 from qkernels.checkpoints import FORMATS
 from qkernels.checkpoints.format import WeightKind
 from qkernels.checkpoints.store import ShardWriter
+from tests.memory import EXACT
 
 transformers = pytest.importorskip("transformers", reason="models come from transformers")
 
@@ -94,6 +95,7 @@ def test_loading_and_saving_are_bounded(tmp_path):
         capture_output=True,
         text=True,
         check=True,
+        env=EXACT,
     )
     loading, from_pretrained, saving = map(int, done.stdout.split())
     # The packed model and one layer; the dense model is 3.8 times the file.

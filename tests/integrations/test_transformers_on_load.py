@@ -21,6 +21,7 @@ from qkernels.errors import (
 from qkernels.quantizers.method import BlockTask, Method, no_statistics
 from qkernels.quantizers.methods import METHODS
 from tests.checkpoints.folders import edit_tensors
+from tests.memory import EXACT
 from tests.tiny_model import tiny_config
 
 transformers = pytest.importorskip("transformers", reason="models come from transformers")
@@ -326,6 +327,7 @@ def test_the_dense_model_is_never_held(tmp_path):
         [sys.executable, "-c", SCRIPT, str(tmp_path / "small"), str(tmp_path / "large")],
         capture_output=True,
         text=True,
+        env=EXACT,
     )
     assert done.returncode == 0, done.stderr
     packed, layer = BLOCKS * LINEARS * 4.25 / 8, 1024 * 2816 * 2
