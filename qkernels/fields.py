@@ -12,11 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qkernels import sparse
 from qkernels.errors import WeightError
 from qkernels.scheme import QuantScheme
 
 NESTED_BLOCK = 256
 """Scales that share one second-level scale in double quantization (QLoRA, section 3)."""
+
+SCALE_BLOCK = 16
+"""Rows whose scales and zero points of a group have steps in common (SpQR, section 4)."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -30,8 +34,9 @@ class Field:
 
     Attributes:
         axes: what each dimension runs along: "n", "k", "groups", "rows" (n, or 1 where one scale
-            serves the whole weight), "nested_blocks" (of 256 scales); any other name is a length of
-            its own, the same in all fields that name it.
+            serves the whole weight), "nested_blocks" (of 256 scales), "row_blocks" (of 16 rows),
+            "ranges" (4); any other name is a length of its own, the same in all fields that name
+            it.
         dtypes: the accepted types under a scheme.
         wanted: whether a scheme must have it (True), must not (False) or may (None).
         remedy: what to do where it is missing, for the message.
@@ -42,6 +47,9 @@ class Field:
         restore_rows: (weight rows [R, K] that go with the transformed x, value) -> rows that go
             with x itself; the transpose of `transform_x`.
         permutes_x: `transform_x` moves numbers of x and changes none.
+        take_rows: (all values, rows int64 [R]) -> the fields of these rows that no axis leads to.
+        take_columns: (all values, first column, last column) -> the fields of these columns that
+            no axis leads to.
         add_to_rows: (rows fp32 [R, K] of the weight, in the order of the codes, first row, columns
             of a group, all values): adds, in place, what the weight has beyond its codes.
     """
@@ -56,6 +64,8 @@ class Field:
     transform_x: Callable[[Tensor, Tensor], Tensor] | None = None
     restore_rows: Callable[[Tensor, Tensor], Tensor] | None = None
     permutes_x: bool = False
+    take_rows: Callable[[Values, Tensor], dict[str, Tensor]] | None = None
+    take_columns: Callable[[Values, int, int], dict[str, Tensor]] | None = None
     add_to_rows: Callable[[Tensor, int, int, Values], None] | None = None
 
     def shape(self, scheme: QuantScheme, n: int, k: int) -> tuple[int | None, ...]:
@@ -67,6 +77,8 @@ class Field:
             "rows": rows,
             "groups": groups,
             "nested_blocks": -(-rows * groups // NESTED_BLOCK),
+            "row_blocks": -(-n // SCALE_BLOCK),
+            "ranges": 4,
         }
         return tuple(known.get(axis) for axis in self.axes)
 
@@ -77,6 +89,10 @@ def _scale_dtypes(scheme: QuantScheme) -> tuple[torch.dtype, ...]:
 
 def _zero_dtypes(scheme: QuantScheme) -> tuple[torch.dtype, ...]:
     return (torch.uint8,) if scheme.integer_activation else (torch.uint8, *_FLOATS)
+
+
+def _own_scale_dtype(scheme: QuantScheme) -> tuple[torch.dtype, ...]:
+    return (scheme.scale_dtype,)
 
 
 def _only(*dtypes: torch.dtype) -> Callable[[QuantScheme], tuple[torch.dtype, ...]]:
@@ -91,8 +107,13 @@ def _may(scheme: QuantScheme) -> None:
     return None
 
 
+def _has_zeros(scheme: QuantScheme) -> bool:
+    # In blocks they lie beside the scales.
+    return not scheme.symmetric and scheme.scale_levels != "blocks"
+
+
 def _may_have_offsets(scheme: QuantScheme) -> bool | None:
-    integers = scheme.weight.kind == "linear" and not scheme.symmetric
+    integers = scheme.weight.kind == "linear" and _has_zeros(scheme)
     return None if integers and not scheme.integer_activation else False
 
 
@@ -120,6 +141,15 @@ def _check_outliers(values: Values, k: int) -> str | None:
     if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= k):
         return f"must be in 0..{k - 1}, got {int(columns.min())} to {int(columns.max())}"
     return None if columns.unique().numel() == columns.numel() else "must name no column twice"
+
+
+def _take_outlier_columns(values: Values, start: int, stop: int) -> dict[str, Tensor]:
+    columns = values["outlier_columns"]
+    kept = (columns >= start) & (columns < stop)
+    return {
+        "outlier_columns": columns[kept] - start,
+        "outlier_values": values["outlier_values"][:, kept],
+    }
 
 
 def _permute(x: Tensor, perm: Tensor) -> Tensor:
@@ -164,7 +194,7 @@ FIELDS: dict[str, Field] = {
             name="zeros",
             axes=("rows", "groups"),
             dtypes=_zero_dtypes,
-            wanted=lambda scheme: not scheme.symmetric,
+            wanted=_has_zeros,
             by_group=True,
         ),
         # In units of the weight: added to the numbers of a group after its scale, as where a format
@@ -198,6 +228,15 @@ FIELDS: dict[str, Field] = {
             dtypes=_only(torch.float32),
             wanted=_with_levels("double"),
         ),
+        # Of scales and zero points that are quantized in blocks: for 16 rows of a group the step
+        # and the least of the scales, and those of the zero points. A scale is step * (code & 15)
+        # + least with its code in `scales`, a zero point the same of code >> 4.
+        Field(
+            name="block_ranges",
+            axes=("row_blocks", "groups", "ranges"),
+            dtypes=_own_scale_dtype,
+            wanted=_with_levels("blocks"),
+        ),
         # Multiplies the columns of x, where nothing before the layer could take it.
         Field(
             name="input_factor",
@@ -225,6 +264,7 @@ FIELDS: dict[str, Field] = {
             dtypes=_only(torch.int64),
             wanted=_may,
             check=_check_outliers,
+            take_columns=_take_outlier_columns,
         ),
         Field(
             name="outlier_values",
@@ -233,6 +273,32 @@ FIELDS: dict[str, Field] = {
             wanted=_may,
             check=_check_outliers,
             add_to_rows=_add_outliers,
+        ),
+        # Single numbers of 16 bits that are added to what codes say: those of row n stand from
+        # sparse_ends[n - 1] to sparse_ends[n], at columns of the codes.
+        Field(
+            name="sparse_ends",
+            axes=("n",),
+            dtypes=_only(torch.int32),
+            wanted=_may,
+            check=sparse.check,
+            take_rows=sparse.take_rows,
+            take_columns=sparse.take_columns,
+        ),
+        Field(
+            name="sparse_columns",
+            axes=("entries",),
+            dtypes=_only(torch.int16, torch.int32),
+            wanted=_may,
+            check=sparse.check,
+        ),
+        Field(
+            name="sparse_values",
+            axes=("entries",),
+            dtypes=_only(torch.float16, torch.bfloat16),
+            wanted=_may,
+            check=sparse.check,
+            add_to_rows=sparse.add_to_rows,
         ),
         # The scale of x, calibrated beforehand.
         Field(
@@ -339,7 +405,25 @@ def cut_rows(
                     )
                 last = -(-stop * scheme.groups(k) // NESTED_BLOCK)
                 value = value[first // NESTED_BLOCK : last]
+            elif axis == "row_blocks":
+                if start % SCALE_BLOCK:
+                    raise WeightError(
+                        f"rows cannot be cut before row {start}: the scales of {SCALE_BLOCK} rows "
+                        "are quantized together"
+                    )
+                value = value[start // SCALE_BLOCK : -(-stop // SCALE_BLOCK)]
         out[name] = value
+    rows = torch.arange(start, stop, device=values["scales"].device)
+    return out | fields_of_rows(values, rows)
+
+
+def fields_of_rows(values: Values, rows: Tensor) -> dict[str, Tensor]:
+    """Those fields of the rows with the numbers `rows`, int64 [R], that no axis leads to."""
+    out: dict[str, Tensor] = {}
+    for name in values:
+        take = FIELDS[name].take_rows
+        if take is not None:
+            out |= take(values, rows)
     return out
 
 
@@ -370,9 +454,8 @@ def cut_columns(
             elif axis == "k":
                 value = value.narrow(dim, start, stop - start)
         out[name] = value
-    if "outlier_columns" in values:
-        columns = values["outlier_columns"]
-        kept = (columns >= start) & (columns < stop)
-        out["outlier_columns"] = columns[kept] - start
-        out["outlier_values"] = values["outlier_values"][:, kept]
+    for name in values:
+        take = FIELDS[name].take_columns
+        if take is not None:
+            out |= take(values, start, stop)
     return out

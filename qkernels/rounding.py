@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.errors import WeightError
-from qkernels.fields import NESTED_BLOCK
+from qkernels.fields import NESTED_BLOCK, SCALE_BLOCK
 from qkernels.scheme import QuantScheme, WeightType
 from qkernels.weight import (
     QuantizedWeight,
@@ -82,10 +82,12 @@ def fit(
             full = _mean_magnitudes(weight, scheme, perm)
         if scheme.scale_levels == "double":
             fields |= _double_quantize(full)
-        else:
+        elif scheme.scale_levels == "one":
             fields["scales"] = scales = _round_scales(full, scheme)
             full = scales.float()
-        if not scheme.symmetric:
+        if scheme.scale_levels == "blocks":
+            fields |= quantize_in_blocks(full, -low / nonzero(full), scheme.scale_dtype)
+        elif not scheme.symmetric:
             largest = (1 << scheme.bits) - 1
             fields["zeros"] = (-low / nonzero(full)).round_().clamp_(0, largest).to(torch.uint8)
     if activation_scale is not None:
@@ -248,6 +250,35 @@ def _two_level(low: Tensor, high: Tensor, scheme: QuantScheme) -> dict[str, Tens
         zeros = (-low / steps).round_().clamp_(0, levels).to(torch.uint8)
     scales = multipliers.to(torch.uint8)
     return {"scales": scales, "zeros": zeros, "channel_scales": channel}
+
+
+def quantize_in_blocks(scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Scales and zero points, fp32 [N, G], in 4 bits each: the fields `scales`, `block_ranges`.
+
+    16 rows of a group share the least and the step of both (SpQR, Dettmers et al. 2023, section 4).
+
+    Args:
+        dtype: of the steps.
+    """
+    scale_codes, scale_ranges = _in_blocks(scales, dtype)
+    zero_codes, zero_ranges = _in_blocks(zeros, dtype)
+    return {
+        "scales": scale_codes | zero_codes << 4,
+        "block_ranges": torch.cat([scale_ranges, zero_ranges], dim=2),
+    }
+
+
+def _in_blocks(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """uint8 codes [N, G] of 4 bits, and step and least [N / 16, G, 2] of blocks of rows."""
+    largest = torch.finfo(dtype).max
+    # What pads the last block has no range of its own.
+    padding = numbers[-1:].expand(-len(numbers) % SCALE_BLOCK, -1)
+    blocks = torch.cat([numbers, padding]).unflatten(0, (-1, SCALE_BLOCK))
+    least = blocks.amin(dim=1).clamp(-largest, largest).to(dtype)
+    step = ((blocks.amax(dim=1) - least.float()) / 15).clamp(0, largest).to(dtype)
+    codes = (blocks - least.float()[:, None]) / nonzero(step.float())[:, None]
+    codes = codes.round_().clamp_(0, 15).flatten(0, 1)[: len(numbers)]
+    return codes.to(torch.uint8), torch.stack([step, least], dim=2)
 
 
 def most_multiplier(scheme: QuantScheme) -> int:

@@ -6,6 +6,7 @@ A `QuantScheme` is printable and parsed back from its one canonical spelling:
     w4a16-g128-sym      the same without zero points
     w4a16               per output channel; `-gtensor` is one scale for the whole weight
     nf4-g64, fp4-g32    4-bit codebooks; `nf4-g64-dq` stores the scales double-quantized (QLoRA)
+    w3a16-g16-spqr      scales and zero points of 4 bits each, in steps that 16 rows share (SpQR)
     log4-g32, log3-g64  signed powers of two and zero
     binary-g64          one bit: -1 or 1, times the mean |w| of the group
     table(-1,...,1)-g64 the user's own 16 values
@@ -208,7 +209,9 @@ class QuantScheme:
         activation: how activations are quantized.
         scale_dtype: storage type of floating scales.
         scale_levels: "one", "two" (uint8 group multipliers times an fp32 channel scale, for int8
-            products; QServe, Lin et al. 2024) or "double" (scales quantized to 8 bits; QLoRA).
+            products; QServe, Lin et al. 2024), "double" (scales quantized to 8 bits; QLoRA) or
+            "blocks" (scales and zero points quantized to 4 bits, with the steps and the least of
+            16 rows; SpQR, Dettmers et al. 2023).
 
     Raises:
         SchemeError: for parts that exclude each other.
@@ -300,14 +303,21 @@ def _why_invalid(scheme: QuantScheme) -> str | None:
         return "8-bit weights with zero points do not fit an int8 product: use symmetric weights"
     if scheme.scale_dtype not in _SCALE_NAMES:
         return f"scale type {scheme.scale_dtype} is not one of fp16, bf16, fp32"
-    if scheme.scale_levels not in ("one", "two", "double"):
-        return f"scale levels {scheme.scale_levels!r} is not one of one, two, double"
+    if scheme.scale_levels not in ("one", "two", "double", "blocks"):
+        return f"scale levels {scheme.scale_levels!r} is not one of one, two, double, blocks"
     if scheme.scale_levels == "two" and (
         act.dtype != "int8" or weight.bits == 8 or scheme.group_size is None
     ):
         return "two-level scales are for grouped weights under 8 bits with int8 activations"
     if scheme.scale_levels == "double" and (act.dtype != "none" or scheme.per_tensor):
         return "double-quantized scales are for 16-bit activations and several scales"
+    if scheme.scale_levels == "blocks" and (
+        scheme.symmetric or act.dtype != "none" or scheme.group_size is None
+    ):
+        return (
+            "scales and zero points in blocks (-spqr) are for groups of integers with zero points, "
+            "and 16-bit activations"
+        )
     return None
 
 
@@ -323,7 +333,7 @@ def _default_levels(weight: WeightType, group_size: int | None, activation: Acti
 def _default_scale_dtype(activation: Activation, levels: str) -> torch.dtype:
     # Scales that meet int8 or fp8 products are few (or integers), so full precision costs nothing;
     # double-quantized ones are expanded from fp32 tables.
-    if activation.dtype != "none" or levels != "one":
+    if activation.dtype != "none" or levels in ("two", "double"):
         return torch.float32
     return torch.float16
 
@@ -339,7 +349,7 @@ def accepted_forms() -> str:
     return (
         f"accepted are w{{{','.join(linear)}}}a{{16,8,fp8}}, {', '.join(named)} or "
         "table(v0,...,v15), then any of -a16 -a8 -afp8 -g<N> -gtensor -sym -asym -tensor -static "
-        "-tokenasym -staticasym -outliers<M> -flat -dq -sfp16 -sbf16 -sfp32, for example "
+        "-tokenasym -staticasym -outliers<M> -flat -dq -spqr -sfp16 -sbf16 -sfp32, for example "
         "w4a16-g128"
     )
 
@@ -403,7 +413,7 @@ def _parse(text: str) -> QuantScheme:
             kind, granularity = "activation granularity", part
         elif re.fullmatch(r"outliers\d+(\.\d+)?", part):
             kind, outliers = "outliers", float(part.removeprefix("outliers"))
-        elif part in ("flat", "dq"):
+        elif part in ("flat", "dq", "spqr"):
             kind = "scale levels"
             flags.add(part)
         elif part[:1] == "s" and part[1:] in _SCALE_DTYPES:
@@ -426,6 +436,8 @@ def _parse(text: str) -> QuantScheme:
         levels = "one"
     elif "dq" in flags:
         levels = "double"
+    elif "spqr" in flags:
+        levels = "blocks"
     scale_dtype = _default_scale_dtype(activation, levels)
     try:
         return QuantScheme(
@@ -472,6 +484,8 @@ def _spell(scheme: QuantScheme) -> str:
     default_levels = _default_levels(weight, scheme.group_size, act)
     if scheme.scale_levels == "double":
         parts.append("dq")
+    elif scheme.scale_levels == "blocks":
+        parts.append("spqr")
     elif scheme.scale_levels != default_levels:
         parts.append("flat")
     if scheme.scale_dtype != _default_scale_dtype(act, scheme.scale_levels):

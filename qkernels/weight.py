@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import WeightError
-from qkernels.fields import FIELDS, NESTED_BLOCK, check_fields, cut_columns, cut_rows
+from qkernels.fields import (
+    FIELDS,
+    NESTED_BLOCK,
+    SCALE_BLOCK,
+    check_fields,
+    cut_columns,
+    cut_rows,
+)
 from qkernels.scheme import QuantScheme, WeightType
 
 SLICE_ELEMENTS = 1 << 22
@@ -79,6 +86,20 @@ def nested_scales(codes: Tensor, rows: Tensor, absmax: Tensor, offset: Tensor) -
     return nested_table(codes.device)[codes.int()] * absmax[index // NESTED_BLOCK] + offset
 
 
+def block_numbers(codes: Tensor, rows: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, fp32 [R, G], that are quantized in blocks, of the rows `rows`.
+
+    Args:
+        codes: uint8 [R, G], of these rows.
+        rows: int64 [R].
+        ranges: `block_ranges` of the whole weight.
+    """
+    own = ranges.float()[rows // SCALE_BLOCK]
+    step, least, zero_step, least_zero = own.unbind(dim=2)
+    scales = (codes & 15).float().mul_(step).add_(least)
+    return scales, (codes >> 4).float().mul_(zero_step).add_(least_zero)
+
+
 @dataclass(frozen=True, eq=False, init=False)
 class WeightParameters:
     """All of a quantized weight [n, k] but its codes: small next to them, so held whole.
@@ -86,15 +107,18 @@ class WeightParameters:
     The fields, rows of `fields.FIELDS`, are attributes too; one that is not there is None. Shapes,
     with G = scheme.groups(K):
         scales: [N, G] floating; [1, 1] per tensor; uint8 multipliers (two-level scales) or uint8
-            codes (double-quantized scales).
+            codes (double-quantized scales; in blocks, those of zero points above them).
         zeros: [N, G], uint8 (integer zero points) or floating (real ones), in code units; [1, 1]
-            per tensor; None where the scheme is symmetric.
+            per tensor; None where the scheme is symmetric, or has scales in blocks.
         channel_scales: fp32 [N], with two-level scales only.
+        block_ranges: [ceil(N / 16), G, 4], of the type of scales, with scales in blocks.
         nested_absmax, nested_offset: fp32 [ceil(N*G / 256)] and [], with double-quantized scales.
         input_factor: fp32 [K] or None; multiplies the columns of x.
         perm: int64 [K] or None; column j of the codes is column perm[j] of the weight.
         outlier_columns, outlier_values: int64 [C] and 16-bit [N, C], or None; added to columns of
             the codes.
+        sparse_ends, sparse_columns, sparse_values: int32 [N], int16 or int32 [S] and 16-bit [S], or
+            None; added to single codes. See `sparse`.
         activation_scale: fp32 [], with static activations only.
         activation_zero: int32 [], with static activations that have a zero point.
     """
@@ -110,10 +134,14 @@ class WeightParameters:
         channel_scales: Tensor | None
         nested_absmax: Tensor | None
         nested_offset: Tensor | None
+        block_ranges: Tensor | None
         input_factor: Tensor | None
         perm: Tensor | None
         outlier_columns: Tensor | None
         outlier_values: Tensor | None
+        sparse_ends: Tensor | None
+        sparse_columns: Tensor | None
+        sparse_values: Tensor | None
         activation_scale: Tensor | None
         activation_zero: Tensor | None
 
@@ -150,13 +178,22 @@ class WeightParameters:
         if self.scheme.scale_levels == "two":
             assert self.channel_scales is not None
             return scales.float() * self.channel_scales[start:stop, None]
+        if self.scheme.scale_levels == "blocks":
+            return self._block_numbers(start, stop)[0]
         return scales.float()
+
+    def _block_numbers(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        assert self.block_ranges is not None
+        rows = torch.arange(start, stop, device=self.scales.device)
+        return block_numbers(self.scales[start:stop], rows, self.block_ranges)
 
     def group_zeros(self, start: int = 0, stop: int | None = None) -> Tensor | None:
         """Zero points of rows [start, stop) in code units: fp32 [rows, G], or None."""
+        stop = self.n if stop is None else stop
+        if self.scheme.scale_levels == "blocks":
+            return self._block_numbers(start, stop)[1]
         if self.zeros is None:
             return None
-        stop = self.n if stop is None else stop
         if self.scheme.per_tensor:
             return self.zeros.float().expand(stop - start, 1)
         return self.zeros[start:stop].float()

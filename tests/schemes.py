@@ -11,6 +11,7 @@ WEIGHT_ONLY = (
     *("w3a16-g64", "w3a16-sym", "w2a16-g32", "w8a16", "w8a16-g64-sym", "w4a16-g64-sfp32"),
     *("nf4-g64", "nf4-g64-dq", "fp4-g32", TABLE, "fp8e4m3-a16", "fp8e5m2-a16-g64"),
     *("log4-g32", "log3-g64", "binary-g64", "nf4-g4-sfp32", "w4a16-g3"),
+    *("w3a16-g16-spqr", "w4a16-g32-spqr-sfp32"),
 )
 INT8_ACTIVATION = (
     *("w8a8", "w8a8-tensor", "w8a8-static", "w8a8-g64", "w8a8-gtensor"),

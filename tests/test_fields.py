@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels import rounding
+from qkernels import rounding, sparse
 from qkernels.errors import WeightError
 from qkernels.fields import FIELDS
 from qkernels.layouts import LAYOUTS, pack
@@ -12,6 +12,8 @@ from tests import schemes
 from tests.bounds import FROBENIUS_BOUND
 
 N, K = 48, 192
+COLUMNS = ("outlier_columns", "outlier_values")
+NOTHING_BESIDE = dict.fromkeys((*COLUMNS, *sparse.NAMES))
 
 
 def with_everything(text, n=N, k=K):
@@ -24,10 +26,14 @@ def with_everything(text, n=N, k=K):
         activation_scale=schemes.activation_scale(text, weight),
         bias=torch.randn(n),
     )
+    mask = torch.rand(n, k, generator=torch.Generator().manual_seed(0)) < 0.03
+    # A row that has none, and one that has one in each column.
+    mask[1], mask[n // 2] = False, True
     return plain.replace(
         input_factor=torch.rand(k) + 0.5,
         outlier_columns=torch.tensor([3, k - 1, 20]),
         outlier_values=torch.randn(n, 3).half(),
+        **sparse.fields_of(torch.randn(n, k), mask),
     )
 
 
@@ -46,13 +52,9 @@ def test_every_optional_field_is_multiplied_with(text):
     # Quantized activations leave an error of their own.
     bound = FROBENIUS_BOUND[torch.float32] if weight.scheme.weight_only else 0.03
     assert error(got, exact) <= bound
-    for name in ("input_factor", "outlier_values"):
-        without = weight.replace(**{name: None}, **_partner(name))
-        assert error(qk.WQLinear.from_weight(without)(x) - weight.bias, exact) > 0.1, name
-
-
-def _partner(name):
-    return {"outlier_columns": None} if name == "outlier_values" else {}
+    for names in (["input_factor"], COLUMNS, sparse.NAMES):
+        without = weight.replace(**dict.fromkeys(names))
+        assert error(qk.WQLinear.from_weight(without)(x) - weight.bias, exact) > 0.1, names
 
 
 def test_dequantizing_by_hand():
@@ -60,6 +62,11 @@ def test_dequantizing_by_hand():
     codes, scales, zeros = (t.double() for t in (weight.codes, weight.scales, weight.zeros))
     rows = scales.repeat_interleave(64, 1) * (codes - zeros.repeat_interleave(64, 1))
     rows[:, weight.outlier_columns] += weight.outlier_values.double()
+    first = 0
+    for row, end in enumerate(weight.sparse_ends.tolist()):
+        for entry in range(first, end):
+            rows[row, int(weight.sparse_columns[entry])] += float(weight.sparse_values[entry])
+        first = end
     want = torch.zeros_like(rows)
     want[:, weight.perm] = rows
     want *= weight.input_factor.double()
@@ -68,7 +75,7 @@ def test_dequantizing_by_hand():
 
 @pytest.mark.parametrize("text", ["w4a16-g64", "w8a8"])
 def test_an_input_factor_runs_on_the_kernels_and_again_when_they_are_known(text):
-    weight = with_everything(text).replace(outlier_columns=None, outlier_values=None)
+    weight = with_everything(text).replace(**NOTHING_BESIDE)
     layer = qk.WQLinear.from_weight(weight)
     reference = qk.WQLinear.from_weight(weight, backend="reference")
     names = {"input_factor", "perm"}
@@ -82,14 +89,14 @@ def test_an_input_factor_runs_on_the_kernels_and_again_when_they_are_known(text)
 def test_kernels_that_do_not_know_a_field_say_so():
     rows = qk.explain("w4a16-g64", n=N, k=K, fields=("outlier_columns", "outlier_values", "perm"))
     chosen = next(row for row in rows if row.chosen)
-    assert chosen.kernel == "cpu_float_columns"
+    assert chosen.kernel == "cpu_float_beside"
     others = [row.reason for row in rows if row.backend == "cpu" and "float" in row.kernel]
     assert any("does not know outlier_columns, outlier_values" in reason for reason in others)
 
 
 def test_gradients_pass_through_the_input_factor_and_the_column_order():
     weight = with_everything("w4a16-g64")
-    for part in (weight, weight.replace(outlier_columns=None, outlier_values=None)):
+    for part in (weight, weight.replace(**NOTHING_BESIDE)):
         layer = qk.WQLinear.from_weight(part)
         x = torch.randn(3, K, requires_grad=True)
         grad = torch.randn(3, N)
@@ -129,7 +136,12 @@ def test_rows_and_columns_are_cut_with_all_that_goes_with_them(text):
     n, k = (512, 256) if text.endswith("-dq") else (N, K)
     weight = with_everything(text, n, k)
     whole = weight.dequantize()
-    for start, stop in ((0, n // 2), (n // 2, n), (256, 257) if n > 256 else (3, 11)):
+    step = 16 if text.endswith(("-spqr", "-spqr-sfp32")) else 1
+    if step > 1:
+        with pytest.raises(WeightError, match="the scales of 16 rows are quantized together"):
+            weight.rows(3, 11)
+    middle = n // 2 // step * step
+    for start, stop in ((0, middle), (middle, n), (256, 257) if n > 256 else (3 * step % n, n - 1)):
         part = weight.rows(start, stop)
         assert torch.equal(part.dequantize(), whole[start:stop])
         assert torch.equal(part.bias, weight.bias[start:stop])
@@ -159,6 +171,14 @@ def test_what_cannot_be_cut_is_named():
             cut()
 
 
+def entries(ends, columns):
+    return {
+        "sparse_ends": ends.int(),
+        "sparse_columns": torch.tensor(columns, dtype=torch.int16),
+        "sparse_values": torch.ones(len(columns)).half(),
+    }
+
+
 def test_wrong_fields_are_named():
     good = rounding.quantize(torch.randn(8, 64), "w4a16-g32")
     values = torch.zeros(8, 2).half()
@@ -177,6 +197,11 @@ def test_wrong_fields_are_named():
             r"outlier_values .* must have shape \[8, 1\], got \[8, 2\]",
         ),
         ({"input_factor": torch.ones(63)}, r"shape \[64\], got \[63\]"),
+        ({"sparse_ends": torch.zeros(8).int()}, "goes with sparse_columns, sparse_values"),
+        (entries(torch.arange(7), [1, 2]), r"sparse_ends .* must have shape \[8\], got \[7\]"),
+        (entries(torch.arange(8), [1, 2]), "must end with 2, the number of entries, got 7"),
+        (entries(torch.tensor([2, 1] + [2] * 6), [1, 2]), "must not fall"),
+        (entries(torch.full((8,), 2), [1, 64]), r"must be in 0..63, got 1 to 64"),
         ({"nested_offset": torch.tensor(0.0)}, "takes no nested_offset"),
     ):
         with pytest.raises(WeightError, match=message):

@@ -167,6 +167,6 @@ def test_columns_in_16_bits_beside_the_codes(scheme, m, dtype, ordered):
         )
         if row.chosen
     )
-    assert chosen == "cpu_float_columns"
+    assert chosen == "cpu_float_beside"
     exact = x.double() @ hub.dequantize().double().T + hub.bias.double()
     assert (fast(x).double() - exact).norm() <= FROBENIUS_BOUND[dtype] * exact.norm()

@@ -59,4 +59,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   qkernels::bindings::register_cpu_embedding(m);
   qkernels::bindings::register_cpu_machine(m);
   qkernels::bindings::register_cpu_calibration(m);
+  qkernels::bindings::register_cpu_sparse(m);
 }

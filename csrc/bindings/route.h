@@ -20,6 +20,7 @@ struct Buffers {
   const at::Tensor* channel_scales = nullptr;
   const at::Tensor* nested_absmax = nullptr;
   const at::Tensor* nested_offset = nullptr;
+  const at::Tensor* block_ranges = nullptr;
   const at::Tensor* input_factor = nullptr;
   const at::Tensor* perm = nullptr;
   const at::Tensor* activation_scale = nullptr;
@@ -36,6 +37,7 @@ constexpr Field field_of(std::string_view name) {
   if (name == "channel_scales") return &Buffers::channel_scales;
   if (name == "nested_absmax") return &Buffers::nested_absmax;
   if (name == "nested_offset") return &Buffers::nested_offset;
+  if (name == "block_ranges") return &Buffers::block_ranges;
   if (name == "input_factor") return &Buffers::input_factor;
   if (name == "perm") return &Buffers::perm;
   if (name == "activation_scale") return &Buffers::activation_scale;

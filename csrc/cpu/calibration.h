@@ -64,6 +64,9 @@ struct ColumnRounding {
   const float *low, *high;  // the least and the largest code
   uint8_t* codes;           // [.][n]
   float* moved;             // [columns][n]
+  // [columns][n], or null: above 0 where a number is kept as it is, beside its code.
+  const float* kept;
+  float* beyond;  // [columns][n], with `kept`: what such numbers are beyond their codes; else 0
 };
 
 void round_columns(const ColumnRounding& job, Isa isa, const Pool& pool);

@@ -40,7 +40,13 @@ QK_INLINE void round_some(const ColumnRounding& job, int64_t first, int64_t j, f
     const F limited = V::min(load(job.high, group), V::nearest(scaled));
     // NaN has code 0.
     const F code = V::zero_nan(V::max(load(job.low, group), limited));
-    const F found = V::mul(V::sub(code, zero), scale);
+    F found = V::mul(V::sub(code, zero), scale);
+    if (job.kept != nullptr) {
+      const F none = V::broadcast(0.0f), kept = load(job.kept, j + i);
+      const F beyond = V::select_less(none, kept, V::sub(wanted, found), none);
+      store_first<V>(job.beyond, FloatType::kFp32, (j + i) * job.n + first, count, beyond);
+      if (!QK_FAULT(kept_numbers_leave_errors)) found = V::select_less(none, kept, wanted, found);
+    }
     const F step =
         job.values == nullptr ? V::div(V::sub(wanted, found), pivot) : V::sub(found, present);
     V::store(moved + (j + i) * kLanes, step);

@@ -73,11 +73,23 @@ QK_INLINE void store_first(void* p, FloatType type, int64_t index, int64_t count
     store_some<V>(p, type, index, count, value);
 }
 
+// Numbers of 4 bits in steps that a panel shares: kBlocks.
+template <class V>
+QK_INLINE typename V::F in_steps(typename V::I codes, const float* range) {
+  if (QK_FAULT(least_of_a_block_missing)) return V::mul(V::to_float(codes), V::broadcast(range[0]));
+  return V::add(V::mul(V::to_float(codes), V::broadcast(range[0])), V::broadcast(range[1]));
+}
+
 // The scales of group g of a panel, as floats.
 template <class V>
 QK_INLINE typename V::F group_scales(const Weight& weight, int64_t panel, int64_t g) {
   if (QK_FAULT(scales_of_first_group)) g = 0;
   const int64_t groups = weight.groups(), index = (panel * groups + g) * kLanes;
+  if (weight.scale_type == GroupType::kBlocks) {
+    const auto both = V::load_bytes(static_cast<const uint8_t*>(weight.scales) + index);
+    const float* range = weight.block_ranges + (panel * groups + g) * 4;
+    return in_steps<V>(V::and_(both, V::broadcast(15)), range);
+  }
   if (weight.scale_type != GroupType::kNested) {
     return load_as_float<V>(weight.scales, weight.scale_type, index);
   }
@@ -95,14 +107,27 @@ QK_INLINE typename V::F group_scales(const Weight& weight, int64_t panel, int64_
   return V::load(lanes);
 }
 
+// The zero points that are stored for group g of a panel, as floats.
+template <class V>
+QK_INLINE typename V::F stored_zeros(const Weight& weight, int64_t panel, int64_t g) {
+  const int64_t place = panel * weight.groups() + g, index = place * kLanes;
+  if (weight.zero_type == GroupType::kBlocks) {
+    const auto both = V::load_bytes(static_cast<const uint8_t*>(weight.scales) + index);
+    const float* range = weight.block_ranges + place * 4;
+    const auto codes = QK_FAULT(zeros_of_a_block_from_scales) ? V::and_(both, V::broadcast(15))
+                                                              : V::template right<4>(both);
+    return in_steps<V>(codes, range + 2);
+  }
+  return load_as_float<V>(weight.zeros, weight.zero_type, index);
+}
+
 // What group g's numbers are less, beyond the decoder's offset.
 template <class V>
 QK_INLINE typename V::F group_zeros(const Weight& weight, int64_t panel, int64_t g, float offset) {
   if (QK_FAULT(zeros_of_first_group)) g = 0;
   if (QK_FAULT(zeros_off_by_one)) offset += 1;
   if (weight.zero_type == GroupType::kNone) return V::broadcast(weight.implied_zero - offset);
-  const int64_t index = (panel * weight.groups() + g) * kLanes;
-  return V::sub(load_as_float<V>(weight.zeros, weight.zero_type, index), V::broadcast(offset));
+  return V::sub(stored_zeros<V>(weight, panel, g), V::broadcast(offset));
 }
 
 // What is added to group g's numbers after its scale.

@@ -53,6 +53,7 @@ enum class GroupType {
   kFp32,
   kUint8,   // an integer
   kNested,  // table[code] * absmax[index / 256] + offset, of doubly quantized scales
+  kBlocks,  // 4 bits each of the bytes of `scales`, in steps that a panel shares
 };
 
 struct Weight {
@@ -73,6 +74,9 @@ struct Weight {
   const float* nested_table;    // [256]
   const float* nested_absmax;
   float nested_offset;
+  // [panels][groups][4], of kBlocks: step and least scale, step and least zero point; a scale is
+  // step * (byte & 15) + least, a zero point the same of byte >> 4.
+  const float* block_ranges;
 
   // Follow from the above, by `prepare`: divisions are slow where they are asked for often.
   int64_t group_count, column_count, panel_stride;

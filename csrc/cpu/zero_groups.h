@@ -16,21 +16,22 @@ namespace qkernels::cpu {
 
 // The zero points of a group; of real ones, the integers next to them.
 template <class V>
-QK_INLINE typename V::I nearest_codes(const Weight& weight, int64_t index) {
+QK_INLINE typename V::I nearest_codes(const Weight& weight, int64_t panel, int64_t g) {
   if (weight.zero_type == GroupType::kUint8) {
+    const int64_t index = (panel * weight.groups() + g) * kLanes;
     return V::load_bytes(static_cast<const uint8_t*>(weight.zeros) + index);
   }
-  return V::round(load_as_float<V>(weight.zeros, weight.zero_type, index));
+  return V::round(stored_zeros<V>(weight, panel, g));
 }
 
 // Bits in the lanes whose zero point is no code.
 template <class V>
-typename V::I lanes_without_code(const Weight& weight, int64_t index, typename V::I codes) {
+typename V::I lanes_without_code(const Weight& weight, int64_t panel, int64_t g,
+                                 typename V::I codes) {
   auto beyond = is_nibble(weight.code) ? V::template right<4>(codes) : V::template right<8>(codes);
   if (weight.zero_type != GroupType::kUint8 && !QK_FAULT(real_zeros_taken_for_codes)) {
     // Plus zero, which makes 0 of -0.
-    const auto zeros =
-        V::add(load_as_float<V>(weight.zeros, weight.zero_type, index), V::broadcast(0.0f));
+    const auto zeros = V::add(stored_zeros<V>(weight, panel, g), V::broadcast(0.0f));
     beyond = V::or_(beyond, V::xor_(V::bits(zeros), V::bits(V::to_float(codes))));
   }
   return beyond;
@@ -51,9 +52,8 @@ typename V::I first_columns(Code code, int64_t count) {
 template <class V>
 __attribute__((noinline)) typename V::F zero_in_zero_groups(const Weight& weight, int64_t panel,
                                                             int64_t g, typename V::F scales) {
-  const int64_t index = (panel * weight.groups() + g) * kLanes;
-  const auto codes = nearest_codes<V>(weight, index);
-  auto places = V::spread_byte(codes), others = lanes_without_code<V>(weight, index, codes);
+  const auto codes = nearest_codes<V>(weight, panel, g);
+  auto places = V::spread_byte(codes), others = lanes_without_code<V>(weight, panel, g, codes);
   if (is_nibble(weight.code)) places = V::or_(places, V::template left<4>(places));
   const int64_t step = weight.step_columns(), first = g * weight.group;
   int64_t left = weight.codes_of_group(g);
@@ -82,7 +82,7 @@ QK_INLINE typename V::F scales_without_zero_groups(const Weight& weight, int64_t
   if (weight.codes_of_group(g) >= kCompared || QK_FAULT(short_zero_groups_keep_their_scale)) {
     // The first codes, the low halves or all of a word's bytes, tell nearly always.
     const uint32_t* words = weight.words + panel * weight.panel_words();
-    const auto zeros = nearest_codes<V>(weight, (panel * weight.groups() + g) * kLanes);
+    const auto zeros = nearest_codes<V>(weight, panel, g);
     const auto differs =
         V::xor_(V::load(words + weight.words_before(g * weight.group)), V::spread_byte(zeros));
     const auto compared = V::broadcast(is_nibble(weight.code) ? 0x0f0f0f0f : -1);

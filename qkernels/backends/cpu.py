@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qkernels import compiled, reference
+from qkernels.backends.beside import BESIDE, has_beside, run_beside, run_by
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, RouteOf, WhyNot, by_route
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.errors import NoKernelError
@@ -145,22 +146,9 @@ def _route(isa: str, tiles: bool = False, rounds: bool = False) -> RouteOf:
     return lambda problem, device: _made(problem.scheme, problem.n, problem.k, isa, tiles, rounds)
 
 
-_COLUMNS = frozenset({"outlier_columns", "outlier_values"})
-"""Fields of columns that a weight has in 16 bits beside its codes."""
-
-
-def _of_rows(problem: Problem) -> Kernel | None:
-    """The kernel for a problem and its number of rows, but for those that call another one."""
-    rows = (kernel for kernel in KERNELS if kernel not in COMPOSED)
-    return next((kernel for kernel in rows if kernel.refusal(problem) is None), None)
-
-
-def _run_inner(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """A part of a product, by the kernel that is for it."""
-    kernel = _of_rows(problem)
-    if kernel is None:
-        return reference.linear(x, packed, bias)
-    return kernel.run(x, packed, bias, problem)
+def _of_rows() -> tuple[Kernel, ...]:
+    """The kernels but for those that call another one."""
+    return tuple(kernel for kernel in KERNELS if kernel not in COMPOSED)
 
 
 def _keeps_outliers(problem: Problem) -> str | None:
@@ -176,28 +164,11 @@ def _run_apart(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Pr
     scheme = replace(problem.scheme, activation=replace(problem.scheme.activation, outliers=0.0))
     inner = replace(problem, scheme=scheme, x_dtype=torch.float32)
     weight = PackedWeight(scheme, packed.layout, packed.n, packed.k, packed.buffers)
-    y = _run_inner(left.float(), weight, bias, inner)
+    y = run_by(_of_rows(), left.float(), weight, bias, inner)
     if columns.numel():
         with reference.full_precision():
             y += x[:, columns].float() @ packed.columns(columns).t()
     return y.to(x.dtype)
-
-
-def _has_columns(problem: Problem) -> str | None:
-    if problem.fields >= _COLUMNS:
-        return None
-    return "is for weights with columns in 16 bits beside their codes"
-
-
-def _run_beside(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """The product with the codes, and one with the columns in 16 bits beside it."""
-    inner = replace(problem, fields=problem.fields - _COLUMNS)
-    buffers = {name: held for name, held in packed.buffers.items() if name not in _COLUMNS}
-    weight = PackedWeight(packed.scheme, packed.layout, packed.n, packed.k, buffers)
-    y = _run_inner(x, weight, bias, inner)
-    columns, values = (packed.buffers[name] for name in ("outlier_columns", "outlier_values"))
-    with reference.full_precision():
-        return y.addmm_(x.index_select(1, columns), values.to(x.dtype).t())
 
 
 _FLOAT_ROWS = PREPARED | {"offsets"}
@@ -222,15 +193,15 @@ COMPOSED = (
         run=_run_apart,
     ),
     Kernel(
-        name="cpu_float_columns",
+        name="cpu_float_beside",
         backend="cpu",
         layout="vnni",
         activations=("none",),
-        fields=_FLOAT_ROWS | _COLUMNS,
+        fields=_FLOAT_ROWS | BESIDE,
         varies=_VARIES,
         where=_with("portable"),
-        why_not=_has_columns,
-        run=_run_beside,
+        why_not=has_beside,
+        run=run_beside(_of_rows),
     ),
 )
 """Kernels that call one of the others for most of their product."""

@@ -41,7 +41,7 @@ def searches_scales(weight: Tensor, parameters: WeightParameters, blocks: bool) 
     return (
         runs_on(weight)
         and scheme.weight.kind == "linear"
-        and scheme.scale_levels != "double"
+        and scheme.scale_levels in ("one", "two")
         and not scheme.per_tensor
         and not (blocks and scheme.group_length(parameters.k) > _LONGEST_BLOCK)
         and (zeros is None or zeros.dtype == torch.uint8)
@@ -92,16 +92,21 @@ def round_columns(
     zeros: Tensor | float,
     limits: tuple[Tensor, Tensor],
     codes: Tensor,
-) -> Tensor:
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Rounds columns of linear weights one after the other, each with what those before it left:
     see `columns.Columns.round_block`.
 
     Args:
         scales, zeros, limits: fp32 [G, N]; one zero point that all have, or one each.
+        kept: fp32 [B, N], above 0 where a number is kept as it is, beside its code.
+
+    Returns:
+        `moved`, and with `kept` what such numbers are beyond their codes, fp32 [B, N].
     """
     low, high = limits
     stored = isinstance(zeros, Tensor)
-    moved: Tensor = _compiled().round_columns_cpu(
+    moved, beyond = _compiled().round_columns_cpu(
         left,
         factors.contiguous(),
         values,
@@ -113,9 +118,10 @@ def round_columns(
         low,
         high,
         codes,
+        kept,
         best_isa(),
     )
-    return moved
+    return moved, beyond
 
 
 def transposed_product(x: Tensor, y: Tensor) -> Tensor:

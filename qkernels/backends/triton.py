@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from qkernels import reference
-from qkernels.backends.kernel import Kernel, Problem, Run, no_gpu
+from qkernels.backends.beside import BESIDE, has_beside, run_beside
+from qkernels.backends.kernel import PREPARED, Kernel, Problem, Run, no_gpu
 from qkernels.backends.reference import row_values
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.layouts import PLANAR, PackedWeight, plane_height
@@ -151,6 +152,15 @@ def _why_not_groups(problem: Problem) -> str | None:
 
 _VARIES = "rounds unlike the GEMM, and batch_invariant wants one kernel for every M"
 
+
+def _of_codes() -> tuple[Kernel, ...]:
+    return KERNELS[:-1]
+
+
+def _of_codes_interpreted() -> tuple[Kernel, ...]:
+    return INTERPRETED_KERNELS[:-1]
+
+
 # The GEMV reads the weight once a row, the GEMM once for all of them: where the one is faster was
 # not measured on a GPU.
 KERNELS = (
@@ -185,8 +195,19 @@ KERNELS = (
         run=_run_int8,
         run_quantized=_run_quantized,
     ),
+    Kernel(
+        name="triton_float_beside",
+        backend="triton",
+        layout="planar",
+        activations=("none",),
+        fields=PREPARED | BESIDE,
+        varies=_VARIES,
+        where=_not_compiled,
+        why_not=lambda problem: has_beside(problem) or _why_not_groups(problem),
+        run=run_beside(_of_codes),
+    ),
 )
-_GEMV, _GEMM, _INT8 = KERNELS
+_GEMV, _GEMM, _INT8, _BESIDE = KERNELS
 INTERPRETED_KERNELS = (
     replace(
         _GEMV,
@@ -211,6 +232,15 @@ INTERPRETED_KERNELS = (
         is_simulator=True,
         proves_itself=False,
         where=_no_interpreter,
+    ),
+    replace(
+        _BESIDE,
+        name="interpreted_float_beside",
+        backend="interpreted",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_interpreter,
+        run=run_beside(_of_codes_interpreted),
     ),
 )
 

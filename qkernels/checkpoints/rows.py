@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qkernels.fields import FIELDS, NESTED_BLOCK
+from qkernels.fields import FIELDS, NESTED_BLOCK, SCALE_BLOCK, fields_of_rows
 from qkernels.weight import QuantizedWeight
 
 
@@ -19,8 +19,10 @@ def pick(weight: QuantizedWeight, rows: slice | Tensor) -> QuantizedWeight:
         rows: a slice with both ends, or int64 numbers of rows.
     """
     if isinstance(rows, slice):
-        cut = weight.scheme.scale_levels == "double" and (
-            rows.start * weight.scheme.groups(weight.k) % NESTED_BLOCK
+        first = rows.start * weight.scheme.groups(weight.k)
+        levels = weight.scheme.scale_levels
+        cut = (levels == "double" and first % NESTED_BLOCK) or (
+            levels == "blocks" and rows.start % SCALE_BLOCK
         )
         return (_one_level(weight) if cut else weight).rows(rows.start, rows.stop)
     weight = _one_level(weight)
@@ -28,6 +30,7 @@ def pick(weight: QuantizedWeight, rows: slice | Tensor) -> QuantizedWeight:
     for name, value in weight.fields.items():
         axis = _row_axis(weight, name)
         fields[name] = value if axis is None else value.index_select(axis, rows)
+    fields |= fields_of_rows(weight.fields, rows)
     bias = None if weight.bias is None else weight.bias[rows]
     codes = weight.codes.index_select(0, rows)
     return QuantizedWeight(scheme=weight.scheme, codes=codes, bias=bias, **fields)
@@ -68,6 +71,12 @@ def join(weights: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
         axis = _row_axis(first, name)
         if axis is None and not all(torch.equal(value, values[0]) for value in values):
             return weights
+        if FIELDS[name].take_rows is not None:
+            return weights
+        if "row_blocks" in FIELDS[name].axes:
+            if any(w.n % SCALE_BLOCK for w in weights[:-1]):
+                return weights
+            axis = 0
         if "nested_blocks" in FIELDS[name].axes:
             # All but the last must end with a block.
             if any(w.n * w.scheme.groups(w.k) % NESTED_BLOCK for w in weights[:-1]):
@@ -98,11 +107,12 @@ def _row_axis(weight: QuantizedWeight, name: str) -> int | None:
 
 def _one_level(weight: QuantizedWeight) -> QuantizedWeight:
     """The same numbers with scales that are not quantized twice."""
-    if weight.scheme.scale_levels != "double":
+    if weight.scheme.scale_levels not in ("double", "blocks"):
         return weight
     scheme = replace(weight.scheme, scale_levels="one", scale_dtype=torch.float32)
-    scales = weight.group_scales()
-    return weight.replace(scheme=scheme, scales=scales, nested_absmax=None, nested_offset=None)
+    second = dict.fromkeys(("nested_absmax", "nested_offset", "block_ranges"))
+    numbers = {"scales": weight.group_scales(), "zeros": weight.group_zeros()}
+    return weight.replace(scheme=scheme, **numbers, **second)
 
 
 def _with_equal_scales(weights: list[QuantizedWeight]) -> list[QuantizedWeight]:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import WeightError
-from qkernels.fields import FIELDS
+from qkernels.fields import FIELDS, fields_of_rows
 from qkernels.scheme import QuantScheme
 from qkernels.weight import (
     QuantizedWeight,
     WeightParameters,
+    block_numbers,
     check_parameters,
     code_values,
     nested_scales,
@@ -117,6 +118,12 @@ class PackedWeight:
             nested = fields.pop("nested_absmax"), fields.pop("nested_offset")
             fields["scales"] = nested_scales(fields["scales"], rows, *nested)
             scheme = replace(scheme, scale_levels="one", scale_dtype=torch.float32)
+        if scheme.scale_levels == "blocks":
+            numbers = block_numbers(fields["scales"], rows, fields.pop("block_ranges"))
+            fields["scales"], fields["zeros"] = numbers
+            scheme = replace(scheme, scale_levels="one", scale_dtype=torch.float32)
+        held = {name: buffer for name, buffer in self.buffers.items() if name != "words"}
+        fields |= fields_of_rows(held, rows)
         taken = WeightParameters(scheme=scheme, n=len(rows), k=self.k, **fields)
         codes = layout.take_rows(self.scheme, self.buffers["words"], rows, self.k)
         return taken.to_column_order(taken.dequantize_rows(codes, 0))

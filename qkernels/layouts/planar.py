@@ -81,9 +81,15 @@ def _take_groups(stored: Tensor, rows: Tensor) -> Tensor:
     return stored.index_select(1, rows).t()
 
 
+def _why_not(scheme: QuantScheme) -> str | None:
+    if scheme.scale_levels == "blocks":
+        return "holds no scales that are quantized in blocks of rows"
+    return None
+
+
 PLANAR = Layout(
     name="planar",
-    why_not=lambda scheme: None,
+    why_not=_why_not,
     allocate=_allocate,
     pack_rows=_pack_rows,
     unpack_rows=_unpack_rows,

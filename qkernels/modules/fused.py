@@ -155,6 +155,8 @@ def why_not_fused(parts: Sequence[WQLinear]) -> str | None:
     for name in {name for each in held for name in each}:
         if any(name not in each for each in held):
             return f"some have {name}, and others none"
+        if name != "words" and FIELDS[name].take_rows is not None:
+            return "single numbers in 16 bits are not put together"
         if not _by_rows(name) and any(not torch.equal(each[name], held[0][name]) for each in held):
             return f"they differ in {name}"
     return None
@@ -167,7 +169,7 @@ def _bias(part: WQLinear) -> Tensor:
 
 def _by_rows(name: str) -> bool:
     """Whether a buffer has numbers for each row of the weight, as its first dimension."""
-    return name == "words" or FIELDS[name].axes[:1] in (("n",), ("rows",))
+    return name == "words" or FIELDS[name].axes[:1] in (("n",), ("rows",), ("row_blocks",))
 
 
 def _in_panels(name: str) -> bool:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qkernels import sparse
 from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.forwards import run_batch
 from qkernels.errors import LayerError
@@ -131,6 +132,9 @@ class _Trained:
         y: Tensor = _Product.apply(x, self.factors, self)
         if hub.outlier_columns is not None and hub.outlier_values is not None:
             y = y + F.linear(x[..., hub.outlier_columns], hub.outlier_values.to(x.dtype))
+        if hub.sparse_ends is not None:
+            added = sparse.product(x.flatten(0, -2), hub.fields)
+            y = y + added.view(y.shape).to(y.dtype)
         return y if hub.bias is None else y + hub.bias.to(y.dtype)
 
     def weight(self, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 from qkernels import rounding
 from qkernels.calibration.statistics import Needs
 from qkernels.quantizers import grids
-from qkernels.quantizers.columns import Columns, descend
+from qkernels.quantizers.columns import Columns, Kept, descend
 from qkernels.quantizers.hessian import MOST_DAMPING, damped_gram, gram_of
 from qkernels.quantizers.method import LayerTask, Method
 from qkernels.scheme import QuantScheme
@@ -78,14 +78,19 @@ class GptqParameters:
 
 
 def _statistics(scheme: QuantScheme, parameters: GptqParameters) -> Needs:
-    return Needs(quantized=("gram",), paired=("drift",) if parameters.drift else ())
+    return needs(parameters.drift)
+
+
+def needs(drift: float) -> Needs:
+    """What calibration is to collect. Args: drift: how much of it is made up for."""
+    return Needs(quantized=("gram",), paired=("drift",) if drift else ())
 
 
 def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
     assert task.inputs is not None
     gram = gram_of(task.inputs)
     damped, lower = damped_gram(gram, parameters.damp_percent)
-    weight = _target(task, parameters.drift, lower)
+    weight = target_of(task, parameters.drift, lower)
     scheme, k = task.scheme, weight.shape[1]
     order = torch.arange(k, device=weight.device)
     if parameters.act_order != "off":
@@ -98,8 +103,8 @@ def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
     at_once = parameters.act_order == "static" or grids.why_not_by_group(scheme) is not None
     if at_once:
         fitted = grids.search(weight, fitted, parameters.grid, gram)
-    upper = _inverse_factor(damped[order][:, order])
-    made = _round_columns(
+    upper = inverse_factor(damped[order][:, order])
+    made = round_columns(
         weight, fitted, order.tolist(), upper, None if at_once else parameters.grid, gram
     )
     added = float((damped.diagonal() - gram.diagonal()).mean())
@@ -112,7 +117,7 @@ def _quantize(task: LayerTask, parameters: GptqParameters) -> WeightParameters:
     return made if perm is None else made.replace(perm=perm)
 
 
-def _inverse_factor(matrix: Tensor) -> Tensor:
+def inverse_factor(matrix: Tensor) -> Tensor:
     """The upper Cholesky factor U of the inverse, U^T U, of an fp64 matrix: fp32."""
     # With R R^T = H and R upper, as the factor of H from its last column on is, U = R^-1. The
     # inverse itself, whose factorization may fail where that of H does not, is never made.
@@ -121,7 +126,7 @@ def _inverse_factor(matrix: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(upper, eye, upper=True).float()
 
 
-def _target(task: LayerTask, drift: float, lower: Tensor) -> Tensor:
+def target_of(task: LayerTask, drift: float, lower: Tensor) -> Tensor:
     """The weight whose outputs on these inputs are to be kept, fp32.
 
     Args:
@@ -139,13 +144,14 @@ def _target(task: LayerTask, drift: float, lower: Tensor) -> Tensor:
     return weight + drift * missing.t().float()
 
 
-def _round_columns(
+def round_columns(
     weight: Tensor,
     fitted: WeightParameters,
     order: list[int],
     upper: Tensor,
-    grid: grids.Grid | None,
-    gram: Tensor,
+    grid: grids.Grid | None = None,
+    gram: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> QuantizedWeight:
     """The weight with its columns rounded in `order`.
 
@@ -154,7 +160,8 @@ def _round_columns(
         fitted: its scales and zero points.
         upper: the factor of H^-1, in `order`.
         grid: fits each group again when its first column is reached, for columns that are in their
-            order; None leaves the groups.
+            order, with the inputs' `gram`; None leaves the groups.
+        kept: numbers that leave no error.
     """
     scheme, k = fitted.scheme, fitted.k
     length = scheme.group_length(k)
@@ -175,7 +182,7 @@ def _round_columns(
         fits = [] if grid is None else [j for j in range(start, stop) if j % length == 0]
         for first, end in pairwise(sorted({start, *fits, stop})):
             if first in fits:
-                assert grid is not None
+                assert grid is not None and gram is not None
                 rows = left[first : first + length].t().contiguous()
                 block = gram[first : first + length, first : first + length]
                 own = replace(scheme, group_size=None)
@@ -185,7 +192,11 @@ def _round_columns(
                     fields[name][:, group] = value[:, 0]
                 columns.take_group(group, part)
             moved = columns.round_block(
-                left[first:end], upper[first:end, first:end], order[first:end], codes
+                left[first:end],
+                upper[first:end, first:end],
+                order[first:end],
+                codes,
+                kept=kept,
             )
             errors[first - start : end - start] = moved
             left[end:stop].addmm_(upper[first:end, end:stop].t(), moved, alpha=-1)

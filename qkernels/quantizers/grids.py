@@ -10,7 +10,7 @@ those of the table, and what the second level has stays that of the ranges.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -52,7 +52,8 @@ def why_not_by_group(scheme: QuantScheme) -> str | None:
 def search(
     weight: Tensor, parameters: WeightParameters, grid: Grid, gram: Tensor | None
 ) -> WeightParameters:
-    """The parameters with scales and zero points of the least cost; none has more than before.
+    """The parameters with scales and zero points of the least cost; none has more than before,
+    but for those that are quantized in blocks afterwards.
 
     Args:
         weight: [N, K], in the order of the codes.
@@ -61,6 +62,8 @@ def search(
     """
     if grid == "minmax":
         return parameters
+    if parameters.scheme.scale_levels == "blocks":
+        return _in_blocks(weight, parameters, grid, gram)
     if cpu_calibration.searches_scales(weight, parameters, blocks=grid == "block"):
         scales, zeros = cpu_calibration.search_scales(
             weight,
@@ -72,6 +75,20 @@ def search(
         scales, zeros = _search_all(weight, parameters, grid, gram)
     found = {"scales": scales} if zeros is None else {"scales": scales, "zeros": zeros}
     return parameters.replace(**found)
+
+
+def _in_blocks(
+    weight: Tensor, parameters: WeightParameters, grid: Grid, gram: Tensor | None
+) -> WeightParameters:
+    """Scales and zero points that are searched as if they were stored as they are, and quantized
+    then."""
+    scheme = parameters.scheme
+    apart = rounding.fit(weight, replace(scheme, scale_levels="one"))
+    found = search(weight, apart, grid, gram)
+    zeros = found.group_zeros()
+    assert zeros is not None
+    fields = rounding.quantize_in_blocks(found.group_scales(), zeros, scheme.scale_dtype)
+    return parameters.replace(**fields)
 
 
 def _search_all(

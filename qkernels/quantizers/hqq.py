@@ -8,10 +8,11 @@ Half-Quadratic Quantization of Large Machine Learning Models):
     E <- sign(R) max(|R| - p |R|^(p-1) / beta, 0),     R = W - s (Q - z)
     z <- mean over the group of  Q - (W - E) / s,      beta <- kappa beta
 
-HQQ keeps the scale of the range. Here several are tried, and of all that was met a group keeps what
-leaves it the least squared error, its range among them; with real zero points scale and zero point
-are then fitted to the codes together. Each column counts by its diagonal element of x^T x, in the
-mean and in the squared error; for that, tokens that are drawn at random do.
+HQQ ends there, and keeps the scale of the range. Here what is best is then looked for nearby: scale
+and zero point fitted to the codes together, and both moved by parts of a code. Of all that was met
+a group keeps what leaves it the least squared error, its range among them. Each column counts by
+its diagonal element of x^T x, in the mean and in the squared error; for that, tokens that are drawn
+at random do.
 """
 
 from __future__ import annotations
@@ -60,10 +61,13 @@ class HqqParameters:
             raise ValueError(f"steps must be 1 or more, got {self.steps}")
 
 
-_NARROWER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-"""Parts of a group's range that its scale is tried at: HQQ itself keeps the whole."""
-
-_REFITS = 3
+_ROUNDS = 2
+"""Of looking nearby; each takes half of the steps of the one before it."""
+_LONGER = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+"""What is tried beside the best scale, in codes that the range takes."""
+_REAL = (-0.5, -0.375, -0.25, -0.125, 0.0, 0.125, 0.25, 0.375, 0.5)
+_INTEGER = (-1.0, 0.0, 1.0)
+"""And beside its zero point, in codes, where those are real and where they are integers."""
 
 
 def _statistics(scheme: QuantScheme, parameters: HqqParameters) -> Needs:
@@ -119,16 +123,24 @@ class _Group:
         """The scale and the zero point of the least squared error. Args: those of the range."""
         self._scale, self._zero = full, zero
         self._least = self._error(full, zero)
-        for factor in _NARROWER:
-            scale = (full * factor).to(self._dtype).float()
-            # As much is clipped at one end of the range as at the other.
-            centred = (zero - self._largest / 2) / factor + self._largest / 2
-            for candidate in self._half_quadratic(scale, centred):
-                self._try(scale, self._stored(candidate))
-        if self._parameters.zeros == "real":
-            for _ in range(_REFITS):
-                self._try(*self._fitting())
+        for candidate in self._half_quadratic(full, zero):
+            self._try(full, self._stored(candidate))
+        shifts = _REAL if self._parameters.zeros == "real" else _INTEGER
+        for step in range(_ROUNDS):
+            self._try(*self._fitting())
+            best = self._scale, self._zero
+            for longer in _LONGER:
+                factor = 1 + longer / (self._largest + 1) / 2**step
+                scale, centred = self._scaled(*best, factor)
+                for shift in shifts:
+                    self._try(scale, self._stored(centred + shift / 2**step))
+        self._try(*self._fitting())
         return self._scale, self._zero
+
+    def _scaled(self, scale: Tensor, zero: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """A multiple of a scale, and the zero point that leaves the range's middle where it is."""
+        middle = self._largest / 2
+        return (scale * factor).to(self._dtype).float(), (zero - middle) / factor + middle
 
     def _try(self, scale: Tensor, zero: Tensor) -> None:
         found = self._error(scale, zero)

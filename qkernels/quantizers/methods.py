@@ -14,13 +14,14 @@ from qkernels.quantizers.outlier_suppression import OUTLIER_SUPPRESSION
 from qkernels.quantizers.rotate import ROTATE
 from qkernels.quantizers.rtn import RTN
 from qkernels.quantizers.smoothquant import SMOOTHQUANT
+from qkernels.quantizers.spqr import SPQR
 from qkernels.quantizers.zeroquant import ZEROQUANT
 
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
         *(AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ),
-        *(OUTLIER_SUPPRESSION, ROTATE, RTN, SMOOTHQUANT, ZEROQUANT),
+        *(OUTLIER_SUPPRESSION, ROTATE, RTN, SMOOTHQUANT, SPQR, ZEROQUANT),
     )
 }
 

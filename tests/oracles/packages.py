@@ -38,13 +38,14 @@ def run(program: str, *arguments: object, seconds: int = SECONDS) -> str:
 
     For packages whose threads may keep a process from ending: the program ends it by os._exit.
     """
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     process = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=seconds,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return process.stdout

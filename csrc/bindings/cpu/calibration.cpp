@@ -84,11 +84,13 @@ std::tuple<at::Tensor, Optional> search(const at::Tensor& weight, const at::Tens
   return {found, moved};
 }
 
-at::Tensor round_columns(const at::Tensor& left, const at::Tensor& factors, const Optional& values,
-                         const at::Tensor& places, const at::Tensor& groups,
-                         const at::Tensor& scales, const Optional& zeros, double implied_zero,
-                         const at::Tensor& low, const at::Tensor& high, at::Tensor codes,
-                         const std::string& isa) {
+std::tuple<at::Tensor, Optional> round_columns(const at::Tensor& left, const at::Tensor& factors,
+                                               const Optional& values, const at::Tensor& places,
+                                               const at::Tensor& groups, const at::Tensor& scales,
+                                               const Optional& zeros, double implied_zero,
+                                               const at::Tensor& low, const at::Tensor& high,
+                                               at::Tensor codes, const Optional& kept,
+                                               const std::string& isa) {
   require(left.dim() == 2, "left must be [columns, N], got ", left.sizes());
   cpu::ColumnRounding job{};
   job.columns = left.size(0);
@@ -129,10 +131,17 @@ at::Tensor round_columns(const at::Tensor& left, const at::Tensor& factors, cons
   job.codes = codes.mutable_data_ptr<uint8_t>();
   at::Tensor moved = at::empty(left.sizes(), at::kFloat);
   job.moved = moved.mutable_data_ptr<float>();
+  Optional beyond;
+  if (kept) {
+    check("kept", *kept, at::kCPU, left.sizes(), at::kFloat);
+    job.kept = kept->const_data_ptr<float>();
+    beyond = at::empty(left.sizes(), at::kFloat);
+    job.beyond = beyond->mutable_data_ptr<float>();
+  }
   const cpu::Isa level = isa_here(isa);
   const py::gil_scoped_release released;
   cpu::round_columns(job, level, torch_pool());
-  return moved;
+  return {moved, beyond};
 }
 
 bool multiplies_transposed(at::ScalarType type, const std::string& isa) {
@@ -165,7 +174,8 @@ at::Tensor transposed_product(const at::Tensor& x, const at::Tensor& y, const st
 
 void register_cpu_calibration(py::module_& m) {
   m.def("search_scales_cpu", &search, "-> scales and zero points of the least cost");
-  m.def("round_columns_cpu", &round_columns, "writes codes -> moved fp32 [columns, N]");
+  m.def("round_columns_cpu", &round_columns,
+        "writes codes -> moved fp32 [columns, N], and what kept ones are beyond their codes");
   m.def("multiplies_transposed_cpu", &multiplies_transposed, "whether x^T y has kernels");
   m.def("transposed_product_cpu", &transposed_product, "x [T, K], y [T, L] -> x^T y fp32 [K, L]");
 }

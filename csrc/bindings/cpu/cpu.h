@@ -33,5 +33,6 @@ void register_cpu_packing(pybind11::module_& m);
 void register_cpu_embedding(pybind11::module_& m);
 void register_cpu_machine(pybind11::module_& m);
 void register_cpu_calibration(pybind11::module_& m);
+void register_cpu_sparse(pybind11::module_& m);
 
 }  // namespace qkernels::bindings

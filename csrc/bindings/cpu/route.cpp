@@ -102,6 +102,8 @@ class CpuRoute final : public Route {
     const Rows rows = prepare(call.x, call.buffers, preparation_);
     cpu::FloatArguments arguments{};
     arguments.weight = weight(call.buffers);
+    at::Tensor ranges;  // alive while the kernel reads them
+    if (call.buffers.block_ranges != nullptr) ranges = take_blocks(call.buffers, arguments.weight);
     require(call.buffers.channel_scales == nullptr, "two-level scales are for int8 products");
     const bool whole = !schedule_.tiles || schedule_.rounds_weights || weight_.groups() == 1;
     require(whole || cpu::fits_float_tiles(weight_.group),
@@ -204,9 +206,23 @@ class CpuRoute final : public Route {
       weight.nested_offset = *buffers.nested_offset->const_data_ptr<float>();
     }
     const bool integer_scales = weight.scale_type == cpu::GroupType::kUint8;
-    require(integer_scales == (buffers.channel_scales != nullptr),
-            "uint8 scales need channel_scales or nested ones");
+    const bool blocks = buffers.block_ranges != nullptr;
+    require(integer_scales == (buffers.channel_scales != nullptr || blocks),
+            "uint8 scales need channel_scales, block_ranges or nested ones");
+    require(!blocks || (!integers_ && buffers.zeros == nullptr && buffers.offsets == nullptr &&
+                        buffers.channel_scales == nullptr),
+            "block_ranges go without zeros, offsets and channel_scales, for products of floats");
     return weight;
+  }
+
+  // Gives `weight` scales and zero points of 4 bits; they are read from the result.
+  static at::Tensor take_blocks(const Buffers& buffers, cpu::Weight& weight) {
+    check("block_ranges", *buffers.block_ranges, at::kCPU, {weight.panels(), weight.groups(), 4});
+    require(at::isFloatingType(buffers.block_ranges->scalar_type()), "block_ranges must be floats");
+    at::Tensor ranges = buffers.block_ranges->to(at::kFloat);
+    weight.scale_type = weight.zero_type = cpu::GroupType::kBlocks;
+    weight.block_ranges = ranges.const_data_ptr<float>();
+    return ranges;
   }
 
   cpu::Output output(const at::Tensor& y, const Optional& bias) const {
