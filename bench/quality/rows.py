@@ -86,6 +86,9 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
         "w4a16-g64-sym": _INTEGERS,
         "w3a16-g64": _INTEGERS,
         "w2a16-g32": _INTEGERS,
+        # Of about one size, 3.6 bits a weight, with what is beside the codes.
+        "w3a16-g40": (BASELINE, "gptq"),
+        "w3a16-g32-spqr": (BASELINE, "gptq", "spqr(outliers=0.007)"),
         "nf4-g64": (*_DATA_FREE, "gptq"),
         "nf4-g64-dq": (BASELINE,),
         "fp4-g64": (*_DATA_FREE, "gptq"),
@@ -94,6 +97,7 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
         "fp8e4m3-a16": _DATA_FREE,
         "w8a16-g64-sym": _DATA_FREE,
         "w8a8": _ACTIVATIONS,
+        "w8a8-outliers6": (BASELINE, "gptq"),
         "w8a8-gtensor": _ACTIVATIONS,
         "w8a8-gtensor-tensor": _ACTIVATIONS,
         "w8a8-gtensor-static": _ACTIVATIONS,
