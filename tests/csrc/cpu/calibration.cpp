@@ -251,7 +251,8 @@ class Search {
 // Multiples of 1/16, factors of -1, 0 and 1, and scales and pivots that are powers of two.
 class Rounding {
  public:
-  Rounding(int64_t n, int64_t columns, int bits, bool zeros, bool values, Random& random)
+  Rounding(int64_t n, int64_t columns, int bits, bool zeros, bool values, Random& random,
+           bool kept = false)
       : n_(n), columns_(columns), has_zeros_(zeros), has_values_(values) {
     const int64_t groups = columns / 4 + 1;
     const auto sixteenths = [&] {
@@ -277,6 +278,11 @@ class Rounding {
       low_.push_back(static_cast<float>(random.below(2)));
       high_.push_back(static_cast<float>((1 << bits) - 1 - random.below(2)));
     }
+    if (kept) {
+      for (int64_t i = 0; i < columns * n; ++i) {
+        kept_.push_back(random.below(4) == 0 ? 1.0f : 0.0f);
+      }
+    }
     for (int64_t j = 0; j < columns; ++j) {
       groups_.push_back(random.below(groups));
       places_.push_back((j * 7 + 3) % (columns + 2));
@@ -289,8 +295,8 @@ class Rounding {
 
   std::string name() const {
     char text[100];
-    std::snprintf(text, sizeof text, "round_columns n %d columns %d zeros %d values %d", number(n_),
-                  number(columns_), has_zeros_, has_values_);
+    std::snprintf(text, sizeof text, "round_columns n %d columns %d zeros %d values %d kept %d",
+                  number(n_), number(columns_), has_zeros_, has_values_, !kept_.empty());
     return text;
   }
 
@@ -314,21 +320,26 @@ class Rounding {
     job.high = high_.data();
     job.codes = codes.data();
     job.moved = moved.data();
+    std::vector<float> beyond(kept_.size(), NAN);
+    job.kept = or_null(kept_);
+    job.beyond = beyond.data();
     round_columns(job, isa, pool);
     Bytes out;
     append(out, moved);
+    append(out, beyond);
     out.insert(out.end(), codes.begin(), codes.end());
     return out;
   }
 
   std::string complaint(const Bytes& out) const {
-    std::vector<float> moved(left_.size());
+    std::vector<float> moved(left_.size()), beyond(kept_.size());
     Bytes codes = unwritten((columns_ + 2) * n_, 1);
     for (int64_t row = 0; row < n_; ++row) {
-      for (int64_t j = 0; j < columns_; ++j) round_one(row, j, moved, codes);
+      for (int64_t j = 0; j < columns_; ++j) round_one(row, j, moved, beyond, codes);
     }
     Bytes wanted;
     append(wanted, moved);
+    append(wanted, beyond);
     wanted.insert(wanted.end(), codes.begin(), codes.end());
     return out == wanted ? "" : "other codes or steps";
   }
@@ -336,7 +347,8 @@ class Rounding {
  private:
   static constexpr float kImplied = 2;
 
-  void round_one(int64_t row, int64_t j, std::vector<float>& moved, Bytes& codes) const {
+  void round_one(int64_t row, int64_t j, std::vector<float>& moved, std::vector<float>& beyond,
+                 Bytes& codes) const {
     const auto at = [&](int64_t column) { return static_cast<size_t>(column * n_ + row); };
     const auto factor = [&](int64_t i) {
       return static_cast<double>(factors_[static_cast<size_t>(i * (columns_ + 1) + j)]);
@@ -349,14 +361,18 @@ class Rounding {
     const double zero = has_zeros_ ? zeros_[group] : kImplied, scale = scales_[group];
     double code = std::nearbyint(wanted / scale + zero);
     code = std::max<double>(low_[group], std::min<double>(high_[group], code));
-    const double found = (code - zero) * scale;
+    double found = (code - zero) * scale;
+    if (!kept_.empty() && kept_[at(j)] > 0) {
+      beyond[at(j)] = static_cast<float>(wanted - found);
+      found = wanted;
+    }
     moved[at(j)] = static_cast<float>(has_values_ ? found - present : (wanted - found) / factor(j));
     codes[at(places_[static_cast<size_t>(j)])] = static_cast<uint8_t>(code);
   }
 
   int64_t n_, columns_;
   bool has_zeros_, has_values_;
-  std::vector<float> left_, values_, factors_, scales_, zeros_, low_, high_;
+  std::vector<float> left_, values_, factors_, scales_, zeros_, low_, high_, kept_;
   std::vector<int64_t> places_, groups_;
 };
 
@@ -469,6 +485,16 @@ void make_calibration(const Options& options, Random& random, const Take& take) 
     for (const auto& [rows, x_columns, y_columns] : kProducts) {
       add(std::make_shared<const Product>(type, rows, x_columns, y_columns, random), options,
           has_kernel, take);
+    }
+  }
+}
+
+void make_kept(const Options& options, Random& random, const Take& take) {
+  const auto everywhere = [](Isa) { return true; };
+  for (const auto& [n, columns] : {std::pair{5, 9}, {37, 21}, {150, 30}}) {
+    for (bool values : {false, true}) {
+      add(std::make_shared<const Rounding>(n, columns, 3, values, values, random, true), options,
+          everywhere, take);
     }
   }
 }

@@ -54,6 +54,9 @@ void make_all(const Options& options, const Take& take) {
   make_rows(options, random, take);
   make_embeddings(options, random, take);
   make_calibration(options, random, take);
+  make_blocks(options, random, take);
+  make_kept(options, random, take);
+  make_sparse(options, random, take);
 }
 
 std::vector<Isa> runnable(const std::vector<std::string>& names) {

@@ -35,9 +35,12 @@ using Take = std::function<void(Case)>;
 
 void make_all(const Options& options, const Take& take);
 void make_products(const Options& options, Random& random, const Take& take);
+void make_blocks(const Options& options, Random& random, const Take& take);
 void make_rows(const Options& options, Random& random, const Take& take);
 void make_embeddings(const Options& options, Random& random, const Take& take);
 void make_calibration(const Options& options, Random& random, const Take& take);
+void make_kept(const Options& options, Random& random, const Take& take);
+void make_sparse(const Options& options, Random& random, const Take& take);
 
 // The sets of instructions of some names, or of all, that run here.
 std::vector<qkernels::cpu::Isa> runnable(const std::vector<std::string>& names);

@@ -18,7 +18,7 @@ using namespace qkernels::cpu;
 
 namespace {
 
-constexpr const char* kGroupNames[] = {"none", "fp16", "bf16", "fp32", "uint8", "nested"};
+constexpr const char* kGroupNames[] = {"none", "fp16", "bf16", "fp32", "uint8", "nested", "blocks"};
 constexpr int64_t kWholeK = 1 << 20;
 // Columns that the groups of panels are multiples of.
 constexpr int64_t kGroupMultiple = 16;

@@ -17,7 +17,7 @@ namespace {
 
 constexpr Code kCodes[] = {Code::kInt4, Code::kTable4, Code::kInt8, Code::kFp8E4M3, Code::kFp8E5M2};
 constexpr const char* kCodeNames[] = {"int4", "table4", "int8", "fp8e4m3", "fp8e5m2"};
-constexpr const char* kGroupNames[] = {"none", "fp16", "bf16", "fp32", "uint8", "nested"};
+constexpr const char* kGroupNames[] = {"none", "fp16", "bf16", "fp32", "uint8", "nested", "blocks"};
 // Odd, whole panels, fewer and more panels than a task has; K with and without columns that pad it.
 constexpr int64_t kShapes[][2] = {{16, 72}, {49, 135}, {80, 200}, {77, 320}, {33, 520}};
 constexpr int64_t kRows[] = {0, 1, 3, 17, 41, 70};
@@ -188,6 +188,13 @@ class Product {
       nested_absmax_ =
           random.floats(qkernels::ceil_div(weight_.n * weight_.groups(), 256), 0.001f, 0.01f);
       weight_.nested_offset = 0.02f;
+    } else if (format.scales == GroupType::kBlocks) {
+      scales_ = random.bytes(count, 0, 256);
+      for (int64_t i = 0; i < weight_.panels() * weight_.groups(); ++i) {
+        for (float most : {0.002f, 0.02f, 0.5f, 1.5f}) {
+          block_ranges_.push_back(random.between(0.1f * most, most));
+        }
+      }
     } else {
       const bool is_one = numbers_ == Numbers::kIntegers;
       scales_ =
@@ -207,6 +214,7 @@ class Product {
     weight_.table = or_null(table_);
     weight_.nested_table = or_null(nested_table_);
     weight_.nested_absmax = or_null(nested_absmax_);
+    weight_.block_ranges = or_null(block_ranges_);
   }
 
   // Codes of a group are its zero point: all, all but the last, or all but some others. A third of
@@ -301,7 +309,8 @@ class Product {
   Bytes codes_;  // [n][k]
   std::vector<uint32_t> words_;
   Bytes scales_, zeros_, offsets_, x_, bias_;
-  std::vector<float> channel_scales_, table_, nested_table_, nested_absmax_, row_scales_;
+  std::vector<float> channel_scales_, table_, nested_table_, nested_absmax_, block_ranges_,
+      row_scales_;
   float given_ = 0.02f;  // too small for some elements of x
 };
 
@@ -381,6 +390,14 @@ class Products {
     }
   }
 
+  void add_blocks() {
+    for (int64_t group : kGroups) {
+      for (int i = 0; i < 2; ++i) {
+        add_format({Code::kInt4, group, GroupType::kBlocks, GroupType::kBlocks, Rows::kFloats});
+      }
+    }
+  }
+
   void add_formats() {
     const auto scales = {GroupType::kFp16, GroupType::kBf16, GroupType::kFp32};
     for (int64_t group : kGroups) {
@@ -422,6 +439,10 @@ void make_products(const Options& options, Random& random, const Take& take) {
   products.add_special_numbers();
   products.add_sizes();
   products.add_formats();
+}
+
+void make_blocks(const Options& options, Random& random, const Take& take) {
+  Products(options, random, take).add_blocks();
 }
 
 }  // namespace cases

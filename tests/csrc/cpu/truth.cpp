@@ -52,8 +52,17 @@ int64_t place(const Weight& weight, int64_t row, int64_t g) {
   return (row / kLanes * weight.groups() + g) * kLanes + row % kLanes;
 }
 
+float in_block(const Weight& weight, int64_t row, int64_t g, int code, int first) {
+  const float* range = weight.block_ranges + (row / kLanes * weight.groups() + g) * 4 + first;
+  const float product = static_cast<float>(code) * range[0];
+  return product + range[1];
+}
+
 float scale_at(const Weight& weight, int64_t row, int64_t g) {
   const int64_t at = place(weight, row, g);
+  if (weight.scale_type == GroupType::kBlocks) {
+    return in_block(weight, row, g, static_cast<const uint8_t*>(weight.scales)[at] % 16, 0);
+  }
   if (weight.scale_type != GroupType::kNested) {
     return static_cast<float>(group_number(weight.scales, weight.scale_type, at));
   }
@@ -64,6 +73,10 @@ float scale_at(const Weight& weight, int64_t row, int64_t g) {
 
 double zero_at(const Weight& weight, int64_t row, int64_t g) {
   if (weight.zero_type == GroupType::kNone) return weight.implied_zero;
+  if (weight.zero_type == GroupType::kBlocks) {
+    const uint8_t both = static_cast<const uint8_t*>(weight.scales)[place(weight, row, g)];
+    return in_block(weight, row, g, both / 16, 2);
+  }
   return group_number(weight.zeros, weight.zero_type, place(weight, row, g));
 }
 
