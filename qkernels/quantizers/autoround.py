@@ -69,6 +69,8 @@ def _statistics(scheme: QuantScheme, parameters: AutoRoundParameters) -> Needs:
 def _why_not(scheme: QuantScheme, parameters: AutoRoundParameters) -> str | None:
     if scheme.weight.kind != "linear":
         return "it learns which of two neighbouring integers a weight becomes: use gptq"
+    if scheme.scale_levels == "blocks":
+        return "it learns beside integer zero points, and those of -spqr are none: use gptq or spqr"
     return None
 
 

@@ -73,7 +73,8 @@ class _Targets:
 class Descent:
     """Gradient descent over the layers of a block, towards its outputs in the dense model.
 
-    The loss of a batch is a sum of squares, and is compared with that of its weights at first.
+    The loss of a batch is a sum of squares without those of padding, and is compared with that of
+    its weights at first.
 
     Args:
         learned: of each layer to learn, by its name.
@@ -101,7 +102,7 @@ class Descent:
         with self._in_place(weights):
             got = output_of(self._task.run(batch))
         # Experts may be given other numbers of rows than in the dense model.
-        loss = float(_squares(got, wanted)) if got.shape == wanted.shape else 0.0
+        loss = float(self._loss(batch, got, wanted)) if got.shape == wanted.shape else 0.0
         if loss:
             self._first[batch], self._sequences[batch] = loss, len(wanted)
 
@@ -140,7 +141,7 @@ class Descent:
         with self._in_place(weights):
             for batch, wanted in targets.items():
                 with torch.enable_grad():
-                    loss = _squares(output_of(self._task.run(batch)), wanted)
+                    loss = self._loss(batch, output_of(self._task.run(batch)), wanted)
                     # So that it is about 1 at each output, which 16-bit types hold.
                     factor = (wanted.numel() / self._first[batch]) ** 0.5
                     found = torch.autograd.grad(loss * factor, weights, allow_unused=True)
@@ -149,6 +150,14 @@ class Descent:
                     if gradient is not None:
                         own += gradient
         return total / sum(self._first[batch] for batch in batches), sums
+
+    def _loss(self, batch: int, got: Tensor, wanted: Tensor) -> Tensor:
+        """The sum of squares of the difference, without padding."""
+        difference = got.float() - wanted.float()
+        kept = self._task.tokens[batch].of_rows(got.shape[:-1])
+        if kept is not None:
+            difference = difference.flatten(0, -2)[kept.to(got.device)]
+        return difference.square().sum()
 
     @contextmanager
     def _in_place(self, weights: Sequence[Tensor]) -> Iterator[None]:
@@ -179,10 +188,6 @@ class Descent:
                     left += [b for b in more if b in chosen] + [b for b in more if b not in chosen]
                 chosen.append(left.pop())
             yield chosen
-
-
-def _squares(got: Tensor, wanted: Tensor) -> Tensor:
-    return (got.float() - wanted.float()).square().sum()
 
 
 def _product(own: LearnedWeight, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -283,6 +283,7 @@ class _Run:
             walk=self._walk,
             changes=self._changes,
             processes=self._processes,
+            tokens=self._observation.tokens,
         )
 
     def _quantize_layers(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from qkernels.calibration.batches import Tokens
 from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.calibration.walks import DENSE, QUANTIZED, Walk
@@ -61,6 +62,7 @@ class BlockTask:
         schemes: the scheme of each.
         inputs: what calibration collected for each; empty without calibration.
         processes: that calibrate together, each with batches of its own.
+        tokens: those of each calibration batch, which tell padding apart.
     """
 
     name: str
@@ -71,6 +73,7 @@ class BlockTask:
     walk: Walk
     changes: Changes
     processes: Processes = ALONE
+    tokens: Sequence[Tokens] = ()
 
     def shared(self, step: str, make: Callable[[], _T]) -> _T | None:
         """What `make` makes where this block's batches are looked at beyond their statistics: in

@@ -18,7 +18,14 @@ from qkernels.quantizers.static_inputs import needs_of
 
 
 class Observation:
-    """Args: row_weights: what inputs count; see `ModelTask`."""
+    """What calibration collects, stage by stage.
+
+    Args:
+        row_weights: what inputs count; see `ModelTask`.
+
+    Attributes:
+        tokens: those of each batch.
+    """
 
     def __init__(
         self,
@@ -30,7 +37,7 @@ class Observation:
         self._model, self._plan, self._walk = model, plan, walk
         self._row_weights = row_weights
         self._first_batch = plan.processes.first_batch(len(plan.batches or ()))
-        self._tokens = [Tokens.of(batch) for batch in plan.batches or ()]
+        self.tokens = [Tokens.of(batch) for batch in plan.batches or ()]
         self._warned = False
 
     def stages(self, part: Part, layers: Mapping[str, nn.Linear]) -> list[Stage]:
@@ -65,7 +72,7 @@ class Observation:
             self._row_weights,
             self._plan.processes,
             self._first_batch,
-            self._tokens,
+            self.tokens,
         )
         for name, inputs in found.items():
             if not inputs.finite:

@@ -299,3 +299,26 @@ def test_a_layer_of_zeros_stops_no_other():
     nearest = {layer.name: layer.output_error for layer in report.layers}
     assert losses[True]["blocks.0.down"] == 0
     assert losses[True]["blocks.1.up"] != nearest["blocks.1.up"]
+
+
+def test_padding_is_not_learned_from():
+    tokens = torch.arange(96).view(4, 24) % 60
+    mask = torch.ones_like(tokens)
+    mask[:2, :15] = 0
+
+    def learned(padding):
+        model = tiny_model()
+        ids = torch.where(mask.bool(), tokens, padding)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        qk.quantize_model(model, "autoround(steps=20)", "w3a16-g32", calibration=[batch])
+        return {
+            name: layer.to_weight()
+            for name, layer in model.named_modules()
+            if hasattr(layer, "to_weight")
+        }
+
+    first, second = learned(3), learned(50)
+    assert first
+    for name, weight in first.items():
+        assert torch.equal(weight.codes, second[name].codes), name
+        assert torch.equal(weight.scales, second[name].scales), name
