@@ -152,6 +152,7 @@ def quantize_model(
         batches = calibration_of(model, recipe, layers, calibration)
         plan = plan_run(layers, recipe, choice, batches, backend, check_kernels, processes)
         check_tokens(model, plan.batches or ())
+        _check_inference(model, recipe)
         _check_shared(recipe, processes, resume)
         forms = LinearForms(model, plan.schemes)
         folder = None
@@ -334,6 +335,18 @@ def _check_observer(choice: ObserverChoice, schemes: Mapping[str, QuantScheme]) 
             reason = choice.observer.why_not(Numbers.of(scheme.activation))
             if reason is not None:
                 raise SchemeError(f"{name}: observer {choice} is not for {scheme}: {reason}")
+
+
+def _check_inference(model: nn.Module, recipe: Recipe) -> None:
+    """Raises LayerError for a method that rewrites or learns from tensors of inference mode."""
+    made = next((n for n, p in model.named_parameters() if p.is_inference()), None)
+    works = next((part for part in recipe.parts if part.method.quantize is None), None)
+    works = works or next((part for part in recipe.parts if part.method.prepares), None)
+    if made is not None and works is not None:
+        raise LayerError(
+            f"{made} was made in inference mode, where tensors cannot be what {works} changes or "
+            "learns from: build or load the model outside of torch.inference_mode()"
+        )
 
 
 def check_methods(recipe: Recipe, schemes: Mapping[str, QuantScheme], *, calibrated: bool) -> None:

@@ -424,3 +424,15 @@ def test_the_dense_layers_are_let_go(method):
         assert not any(each() is not None for each in held)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    "recipe", ["awq", "smoothquant", "autoround", "gptq+distill", "guided+gptq"]
+)
+def test_a_model_that_was_made_in_inference_mode(recipe):
+    with torch.inference_mode():
+        model = Model()
+    scheme = "w8a8" if recipe == "smoothquant" else "w4a16-g24"
+    with pytest.raises(LayerError, match=r"was made in inference mode, .* build or load"):
+        qk.quantize_model(model, recipe, scheme, calibration=[TOKENS])
+    qk.quantize_model(model, "gptq", scheme, calibration=[TOKENS])
