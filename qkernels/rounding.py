@@ -264,19 +264,19 @@ def quantize_in_blocks(scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> dic
     zero_codes, zero_ranges = _in_blocks(zeros, dtype)
     return {
         "scales": scale_codes | zero_codes << 4,
-        "block_ranges": torch.cat([scale_ranges, zero_ranges], dim=2),
+        "block_ranges": torch.cat([scale_ranges, zero_ranges], dim=2).to(dtype),
     }
 
 
 def _in_blocks(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """uint8 codes [N, G] of 4 bits, and step and least [N / 16, G, 2] of blocks of rows."""
+    """uint8 codes [N, G] of 4 bits, and step and least fp32 [N / 16, G, 2] of blocks of rows."""
     largest = torch.finfo(dtype).max
     # What pads the last block has no range of its own.
     padding = numbers[-1:].expand(-len(numbers) % SCALE_BLOCK, -1)
     blocks = torch.cat([numbers, padding]).unflatten(0, (-1, SCALE_BLOCK))
-    least = blocks.amin(dim=1).clamp(-largest, largest).to(dtype)
-    step = ((blocks.amax(dim=1) - least.float()) / 15).clamp(0, largest).to(dtype)
-    codes = (blocks - least.float()[:, None]) / nonzero(step.float())[:, None]
+    least = blocks.amin(dim=1).clamp(-largest, largest).to(dtype).float()
+    step = ((blocks.amax(dim=1) - least) / 15).clamp(0, largest).to(dtype).float()
+    codes = (blocks - least[:, None]) / nonzero(step)[:, None]
     codes = codes.round_().clamp_(0, 15).flatten(0, 1)[: len(numbers)]
     return codes.to(torch.uint8), torch.stack([step, least], dim=2)
 

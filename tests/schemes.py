@@ -6,12 +6,13 @@ from qkernels.scheme import QuantScheme
 
 TABLE = "table(-1.0,-0.8,-0.6,-0.45,-0.3,-0.2,-0.1,0.0,0.1,0.2,0.3,0.4,0.55,0.7,0.85,1.0)-g32"
 
+BLOCKS = ("w3a16-g16-spqr", "w4a16-g32-spqr-sfp32")
 WEIGHT_ONLY = (
     *("w4a16-g128", "w4a16-g64-sym", "w4a16", "w4a16-gtensor", "w4a16-g24", "w4a16-g64-sbf16"),
     *("w3a16-g64", "w3a16-sym", "w2a16-g32", "w8a16", "w8a16-g64-sym", "w4a16-g64-sfp32"),
     *("nf4-g64", "nf4-g64-dq", "fp4-g32", TABLE, "fp8e4m3-a16", "fp8e5m2-a16-g64"),
     *("log4-g32", "log3-g64", "binary-g64", "nf4-g4-sfp32", "w4a16-g3"),
-    *("w3a16-g16-spqr", "w4a16-g32-spqr-sfp32"),
+    *BLOCKS,
 )
 INT8_ACTIVATION = (
     *("w8a8", "w8a8-tensor", "w8a8-static", "w8a8-g64", "w8a8-gtensor"),
@@ -25,8 +26,12 @@ FLOAT8_ACTIVATION = ("fp8-a8", "fp8-a8-static", "fp8-a8-tensor", "w4afp8-g64", "
 
 ALL = WEIGHT_ONLY + INT8_ACTIVATION + ZERO_POINT_ACTIVATION + OUTLIERS_APART + FLOAT8_ACTIVATION
 
-REFERENCE_OR_CPU = (*ZERO_POINT_ACTIVATION, *OUTLIERS_APART, "nf4-g4-sfp32", "w4a16-g3", "w8a8-g6")
-"""What Triton's kernels do not take: activations with zero points, groups under 16 columns."""
+REFERENCE_OR_CPU = (
+    *(*ZERO_POINT_ACTIVATION, *OUTLIERS_APART, *BLOCKS),
+    *("nf4-g4-sfp32", "w4a16-g3", "w8a8-g6"),
+)
+"""What Triton's kernels do not take: activations with zero points, groups under 16 columns, scales
+in blocks."""
 
 
 def activation_scale(scheme: QuantScheme | str, x: torch.Tensor) -> float | None:

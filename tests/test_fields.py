@@ -94,6 +94,22 @@ def test_kernels_that_do_not_know_a_field_say_so():
     assert any("does not know outlier_columns, outlier_values" in reason for reason in others)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("m", [1, 5, 20])
+@pytest.mark.parametrize("text", ["w4a16-g64", "nf4-g64-dq"])
+def test_what_is_beside_the_codes_is_added_to_tritons_products(text, m, dtype):
+    pytest.importorskip("triton")
+    weight = with_everything(text)
+    layer = qk.WQLinear.from_weight(weight, dtype=dtype, backend="interpreted")
+    rows = qk.explain(
+        text, n=N, k=K, m=m, x_dtype=dtype, fields=NOTHING_BESIDE, backend="interpreted"
+    )
+    assert next(row.kernel for row in rows if row.chosen) == "interpreted_float_beside"
+    x = torch.randn(m, K).to(dtype)
+    exact = x.double() @ weight.dequantize().double().t() + weight.bias.double()
+    assert error(layer(x), exact) <= FROBENIUS_BOUND[dtype]
+
+
 def test_gradients_pass_through_the_input_factor_and_the_column_order():
     weight = with_everything("w4a16-g64")
     for part in (weight, weight.replace(**NOTHING_BESIDE)):

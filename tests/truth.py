@@ -25,7 +25,15 @@ def _scales(weight: QuantizedWeight) -> Tensor:
         return nested_table(scales.device)[scales.long()] * top + weight.nested_offset
     if weight.scheme.scale_levels == "two":
         return scales.double() * weight.channel_scales.double()[:, None]
+    if weight.scheme.scale_levels == "blocks":
+        return _in_blocks(weight, weight.scales % 16, 0)
     return scales
+
+
+def _in_blocks(weight: QuantizedWeight, codes: Tensor, first: int) -> Tensor:
+    """[N, G] of codes in the steps of 16 rows: a product and a sum, each rounded to fp32."""
+    ranges = weight.block_ranges.float().repeat_interleave(16, dim=0)[: len(codes)]
+    return codes * ranges[:, :, first] + ranges[:, :, first + 1]
 
 
 def _values(weight: QuantizedWeight) -> Tensor:
@@ -34,7 +42,7 @@ def _values(weight: QuantizedWeight) -> Tensor:
         return torch.tensor(kind.values, dtype=torch.float64)[weight.codes.long()]
     if kind.kind == "float8":
         return weight.codes.view(kind.float_dtype).double()
-    return weight.codes.double() - (2 ** (kind.bits - 1) if weight.zeros is None else 0)
+    return weight.codes.double() - (2 ** (kind.bits - 1) if weight.scheme.symmetric else 0)
 
 
 def dense(weight: QuantizedWeight) -> Tensor:
@@ -46,7 +54,9 @@ def dense(weight: QuantizedWeight) -> Tensor:
         return groups.double().expand(n, int(group[-1]) + 1)[:, group]
 
     values = _values(weight)
-    if weight.zeros is not None:
+    if weight.scheme.scale_levels == "blocks":
+        values = values - spread(_in_blocks(weight, weight.scales // 16, 2))
+    elif weight.zeros is not None:
         values = values - spread(weight.zeros)
     values = values * spread(_scales(weight))
     return values if weight.perm is None else values[:, weight.perm.argsort()]

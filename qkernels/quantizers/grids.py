@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qkernels import rounding
 from qkernels.backends import cpu_calibration
+from qkernels.fields import SCALE_BLOCK
 from qkernels.quantizers.scale_forms import ScaleForm, Scales, scale_form
 from qkernels.scheme import QuantScheme
 from qkernels.weight import WeightParameters, code_values, row_slices
@@ -52,8 +53,8 @@ def why_not_by_group(scheme: QuantScheme) -> str | None:
 def search(
     weight: Tensor, parameters: WeightParameters, grid: Grid, gram: Tensor | None
 ) -> WeightParameters:
-    """The parameters with scales and zero points of the least cost; none has more than before,
-    but for those that are quantized in blocks afterwards.
+    """The parameters with scales and zero points of the least cost; none has more than before, and
+    of scales in blocks no 16 rows together.
 
     Args:
         weight: [N, K], in the order of the codes.
@@ -80,15 +81,76 @@ def search(
 def _in_blocks(
     weight: Tensor, parameters: WeightParameters, grid: Grid, gram: Tensor | None
 ) -> WeightParameters:
-    """Scales and zero points that are searched as if they were stored as they are, and quantized
-    then."""
-    scheme = parameters.scheme
-    apart = rounding.fit(weight, replace(scheme, scale_levels="one"))
-    found = search(weight, apart, grid, gram)
-    zeros = found.group_zeros()
+    """Scales and zero points of 4 bits: steps for those that are found as if they were stored as
+    they are, and in these steps the codes of the least cost. 16 rows keep the steps of their
+    ranges where that costs less."""
+    scheme, (n, k) = parameters.scheme, weight.shape
+    apart = search(weight, rounding.fit(weight, replace(scheme, scale_levels="one")), grid, gram)
+    fields = rounding.quantize_in_blocks(*_numbers(apart), scheme.scale_dtype)
+    found = parameters.replace(**fields)
+    length, blocks = scheme.group_length(k), -(-n // SCALE_BLOCK)
+    scales, ranges = found.scales.clone(), fields["block_ranges"].clone()
+    begun = _numbers(parameters), _numbers(found)
+    owners = torch.arange(n, device=weight.device) // SCALE_BLOCK
+    for group in range(scheme.groups(k)):
+        columns = slice(group * length, min((group + 1) * length, k))
+        cost = _cost(grid, None if gram is None else gram[columns, columns])
+        rows = weight[:, columns].float()
+        (first, first_zeros), (begin, begin_zeros) = begun
+        before = cost(error_of(rows, first[:, group], first_zeros[:, group], scheme))
+        codes, own = _codes_in_blocks(
+            rows, found, group, (begin[:, group], begin_zeros[:, group]), cost
+        )
+        sums = torch.zeros(2, blocks, dtype=torch.float64, device=weight.device)
+        sums.index_add_(1, owners, torch.stack([before, own]).double())
+        better = sums[1] < sums[0]
+        old = parameters.block_ranges
+        assert old is not None
+        ranges[:, group] = torch.where(better[:, None], ranges[:, group], old[:, group])
+        scales[:, group] = torch.where(better[owners], codes, parameters.scales[:, group])
+    return parameters.replace(scales=scales, block_ranges=ranges)
+
+
+def _numbers(parameters: WeightParameters) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, fp32 [N, G], of a weight that has both."""
+    zeros = parameters.group_zeros()
     assert zeros is not None
-    fields = rounding.quantize_in_blocks(found.group_scales(), zeros, scheme.scale_dtype)
-    return parameters.replace(**fields)
+    return parameters.group_scales(), zeros
+
+
+def _codes_in_blocks(
+    rows: Tensor,
+    parameters: WeightParameters,
+    group: int,
+    begin: tuple[Tensor, Tensor],
+    measure: Cost,
+) -> tuple[Tensor, Tensor]:
+    """The codes of scale and zero point, uint8 [N], of the least cost in given steps, and what they
+    cost, fp32 [N]: every scale, and for each the zero points beside the one that leaves the middle
+    of the range where it is.
+
+    Args:
+        begin: scales and zero points, fp32 [N], of the present codes.
+    """
+    scheme, ranges = parameters.scheme, parameters.block_ranges
+    assert ranges is not None
+    owners = torch.arange(len(rows), device=rows.device) // SCALE_BLOCK
+    step, least, zero_step, least_zero = ranges[owners, group].float().unbind(dim=1)
+    middle = ((1 << scheme.bits) - 1) / 2
+    (scale, zero), best = begin, parameters.scales[:, group]
+    lowest = measure(error_of(rows, scale, zero, scheme))
+    centre = (middle - zero) * scale
+    for code in range(16):
+        tried = step * code + least
+        wanted = middle - centre / rounding.nonzero(tried)
+        nearest = ((wanted - least_zero) / rounding.nonzero(zero_step)).round_()
+        for shift in (0, -1, 1):
+            zero_code = (nearest + shift).clamp_(0, 15)
+            cost = measure(error_of(rows, tried, zero_code * zero_step + least_zero, scheme))
+            better = (cost < lowest) & (tried > 0)
+            lowest = torch.where(better, cost, lowest)
+            best = torch.where(better, code + 16 * zero_code.to(torch.uint8), best)
+    return best, lowest
 
 
 def _search_all(

@@ -204,6 +204,15 @@ def test_a_model_is_streamed(run, model_folder, text_file, tmp_path, monkeypatch
     assert len(list((tmp_path / "run").glob("block-*"))) == 3
 
 
+def test_finished_blocks_are_kept_apart_from_the_folders_of_models(run, model_folder, tmp_path):
+    arguments = ("quantize", model_folder, "--scheme", "w4a16-g32", "-o", tmp_path / "out")
+    for stream in ((), ("--stream",)):
+        for folder in (model_folder, tmp_path / "out" / "work"):
+            code, _, err = run(*arguments, *stream, "--resume", folder)
+            assert code == 1 and "keep finished blocks elsewhere" in err
+            assert not (tmp_path / "out").exists()
+
+
 def test_a_streamed_run_that_was_interrupted_goes_on(run, model_folder, tmp_path, monkeypatch):
     arguments = ("quantize", model_folder, "--scheme", "w4a16-g32", "--stream")
     assert run(*arguments, "-o", tmp_path / "expected")[0] == 0

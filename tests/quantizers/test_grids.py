@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,7 +65,16 @@ def test_no_scale_answers_for_more_error_than_that_of_the_range(weight, scheme):
     if scheme.activation.granularity == "staticasym":
         return
     nearest, made = (made_by(recipe, weight, scheme) for recipe in ("rtn", "rtn(grid=mse)"))
-    assert (errors(made, weight) <= SLACK * errors(nearest, weight) + 1e-30).all()
+    found, before = errors(made, weight), errors(nearest, weight)
+    if scheme.scale_levels == "blocks":
+        # 16 rows have their steps in common.
+        found, before = (sums_of_blocks(each) for each in (found, before))
+    assert (found <= SLACK * before + 1e-30).all()
+
+
+def sums_of_blocks(errors):
+    padded = F.pad(errors, (0, 0, 0, -len(errors) % 16))
+    return padded.unflatten(0, (-1, 16)).sum(dim=1)
 
 
 def spiked(n=24, k=256):
