@@ -88,7 +88,7 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
         "w2a16-g32": _INTEGERS,
         # Of about one size, 3.6 bits a weight, with what is beside the codes.
         "w3a16-g40": (BASELINE, "gptq"),
-        "w3a16-g32-spqr": (BASELINE, "gptq", "spqr(outliers=0.007)"),
+        "w3a16-g32-spqr": (BASELINE, "gptq", "spqr(outliers=0.0055)"),
         "nf4-g64": (*_DATA_FREE, "gptq"),
         "nf4-g64-dq": (BASELINE,),
         "fp4-g64": (*_DATA_FREE, "gptq"),
@@ -98,6 +98,7 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
         "w8a16-g64-sym": _DATA_FREE,
         "w8a8": _ACTIVATIONS,
         "w8a8-outliers6": (BASELINE, "gptq"),
+        "w8a8-outliers2": (BASELINE,),
         "w8a8-gtensor": _ACTIVATIONS,
         "w8a8-gtensor-tensor": _ACTIVATIONS,
         "w8a8-gtensor-static": _ACTIVATIONS,
