@@ -87,7 +87,7 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
         "w3a16-g64": _INTEGERS,
         "w2a16-g32": _INTEGERS,
         # Of about one size, 3.6 bits a weight, with what is beside the codes.
-        "w3a16-g40": (BASELINE, "gptq"),
+        "w3a16-g32": (BASELINE, "gptq"),
         "w3a16-g32-spqr": (BASELINE, "gptq", "spqr(outliers=0.0055)"),
         "nf4-g64": (*_DATA_FREE, "gptq"),
         "nf4-g64-dq": (BASELINE,),
