@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.calibration.calls import replace_forward
-from qkernels.quantizers.gradients import output_of
+from qkernels.quantizers.gradients import counted_rows, output_of
 from qkernels.quantizers.method import BlockTask
 
 _HELD_BYTES = 1 << 30
@@ -153,11 +153,8 @@ class Descent:
 
     def _loss(self, batch: int, got: Tensor, wanted: Tensor) -> Tensor:
         """The sum of squares of the difference, without padding."""
-        difference = got.float() - wanted.float()
         kept = self._task.tokens[batch].of_rows(got.shape[:-1])
-        if kept is not None:
-            difference = difference.flatten(0, -2)[kept.to(got.device)]
-        return difference.square().sum()
+        return counted_rows(got.float() - wanted.float(), kept).square().sum()
 
     @contextmanager
     def _in_place(self, weights: Sequence[Tensor]) -> Iterator[None]:

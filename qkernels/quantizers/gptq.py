@@ -45,6 +45,16 @@ _BLOCK = 128
 """Columns whose errors are carried over to those behind them in one product."""
 
 
+def check_parameters(damp_percent: float, drift: float, sweeps: int) -> None:
+    """Raises ValueError for one that is out of range."""
+    if not 0 < damp_percent <= MOST_DAMPING:
+        raise ValueError(f"damp_percent must be in (0, 1], got {damp_percent:g}")
+    if not 0 <= drift <= 1:
+        raise ValueError(f"drift must be in [0, 1], got {drift:g}")
+    if sweeps < 0:
+        raise ValueError(f"sweeps must be 0 or more, got {sweeps}")
+
+
 @dataclass(frozen=True)
 class GptqParameters:
     """Attributes:
@@ -69,12 +79,7 @@ class GptqParameters:
     sweeps: int = 3
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp_percent <= MOST_DAMPING:
-            raise ValueError(f"damp_percent must be in (0, 1], got {self.damp_percent:g}")
-        if not 0 <= self.drift <= 1:
-            raise ValueError(f"drift must be in [0, 1], got {self.drift:g}")
-        if self.sweeps < 0:
-            raise ValueError(f"sweeps must be 0 or more, got {self.sweeps}")
+        check_parameters(self.damp_percent, self.drift, self.sweeps)
 
 
 def _statistics(scheme: QuantScheme, parameters: GptqParameters) -> Needs:

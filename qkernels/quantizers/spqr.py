@@ -25,8 +25,15 @@ from qkernels import rounding, sparse
 from qkernels.calibration.statistics import Needs
 from qkernels.quantizers import grids
 from qkernels.quantizers.columns import Kept, descend
-from qkernels.quantizers.gptq import inverse_factor, needs, refit_scales, round_columns, target_of
-from qkernels.quantizers.hessian import MOST_DAMPING, damped_gram, gram_of
+from qkernels.quantizers.gptq import (
+    check_parameters,
+    inverse_factor,
+    needs,
+    refit_scales,
+    round_columns,
+    target_of,
+)
+from qkernels.quantizers.hessian import damped_gram, gram_of
 from qkernels.quantizers.method import LayerTask, Method
 from qkernels.scheme import QuantScheme
 from qkernels.weight import WeightParameters
@@ -53,12 +60,7 @@ class SpqrParameters:
     def __post_init__(self) -> None:
         if not 0 <= self.outliers <= 0.5:
             raise ValueError(f"outliers must be in [0, 0.5], got {self.outliers:g}")
-        if not 0 < self.damp_percent <= MOST_DAMPING:
-            raise ValueError(f"damp_percent must be in (0, 1], got {self.damp_percent:g}")
-        if not 0 <= self.drift <= 1:
-            raise ValueError(f"drift must be in [0, 1], got {self.drift:g}")
-        if self.sweeps < 0:
-            raise ValueError(f"sweeps must be 0 or more, got {self.sweeps}")
+        check_parameters(self.damp_percent, self.drift, self.sweeps)
 
 
 def _statistics(scheme: QuantScheme, parameters: SpqrParameters) -> Needs:
