@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench.subjects.base import Prepared, Problem, Subject, first_reason
+from qkernels.scheme import Activation
 from qkernels.weight import QuantizedWeight
 
 _ENGINE = "onednn"
@@ -29,8 +30,7 @@ def _why_not(problem: Problem) -> str | None:
             and scheme.symmetric
             and scheme.group_size is None
             and not scheme.per_tensor
-            and scheme.integer_activation
-            and scheme.activation.granularity == "token",
+            and scheme.activation == Activation("int8"),
             f"runs w8a8, not {scheme}",
         ),
     )

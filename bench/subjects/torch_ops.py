@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.subjects.base import Prepared, Problem, Subject, first_reason, no_group_of
-from qkernels.scheme import QuantScheme
+from qkernels.scheme import Activation, QuantScheme
 from qkernels.weight import QuantizedWeight
 
 _GROUPS = (32, 64, 128, 256)
@@ -108,7 +108,7 @@ def _int8pack(problem: Problem, weight: QuantizedWeight) -> Prepared:
 
 def _int_mm_why_not(problem: Problem) -> str | None:
     scheme, on_cpu = problem.scheme, problem.device == "cpu"
-    dynamic_int8 = scheme.integer_activation and scheme.activation.granularity == "token"
+    dynamic_int8 = scheme.activation == Activation("int8")
     return first_reason(
         (_has("_int_mm"), "this torch has no _int_mm"),
         (_is_per_channel_int8(scheme) and dynamic_int8, f"runs w8a8, not {scheme}"),
