@@ -17,6 +17,7 @@ from qkernels import reference
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowProblem
 from qkernels.errors import WeightError
 from qkernels.ops import X_DTYPES
+from qkernels.scheme import largest_number
 from qkernels.select import select_rows
 
 _library = torch.library.Library("qkernels", "FRAGMENT")
@@ -34,6 +35,8 @@ _library.define("silu_mul_quantize(Tensor gate, Tensor up) -> (Tensor, Tensor)")
 @dataclass(frozen=True, eq=False)
 class QuantizedActivation:
     """x as int8 with a scale for each token, made once for all layers that read it.
+
+    Layers of schemes with int8 activations per token take it, those with 4-bit ones do not.
 
     Attributes:
         values: int8 [..., K].
@@ -103,7 +106,7 @@ def _quantize_per_tensor(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tenso
     if scale is not None and (scale.dim() or scale.dtype != torch.float32):
         raise WeightError(f"scale must be float32 [], got {scale.dtype} {list(scale.shape)}")
     if scale is None:
-        scale = reference.tensor_scale(x, torch.int8)
+        scale = reference.tensor_scale(x, largest_number(torch.int8))
     rows = _quantize(x, scale_of="static", scale=scale)
     return rows.values.view(x.shape), scale.clone()
 
@@ -224,7 +227,10 @@ def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor,
 
 
 def quantize_activation(x: Tensor) -> QuantizedActivation:
-    """`quantize_per_token` for layers that share x, such as the projections to q, k and v."""
+    """`quantize_per_token` for layers that share x, such as the projections to q, k and v.
+
+    They have int8 activations per token; those of other schemes refuse it.
+    """
     quantized, scale = quantize_per_token(x)
     return QuantizedActivation(quantized, scale, x.dtype)
 

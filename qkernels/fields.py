@@ -41,7 +41,7 @@ class Field:
         wanted: whether a scheme must have it (True), must not (False) or may (None).
         remedy: what to do where it is missing, for the message.
         by_group: layouts store it in an order of their own.
-        check: what is wrong with a value, given all of them, or None.
+        check: (all values, the scheme, k) -> what is wrong with the field's value, or None.
         transform_x: (x [M, K], value) -> x as the codes are multiplied with; the fields of a weight
             apply in the order of the table.
         restore_rows: (weight rows [R, K] that go with the transformed x, value) -> rows that go
@@ -60,7 +60,7 @@ class Field:
     wanted: Callable[[QuantScheme], bool | None]
     remedy: str = ""
     by_group: bool = False
-    check: Callable[[Values, int], str | None] | None = None
+    check: Callable[[Values, QuantScheme, int], str | None] | None = None
     transform_x: Callable[[Tensor, Tensor], Tensor] | None = None
     restore_rows: Callable[[Tensor, Tensor], Tensor] | None = None
     permutes_x: bool = False
@@ -117,24 +117,28 @@ def _may_have_offsets(scheme: QuantScheme) -> bool | None:
     return None if integers and not scheme.integer_activation else False
 
 
-def _check_perm(values: Values, k: int) -> str | None:
+def _check_perm(values: Values, scheme: QuantScheme, k: int) -> str | None:
     perm = values["perm"]
     if torch.equal(perm.sort().values, torch.arange(k, device=perm.device)):
         return None
     return f"must hold each of 0..{k - 1} once"
 
 
-def _check_activation_scale(values: Values, k: int) -> str | None:
+def _check_activation_scale(values: Values, scheme: QuantScheme, k: int) -> str | None:
     scale = float(values["activation_scale"])
     return None if scale > 0 else f"must be > 0, got {scale}"
 
 
-def _check_activation_zero(values: Values, k: int) -> str | None:
-    zero = int(values["activation_zero"])
-    return None if -128 <= zero <= 127 else f"must be in -128..127, got {zero}"
+def _check_activation_zero(values: Values, scheme: QuantScheme, k: int) -> str | None:
+    zero, half = int(values["activation_zero"]), 1 << (scheme.activation.bits - 1)
+    return None if -half <= zero < half else f"must be in {-half}..{half - 1}, got {zero}"
 
 
-def _check_outliers(values: Values, k: int) -> str | None:
+def _check_sparse(values: Values, scheme: QuantScheme, k: int) -> str | None:
+    return sparse.check(values, k)
+
+
+def _check_outliers(values: Values, scheme: QuantScheme, k: int) -> str | None:
     if "outlier_columns" not in values or "outlier_values" not in values:
         return "goes with the other one of outlier_columns and outlier_values"
     columns = values["outlier_columns"]
@@ -281,7 +285,7 @@ FIELDS: dict[str, Field] = {
             axes=("n",),
             dtypes=_only(torch.int32),
             wanted=_may,
-            check=sparse.check,
+            check=_check_sparse,
             take_rows=sparse.take_rows,
             take_columns=sparse.take_columns,
         ),
@@ -290,14 +294,14 @@ FIELDS: dict[str, Field] = {
             axes=("entries",),
             dtypes=_only(torch.int16, torch.int32),
             wanted=_may,
-            check=sparse.check,
+            check=_check_sparse,
         ),
         Field(
             name="sparse_values",
             axes=("entries",),
             dtypes=_only(torch.float16, torch.bfloat16),
             wanted=_may,
-            check=sparse.check,
+            check=_check_sparse,
             add_to_rows=sparse.add_to_rows,
         ),
         # The scale of x, calibrated beforehand.
@@ -309,7 +313,7 @@ FIELDS: dict[str, Field] = {
             remedy="pass calibration data or activation_scale, or use a scheme without -static",
             check=_check_activation_scale,
         ),
-        # The int8 number that stands for an x of zero, calibrated with the scale.
+        # The integer that stands for an x of zero, calibrated with the scale.
         Field(
             name="activation_zero",
             axes=(),
@@ -349,7 +353,7 @@ def check_fields(scheme: QuantScheme, n: int, k: int, values: Values) -> None:
     for field in FIELDS.values():
         # On the meta device there are no values to check.
         if field.name in values and field.check is not None and not values[field.name].is_meta:
-            wrong = field.check(values, k)
+            wrong = field.check(values, scheme, k)
             if wrong is not None:
                 raise WeightError(f"{field.name} {wrong}")
 

@@ -183,8 +183,8 @@ def _why_not_quantized(what: PackedSpec) -> str | None:
     activation = what.scheme.activation
     if activation.dtype != "int8" or activation.granularity != "token":
         return (
-            f"x is quantized per token, which layers of {what.scheme} do not take: pass x itself, "
-            "or use a scheme such as w8a8 or w4a8-g128"
+            f"x is quantized to 8 bits per token, which layers of {what.scheme} do not take: pass "
+            "x itself, or use a scheme such as w8a8 or w4a8-g128"
         )
     if activation.outliers:
         return f"layers of {what.scheme} keep columns of x in 16 bits: pass x itself"

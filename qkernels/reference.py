@@ -1,7 +1,8 @@
 """The truth that every kernel is tested against, in plain PyTorch, on any device.
 
     weight-only   y = x @ W.T + b, accumulated in fp32
-    integer       y = (s_x * s_w) * ((x_q - z_x) @ w_q.T) + b, with an exact int32 product
+    integer       y = (s_x * s_w) * ((x_q - z_x) @ w_q.T) + b, with an exact int32 product;
+                  x_q is int8, of -127..127 or, with activations of 4 bits, of -7..7
     fp8           y = s_x * (x_q @ W.T) + b
 
 x comes with its columns already in the order of the codes (see `WeightParameters.perm`).
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,23 +24,25 @@ from qkernels.weight import WeightParameters, integer_rows, row_slices
 
 
 def quantize_rows(
-    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, *, largest: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Quantizes the rows of x symmetrically, with a scale a row or one given scale.
 
-    s = max|x| / 127 (int8) or / the largest number of the float8 type; s = 1 for an all-zero row.
-    q = x / s, rounded half to even, saturated. A row with NaN or infinity gets a scale of NaN or
-    infinity, so that its output shows it.
+    s = max|x| / largest; s = 1 for an all-zero row. q = x / s, rounded half to even, saturated at
+    -largest and largest. A row with NaN or infinity gets a scale of NaN or infinity, so that its
+    output shows it.
 
     Args:
         x: [M, K], fp16, bf16 or fp32.
         dtype: torch.int8, torch.float8_e4m3fn or torch.float8_e5m2.
         scale: fp32 [], or None to compute one for each row.
+        largest: `Activation.largest` of a scheme, 7 with 4 bits; None for 127 in int8 and the
+            largest number of a float8 type.
 
     Returns:
         q [M, K] of `dtype`, s fp32 [M] or the given scale.
     """
-    largest = largest_number(dtype)
+    largest = largest_number(dtype) if largest is None else largest
     values = x.float()
     if scale is None:
         top = values.abs().amax(dim=-1) if x.shape[-1] else values.new_zeros(x.shape[0])
@@ -54,9 +57,8 @@ def quantize_rows(
     return scaled.clamp(-largest, largest).to(dtype), scale
 
 
-def tensor_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The one scale of a whole activation tensor: fp32 []."""
-    largest = largest_number(dtype)
+def tensor_scale(x: Tensor, largest: float) -> Tensor:
+    """The one scale of a whole activation tensor, max|x| / largest: fp32 []."""
     top = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
     return torch.where(top == 0, torch.ones_like(top), top / largest)
 
@@ -64,17 +66,22 @@ def tensor_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize_activations(
     x: Tensor, packed: PackedWeight, quantize: Callable[..., Any] = quantize_rows
 ) -> tuple[Tensor, Tensor]:
-    """x [M, K] as the scheme of `packed` wants it, by `quantize` (`quantize_rows` or its equal).
+    """x [M, K] as the scheme of `packed` wants it.
+
+    Args:
+        quantize: `quantize_rows` or its equal for 8 bits, which is not asked for fewer.
 
     Returns q [M, K] and the scale of each row, fp32 [M].
     """
     activation = packed.scheme.activation
     assert not activation.has_zeros, packed.scheme
     dtype = activation.torch_dtype
+    if activation.bits < 8:
+        quantize = partial(quantize_rows, largest=activation.largest)
     if activation.granularity == "token":
         return quantize(x, dtype)
     if activation.granularity == "tensor":
-        scale = tensor_scale(x, dtype)
+        scale = tensor_scale(x, activation.largest)
         quantized, _ = quantize(x, dtype, scale)
         return quantized, scale.expand(x.shape[0]).contiguous()
     scale = packed.buffers["activation_scale"]
@@ -91,18 +98,22 @@ def _where_finite(x: Tensor, scale: Tensor) -> Tensor:
     return torch.where(finite, scale, torch.full_like(scale, float("nan")))
 
 
-def quantize_with_zero(x: Tensor, scale: Tensor, zero: Tensor | int) -> Tensor:
-    """x as int8 under one scale and zero point that are known beforehand; NaN is the zero point."""
+def quantize_with_zero(
+    x: Tensor, scale: Tensor, zero: Tensor | int, largest: float = 127.0
+) -> Tensor:
+    """x as int8 of -largest - 1..largest, under one scale and zero point that are known beforehand;
+    NaN is the zero point."""
     rounded = torch.nan_to_num((x.float() / scale).round(), nan=0.0) + zero
-    return rounded.clamp(-128, 127).to(torch.int8)
+    return rounded.clamp(-largest - 1, largest).to(torch.int8)
 
 
 def _quantize_with_zeros(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, K] as int8 with a scale fp32 [M] and a zero point int32 [M] for each row."""
-    if not packed.scheme.activation.is_static:
-        return quantize_rows_asymmetric(x)
+    activation = packed.scheme.activation
+    if not activation.is_static:
+        return quantize_rows_asymmetric(x, activation.largest)
     scale, zero = packed.buffers["activation_scale"], packed.buffers["activation_zero"]
-    quantized = quantize_with_zero(x, scale, zero)
+    quantized = quantize_with_zero(x, scale, zero, activation.largest)
     return quantized, _where_finite(x, scale), zero.expand(x.shape[0])
 
 
@@ -141,28 +152,30 @@ def integer_product_in_floats(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def quantize_rows_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantizes the rows of x to int8 with zero points: x is about s * (q - zero).
+def quantize_rows_asymmetric(x: Tensor, largest: float = 127.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes the rows of x to integers with zero points: x is about s * (q - zero).
 
-    s = (max - min) / 255 over a range that includes 0; zero = -128 - round(min / s). Rows that hold
-    NaN or infinity get s = NaN and zero = 0.
+    With the numbers least..largest, least = -largest - 1 (-128..127, or -8..7 with 4 bits):
+    s = (max - min) / (largest - least) over a range that includes 0; zero = least - round(min / s).
+    Rows that hold NaN or infinity get s = NaN and zero = 0.
 
     Args:
         x: [M, K], fp16, bf16 or fp32.
+        largest: `Activation.largest` of a scheme.
 
     Returns:
         q int8 [M, K], s fp32 [M], zero int32 [M].
     """
-    values = x.float()
+    values, least = x.float(), -largest - 1
     finite = values.isfinite().all(dim=-1)
     padded = torch.nn.functional.pad(values, (0, 1))  # the 0 that the range includes
     low, high = padded.amin(dim=-1), padded.amax(dim=-1)
-    scale = torch.where(high == low, torch.ones_like(low), (high - low) / 255)
+    scale = torch.where(high == low, torch.ones_like(low), (high - low) / (largest - least))
     scale = torch.where(finite, scale, torch.full_like(scale, float("nan")))
-    zero = (-128 - (low / scale).round()).nan_to_num(0.0).clamp(-128, 127)
+    zero = (least - (low / scale).round()).nan_to_num(0.0).clamp(least, largest)
     zero = torch.where(finite, zero, torch.zeros_like(zero))
     rounded = torch.nan_to_num((values / scale[:, None]).round(), nan=0.0)
-    quantized = (rounded + zero[:, None]).clamp(-128, 127).to(torch.int8)
+    quantized = (rounded + zero[:, None]).clamp(least, largest).to(torch.int8)
     return quantized, scale, zero.int()
 
 
@@ -258,12 +271,13 @@ def without_columns(x: Tensor, columns: Tensor) -> Tensor:
 def _linear_with_outliers(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, batch_invariant: bool
 ) -> Tensor:
-    threshold = packed.scheme.activation.outliers
+    activation = packed.scheme.activation
     if batch_invariant and x.shape[0] > 1:
         rows = (_linear_with_outliers(row[None], packed, bias, False) for row in x)
         return torch.cat(list(rows))
-    columns = outlier_columns(x, threshold)
-    quantized, scale = quantize_rows(without_columns(x, columns), torch.int8)
+    columns = outlier_columns(x, activation.outliers)
+    left = without_columns(x, columns)
+    quantized, scale = quantize_rows(left, torch.int8, largest=activation.largest)
     y = linear_quantized(quantized, scale, packed, bias, torch.float32)
     if columns.numel():
         y += x[:, columns].float() @ packed.columns(columns).t()

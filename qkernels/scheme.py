@@ -17,6 +17,7 @@ A `QuantScheme` is printable and parsed back from its one canonical spelling:
     w8a8-tokenasym      int8 activations per token with zero points; `-staticasym`: one, calibrated
     w4a8-g128           two-level scales: int8 = multiplier[n,g] * (code - zero), fp32 per channel
     w4a8-g128-flat      one floating scale per group
+    w4a4-g128, w8a4     4-bit activations, simulated: integers -7..7, multiplied as int8
     fp8-a8              float8 E4M3 weights and activations; `w4afp8-g128` has int4 weights
 
 SmoothQuant's levels have names of their own: `smoothquant-o1` is `w8a8-gtensor`, `-o2`
@@ -157,19 +158,26 @@ def largest_number(dtype: torch.dtype) -> float:
 GRANULARITIES = ("token", "tensor", "static", "tokenasym", "staticasym")
 """What shares a scale of activations."""
 
-ACTIVATION_DTYPES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+ACTIVATION_DTYPES: dict[str, torch.dtype] = {
+    "int8": torch.int8,
+    "int4": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+"""What holds them. Those of 4 bits are simulated: nothing packs them."""
+
+_ACTIVATION_BITS = {"none": 16, "int8": 8, "int4": 4, "fp8": 8}
 
 
 @dataclass(frozen=True)
 class Activation:
     """How activations are quantized before the product.
 
-    `dtype` is "none" (16-bit), "int8" or "fp8" (E4M3); `granularity` is "token" (one scale a row,
-    computed at run time), "tensor" (one scale, computed at run time), "static" (one scale,
-    calibrated beforehand). All of these are symmetric; in int8, "tokenasym" and "staticasym" have
-    a zero point beside each scale. With `outliers`, columns of x that hold a magnitude of that and
-    more are left out of what is quantized, and multiplied in 16 bits (LLM.int8(), Dettmers et al.
-    2022); 0 leaves none out.
+    `dtype` is "none" (16-bit), "int8", "int4" (integers of 4 bits, held and multiplied as int8) or
+    "fp8" (E4M3); `granularity` is "token" (one scale a row, computed at run time), "tensor" (one
+    scale, computed at run time), "static" (one scale, calibrated beforehand). All of these are
+    symmetric; of integers, "tokenasym" and "staticasym" have a zero point beside each scale. With
+    `outliers`, columns of x that hold a magnitude of that and more are left out of what is
+    quantized, and multiplied in 16 bits (LLM.int8(), Dettmers et al. 2022); 0 leaves none out.
     """
 
     dtype: str = "none"
@@ -179,6 +187,14 @@ class Activation:
     @property
     def torch_dtype(self) -> torch.dtype:
         return ACTIVATION_DTYPES[self.dtype]
+
+    @property
+    def bits(self) -> int:
+        return _ACTIVATION_BITS[self.dtype]
+
+    @property
+    def is_integer(self) -> bool:
+        return self.dtype in ("int8", "int4")
 
     @property
     def is_static(self) -> bool:
@@ -192,7 +208,9 @@ class Activation:
 
     @property
     def largest(self) -> float:
-        """The largest magnitude that a quantized activation takes: 127 or 448."""
+        """The largest magnitude that a quantized activation takes: 127, 7 or 448."""
+        if self.is_integer:
+            return float((1 << (self.bits - 1)) - 1)
         return largest_number(self.torch_dtype)
 
 
@@ -236,7 +254,8 @@ class QuantScheme:
 
     @property
     def integer_activation(self) -> bool:
-        return self.activation.dtype == "int8"
+        """Whether products are those of integers: x is held as int8, in 8 bits or in 4."""
+        return self.activation.is_integer
 
     @property
     def weight_only(self) -> bool:
@@ -286,29 +305,32 @@ def _why_invalid(scheme: QuantScheme) -> str | None:
     if not linear and not scheme.symmetric:
         return f"{weight.name} has no zero points: its values already are signed"
     if act.dtype not in ("none", *ACTIVATION_DTYPES):
-        return f"activation type {act.dtype!r} is not one of none, int8, fp8"
+        return f"activation type {act.dtype!r} is not one of none, {', '.join(ACTIVATION_DTYPES)}"
     if act.granularity not in GRANULARITIES:
         return (
             f"activation granularity {act.granularity!r} is not one of {', '.join(GRANULARITIES)}"
         )
-    if act.outliers and (act.dtype != "int8" or act.granularity != "token"):
-        return "columns with outliers are kept apart from int8 activations per token"
+    if act.outliers and not (act.is_integer and act.granularity == "token"):
+        return "columns with outliers are kept apart from int8 or int4 activations per token"
     if not 0 <= act.outliers < math.inf:
         return f"outliers are magnitudes above 0, got {act.outliers:g}"
-    if act.has_zeros and act.dtype != "int8":
-        return f"zero points of activations ({act.granularity}) are for int8"
-    if act.dtype == "int8" and not linear:
-        return f"int8 activations need linear integer weights, not {weight.name}: use a16 or fp8"
-    if act.dtype == "int8" and weight.bits == 8 and not scheme.symmetric:
+    if act.has_zeros and not act.is_integer:
+        return f"zero points of activations ({act.granularity}) are for int8 and int4"
+    if act.is_integer and not linear:
+        return (
+            f"{act.dtype} activations need linear integer weights, not {weight.name}: use a16 or "
+            "fp8"
+        )
+    if act.is_integer and weight.bits == 8 and not scheme.symmetric:
         return "8-bit weights with zero points do not fit an int8 product: use symmetric weights"
     if scheme.scale_dtype not in _SCALE_NAMES:
         return f"scale type {scheme.scale_dtype} is not one of fp16, bf16, fp32"
     if scheme.scale_levels not in ("one", "two", "double", "blocks"):
         return f"scale levels {scheme.scale_levels!r} is not one of one, two, double, blocks"
     if scheme.scale_levels == "two" and (
-        act.dtype != "int8" or weight.bits == 8 or scheme.group_size is None
+        not act.is_integer or weight.bits == 8 or scheme.group_size is None
     ):
-        return "two-level scales are for grouped weights under 8 bits with int8 activations"
+        return "two-level scales are for grouped weights under 8 bits with integer activations"
     if scheme.scale_levels == "double" and (act.dtype != "none" or scheme.per_tensor):
         return "double-quantized scales are for 16-bit activations and several scales"
     if scheme.scale_levels == "blocks" and (
@@ -322,23 +344,23 @@ def _why_invalid(scheme: QuantScheme) -> str | None:
 
 
 def _default_symmetric(weight: WeightType, activation: Activation) -> bool:
-    return weight.kind != "linear" or activation.dtype == "int8"
+    return weight.kind != "linear" or activation.is_integer
 
 
 def _default_levels(weight: WeightType, group_size: int | None, activation: Activation) -> str:
-    two_level = activation.dtype == "int8" and weight.bits < 8 and group_size is not None
+    two_level = activation.is_integer and weight.bits < 8 and group_size is not None
     return "two" if two_level else "one"
 
 
 def _default_scale_dtype(activation: Activation, levels: str) -> torch.dtype:
-    # Scales that meet int8 or fp8 products are few (or integers), so full precision costs nothing;
-    # double-quantized ones are expanded from fp32 tables.
+    # Scales that meet integer or fp8 products are few (or integers), so full precision costs
+    # nothing; double-quantized ones are expanded from fp32 tables.
     if activation.dtype != "none" or levels in ("two", "double"):
         return torch.float32
     return torch.float16
 
 
-_LINEAR_HEAD = re.compile(r"w(\d+)a(16|8|fp8)")
+_LINEAR_HEAD = re.compile(r"w(\d+)a(16|8|4|fp8)")
 _ALIASES = {"fp8": "fp8e4m3"}
 
 
@@ -347,7 +369,7 @@ def accepted_forms() -> str:
     linear = [str(row.bits) for row in WEIGHT_TYPES.values() if row.kind == "linear"]
     named = [name for name, row in WEIGHT_TYPES.items() if row.kind != "linear"]
     return (
-        f"accepted are w{{{','.join(linear)}}}a{{16,8,fp8}}, {', '.join(named)} or "
+        f"accepted are w{{{','.join(linear)}}}a{{16,8,4,fp8}}, {', '.join(named)} or "
         "table(v0,...,v15), then any of -a16 -a8 -afp8 -g<N> -gtensor -sym -asym -tensor -static "
         "-tokenasym -staticasym -outliers<M> -flat -dq -spqr -sfp16 -sbf16 -sfp32, for example "
         "w4a16-g128"
@@ -399,7 +421,7 @@ def _parse(text: str) -> QuantScheme:
     granularity, flags, scale_name, outliers = "token", set(), None, 0.0
     seen: set[str] = set()
     for part in parts[1:]:
-        if part in ("a16", "a8", "afp8") and named_activation is None:
+        if part in ("a16", "a8", "a4", "afp8") and named_activation is None:
             kind, act_name = "activation", part[1:]
         elif part == "gtensor":
             kind = "granularity"
@@ -424,11 +446,10 @@ def _parse(text: str) -> QuantScheme:
             raise fail(f"{part!r} names the {kind} a second time")
         seen.add(kind)
 
-    act_dtype = {"16": "none", "8": "fp8" if weight.kind == "float8" else "int8"}.get(
-        act_name, "fp8"
-    )
+    eight_bits = "fp8" if weight.kind == "float8" else "int8"
+    act_dtype = {"16": "none", "8": eight_bits, "4": "int4", "fp8": "fp8"}[act_name]
     if act_dtype == "none" and granularity != "token":
-        raise fail(f"{granularity!r} is about 8-bit activations, and these have 16 bits")
+        raise fail(f"{granularity!r} is about quantized activations, and these have 16 bits")
     activation = Activation(act_dtype, granularity, outliers)
     symmetric = "sym" in flags or ("asym" not in flags and _default_symmetric(weight, activation))
     levels = _default_levels(weight, group_size, activation)
@@ -456,7 +477,7 @@ def _parse(text: str) -> QuantScheme:
 @lru_cache(maxsize=1024)
 def _spell(scheme: QuantScheme) -> str:
     weight, act = scheme.weight, scheme.activation
-    act_bits = {"none": "16", "fp8": "fp8", "int8": "8"}[act.dtype]
+    act_bits = "fp8" if act.dtype == "fp8" else str(act.bits)
     parts: list[str] = []
     if weight.kind == "linear":
         parts.append(f"w{weight.bits}a{act_bits}")

@@ -19,12 +19,19 @@ INT8_ACTIVATION = (
     *("w4a8", "w4a8-g64", "w4a8-g64-asym", "w4a8-g64-flat", "w4a8-g100-asym-flat"),
     *("w3a8-g64", "w2a8-g64", "w8a8-g6"),
 )
-OUTLIERS_APART = ("w8a8-outliers1", "w4a8-g64-outliers2")
+INT4_ACTIVATION = (
+    *("w4a4", "w4a4-g64", "w4a4-g64-flat", "w8a4-tensor", "w8a4-static"),
+    *("w3a4-g64-asym", "w2a4-g24-flat"),
+)
+OUTLIERS_APART = ("w8a8-outliers1", "w4a8-g64-outliers2", "w4a4-g64-outliers2")
 """Thresholds that numbers of a normal distribution pass."""
-ZERO_POINT_ACTIVATION = ("w8a8-tokenasym", "w4a8-g64-tokenasym")
+ZERO_POINT_ACTIVATION = ("w8a8-tokenasym", "w4a8-g64-tokenasym", "w4a4-g64-tokenasym")
 FLOAT8_ACTIVATION = ("fp8-a8", "fp8-a8-static", "fp8-a8-tensor", "w4afp8-g64", "nf4-afp8-g64")
 
-ALL = WEIGHT_ONLY + INT8_ACTIVATION + ZERO_POINT_ACTIVATION + OUTLIERS_APART + FLOAT8_ACTIVATION
+ALL = (
+    *(*WEIGHT_ONLY, *INT8_ACTIVATION, *INT4_ACTIVATION, *ZERO_POINT_ACTIVATION),
+    *(*OUTLIERS_APART, *FLOAT8_ACTIVATION),
+)
 
 REFERENCE_OR_CPU = (
     *(*ZERO_POINT_ACTIVATION, *OUTLIERS_APART, *BLOCKS),
@@ -39,4 +46,4 @@ def activation_scale(scheme: QuantScheme | str, x: torch.Tensor) -> float | None
     activation = QuantScheme.parse(scheme).activation
     if activation.granularity != "static":
         return None
-    return float(x.abs().max()) / {"int8": 127.0, "fp8": 448.0}[activation.dtype]
+    return float(x.abs().max()) / {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[activation.dtype]

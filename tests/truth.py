@@ -63,37 +63,38 @@ def dense(weight: QuantizedWeight) -> Tensor:
 
 
 def rounded(weight: QuantizedWeight, x: Tensor) -> Tensor:
-    """x [M, K] as its scheme multiplies it, float64: what 8 bits leave of it."""
+    """x [M, K] as its scheme multiplies it, float64: what 8 or 4 bits leave of it."""
     activation = weight.scheme.activation
+    largest = {"none": None, "int8": 127.0, "int4": 7.0, "fp8": 448.0}[activation.dtype]
     if activation.dtype == "none":
         return x.double()
     if activation.has_zeros:
-        return _rounded_with_zeros(weight, x.float())
+        return _rounded_with_zeros(weight, x.float(), largest)
     if activation.outliers:
         apart = (x.abs() >= activation.outliers).any(dim=0)
         left = torch.where(apart, 0, x.float())
-        scale = left.abs().amax(1, keepdim=True) / 127
+        scale = left.abs().amax(1, keepdim=True) / largest
         kept = (left / torch.where(scale == 0, 1, scale)).round() * scale
         return torch.where(apart, x.double(), kept.double())
-    largest = {"int8": 127.0, "fp8": 448.0}[activation.dtype]
     tops = {"token": x.float().abs().amax(1, keepdim=True), "tensor": x.float().abs().amax()}
     if activation.granularity == "static":
         scale = weight.activation_scale
     else:
         scale = tops[activation.granularity] / largest
     codes = (x.float() / scale).clamp(-largest, largest)
-    codes = codes.round() if activation.dtype == "int8" else codes.to(torch.float8_e4m3fn)
+    codes = codes.to(torch.float8_e4m3fn) if activation.dtype == "fp8" else codes.round()
     return codes.double() * scale.double()
 
 
-def _rounded_with_zeros(weight: QuantizedWeight, x: Tensor) -> Tensor:
+def _rounded_with_zeros(weight: QuantizedWeight, x: Tensor, most: float) -> Tensor:
+    least = -most - 1
     if weight.scheme.activation.is_static:
         scale, zero = weight.activation_scale, weight.activation_zero
     else:
         low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-        scale = (high - low) / 255
-        zero = (-128 - (low / scale).round()).clamp(-128, 127)
-    codes = ((x / scale).round() + zero).clamp(-128, 127)
+        scale = (high - low) / (most - least)
+        zero = (least - (low / scale).round()).clamp(least, most)
+    codes = ((x / scale).round() + zero).clamp(least, most)
     return (codes - zero).double() * scale.double()
 
 

@@ -30,7 +30,7 @@ WEIGHT_ROUNDINGS = ("none", "x_dtype", "bf16_terms", "integers")
 """
 
 _LEAST_CAPABILITY = (8, 0)
-_ACTIVATIONS = {"none": "16-bit", "int8": "int8", "fp8": "fp8"}
+_ACTIVATIONS = {"none": "16-bit", "int8": "int8", "int4": "int4", "fp8": "fp8"}
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 

@@ -43,8 +43,8 @@ class Numbers:
     @staticmethod
     def of(activation: Activation) -> Numbers:
         """Those that activations of a scheme are rounded to."""
-        if activation.dtype == "int8":
-            return Numbers.integers(symmetric=not activation.has_zeros)
+        if activation.is_integer:
+            return Numbers.integers(activation.bits, symmetric=not activation.has_zeros)
         return Numbers(-activation.largest, activation.largest, whole=False)
 
     @property

@@ -33,7 +33,7 @@ from qkernels.reference import (
     tensor_scale,
     without_columns,
 )
-from qkernels.scheme import QuantScheme
+from qkernels.scheme import Activation, QuantScheme
 from qkernels.weight import QuantizedWeight, WeightParameters
 
 
@@ -153,9 +153,10 @@ def rounded_input(
         else:
             rows = x.reshape(-1, x.shape[-1])
             if zero is not None:
-                codes = quantize_with_zero(rows, static, zero).float() - zero
+                largest = scheme.activation.largest
+                codes = quantize_with_zero(rows, static, zero, largest).float() - zero
             else:
-                codes = quantize_rows(rows, scheme.activation.torch_dtype, static)[0].float()
+                codes = _symmetric(rows, scheme.activation, static)[0].float()
             made = (codes * static).view(x.shape).to(x.dtype)
     return x + (made - x.detach())
 
@@ -165,20 +166,26 @@ def dynamically_rounded(x: Tensor, scheme: QuantScheme) -> Tensor:
     activation, rows = scheme.activation, x.reshape(-1, x.shape[-1])
     if activation.outliers:
         apart = outlier_columns(rows, activation.outliers)
-        codes, scale = quantize_rows(without_columns(rows, apart), activation.torch_dtype)
+        codes, scale = _symmetric(without_columns(rows, apart), activation)
         made = codes.float() * scale[:, None]
         made[:, apart] = rows[:, apart].float()
     elif activation.has_zeros:
-        codes, scale, zero = quantize_rows_asymmetric(rows)
+        codes, scale, zero = quantize_rows_asymmetric(rows, activation.largest)
         made = (codes.float() - zero[:, None]) * scale[:, None]
     elif activation.granularity == "token":
-        codes, scale = quantize_rows(rows, activation.torch_dtype)
+        codes, scale = _symmetric(rows, activation)
         made = codes.float() * scale[:, None]
     else:
-        one = tensor_scale(rows, activation.torch_dtype)
-        codes, _ = quantize_rows(rows, activation.torch_dtype, one)
+        one = tensor_scale(rows, activation.largest)
+        codes, _ = _symmetric(rows, activation, one)
         made = codes.float() * one
     return made.view(x.shape).to(x.dtype)
+
+
+def _symmetric(
+    rows: Tensor, activation: Activation, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows(rows, activation.torch_dtype, scale, largest=activation.largest)
 
 
 def _parameters(
@@ -259,9 +266,7 @@ class _FakeInput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor:
-        codes, _ = quantize_rows(
-            x.reshape(-1, x.shape[-1]), scheme.activation.torch_dtype, scale.float()
-        )
+        codes, _ = _symmetric(x.reshape(-1, x.shape[-1]), scheme.activation, scale.float())
         made = codes.float().mul_(scale).view(x.shape).to(x.dtype)
         ctx.largest = scheme.activation.largest
         ctx.save_for_backward(x, scale, made)
