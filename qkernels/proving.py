@@ -30,7 +30,7 @@ N, K = 49, 200
 SCHEMES = (
     *("w4a16-g64", "w4a16-g64-sym", "w8a16-g64", "w3a16-g64", "w2a16-g32", "w4a16-g24"),
     *("nf4-g64", "nf4-g64-dq", "fp4-g32", "log3-g64", "binary-g64", "fp8e4m3-a16", "fp8e5m2-a16"),
-    *("w8a8", "w4a8-g64", "w4a8-g64-asym", "w4a8-g64-flat", "fp8-a8", "w4afp8-g64"),
+    *("w8a8", "w4a8-g64", "w4a8-g64-asym", "w4a8-g64-flat", "w4a4-g64", "fp8-a8", "w4afp8-g64"),
 )
 """What `prove_all` runs: each way of decoding, of scaling and of multiplying."""
 

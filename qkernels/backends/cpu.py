@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from qkernels import compiled, reference
-from qkernels.backends.beside import BESIDE, has_beside, run_beside, run_by
+from qkernels.backends.beside import BESIDE, has_beside, kernel_for, run_beside, run_by
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, RouteOf, WhyNot, by_route
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.errors import NoKernelError
 from qkernels.layouts import PackedWeight
 from qkernels.layouts.padding import kernel_group
-from qkernels.scheme import QuantScheme
+from qkernels.scheme import Activation, QuantScheme
 from qkernels.weight import codebook, nested_table
 
 ISAS = ("amx", "avx512", "avx2", "portable")
@@ -151,6 +151,20 @@ def _of_rows() -> tuple[Kernel, ...]:
     return tuple(kernel for kernel in KERNELS if kernel not in COMPOSED)
 
 
+def _run_int4(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    """x rounded to 4 bits by torch's operations, and multiplied as int8 rows."""
+    quantized, scale = reference.quantize_activations(x, packed)
+    # What x was quantized with stays here: as rows of int8 have them, scales are one a row.
+    buffers = {name: held for name, held in packed.buffers.items() if name != "activation_scale"}
+    scheme = replace(problem.scheme, activation=Activation("int8"))
+    inner = replace(problem, scheme=scheme)
+    weight = PackedWeight(scheme, packed.layout, packed.n, packed.k, buffers)
+    kernel = kernel_for(inner, _of_rows())
+    if kernel is None or kernel.run_quantized is None:
+        return reference.linear_quantized(quantized, scale, weight, bias, problem.x_dtype)
+    return kernel.run_quantized(quantized, scale, weight, bias, inner)
+
+
 def _keeps_outliers(problem: Problem) -> str | None:
     if problem.scheme.activation.outliers:
         return None
@@ -158,13 +172,13 @@ def _keeps_outliers(problem: Problem) -> str | None:
 
 
 def _run_apart(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """int8 but for columns of x with outliers, whose product is added in fp32."""
+    """Integers but for columns of x with outliers, whose product is added in fp32."""
     columns = reference.outlier_columns(x, problem.scheme.activation.outliers)
     left = reference.without_columns(x, columns) if columns.numel() else x
     scheme = replace(problem.scheme, activation=replace(problem.scheme.activation, outliers=0.0))
     inner = replace(problem, scheme=scheme, x_dtype=torch.float32)
     weight = PackedWeight(scheme, packed.layout, packed.n, packed.k, packed.buffers)
-    y = run_by(_of_rows(), left.float(), weight, bias, inner)
+    y = run_by((*_of_rows(), _INT4), left.float(), weight, bias, inner)
     if columns.numel():
         with reference.full_precision():
             y += x[:, columns].float() @ packed.columns(columns).t()
@@ -181,10 +195,20 @@ _VARIES = "rounds unlike the kernels for few rows, and batch_invariant wants one
 # torch had AVX-512 and VNNI. Tiles have 32 columns of floats or 64 of int8.
 COMPOSED = (
     Kernel(
+        name="cpu_int4_activations",
+        backend="cpu",
+        layout="vnni",
+        activations=("int4",),
+        exact=True,
+        weight_rounding="integers",
+        where=_with("portable"),
+        run=_run_int4,
+    ),
+    Kernel(
         name="cpu_int8_outliers",
         backend="cpu",
         layout="vnni",
-        activations=("int8",),
+        activations=("int8", "int4"),
         activation_outliers=True,
         varies="finds columns with outliers in all rows of x, and batch_invariant wants each alone",
         weight_rounding="integers",
@@ -205,6 +229,7 @@ COMPOSED = (
     ),
 )
 """Kernels that call one of the others for most of their product."""
+_INT4, *_ = COMPOSED
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
