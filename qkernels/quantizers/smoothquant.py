@@ -23,7 +23,7 @@ from qkernels.calibration.ranges import Numbers, rounded, scale_and_zero
 from qkernels.calibration.statistics import Needs
 from qkernels.modules.fake_quant import dynamically_rounded
 from qkernels.quantizers.method import BlockTask, Method, why_no_rounded_activations
-from qkernels.quantizers.producers import any_scale, around_one, consumers_of, neighbours_of
+from qkernels.quantizers.producers import around_one, consumers_of, neighbours_of
 from qkernels.scheme import QuantScheme
 
 _LEAST = 1e-5
@@ -157,11 +157,8 @@ class _Layer:
         """|y - y_q|^2 / |y|^2 on the sampled rows, with columns of the weight times `factor`."""
         assert self._rows is not None
         x = self._rounded_inputs(self._rows / factor, self.inputs / factor)
-        fake = rounding.quantize(
-            self.weight.float() * factor,
-            self._scheme,
-            activation_scale=any_scale(self._scheme),
-        )
+        # Weights are rounded alike whatever the scale and the zero point of static activations.
+        fake = rounding.quantize(self.weight.float() * factor, self._scheme.dynamic)
         wrong = F.linear(x, fake.dequantize()) - self._exact
         return float(wrong.square().sum()) / max(float(self._exact.square().sum()), 1e-30)
 

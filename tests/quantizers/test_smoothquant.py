@@ -75,7 +75,7 @@ def test_the_factor_is_the_formula(alpha):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-tensor", "smoothquant-o3"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-tensor", "smoothquant-o3", "w4a4-g16"])
 def test_outlying_columns_cost_less(name, scheme):
     nearest, _, _ = logits_error(MODELS[name], "rtn", scheme)
     for method in ("smoothquant", "smoothquant(steps=11)"):
@@ -84,9 +84,10 @@ def test_outlying_columns_cost_less(name, scheme):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_zero_points_of_activations_are_searched_with(name):
-    nearest, _, _ = logits_error(MODELS[name], "rtn", "w8a8-tokenasym")
-    smoothed, _, _ = logits_error(MODELS[name], "smoothquant(steps=11)", "w8a8-tokenasym")
+@pytest.mark.parametrize("scheme", ["w8a8-tokenasym", "w8a8-staticasym"])
+def test_zero_points_of_activations_are_searched_with(name, scheme):
+    nearest, _, _ = logits_error(MODELS[name], "rtn", scheme)
+    smoothed, _, _ = logits_error(MODELS[name], "smoothquant(steps=11)", scheme)
     assert smoothed < nearest
 
 
