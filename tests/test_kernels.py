@@ -319,7 +319,7 @@ def test_exact_kernels_are_the_reference_bit_for_bit(kernel, text, dtype):
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("text", ["w4a16-g64", "w8a8", "w4a8-g64-flat"])
+@pytest.mark.parametrize("text", ["w4a16-g64", "w8a8", "w4a8-g64-flat", "w4a4-g64-flat"])
 def test_batch_invariance(kernel, text):
     scheme = QuantScheme.parse(text)
     if not runnable(kernel, scheme, 19, batch_invariant=True):
@@ -338,15 +338,16 @@ def test_batch_invariance(kernel, text):
         assert torch.equal(alone, together[rows])
 
 
-@pytest.mark.parametrize("text", schemes.INT8_ACTIVATION)
+@pytest.mark.parametrize("text", [*schemes.INT8_ACTIVATION, *schemes.INT4_ACTIVATION])
 def test_integer_products_are_exact(text):
     """With scales of one, y is the integer product itself, in every kernel."""
     quantized = make(text, bias=False)
     quantized = quantized.replace(scales=torch.ones_like(quantized.scales))
     if quantized.channel_scales is not None:
         quantized.channel_scales.fill_(1)
-    x = torch.randint(-127, 128, (17, K), device=DEVICE).float()
-    x[:, 0] = 127
+    largest = 7 if text in schemes.INT4_ACTIVATION else 127
+    x = torch.randint(-largest, largest + 1, (17, K), device=DEVICE).float()
+    x[:, 0] = largest
     if quantized.activation_scale is not None:
         quantized.activation_scale.fill_(1)
     want = x.double() @ quantized.dequantize().double().t()

@@ -315,6 +315,8 @@ def test_numbers_by_hand():
     assert torch.allclose(scale, torch.tensor([3 / 7, 5.1 / 7])) and zero.tolist() == [0, 0]
     assert Numbers.of(Activation("int8", "static")) == INT8
     assert Numbers.of(Activation("int8", "staticasym")) == INT8_ZEROS
+    assert Numbers.of(Activation("int4", "static")) == Numbers(-7, 7)
+    assert Numbers.of(Activation("int4", "staticasym")) == Numbers(-8, 7, symmetric=False)
     floats = Numbers.of(Activation("fp8", "static"))
     assert floats.most == 448 and not floats.whole
     assert INT8.levels == INT8_ZEROS.levels == 128

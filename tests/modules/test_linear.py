@@ -29,10 +29,9 @@ def linear(k=200, n=48, **kwargs):
 
 
 def quantized(text, source=None, **kwargs):
-    static = "static" in text
-    return WQLinear.from_linear(
-        source or linear(), text, activation_scale=0.05 if static else None, **kwargs
-    )
+    activation = qk.QuantScheme.parse(text).activation
+    scale = (0.5 if activation.bits == 4 else 0.05) if activation.is_static else None
+    return WQLinear.from_linear(source or linear(), text, activation_scale=scale, **kwargs)
 
 
 @pytest.mark.parametrize("text", schemes.ALL)
@@ -42,8 +41,10 @@ def test_close_to_the_layer_it_replaces(text):
     assert y.shape == (2, 3, 48) and y.dtype == x.dtype
     # Two bits leave about a third of error; nothing may be worse than that.
     by_name = {"binary": 0.8, "log3": 0.35, "log4": 0.25}
-    weight = qk.QuantScheme.parse(text).weight
+    scheme = qk.QuantScheme.parse(text)
+    weight = scheme.weight
     worst = by_name.get(weight.name) or {2: 0.6, 3: 0.25}.get(weight.bits, 0.15)
+    worst += 0.15 if scheme.activation.bits == 4 else 0
     assert (y - source(x)).norm() / source(x).norm() < worst
 
 

@@ -20,8 +20,9 @@ LEARNED = (
     *("w4a16-g16", "w4a16-g16-sym", "w3a16", "w2a16-gtensor", "nf4-g16", "fp4-g32-sfp32"),
     *("log4-g16", "fp8e4m3-a16", "w8a8", "w8a8-tensor", "w8a8-static", "w8a8-tokenasym"),
     *("w4a8-g16-flat", "fp8-a8", "w4afp8-g16"),
+    *("w4a4-g16-flat", "w8a4-tensor", "w8a4-static", "w8a4-tokenasym", "w8a4-outliers2"),
 )
-RANGED = (*LEARNED, "binary-g16", "w4a8-g16", "nf4-g16-dq", "w4a16-g24")
+RANGED = (*LEARNED, "binary-g16", "w4a8-g16", "w4a4-g16", "nf4-g16-dq", "w4a16-g24")
 
 
 def tokens(seed=0):
@@ -83,23 +84,25 @@ def test_gradients_are_those_of_lsq(text):
         assert torch.allclose(fake.zeros.grad, zero.grad * share, atol=1e-4)
 
 
-def test_the_gradient_of_a_static_scale_is_that_of_lsq():
-    fake = FakeQuantLinear(linear(), "w8a8-static")
+@pytest.mark.parametrize(("scheme", "largest"), [("w8a8-static", 127), ("w8a4-static", 7)])
+def test_the_gradient_of_a_static_scale_is_that_of_lsq(scheme, largest):
+    fake = FakeQuantLinear(linear(), scheme)
     x = torch.randn(5, 80, generator=torch.Generator().manual_seed(1))
     fake(x)
-    # LSQ's own beginning, 2 mean|x| / sqrt(127), would leave 127 steps unused.
-    assert float(fake.activation_scale) == pytest.approx(float(x.abs().max()) / 127, rel=1e-5)
+    # LSQ's own beginning, 2 mean|x| / sqrt(largest), would leave steps unused.
+    assert float(fake.activation_scale) == pytest.approx(float(x.abs().max()) / largest, rel=1e-5)
     with torch.no_grad():
         fake.activation_scale *= 0.5
     given, upstream = x.clone().requires_grad_(), torch.randn(5, 24)
     (fake(given) * upstream).sum().backward()
     scale = fake.activation_scale.detach().clone().requires_grad_()
     mine = x.clone().requires_grad_()
-    scaled = mine / scale
-    rounded = scale * through(scaled.round(), scaled).clamp(-127, 127)
+    # What is clipped has no gradient, also where it would be rounded to the largest number.
+    scaled = (mine / scale).clamp(-largest, largest)
+    rounded = scale * through(scaled.round(), scaled)
     (F.linear(rounded, fake.fake_weight().detach(), fake.bias) * upstream).sum().backward()
-    share = 1 / math.sqrt(x.numel() * 127)
-    assert (x.abs() > 127 * float(scale.detach())).any()
+    share = 1 / math.sqrt(x.numel() * largest)
+    assert (x.abs() > largest * float(scale.detach())).any()
     assert torch.allclose(given.grad, mine.grad, atol=1e-5)
     assert float(fake.activation_scale.grad) == pytest.approx(float(scale.grad * share), rel=1e-3)
 

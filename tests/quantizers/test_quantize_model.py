@@ -108,7 +108,9 @@ def test_the_first_pattern_that_matches_counts(chosen):
         assert (report.skipped.get("blocks.1.down") == left_alone) == ("blocks.1.down" not in found)
 
 
-@pytest.mark.parametrize(("scheme", "largest"), [("w8a8-static", 127), ("fp8-a8-static", 448)])
+@pytest.mark.parametrize(
+    ("scheme", "largest"), [("w8a8-static", 127), ("w8a4-static", 7), ("fp8-a8-static", 448)]
+)
 @pytest.mark.parametrize("position", range(3))
 def test_static_activations_take_their_scale_from_all_batches(scheme, largest, position):
     model = Model()
@@ -134,7 +136,9 @@ def seen_by(model, name, batches):
 @pytest.mark.parametrize(
     "observer", ["minmax", "percentile(percent=90)", "moving_average(momentum=0.5)", "kl", "mse"]
 )
-@pytest.mark.parametrize("scheme", ["w8a8-static", "w8a8-staticasym"])
+@pytest.mark.parametrize(
+    "scheme", ["w8a8-static", "w8a8-staticasym", "w8a4-static", "w8a4-staticasym"]
+)
 def test_an_observer_finds_static_activations(observer, scheme):
     torch.manual_seed(3)
     model, batches = Model(), [TOKENS[:1], TOKENS[1:], TOKENS[:, :5]]
@@ -149,7 +153,7 @@ def test_an_observer_finds_static_activations(observer, scheme):
     layer = model.blocks[0].up
     assert torch.equal(layer.activation_scale, scale[0])
     assert layer.scheme == QuantScheme.parse(scheme)
-    if scheme == "w8a8-staticasym":
+    if scheme.endswith("asym"):
         assert torch.equal(layer.activation_zero, zero[0])
 
 
@@ -185,7 +189,8 @@ RARE = ["blocks.1.3.up", "blocks.1.3.down"]
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w4a16-g24", "w8a8", "w8a8-static", "w8a8-staticasym", "fp8-a8-static"]
+    "scheme",
+    ["w4a16-g24", "w8a8", "w8a8-static", "w8a8-staticasym", "w8a4-staticasym", "fp8-a8-static"],
 )
 def test_a_layer_without_inputs_is_rounded_and_reported(scheme):
     torch.manual_seed(3)

@@ -50,6 +50,8 @@ def test_steps_are_those_of_adam():
         "w4a8-g32-flat",
         "binary-g32",
         "w8a8-static",
+        "w4a4-g32",
+        "w8a4-static",
     ],
 )
 def test_a_block_is_nearer_than_by_rounding_to_nearest(scheme):
