@@ -80,6 +80,13 @@ _ACTIVATIONS = (
     "zeroquant",
 )
 
+_FEW_BIT_ACTIVATIONS = (
+    BASELINE,
+    "smoothquant(steps=11)+gptq",
+    "rotate+gptq",
+    "rotate+smoothquant(steps=11)+gptq",
+)
+
 _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
     LANGUAGE: {
         "w4a16-g64": _INTEGERS,
@@ -103,6 +110,7 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
         "w8a8-gtensor-tensor": _ACTIVATIONS,
         "w8a8-gtensor-static": _ACTIVATIONS,
         "w4a8-g64": _ACTIVATIONS,
+        "w4a4-g64": _FEW_BIT_ACTIVATIONS,
     },
     ENCODER: {
         "w8a16-g64-sym": (BASELINE,),
