@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkernels import rounding
-from qkernels.errors import SchemeError
+from qkernels.errors import SchemeError, WeightError
+from qkernels.modules.linear import WQLinear
 from qkernels.reference import (
     outlier_columns,
     quantize_rows,
@@ -72,6 +73,7 @@ class FakeQuantLinear(nn.Linear):
                 'step="range"'
             )
         self.weight, self.bias = layer.weight, layer.bias
+        self._dtype: torch.dtype | None = None
         self.train(layer.training)
         scales = zeros = static = None
         if learn:
@@ -84,8 +86,64 @@ class FakeQuantLinear(nn.Linear):
         self.register_parameter("zeros", zeros)
         self.register_parameter("activation_scale", static)
 
+    @classmethod
+    def from_quantized(cls, layer: WQLinear, dense: Tensor | None = None) -> FakeQuantLinear:
+        """One that computes what a quantized layer does, and learns from there.
+
+        Its scales and zero points are those of `layer`. Its weights, fp32, are the numbers of
+        `dense` where these have the codes of `layer`, and as near to them as the codes allow
+        elsewhere; without `dense` they are the numbers of the codes.
+
+        Args:
+            dense: [N, K], the weight that `layer` was made from.
+
+        Raises:
+            SchemeError: for scales that are quantized themselves.
+            WeightError: for what is beside codes, scales and zero points, and a `dense` of another
+                shape.
+        """
+        hub = layer.to_weight()
+        if hub.scheme.scale_levels != "one":
+            raise SchemeError(
+                f"{hub.scheme}: scales that are quantized themselves are not learned: train the "
+                'dense model with step="range"'
+            )
+        reason = _why_not_learned(hub)
+        if reason is not None:
+            raise WeightError(f"{reason}, which is not trained: train the dense model")
+        weight = hub.dequantize()
+        if dense is not None:
+            if dense.shape != weight.shape:
+                raise WeightError(
+                    f"the dense weight is {list(dense.shape)}, the quantized one "
+                    f"{list(weight.shape)}"
+                )
+            weight = _within_codes(weight, dense.to(weight), hub)
+        # An nn.Linear of this weight, whose memory is not made twice.
+        linear = nn.Linear(hub.k, hub.n, bias=False, device="meta").train(layer.training)
+        linear.weight = nn.Parameter(weight)
+        if hub.bias is not None:
+            linear.bias = nn.Parameter(hub.bias.clone())
+        made = cls(linear, hub.scheme)
+        made._dtype = layer.dtype
+        for mine, stored in (
+            (made.scales, hub.scales),
+            (made.zeros, hub.zeros),
+            (made.activation_scale, hub.activation_scale),
+        ):
+            if mine is not None and stored is not None:
+                mine.data.copy_(stored)
+        return made
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layer that this one stands for; its weight may be finer."""
+        return self.weight.dtype if self._dtype is None else self._dtype
+
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self._rounded_input(input), self.fake_weight().to(input.dtype), self.bias)
+        x = self._rounded_input(input)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.fake_weight().to(x.dtype), bias)
 
     def fake_weight(self) -> Tensor:
         """W', fp32 [N, K], with gradients."""
@@ -116,10 +174,15 @@ class FakeQuantLinear(nn.Linear):
         """An `nn.Linear` with the parameters of this one, unrounded."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
+        return linear.to(self.dtype).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FakeQuantLinear:
+        if self._dtype is not None:
+            self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)
 
     def _rounded_input(self, x: Tensor) -> Tensor:
         scale = self.activation_scale
@@ -134,6 +197,38 @@ class FakeQuantLinear(nn.Linear):
                 scale.copy_(start.clamp(min=torch.finfo(torch.float32).tiny))
         learned: Tensor = _FakeInput.apply(x, scale, self.scheme)
         return learned
+
+
+_LEARNED = frozenset({"scales", "zeros", "activation_scale"})
+"""Fields of a weight that are learned, or stand for what is."""
+
+
+def _why_not_learned(weight: QuantizedWeight) -> str | None:
+    beside = [n for n, v in weight.fields.items() if v is not None and n not in _LEARNED]
+    if beside:
+        return f"the layer has {', '.join(beside)}"
+    if weight.zeros is not None and weight.zeros.is_floating_point():
+        return "the layer has zero points that are no integers"
+    return None
+
+
+_BISECTIONS = 6
+
+
+def _within_codes(weight: Tensor, dense: Tensor, hub: QuantizedWeight) -> Tensor:
+    """The numbers from those of the codes, `weight`, towards `dense` that still have these codes,
+    as far as they go: what a code stands for is an interval."""
+    parameters = hub.parameters
+    near, far = torch.zeros_like(weight), torch.ones_like(weight)
+    moved = dense - weight
+    share = far
+    for _ in range(_BISECTIONS):
+        # The first try is all of the way.
+        codes = rounding.encode_rows(weight + share * moved, parameters, 0)
+        kept = parameters.dequantize_rows(codes, 0) == weight
+        near, far = torch.where(kept, share, near), torch.where(kept, far, share)
+        share = torch.where(near == 1, 1.0, (near + far) / 2)
+    return weight + near * moved
 
 
 def rounded_input(

@@ -10,8 +10,8 @@ from torch import nn
 from qkernels import rounding
 from qkernels.checkpoints import mark_quantized
 from qkernels.errors import LayerError, QuantizationError, SchemeError
-from qkernels.modules import FakeQuantLinear, WQLinear
-from qkernels.modules.kinds import is_plain_linear, take_place_of
+from qkernels.modules import FakeQuantLinear, WQEmbedding, WQLinear
+from qkernels.modules.kinds import is_plain_linear, linear_parts, take_place_of
 from qkernels.quantizers.plan import parsed_overrides, plan_layers
 from qkernels.quantizers.report import LayerReport, QuantizationReport, compare
 from qkernels.scheme import QuantScheme
@@ -22,24 +22,31 @@ Step = Literal["lsq", "range"]
 
 def prepare_qat(
     model: nn.Module,
-    scheme: QuantScheme | str = "w4a16-g64",
+    scheme: QuantScheme | str | None = None,
     *,
     step: Step = "lsq",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, QuantScheme | str | None] | None = None,
+    dense: nn.Module | None = None,
 ) -> list[str]:
     """Makes the linear layers of `model`, in place, compute as their quantized forms will.
 
     Train it then as any other model: weights keep their type and names, and gradients pass
     rounding. `convert_qat` ends it, `undo_qat` takes it out again.
 
+    A model that is quantized already, as by `gptq`, goes on from there: each `WQLinear` is trained
+    in its own scheme, from its codes, scales and zero points, with weights in fp32. A head whose
+    weight an embedding looks up stays as it is.
+
     Args:
-        scheme: for all layers that no override names.
+        scheme: for all layers that no override names; None is "w4a16-g64".
         step: "lsq" learns scales and zero points, parameters `scales` and `zeros` of the layers;
             "range" takes them from the range of the weight at each step.
         include, exclude, overrides: as of `quantize_model`. Conv1Ds and experts in one parameter
             stay as they are.
+        dense: the model that a quantized one was made from. Its weights say where within its code
+            each weight begins, so that those near the next code are the first to change.
 
     Returns:
         The names of the layers.
@@ -52,8 +59,18 @@ def prepare_qat(
     """
     if step not in ("lsq", "range"):
         raise SchemeError(f"step is 'lsq' or 'range', got {step!r}")
+    if any(isinstance(module, WQLinear) for module in model.modules()):
+        if step != "lsq" or any(v is not None for v in (scheme, include, exclude, overrides)):
+            raise LayerError(
+                "the model is quantized: its layers are trained in their own schemes, by "
+                "step='lsq'; leave scheme, step, include, exclude and overrides out"
+            )
+        return _prepare_quantized(model, dense)
+    if dense is not None:
+        raise LayerError("dense= is for a model that is quantized: this one has no WQLinear")
     parsed = parsed_overrides(overrides)
-    plan = plan_layers(model, QuantScheme.parse(scheme), include, exclude, parsed)
+    default = QuantScheme.parse("w4a16-g64" if scheme is None else scheme)
+    plan = plan_layers(model, default, include, exclude, parsed)
     found = {
         name: own
         for name, own in plan.schemes.items()
@@ -77,6 +94,41 @@ def prepare_qat(
     return list(found)
 
 
+def _prepare_quantized(model: nn.Module, dense: nn.Module | None) -> list[str]:
+    modules = list(model.named_modules(remove_duplicate=False))
+    shared = [module.source for _, module in modules if isinstance(module, WQEmbedding)]
+    layers = {
+        name: module
+        for name, module in modules
+        if isinstance(module, WQLinear) and not any(module is source for source in shared)
+    }
+    if not layers:
+        raise LayerError("no WQLinear is left to train: embeddings look up the weight of each")
+    made: dict[int, FakeQuantLinear] = {}
+    for name, layer in layers.items():
+        if id(layer) in made:
+            continue
+        if type(layer) is not WQLinear or layer.transposed:
+            raise LayerError(
+                f"{name} is a {type(layer).__name__} that no nn.Linear can stand for: "
+                "qk.unfuse(model) makes fused layers plain"
+            )
+        try:
+            before = None if dense is None else dense.get_submodule(name)
+        except AttributeError:
+            raise LayerError(f"the dense model has no {name}") from None
+        if before is not None and not is_plain_linear(before):
+            raise LayerError(f"{name} of the dense model is a {type(before).__name__}")
+        weight = None if before is None else linear_parts(before).weight.detach()
+        try:
+            made[id(layer)] = FakeQuantLinear.from_quantized(layer, weight)
+        except QuantizationError as error:
+            raise type(error)(f"{name}: {error}") from None
+    for name, layer in layers.items():
+        _put(model, name, layer, made[id(layer)])
+    return list(layers)
+
+
 def convert_qat(
     model: nn.Module, *, backend: str | None = None, check_kernels: bool = True
 ) -> QuantizationReport:
@@ -97,13 +149,12 @@ def convert_qat(
         rounding.check_weight(layer.weight.detach(), f"{name}.weight")
         try:
             if id(layer) not in made:
-                like = layer.weight
                 made[id(layer)] = WQLinear.from_weight(
                     layer.quantized(),
                     backend=backend,
                     check_kernels=check_kernels,
-                    device=like.device,
-                    dtype=like.dtype,
+                    device=layer.weight.device,
+                    dtype=layer.dtype,
                 )
         except QuantizationError as error:
             raise type(error)(f"{name}: {error}") from None

@@ -273,3 +273,115 @@ def test_range_is_round_to_nearest():
     qk.prepare_qat(model, "w4a16-g16", step="range")
     nearest = rounding.quantize(linear().weight.detach(), "w4a16-g16")
     assert torch.equal(model[0].fake_weight().detach(), nearest.dequantize())
+
+
+FROM_QUANTIZED = ("w4a16-g16", "w3a16-g16-sym", "w2a16-gtensor", "nf4-g16", "fp8e4m3-a16", "w8a8")
+
+
+@pytest.mark.parametrize("with_dense", [False, True])
+@pytest.mark.parametrize("text", FROM_QUANTIZED)
+def test_a_quantized_layer_goes_on_from_its_codes(text, with_dense):
+    plain = linear(dtype=torch.bfloat16)
+    # No code is the nearest one any more for some weights, as behind gptq.
+    moved = linear(dtype=torch.bfloat16)
+    with torch.no_grad():
+        moved.weight += 0.05 * torch.randn(moved.weight.shape, dtype=torch.bfloat16)
+    model = nn.Sequential(qk.WQLinear.from_linear(moved, text))
+    wanted, hub = model[0].dequantize(), model[0].to_weight()
+    dense = nn.Sequential(plain) if with_dense else None
+    assert qk.prepare_qat(model, dense=dense) == ["0"]
+    fake, x = model[0], torch.randn(5, 80).bfloat16()
+    assert torch.equal(fake.fake_weight(), wanted)
+    assert fake(x).dtype == torch.bfloat16 and fake.weight.dtype == torch.float32
+    if with_dense:
+        # What has its code is the dense weight itself; what has not lies between the two.
+        before = plain.weight.float()
+        nearest = rounding.encode_rows(before, hub.parameters, 0) == hub.codes
+        assert nearest.any() and not nearest.all()
+        assert torch.allclose(fake.weight[nearest], before[nearest], atol=1e-6)
+        assert ((fake.weight - before).abs() <= (wanted - before).abs() + 1e-6).all()
+        assert (fake.weight != wanted)[~nearest].any()
+    else:
+        assert torch.equal(fake.weight, wanted)
+    qk.convert_qat(model)
+    assert torch.equal(model[0].dequantize(), wanted) and model[0].dtype == torch.bfloat16
+
+
+def test_training_goes_on_where_a_method_ended():
+    dense, model = tiny_model(), tiny_model()
+    batches = [tokens(seed) for seed in range(8)]
+
+    def lost(model):
+        with torch.no_grad():
+            return float(sum(F.mse_loss(model(b).logits, dense(b).logits) for b in batches))
+
+    qk.quantize_model(model, "gptq(damp_percent=0.1)", "w2a16-g16", calibration=batches)
+    first = lost(model)
+    qk.prepare_qat(model, dense=dense)
+    assert lost(model) == pytest.approx(first, rel=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 64)
+    for _ in range(8):
+        for batch in batches:
+            optimizer.zero_grad()
+            F.mse_loss(model(batch).logits, dense(batch).logits.detach()).backward()
+            optimizer.step()
+            falling.step()
+    qk.convert_qat(model)
+    assert lost(model) < TRAINED_LOSS * first
+
+
+def test_a_quantized_model_that_cannot_be_trained_is_named_and_left():
+    def quantized(recipe, scheme, **options):
+        model = tiny_model()
+        qk.quantize_model(model, recipe, scheme, **options)
+        return model
+
+    plain = tiny_model()
+    with pytest.raises(LayerError, match="dense= is for a model that is quantized"):
+        qk.prepare_qat(plain, dense=tiny_model())
+    model = quantized("rtn", "w4a16-g16")
+    before = snapshot(model)
+    with pytest.raises(LayerError, match="in their own schemes"):
+        qk.prepare_qat(model, "w3a16-g16")
+    with pytest.raises(LayerError, match=r"the dense model has no model\.layers\.0"):
+        qk.prepare_qat(model, dense=nn.Sequential(linear()))
+    with pytest.raises(LayerError, match=r"q_proj of the dense model is a WQLinear"):
+        qk.prepare_qat(model, dense=quantized("rtn", "w4a16-g16"))
+    unchanged(model, before)
+    for scheme, error, what in (
+        ("nf4-g16-dq", SchemeError, "q_proj: .*scales that are quantized themselves"),
+        ("w4a16-g16-hqq", WeightError, "q_proj: .*zero points that are no integers"),
+    ):
+        recipe = "hqq" if scheme.endswith("-hqq") else "rtn"
+        model = quantized(recipe, scheme.removesuffix("-hqq"))
+        before = snapshot(model)
+        with pytest.raises(error, match=what):
+            qk.prepare_qat(model)
+        unchanged(model, before)
+
+
+def test_a_trained_model_moves_and_is_taken_out_in_its_own_type():
+    model = nn.Sequential(qk.WQLinear.from_linear(linear(dtype=torch.float16), "w4a16-g16"))
+    wanted = model[0].dequantize()
+    qk.prepare_qat(model)
+    copied = copy.deepcopy(model)
+    qk.undo_qat(copied)
+    assert type(copied[0]) is nn.Linear and copied[0].weight.dtype == torch.float16
+    assert torch.equal(copied[0].weight, wanted.half())
+    model.bfloat16()
+    assert model[0].dtype == model[0].weight.dtype == torch.bfloat16
+
+
+def test_a_head_that_an_embedding_shares_stays_quantized():
+    model = tiny_model()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    shared = {"lm_head": "w8a16-g16", "*embed_tokens": "w8a16-g16"}
+    qk.quantize_model(model, "rtn", "w4a16-g16", overrides=shared)
+    wanted = model(tokens()).logits
+    names = qk.prepare_qat(model)
+    assert len(names) == 14 and "lm_head" not in names
+    assert isinstance(model.lm_head, qk.WQLinear)
+    assert model.model.embed_tokens.source is model.lm_head
+    qk.convert_qat(model)
+    assert torch.equal(model(tokens()).logits, wanted)
