@@ -5,6 +5,7 @@ from __future__ import annotations
 from qkernels.quantizers.autoround import AUTOROUND
 from qkernels.quantizers.awq import AWQ
 from qkernels.quantizers.distill import DISTILL
+from qkernels.quantizers.finetune import FINETUNE
 from qkernels.quantizers.gptq import GPTQ
 from qkernels.quantizers.guided import GUIDED
 from qkernels.quantizers.hqq import HQQ
@@ -20,7 +21,7 @@ from qkernels.quantizers.zeroquant import ZEROQUANT
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        *(AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ),
+        *(AUTOROUND, AWQ, DISTILL, FINETUNE, GPTQ, GUIDED, HQQ, OBQ),
         *(OUTLIER_SUPPRESSION, ROTATE, RTN, SMOOTHQUANT, SPQR, ZEROQUANT),
     )
 }
