@@ -77,7 +77,7 @@ def measure(row: Row, settings: Settings, path: Path) -> Measured:
     measured = blank(row, settings.as_dict())
     model, tokenizer = inputs.load(row.model, path)
     measured.dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    scheme, recipe = QuantScheme.parse(row.scheme), Recipe.parse(row.recipe)
+    scheme, recipe = QuantScheme.parse(row.scheme), Recipe.parse(row.method)
     measured.calibrated = needs_calibration(recipe, [scheme])
     batches = None
     if measured.calibrated:
@@ -88,7 +88,7 @@ def measure(row: Row, settings: Settings, path: Path) -> Measured:
     _forget_peak()
     measured.loaded_bytes = _memory("VmRSS")
     before, start = load.snapshot(), time.perf_counter()
-    quantize_model(model, recipe, scheme, calibration=batches)
+    quantize_model(model, recipe, scheme, calibration=batches, observer=row.observer)
     measured.seconds = time.perf_counter() - start
     measured.others_percent = load.others_percent(before, load.snapshot())
     measured.peak_bytes = _memory("VmHWM")

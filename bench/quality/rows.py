@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qkernels.calibration.observers import DEFAULT_OBSERVER, ObserverChoice
 from qkernels.errors import QuantizationError
 from qkernels.quantizers.recipe import Recipe
 from qkernels.scheme import QuantScheme
@@ -12,13 +13,20 @@ from qkernels.scheme import QuantScheme
 LANGUAGE, ENCODER = "smollm2", "minilm"
 MODELS = (LANGUAGE, ENCODER)
 
+_OBSERVER = " observer="
+"""Between a recipe and the observer of static activations, where that is not the default."""
+
 BASELINE = "rtn"
 """The recipe whose loss others win back, and that none may be worse than."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration. Its name, "smollm2 w4a16-g64 gptq", is what patterns are matched with."""
+    """A configuration. Its name, "smollm2 w4a16-g64 gptq", is what patterns are matched with.
+
+    Attributes:
+        recipe: "rtn", or with an observer of static activations, "rtn observer=mse".
+    """
 
     model: str
     scheme: str
@@ -27,6 +35,16 @@ class Row:
     @property
     def name(self) -> str:
         return f"{self.model} {self.scheme} {self.recipe}"
+
+    @property
+    def method(self) -> str:
+        """The recipe alone."""
+        return self.recipe.partition(_OBSERVER)[0]
+
+    @property
+    def observer(self) -> str:
+        """What finds the range of static activations."""
+        return self.recipe.partition(_OBSERVER)[2] or str(DEFAULT_OBSERVER)
 
     @staticmethod
     def parse(name: str) -> Row:
@@ -43,10 +61,13 @@ class Row:
         return Row(*words)
 
     def why_not(self) -> str | None:
-        """Why it cannot be measured: a recipe or a scheme that is not there; or None."""
+        """Why it cannot be measured, as for a recipe that is not there; or None."""
         try:
             scheme = QuantScheme.parse(self.scheme)
-            for part in Recipe.parse(self.recipe).parts:
+            ObserverChoice.parse(self.observer)
+            if _OBSERVER in self.recipe and not scheme.activation.is_static:
+                return f"{scheme} has no static activations to observe"
+            for part in Recipe.parse(self.method).parts:
                 reason = part.method.why_not(scheme, part.parameters)
                 if reason is not None:
                     return f"{part} does not make {scheme}: {reason}"
@@ -65,6 +86,7 @@ _INTEGERS = (
     "rotate+gptq",
     "guided+gptq",
     "gptq+distill",
+    "gptq+finetune",
     "best",
 )
 """Every method, those that prepare or finish around `gptq`; but for `obq`, whose N K^3 operations a
@@ -78,7 +100,16 @@ _ACTIVATIONS = (
     "gptq",
     "smoothquant(steps=11)+gptq",
     "zeroquant",
+    "rotate+gptq",
+    "best",
 )
+
+_STATIC = (
+    *_ACTIVATIONS,
+    *(f"rtn{_OBSERVER}{name}" for name in ("moving_average", "percentile", "kl", "mse")),
+    *(f"{name}{_OBSERVER}tokenwise" for name in (BASELINE, "outlier_suppression")),
+)
+"""With every observer; token-wise clipping is Outlier Suppression's."""
 
 _FEW_BIT_ACTIVATIONS = (
     BASELINE,
@@ -108,7 +139,7 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
         "w8a8-outliers2": (BASELINE,),
         "w8a8-gtensor": _ACTIVATIONS,
         "w8a8-gtensor-tensor": _ACTIVATIONS,
-        "w8a8-gtensor-static": _ACTIVATIONS,
+        "w8a8-gtensor-static": _STATIC,
         "w4a8-g64": _ACTIVATIONS,
         "w4a4-g64": _FEW_BIT_ACTIVATIONS,
     },
@@ -118,7 +149,7 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
         "w4a16-g64-sym": _INTEGERS,
         "w3a16-g64": _INTEGERS,
         "nf4-g64": _DATA_FREE,
-        "w8a8-static": _ACTIVATIONS,
+        "w8a8-static": _STATIC,
     },
 }
 """model -> scheme -> recipes. A method that does not make the scheme has no row there."""

@@ -13,6 +13,7 @@ from bench.quality.measure import Settings
 from bench.quality.record import Measured, Record, RecordError
 from bench.quality.rows import BASELINE, MODELS, ROWS, Row
 from qkernels import machine
+from qkernels.calibration.observers import OBSERVERS
 from qkernels.errors import CheckpointError
 from qkernels.models import compare_models, evaluation
 from qkernels.models.loading import load_dense
@@ -58,10 +59,26 @@ def test_every_row_has_its_baseline():
 
 
 def test_every_method_has_a_row():
-    used = {part.method.name for row in ROWS for part in Recipe.parse(row.recipe).parts}
+    used = {part.method.name for row in ROWS for part in Recipe.parse(row.method).parts}
     assert used == set(METHODS) - {"obq"}
     assert Row("smollm2", "w4a16-g64", "hqq") in ROWS
     assert Row("smollm2", "w4a16-g64-sym", "hqq") not in ROWS
+
+
+def test_rows_name_observers_of_static_activations():
+    row = Row.parse("smollm2 w8a8-static outlier_suppression observer=percentile(percent=99)")
+    assert (row.method, row.observer) == ("outlier_suppression", "percentile(percent=99)")
+    assert row.recipe == "outlier_suppression observer=percentile(percent=99)"
+    assert row.why_not() is None
+    plain = Row.parse("smollm2 w8a8-static rtn")
+    assert (plain.method, plain.observer) == ("rtn", "minmax")
+    for name, reason in (
+        ("smollm2 w8a8-static rtn observer=most", "observer 'most' is not one of"),
+        ("smollm2 w8a8 rtn observer=mse", "w8a8 has no static activations to observe"),
+    ):
+        assert reason in Row.parse(name).why_not()
+    used = {row.observer for row in ROWS}
+    assert used == set(OBSERVERS)
 
 
 def test_patterns_choose_rows():
