@@ -199,6 +199,24 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate.float()) * up.float()
 
 
+def rounded_norm(
+    x: Tensor, gain: Tensor, epsilon: float, *, rounds_first: bool, adds_one: bool
+) -> Tensor:
+    """x over its root mean square, times `gain` [K], rounded to x's type as models round it.
+
+    Args:
+        rounds_first: x over its root mean square is rounded before it is multiplied by the gain,
+            as in Llama.
+        adds_one: the gain is 1 + `gain`, in fp32, as in Gemma.
+    """
+    values = x.float()
+    values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + epsilon)
+    if rounds_first:
+        values = values.to(x.dtype).float()
+    factor = 1 + gain.float() if adds_one else gain.float()
+    return (values * factor).to(x.dtype)
+
+
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """fp32 products in fp32, also where torch is set to bf16 or TF32 for them."""

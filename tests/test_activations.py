@@ -170,3 +170,75 @@ def test_no_rows():
     shared = qk.quantize_activation(torch.randn(0, 64))
     layer = qk.WQLinear.from_linear(torch.nn.Linear(64, 8), "w8a8")
     assert layer(shared).shape == (0, 8)
+
+
+def int8_of(y, q, s):
+    """Whether int8 rows and scales are what `quantize_per_token` makes of y, bit for bit."""
+    want_q, want_s = reference.quantize_rows(y.flatten(0, -2), torch.int8)
+    return (
+        torch.equal(q.flatten(0, -2), want_q)
+        and torch.equal(s.flatten(), want_s)
+        and q.shape == y.shape
+        and s.shape == (*y.shape[:-1], 1)
+    )
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounded_norms_are_their_reference_bit_for_bit(isa, dtype):
+    if cpu.why_no_isa(isa) is not None:
+        pytest.skip(cpu.why_no_isa(isa))
+    for rounds_first in (False, True):
+        for adds_one in (False, True):
+            for shape in ((1, 576), (2, 3, 300), (7, 19), (130, 1000)):
+                x, gain = (torch.randn(shape) * 3).to(dtype), torch.randn(shape[-1]).to(dtype)
+                y, q, s = cpu.norm_rows(x, gain, 1e-5, rounds_first, adds_one, isa)
+                form = {"rounds_first": rounds_first, "adds_one": adds_one}
+                assert torch.equal(y, reference.rounded_norm(x, gain, 1e-5, **form))
+                assert y.dtype == dtype and int8_of(y, q, s)
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_torchs_bit_for_bit(isa, dtype):
+    if cpu.why_no_isa(isa) is not None:
+        pytest.skip(cpu.why_no_isa(isa))
+    both = torch.randn(2, 5, 600).to(dtype)
+    # Halves of rows, which are further apart than they are long; and one row of them.
+    for gate, up in (both.chunk(2, -1), both[:1, :1].chunk(2, -1), (both, both[:, :, :])):
+        y, q, s = cpu.product_rows(gate, up, isa)
+        assert torch.equal(y, gate * up) and int8_of(y, q, s)
+    uneven = torch.randn(2, 10, 64).to(dtype)[:, ::2]  # rows of two halves at other distances
+    y, q, s = cpu.product_rows(uneven, uneven, isa)
+    assert torch.equal(y, uneven * uneven) and int8_of(y, q, s)
+
+
+def test_rounded_rows_are_of_ordinary_tensors_alone():
+    isa = cpu.best_isa()
+    x, gain = torch.randn(4, 64), torch.randn(64)
+
+    def made(x, gain=gain):
+        return cpu.norm_rows(x, gain, 1e-5, True, False, isa), cpu.product_rows(x, x, isa)
+
+    assert all(rows is not None for rows in made(x))
+    leaf = x.clone().requires_grad_()
+    assert made(leaf) == (None, None)
+    assert made(x.double(), gain.double()) == (None, None)
+    assert made(x.to("meta")) == (None, None)
+    assert made(x.new_empty(0, 64)) == (None, None)
+    assert made(x[0, 0]) == (None, None)
+    assert made(torch.randn(64, 4).t()) == (None, None)
+    assert made(x, gain[:32])[0] is None and made(x, gain.bfloat16())[0] is None
+    assert cpu.product_rows(x, x[:, :32], isa) is None
+    assert cpu.product_rows(x, x.bfloat16(), isa) is None
+    with torch.no_grad():
+        assert all(rows is not None for rows in made(leaf))
+    with torch.inference_mode():
+        assert all(rows is not None for rows in made(x * 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(x) == (None, None)
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert made(x) == (None, None)
+    seen = []
+    torch.vmap(lambda row: (seen.append(made(row)), row)[1])(x)
+    assert seen == [(None, None)]

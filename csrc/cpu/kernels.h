@@ -79,9 +79,11 @@ struct Int8TileJob {
   Output out;
 };
 
-// The rows that are quantized: x; or norm(x (+ residual)) * gain; or silu(x) * up.
+// The rows that are quantized: x; or norm(x (+ residual)) * gain; or silu(x) * up. The last two are
+// rounded where a model that keeps them in x's type rounds, and are stored to `y`: x * factor *
+// gain and x * up.
 struct RowSource {
-  enum class Kind { kPlain, kRmsNorm, kSiluMul } kind;
+  enum class Kind { kPlain, kRmsNorm, kSiluMul, kScaled, kProduct } kind;
   const void* x;  // [m][k], `x_stride` elements apart
   FloatType type;
   int64_t k, x_stride;
@@ -92,6 +94,10 @@ struct RowSource {
   float epsilon;
   const void* up;  // [m][k], `up_stride` elements apart
   int64_t up_stride;
+  const float* factors;  // [m]
+  bool rounds_first;     // x * factor is rounded before it is multiplied by the gain
+  bool adds_one;         // the gain is 1 + gain
+  void* y;               // [m][k], of x's type
 };
 
 struct Kernels {

@@ -32,8 +32,47 @@ QK_INLINE typename V::F exponential(typename V::F x) {
   return V::mul(V::mul(sum, first), second);
 }
 
+// 16 numbers, or `count`, rounded to a type as they are stored.
+template <class V>
+QK_INLINE typename V::F store_rounded(void* out, FloatType type, int64_t at, int64_t count,
+                                      typename V::F value) {
+  store_first<V>(out, type, at, count, value);
+  return load_first<V>(out, type, at, count);
+}
+
+// Rows of kScaled and kProduct.
+template <class V>
+void load_rounded_row(const RowSource& source, int64_t row, float* values) {
+  const int64_t k = source.k;
+  const FloatType type = source.type;
+  const bool scaled = source.kind == RowSource::Kind::kScaled;
+  const auto one = V::broadcast(1.0f);
+  const auto factor =
+      V::broadcast(scaled ? source.factors[QK_FAULT(factor_of_first_row) ? 0 : row] : 1.0f);
+  for (int64_t at = 0; at < k; at += kLanes) {
+    const int64_t count = k - at, to = row * k + at;
+    auto value = load_first<V>(source.x, type, row * source.x_stride + at, count);
+    if (!scaled) {
+      value = V::mul(value, load_first<V>(source.up, type, row * source.up_stride + at, count));
+    } else {
+      value = V::mul(value, factor);
+      if (source.rounds_first && !QK_FAULT(norm_not_rounded_before_gain)) {
+        value = store_rounded<V>(source.y, type, to, count, value);
+      }
+      auto gain = load_first<V>(source.gain, source.gain_type, at, count);
+      if (source.adds_one && !QK_FAULT(gain_without_one)) gain = V::add(gain, one);
+      value = V::mul(value, gain);
+    }
+    const auto rounded = store_rounded<V>(source.y, type, to, count, value);
+    V::store(values + at, QK_FAULT(codes_of_unrounded_rows) ? value : rounded);
+  }
+}
+
 template <class V>
 void load_row(const RowSource& source, int64_t row, float* values) {
+  if (source.kind == RowSource::Kind::kScaled || source.kind == RowSource::Kind::kProduct) {
+    return load_rounded_row<V>(source, row, values);
+  }
   const int64_t k = source.k, first = row * source.x_stride;
   const FloatType type = source.type;
   auto squares = V::broadcast(0.0f);

@@ -366,6 +366,27 @@ def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
     return QuantizedRows(values=values, scale=scale, zero=zero, total=total)
 
 
+Rounded = tuple[Tensor, Tensor, Tensor]
+"""Rows of x's type, the same as int8, and their scales, fp32 [..., 1]."""
+
+
+def norm_rows(
+    x: Tensor, gain: Tensor, epsilon: float, rounds_first: bool, adds_one: bool, isa: str
+) -> Rounded | None:
+    """`reference.rounded_norm` of x [..., K], bit for bit, and what `quantize_per_token` makes of
+    it.
+
+    Not an operator of torch: None for x that only torch's own operators take, such as one on
+    another device, one with a gradient, or any under autocast, vmap or a mode of Python.
+    """
+    return _compiled().norm_rows_cpu(x, gain, epsilon, rounds_first, adds_one, isa)
+
+
+def product_rows(gate: Tensor, up: Tensor, isa: str) -> Rounded | None:
+    """The same of gate * up, of [..., K] each."""
+    return _compiled().product_rows_cpu(gate, up, isa)
+
+
 ROW_KERNELS = (
     RowKernel(
         name="cpu_quantize_rows",

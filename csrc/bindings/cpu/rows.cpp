@@ -1,6 +1,9 @@
 // Rows of x to int8 on the CPU, alone or behind a normalization or a gate.
 
-#include <ATen/ops/empty.h>
+#include <ATen/Functions.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <string>
 #include <tuple>
@@ -81,10 +84,114 @@ std::tuple<at::Tensor, at::Tensor, Optional, Optional> quantize(
   return {quantized, scales, zeros, sum};
 }
 
+using Rounded = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Whether values of x may be read beside torch's dispatcher: an ordinary tensor on the CPU of which
+// no gradient is asked, outside of autocast, of transforms such as vmap, of tracing and of modes of
+// Python.
+bool is_plain(const at::Tensor& x) {
+  constexpr c10::DispatchKeySet kUsual({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                        c10::DispatchKey::AutocastCPU,
+                                        c10::DispatchKey::ADInplaceOrView});
+  constexpr c10::DispatchKeySet kIncluded(
+      {c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
+  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+  return kUsual.has_all(x.key_set()) && kIncluded.has_all(local.included_) &&
+         !at::autocast::is_autocast_enabled(at::kCPU) && x.numel() > 0 && x.dim() > 0 &&
+         !(x.requires_grad() && at::GradMode::is_enabled());
+}
+
+bool is_float(at::ScalarType type) {
+  return type == at::kHalf || type == at::kBFloat16 || type == at::kFloat;
+}
+
+// How far apart the rows of x [..., K] are, or nothing where they do not lie at equal distances.
+std::optional<int64_t> stride_of_rows(const at::Tensor& x) {
+  const int64_t last = x.dim() - 1, k = x.size(last);
+  if (x.stride(last) != 1 && k != 1) return std::nullopt;
+  std::optional<int64_t> stride;
+  int64_t next = 0;
+  for (int64_t axis = last - 1; axis >= 0; --axis) {
+    if (x.size(axis) == 1) continue;
+    if (stride && x.stride(axis) != next) return std::nullopt;
+    if (!stride) stride = x.stride(axis);
+    next = x.stride(axis) * x.size(axis);
+  }
+  return stride.value_or(k);
+}
+
+// Rows of `source`, rounded and as int8 [..., K] with scales [..., 1].
+Rounded quantize_rounded(cpu::RowSource& source, const at::Tensor& x, cpu::Isa isa) {
+  const int64_t k = x.size(-1);
+  c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
+  at::Tensor y = at::empty(shape, x.scalar_type()), quantized = at::empty(shape, at::kChar);
+  shape.back() = 1;
+  at::Tensor scales = at::empty(shape, at::kFloat);
+  source.x = x.const_data_ptr();
+  source.type = float_type("x", x.scalar_type());
+  source.k = k;
+  source.y = y.mutable_data_ptr();
+  cpu::quantize_rows(source, x.numel() / k, cpu::ScaleOf::kRow, nullptr,
+                     quantized.mutable_data_ptr<int8_t>(), scales.mutable_data_ptr<float>(),
+                     nullptr, isa, torch_pool());
+  return {y, quantized, scales};
+}
+
+// x / sqrt(mean(x^2) + epsilon) * gain as modules of torch compute it, with its int8 rows and their
+// scales; nothing for x that only torch's own operators take. The factor of each row comes of those
+// operators, whose sums have an order of their own.
+std::optional<Rounded> norm(const at::Tensor& x, const at::Tensor& gain, double epsilon,
+                            bool rounds_first, bool adds_one, const std::string& isa) {
+  if (!is_plain(x) || !is_plain(gain) || !is_float(x.scalar_type()) || !x.is_contiguous() ||
+      gain.scalar_type() != x.scalar_type() || gain.dim() != 1 || !gain.is_contiguous() ||
+      gain.size(0) != x.size(-1)) {
+    return std::nullopt;
+  }
+  const cpu::Isa level = isa_here(isa);
+  const py::gil_scoped_release released;
+  at::Tensor factors;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const bool is_wide = x.scalar_type() == at::kFloat;
+    at::Tensor squares = is_wide ? x.pow(2) : x.to(at::kFloat).pow_(2);
+    factors = squares.mean(-1, true).add_(epsilon).rsqrt_();
+  }
+  cpu::RowSource source{};
+  source.kind = cpu::RowSource::Kind::kScaled;
+  source.x_stride = x.size(-1);
+  source.gain = gain.const_data_ptr();
+  source.gain_type = float_type("gain", gain.scalar_type());
+  source.factors = factors.const_data_ptr<float>();
+  source.rounds_first = rounds_first;
+  source.adds_one = adds_one;
+  return quantize_rounded(source, x, level);
+}
+
+// gate * up as torch rounds it, in the same way.
+std::optional<Rounded> product(const at::Tensor& gate, const at::Tensor& up,
+                               const std::string& isa) {
+  if (!is_plain(gate) || !is_plain(up) || !is_float(gate.scalar_type()) ||
+      up.scalar_type() != gate.scalar_type() || up.sizes() != gate.sizes()) {
+    return std::nullopt;
+  }
+  const auto stride = stride_of_rows(gate), up_stride = stride_of_rows(up);
+  if (!stride || !up_stride) return std::nullopt;
+  const cpu::Isa level = isa_here(isa);
+  const py::gil_scoped_release released;
+  cpu::RowSource source{};
+  source.kind = cpu::RowSource::Kind::kProduct;
+  source.x_stride = *stride;
+  source.up = up.const_data_ptr();
+  source.up_stride = *up_stride;
+  return quantize_rounded(source, gate, level);
+}
+
 }  // namespace
 
 void register_cpu_rows(py::module_& m) {
   m.def("quantize_rows_cpu", &quantize, "-> int8 [M, K], scales [M], zero points or None, sum");
+  m.def("norm_rows_cpu", &norm, "-> y [..., K], its int8 rows, scales [..., 1]; or None");
+  m.def("product_rows_cpu", &product, "-> y [..., K], its int8 rows, scales [..., 1]; or None");
 }
 
 }  // namespace qkernels::bindings

@@ -14,7 +14,7 @@ using namespace qkernels::cpu;
 
 namespace {
 
-constexpr const char* kKindNames[] = {"plain", "rms_norm", "silu_mul"};
+constexpr const char* kKindNames[] = {"plain", "rms_norm", "silu_mul", "scaled", "product"};
 constexpr const char* kScaleNames[] = {"row", "tensor", "given"};
 // Of columns beyond K in a row of x.
 constexpr int64_t kGap = 5;
@@ -28,6 +28,7 @@ struct Form {
   ScaleOf scale_of;
   bool asymmetric;
   int64_t m, k;
+  bool rounds_first = false, adds_one = false;
 };
 
 class Quantization {
@@ -38,33 +39,38 @@ class Quantization {
     x_ = random.numbers(elements, form.type, -3, 3);
     other_ = random.numbers(form.residual ? form.m * form.k : elements, form.type, -3, 3);
     if (form.gain) gain_ = random.numbers(form.k, gain_type_, 0, 2);
+    if (form.kind == RowSource::Kind::kScaled) factors_ = random.floats(form.m, 0.1f, 2);
     if (form.m > kHardRows) add_hard_rows();
   }
 
   std::string name() const {
-    char text[150];
+    char text[200];
     std::snprintf(text, sizeof text,
-                  "quantize_rows %s %s residual %d gain %d scale %s asymmetric %d m %d k %d",
+                  "quantize_rows %s %s residual %d gain %d scale %s asymmetric %d rounds first %d "
+                  "adds one %d m %d k %d",
                   kKindNames[static_cast<int>(form_.kind)], name_of(form_.type), form_.residual,
                   form_.gain, kScaleNames[static_cast<int>(form_.scale_of)], form_.asymmetric,
-                  static_cast<int>(form_.m), static_cast<int>(form_.k));
+                  form_.rounds_first, form_.adds_one, static_cast<int>(form_.m),
+                  static_cast<int>(form_.k));
     return text;
   }
 
-  // Values, scales, zero points and x + residual, one after the other.
+  // Values, scales, zero points, x + residual and rounded rows, one after the other.
   Bytes run(const Schedule& schedule, const Pool& pool) const {
     const int64_t m = form_.m, elements = m * form_.k;
     Bytes values = unwritten(elements, 1), scales = unwritten(m, 4);
     Bytes zeros = unwritten(form_.asymmetric ? m : 0, 4);
     Bytes sum = unwritten(form_.residual ? elements : 0, size_of(form_.type));
+    Bytes y = unwritten(is_rounded() ? elements : 0, size_of(form_.type));
     // A null pointer would say that no zero points are wanted.
     if (form_.asymmetric && m == 0) return {};
     RowSource rows = source();
     if (form_.residual) rows.sum = sum.data();
+    rows.y = y.data();
     auto* zeros_out = form_.asymmetric ? reinterpret_cast<int32_t*>(zeros.data()) : nullptr;
     quantize_rows(rows, m, form_.scale_of, given(), reinterpret_cast<int8_t*>(values.data()),
                   reinterpret_cast<float*>(scales.data()), zeros_out, schedule.isa, pool);
-    for (const Bytes* more : {&scales, &zeros, &sum}) {
+    for (const Bytes* more : {&scales, &zeros, &sum, &y}) {
       values.insert(values.end(), more->begin(), more->end());
     }
     return values;
@@ -86,11 +92,17 @@ class Quantization {
     take(got.scales.data(), got.scales.size() * 4);
     take(got.zeros.data(), got.zeros.size() * 4);
     const std::string wrong = truth::complaint(source(), form_.m, form_.scale_of, given(), got);
+    if (wrong.empty() && is_rounded()) {
+      return truth::complaint_about_rounded(source(), form_.m, at);
+    }
     if (!wrong.empty() || !form_.residual) return wrong;
     return truth::complaint_about_sum(source(), form_.m, at);
   }
 
  private:
+  bool is_rounded() const {
+    return form_.kind == RowSource::Kind::kScaled || form_.kind == RowSource::Kind::kProduct;
+  }
   int64_t stride() const { return form_.k + kGap; }
   const float* given() const { return form_.scale_of == ScaleOf::kGiven ? &given_ : nullptr; }
 
@@ -105,7 +117,10 @@ class Quantization {
     if (form_.residual) out.residual = other_.data();
     out.gain = or_null(gain_);
     out.gain_type = gain_type_;
-    if (form_.kind == RowSource::Kind::kSiluMul) {
+    out.factors = or_null(factors_);
+    out.rounds_first = form_.rounds_first;
+    out.adds_one = form_.adds_one;
+    if (form_.kind == RowSource::Kind::kSiluMul || form_.kind == RowSource::Kind::kProduct) {
       out.up = other_.data();
       out.up_stride = stride();
     }
@@ -142,6 +157,7 @@ class Quantization {
   Form form_;
   FloatType gain_type_;
   Bytes x_, other_, gain_;
+  std::vector<float> factors_;
   float given_ = 0.5f;
 };
 
@@ -164,6 +180,13 @@ void make_rows(const Options& options, Random& random, const Take& take) {
         const bool asymmetric = scale == 3;
         add({RowSource::Kind::kPlain, type, false, false, scale_of, asymmetric, m, k});
         add({RowSource::Kind::kSiluMul, type, false, false, scale_of, asymmetric, m, k});
+        add({RowSource::Kind::kProduct, type, false, false, scale_of, asymmetric, m, k});
+        for (bool rounds_first : {false, true}) {
+          for (bool adds_one : {false, true}) {
+            add({RowSource::Kind::kScaled, type, false, true, scale_of, asymmetric, m, k,
+                 rounds_first, adds_one});
+          }
+        }
         for (bool residual : {false, true}) {
           for (bool gain : {false, true}) {
             add({RowSource::Kind::kRmsNorm, type, residual, gain, scale_of, asymmetric, m, k});

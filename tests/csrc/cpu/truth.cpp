@@ -246,9 +246,32 @@ double sum_at(const RowSource& source, int64_t row, int64_t c) {
   return nearest(static_cast<float>(x + residual), layout_of(source.type));
 }
 
+bool is_rounded(const RowSource& source) {
+  return source.kind == RowSource::Kind::kScaled || source.kind == RowSource::Kind::kProduct;
+}
+
+// x * factor * gain, or x * up, in the type of x. Products of two numbers are exact in double.
+double rounded_at(const RowSource& source, int64_t row, int64_t c) {
+  const Layout& layout = layout_of(source.type);
+  const double x = number_at(source.x, source.type, row * source.x_stride + c);
+  if (source.kind == RowSource::Kind::kProduct) {
+    const double up = number_at(source.up, source.type, row * source.up_stride + c);
+    return nearest(static_cast<float>(x * up), layout);
+  }
+  float scaled = static_cast<float>(x * source.factors[row]);
+  if (source.rounds_first) scaled = static_cast<float>(nearest(scaled, layout));
+  const auto gain = static_cast<float>(number_at(source.gain, source.gain_type, c));
+  const double factor = source.adds_one ? static_cast<float>(1.0 + gain) : gain;
+  return nearest(static_cast<float>(scaled * factor), layout);
+}
+
 // A row's values before they are quantized.
 std::vector<double> values_of(const RowSource& source, int64_t row) {
   std::vector<double> values;
+  if (is_rounded(source)) {
+    for (int64_t c = 0; c < source.k; ++c) values.push_back(rounded_at(source, row, c));
+    return values;
+  }
   double squares = 0;
   for (int64_t c = 0; c < source.k; ++c) {
     double value = number_at(source.x, source.type, row * source.x_stride + c);
@@ -357,7 +380,7 @@ std::string complaint(const RowSource& source, int64_t m, ScaleOf scale_of, cons
                       const Rows& got) {
   // Of numbers that fp32 may round otherwise than double: relative, and in codes.
   constexpr double kSlack = 1e-5, kCodeSlack = 256 * kSlack;
-  const bool exact = source.kind == RowSource::Kind::kPlain;
+  const bool exact = source.kind == RowSource::Kind::kPlain || is_rounded(source);
   const auto rows = all_values(source, m);
   const auto scales = scales_of(rows, scale_of, given, !got.zeros.empty());
   for (size_t row = 0; row < rows.size(); ++row) {
@@ -396,6 +419,17 @@ std::string complaint_about_sum(const RowSource& source, int64_t m, const void* 
     const double want = sum_at(source, i / source.k, i % source.k);
     if (!same(got, want)) {
       return text("element %d of the sum is %.9g and not %.9g", static_cast<int>(i), got, want);
+    }
+  }
+  return "";
+}
+
+std::string complaint_about_rounded(const RowSource& source, int64_t m, const void* y) {
+  for (int64_t i = 0; i < m * source.k; ++i) {
+    const double got = number_at(y, source.type, i);
+    const double want = rounded_at(source, i / source.k, i % source.k);
+    if (!same(got, want)) {
+      return text("element %d of y is %.9g and not %.9g", static_cast<int>(i), got, want);
     }
   }
   return "";
