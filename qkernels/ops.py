@@ -179,7 +179,8 @@ def _linear_quantized(
     return _run_quantized(_select(what, x, dtype), what, x, scale, buffers, bias, dtype)
 
 
-def _why_not_quantized(what: PackedSpec) -> str | None:
+def why_not_quantized(what: PackedSpec) -> str | None:
+    """Why layers of such a weight do not take x quantized per token, or None."""
     activation = what.scheme.activation
     if activation.dtype != "int8" or activation.granularity != "token":
         return (
@@ -195,7 +196,7 @@ def _why_not_quantized(what: PackedSpec) -> str | None:
 
 
 def _check_quantized(x: Tensor, scale: Tensor, what: PackedSpec, words: Tensor) -> None:
-    reason = _why_not_quantized(what)
+    reason = why_not_quantized(what)
     if reason is not None:
         raise WeightError(reason)
     if x.dtype != torch.int8 or x.dim() == 0 or x.shape[-1] != what.k:
@@ -353,7 +354,7 @@ def _answer(
         route = kernel.route(problem, x.device)
     else:
         assert _compiled is not None
-        takes_quantized = kernel.run_quantized is not None and _why_not_quantized(what) is None
+        takes_quantized = kernel.run_quantized is not None and why_not_quantized(what) is None
         quantized = partial(_run_quantized, kernel, what) if takes_quantized else None
         route = _compiled.PythonRoute(partial(_run, kernel, what), quantized)
     return route, choice.least_rows, choice.most_rows

@@ -1,9 +1,11 @@
-"""`fuse`: the quantized layers of a model that read the same as one product."""
+"""`fuse`: the quantized layers of a model that read the same as one product, and what they read
+quantized where it is made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +15,16 @@ from qkernels.calibration.forwards import run_batch
 from qkernels.calibration.observe import calibrating
 from qkernels.calibration.synthetic import random_tokens, why_no_tokens
 from qkernels.errors import LayerError
+from qkernels.integrations.producers import (
+    Calls,
+    make_gate,
+    make_norm,
+    may_be_gate,
+    may_be_norm,
+)
 from qkernels.modules import WQLinear
 from qkernels.modules.fused import Fused, FusedPart, why_not_fused
+from qkernels.modules.producers import OneReader, Producer, Reader, ReadingLinear
 
 
 @dataclass(frozen=True)
@@ -22,20 +32,31 @@ class FuseReport:
     """Attributes:
     fused: the names of the layers of each group.
     left: names of layers that read the same -> why they are not one product.
+    norms: the names of norms that quantize what they give.
+    gates: the names of gated MLPs that quantize what their last layer reads.
+    unchanged: names of other norms and gated MLPs whose output an int8 layer reads -> why not.
     """
 
     fused: list[tuple[str, ...]]
     left: dict[tuple[str, ...], str]
+    norms: list[str] = field(default_factory=list)
+    gates: list[str] = field(default_factory=list)
+    unchanged: dict[str, str] = field(default_factory=dict)
 
 
 def fuse(model: nn.Module, example: Any = None) -> FuseReport:
-    """Makes the quantized layers of `model` that read the same x one product, in place.
+    """Makes the quantized layers of `model` that read the same x one product, in place, and has x
+    quantized where it is made.
 
-    These are projections to queries, keys and values, or to a gate and what it gates, whatever the
-    architecture: the model is run once to see who reads what. Each x is then quantized, and its
-    weights are gone through, once instead of three times. Outputs are the same, bit for bit; layers
-    keep their names, their weights and what is saved of them; `unfuse` takes it back, and so does
-    moving the model to another device.
+    The first are projections to queries, keys and values, or to a gate and what it gates, whatever
+    the architecture: the model is run once to see who reads what. Each x is then quantized, and its
+    weights are gone through, once instead of three times. Where layers quantize x to int8, a token
+    at a time, on the CPU, an RMSNorm before them, and the product of a gate with what it gates, do
+    that in the pass that makes x.
+
+    Outputs are the same, bit for bit; modules keep their names, their weights and what is saved of
+    them; `unfuse` takes it back, and so does moving the model to another device. Where a gradient
+    is asked for, under autocast and torch.compile, norms and gates do what they did.
 
     Args:
         example: a batch to run (a tensor, or a tuple or dict of the model's arguments); None is a
@@ -45,11 +66,8 @@ def fuse(model: nn.Module, example: Any = None) -> FuseReport:
         LayerError: for a model without quantized layers, or one that embeds no tokens where there
             is no example.
     """
-    layers = {
-        id(module): (name, module)
-        for name, module in reversed(list(model.named_modules()))
-        if type(module) is WQLinear
-    }
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    layers = [module for module in model.modules() if type(module) is WQLinear]
     if not layers:
         raise LayerError("the model has no WQLinear that is not fused already: quantize it first")
     if example is None:
@@ -57,15 +75,42 @@ def fuse(model: nn.Module, example: Any = None) -> FuseReport:
         if reason is not None:
             raise LayerError(f"a {type(model).__name__} {reason}: give an example batch")
         example = random_tokens(model, sequences=1, length=8)[0]
+    norms = [module for module in model.modules() if may_be_norm(module)]
+    gates = [module for module in model.modules() if may_be_gate(module)]
+    acts = [child for gate in gates for child in gate.children()]
+    watched = {id(module): module for module in (*layers, *norms, *gates, *acts)}
+    calls = Calls(watched.values())
+    try:
+        with calibrating(model), torch.no_grad():
+            before = run_batch(model, example)
+    finally:
+        calls.end()
     report = FuseReport([], {})
-    for group in _readers(model, {key: module for key, (_, module) in layers.items()}, example):
-        names = tuple(layers[id(layer)][0] for layer in group)
-        reason = why_not_fused(group)
-        if reason is None:
-            Fused(group, names)
-            report.fused.append(names)
-        elif len(group) > 1:
-            report.left[names] = reason
+    groups = _make_groups(calls, names, report)
+
+    def readers(taken: Sequence[WQLinear]) -> list[Reader]:
+        made: dict[int, Reader] = {}
+        for layer in taken:
+            one: Reader = groups[id(layer)] if id(layer) in groups else OneReader(layer)
+            made[id(one)] = one
+        return list(made.values())
+
+    made: list[Producer] = []
+    with calibrating(model), torch.no_grad():
+        for modules, make, listed in (
+            (norms, make_norm, report.norms),
+            (gates, make_gate, report.gates),
+        ):
+            for module in modules:
+                name, called = names[id(module)], calls.of.get(id(module))
+                producer = make(name, called[0], readers, calls) if called else None
+                if isinstance(producer, Producer):
+                    made.append(producer)
+                    listed.append(name)
+                elif producer is not None:
+                    report.unchanged[name] = producer
+        if made and not _same(before, run_batch(model, example)):
+            _take_back(made, report)
     return report
 
 
@@ -74,31 +119,42 @@ def unfuse(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, FusedPart):
             module._fused[0].dissolve()
+        elif isinstance(module, ReadingLinear):
+            module._producer.dissolve()
 
 
-def _readers(model: nn.Module, layers: dict[int, WQLinear], example: Any) -> list[list[WQLinear]]:
-    """Layers by the tensor that they are given, in the order of calls; of those that run once."""
-    calls: list[tuple[WQLinear, Tensor]] = []
+def _make_groups(calls: Calls, names: Mapping[int, str], report: FuseReport) -> dict[int, Fused]:
+    """Makes layers that read the same one product; the group of each layer by its id."""
+    groups: dict[int, Fused] = {}
+    for read in calls.readers.values():
+        group = [layer for layer, _ in read if calls.once(layer) is not None]
+        named = tuple(names[id(layer)] for layer in group)
+        reason = why_not_fused(group) if group else None
+        if group and reason is None:
+            fused = Fused(group, named)
+            groups.update((id(layer), fused) for layer in group)
+            report.fused.append(named)
+        elif len(group) > 1 and reason is not None:
+            report.left[named] = reason
+    return groups
 
-    def note(layer: WQLinear) -> Callable[..., None]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # The tensors are held, so that no two of them are one by chance.
-            calls.append((layer, args[0]))
 
-        return before
+def _take_back(made: Sequence[Producer], report: FuseReport) -> None:
+    for producer in made:
+        producer.dissolve()
+        report.unchanged[producer.name] = "the model's outputs were others"
+    report.norms.clear()
+    report.gates.clear()
 
-    hooks = [layer.register_forward_pre_hook(note(layer)) for layer in layers.values()]
-    try:
-        with calibrating(model), torch.no_grad():
-            run_batch(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    often: dict[int, int] = {}
-    for layer, _ in calls:
-        often[id(layer)] = often.get(id(layer), 0) + 1
-    groups: dict[int, list[WQLinear]] = {}
-    for layer, x in calls:
-        if often[id(layer)] == 1:
-            groups.setdefault(id(x), []).append(layer)
-    return list(groups.values())
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether all tensors of two outputs have the same bits; what holds none counts as the same."""
+    if isinstance(a, Tensor):
+        if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        return bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and all(_same(a[key], b.get(key)) for key in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return True

@@ -21,6 +21,7 @@ from qkernels.fields import FIELDS
 from qkernels.layouts import VNNI, PackedWeight
 from qkernels.modules.linear import WQLinear
 from qkernels.modules.packed import PackedModule
+from qkernels.modules.producers import Producer, version_of
 
 LANES = 16
 """Rows that a panel of the layout has: weights are cut there alone."""
@@ -61,6 +62,7 @@ class Fused:
         self._parts, self._ends = list(parts), list(pairwise(accumulate(sizes, initial=0)))
         self._held: tuple[Tensor | QuantizedActivation, int, dict[int, Tensor]] | None = None
         self._wasted = 0
+        self._producer: Producer | None = None
         for number, part in enumerate(parts):
             self._show(number, part)
 
@@ -70,7 +72,7 @@ class Fused:
         if torch.compiler.is_compiling():
             # The compiler sees that the products are one.
             return self.layer(x)[..., start:stop]
-        held, version = self._held, _version(x)
+        held, version = self._held, version_of(x)
         if held is not None and held[0] is x and held[1] == version:
             found = held[2].pop(number, None)
             if not held[2]:
@@ -78,16 +80,24 @@ class Fused:
             if found is not None:
                 return found
         self._wasted = self._wasted + 1 if held is not None else 0
+        producer = self._producer
+        given = x if producer is None else producer.quantized(x)
         if self._wasted > _MOST_WASTED:
-            return WQLinear.forward(self._parts[number], x)
-        y = self.layer(x)
+            return WQLinear.forward(self._parts[number], given)
+        y = self.layer(given)
         outputs = {i: y[..., a:b] for i, (a, b) in enumerate(self._ends)}
         own = outputs.pop(number)
         self._held = x, version, outputs
         return own
 
+    def read_from(self, producer: Producer | None) -> None:
+        """What quantizes x where it is made, or None."""
+        self._producer = producer
+
     def dissolve(self) -> None:
         """Makes the layers what they were, each with memory of its own."""
+        if self._producer is not None:
+            self._producer.dissolve()
         for part in self._parts:
             part.__class__ = WQLinear
             vars(part).pop("_fused")
@@ -95,6 +105,10 @@ class Fused:
                 part._buffers[name] = None if buffer is None else buffer.clone()
         self._parts.clear()
         self._held = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a copy: nobody waits for outputs there.
+        return {**vars(self), "_held": None}
 
     def _show(self, number: int, part: WQLinear) -> None:
         """Makes a layer hold its part of the memory."""
@@ -174,9 +188,3 @@ def _by_rows(name: str) -> bool:
 
 def _in_panels(name: str) -> bool:
     return name == "words" or FIELDS[name].by_group
-
-
-def _version(x: Tensor | QuantizedActivation) -> int:
-    """How often x was written to; nobody writes to inputs of inference mode, which do not count."""
-    values = x.values if isinstance(x, QuantizedActivation) else x
-    return 0 if values.is_inference() else values._version
