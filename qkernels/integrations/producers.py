@@ -257,16 +257,17 @@ def _form_of_gate(
         return None
     outputs = [each.output for each in first if each is not None]
     gated, given = opened.args[0], last.args[0]
+    width = given.shape[-1]
     if len(others) == 2:
         forms = [
-            (GateForm(gate, up, act, down), outputs[1 - place])
+            (GateForm(gate, up, act, down, width), outputs[1 - place])
             for place, (gate, up) in enumerate((others, others[::-1]))
             if gated is outputs[place]
         ]
     else:
         halves = outputs[0].chunk(2, dim=-1)
         forms = [
-            (GateForm(others[0], None, act, down, place == 0), halves[1 - place])
+            (GateForm(others[0], None, act, down, width, place == 0), halves[1 - place])
             for place in (0, 1)
             if _same_memory(gated, halves[place])
         ]
@@ -292,6 +293,6 @@ def _same_on_other_inputs(gate: Gate, x: Tensor) -> bool:
             wanted = type(module).forward(module, given)
         except Exception:  # any code of a model
             return False
-        if not torch.equal(given, each) or not torch.equal(gate.forward(each), wanted):
+        if not torch.equal(given, each) or not torch.equal(gate.gated(each), wanted):
             return False
     return True

@@ -42,6 +42,11 @@ def quantized(name="LlamaForCausalLM", dtype=torch.bfloat16, scheme="w8a8"):
     return model
 
 
+@pytest.fixture(autouse=True)
+def small_products_count(monkeypatch):
+    monkeypatch.setattr(producers, "LEAST_GATED", 0)
+
+
 @pytest.fixture
 def made(monkeypatch):
     """How many rows were quantized where they are made, by kind, and how often layers took them."""
@@ -387,6 +392,17 @@ def test_torch_compile_does_what_it_did(made):
         wanted = block(x)
         made.update(products=0, read=0)
         assert torch.equal(compiled(x), wanted) and made["products"] == made["read"] == 0
+
+
+def test_small_products_are_quantized_by_the_layer_that_reads_them(made, monkeypatch):
+    model = quantized()
+    wanted = outputs(model)
+    assert len(qk.fuse(model).gates) == BLOCKS
+    # Of 40 tokens.
+    for least, products in ((40 * 96, BLOCKS), (40 * 96 + 1, 0)):
+        monkeypatch.setattr(producers, "LEAST_GATED", least)
+        made["products"] = 0
+        assert torch.equal(outputs(model), wanted) and made["products"] == products
 
 
 def test_inference_mode(made):
