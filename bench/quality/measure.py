@@ -77,7 +77,8 @@ def measure(row: Row, settings: Settings, path: Path) -> Measured:
     measured = blank(row, settings.as_dict())
     model, tokenizer = inputs.load(row.model, path)
     measured.dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    scheme, recipe = QuantScheme.parse(row.scheme), Recipe.parse(row.method)
+    scheme = QuantScheme.parse(row.scheme)
+    recipe = Recipe.parse(row.method, scheme)
     measured.calibrated = needs_calibration(recipe, [scheme])
     batches = None
     if measured.calibrated:

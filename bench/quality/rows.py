@@ -67,7 +67,7 @@ class Row:
             ObserverChoice.parse(self.observer)
             if _OBSERVER in self.recipe and not scheme.activation.is_static:
                 return f"{scheme} has no static activations to observe"
-            for part in Recipe.parse(self.method).parts:
+            for part in Recipe.parse(self.method, scheme).parts:
                 reason = part.method.why_not(scheme, part.parameters)
                 if reason is not None:
                     return f"{part} does not make {scheme}: {reason}"

@@ -73,9 +73,9 @@ def _methods() -> Table:
 def _recipes() -> Table:
     from qkernels.quantizers.methods import RECIPES
 
-    rows = table("recipe", "stands for")
-    for name, text in RECIPES.items():
-        rows.add_row(name, text)
+    rows = table("recipe", "stands for", "where activations are quantized")
+    for name, row in RECIPES.items():
+        rows.add_row(name, row.weights, row.activations)
     return rows
 
 

@@ -129,7 +129,8 @@ def quantize(
     from qkernels.quantizers.recipe import Recipe
     from qkernels.scheme import QuantScheme
 
-    parsed, recipe = QuantScheme.parse(scheme), Recipe.parse(method)
+    parsed = QuantScheme.parse(scheme)
+    recipe = Recipe.parse(method, parsed)
     choice = ObserverChoice.parse(observer)
     overrides = parse_overrides(override or [])
     if overrides_file is not None:

@@ -95,7 +95,7 @@ class QKernelsConfig(StoredConfig):
         check_holds(format, {})
         super().__init__(
             scheme=str(QuantScheme.parse(scheme)),
-            method=str(Recipe.parse(method)),
+            method=str(Recipe.parse(method, QuantScheme.parse(scheme))),
             include=None if include is None else list(include),
             exclude=None if exclude is None else list(exclude),
             overrides={
@@ -190,7 +190,8 @@ class QKernelsHfQuantizer(StoredHfQuantizer):
     def _plan(self, model: PreTrainedModel) -> None:
         """Raises for whatever does not fit the model, before its weights are read."""
         config = self.quantization_config
-        recipe, scheme = Recipe.parse(config.method), QuantScheme.parse(config.scheme)
+        scheme = QuantScheme.parse(config.scheme)
+        recipe = Recipe.parse(config.method, scheme)
         overrides = {
             pattern: None if value is None else QuantScheme.parse(value)
             for pattern, value in config.overrides.items()

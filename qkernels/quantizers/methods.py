@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from qkernels.quantizers.autoround import AUTOROUND
 from qkernels.quantizers.awq import AWQ
 from qkernels.quantizers.distill import DISTILL
@@ -17,6 +19,7 @@ from qkernels.quantizers.rtn import RTN
 from qkernels.quantizers.smoothquant import SMOOTHQUANT
 from qkernels.quantizers.spqr import SPQR
 from qkernels.quantizers.zeroquant import ZEROQUANT
+from qkernels.scheme import QuantScheme
 
 METHODS: dict[str, Method] = {
     row.name: row
@@ -29,8 +32,27 @@ METHODS: dict[str, Method] = {
 LAST = RTN.name
 """What quantizes the layers where a recipe only prepares, and those that calibration never saw."""
 
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """What a name stands for.
+
+    Attributes:
+        weights: where activations stay in 16 bits, and where no scheme is known.
+        activations: where they are quantized.
+    """
+
+    weights: str
+    activations: str
+
+    def spelled(self, scheme: QuantScheme | None) -> str:
+        """For layers of a scheme."""
+        return self.weights if scheme is None or scheme.weight_only else self.activations
+
+
 RECIPES = {
-    "best": "gptq+distill",
-    "fast": "gptq",
+    "best": NamedRecipe("gptq+distill", "smoothquant(steps=11)+gptq+distill"),
+    "fast": NamedRecipe("gptq", "smoothquant+gptq"),
 }
 """Recipes by a name of their own, chosen by what they gave on a model; see docs/methods.md."""

@@ -144,9 +144,9 @@ def quantize_model(
         return report
     processes = Processes(process_group)
     with processes.together():
-        recipe, choice = Recipe.parse(method), ObserverChoice.parse(observer)
-        check_backend(backend)
         default = QuantScheme.parse(scheme)
+        recipe, choice = Recipe.parse(method, default), ObserverChoice.parse(observer)
+        check_backend(backend)
         parsed = parsed_overrides(overrides)
         layers = plan_layers(model, default, include, exclude, parsed)
         batches = calibration_of(model, recipe, layers, calibration)

@@ -8,6 +8,7 @@ from typing import Any
 from qkernels.errors import RecipeError
 from qkernels.quantizers.method import Method
 from qkernels.quantizers.methods import LAST, METHODS, RECIPES
+from qkernels.scheme import QuantScheme
 from qkernels.spelling import CHOICE, parse_parameters, spell_choice
 
 
@@ -33,18 +34,22 @@ class Recipe:
     parts: tuple[Part, ...]
 
     @staticmethod
-    def parse(text: str | Recipe) -> Recipe:
+    def parse(text: str | Recipe, scheme: QuantScheme | None = None) -> Recipe:
         """The recipe that `text` spells; a recipe is returned as it is.
 
         Where no method quantizes, rounding to nearest does. A name of `methods.RECIPES` alone
         stands for what that spells.
+
+        Args:
+            scheme: that most layers will have, which such a name depends on.
 
         Raises:
             RecipeError: naming the part that is wrong, with what is accepted.
         """
         if isinstance(text, Recipe):
             return text
-        parts = _parse(RECIPES.get(text.strip(), text) if isinstance(text, str) else text)
+        named = RECIPES.get(text.strip()) if isinstance(text, str) else None
+        parts = _parse(text if named is None else named.spelled(scheme))
         quantizing = [part.method.name for part in parts if part.method.quantizes]
         if len(quantizing) > 1:
             raise RecipeError(

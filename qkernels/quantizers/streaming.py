@@ -174,11 +174,11 @@ def stream(
 
     Arguments and errors as for `quantize_folder`. The model of `folder` is used up.
     """
-    recipe, model = Recipe.parse(method), folder.model
-    choice = ObserverChoice.parse(observer)
+    default, model = QuantScheme.parse(scheme), folder.model
+    recipe, choice = Recipe.parse(method, default), ObserverChoice.parse(observer)
     check_backend(backend)
     parsed = parsed_overrides(overrides)
-    layers = plan_layers(model, QuantScheme.parse(scheme), include, exclude, parsed)
+    layers = plan_layers(model, default, include, exclude, parsed)
     batches = calibration_of(model, recipe, layers, calibration, folder.device)
     plan = plan_run(layers, recipe, choice, batches, backend, check_kernels)
     check_tokens(model, plan.batches or ())

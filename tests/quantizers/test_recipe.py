@@ -10,8 +10,9 @@ import pytest
 from qkernels import rounding
 from qkernels.errors import RecipeError
 from qkernels.quantizers.method import Method
-from qkernels.quantizers.methods import METHODS, RECIPES
+from qkernels.quantizers.methods import METHODS, RECIPES, NamedRecipe
 from qkernels.quantizers.recipe import Recipe
+from qkernels.scheme import QuantScheme
 
 OWN = set(METHODS)
 """Those of the package, before tests add theirs."""
@@ -47,7 +48,8 @@ def methods(monkeypatch):
     finished = Method(name="finished", title="", finish=lambda task, parameters: {})
     for row in (smooth, other, learned, both, finished):
         monkeypatch.setitem(METHODS, row.name, row)
-    monkeypatch.setitem(RECIPES, "named", "smooth(alpha=0.25)+learned")
+    named = NamedRecipe("smooth(alpha=0.25)+learned", "other+learned")
+    monkeypatch.setitem(RECIPES, "named", named)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,16 @@ def test_the_canonical_spelling_parses_back(text, canonical):
     assert str(recipe) == canonical
     assert Recipe.parse(canonical) == recipe
     assert Recipe.parse(recipe) is recipe
+
+
+def test_a_name_depends_on_the_scheme():
+    for scheme, spelled in (
+        ("w4a16-g64", "smooth(alpha=0.25)+learned"),
+        ("w8a8", "other+learned"),
+        ("fp8-a8", "other+learned"),
+    ):
+        assert str(Recipe.parse("named", QuantScheme.parse(scheme))) == spelled
+    assert str(Recipe.parse("learned", QuantScheme.parse("w8a8"))) == "learned"
 
 
 def test_values_have_the_types_of_their_defaults():
