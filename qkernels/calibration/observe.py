@@ -20,6 +20,7 @@ from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.forwards import without_autocast
 from qkernels.calibration.statistics import LayerInputs, Needs, SumOfProducts
 from qkernels.calibration.walks import DENSE, QUANTIZED, Walk
+from qkernels.modules.producers import version_of
 
 
 def observe(
@@ -176,12 +177,12 @@ class _Products:
             other, others_dense, version, product = self._made[kind]
             if (
                 _is_same(x, other)
-                and version == _version(x)
+                and version == version_of(x)
                 and (dense is None or (others_dense is not None and _is_same(dense, others_dense)))
             ):
                 return product
         product = kind.product(x, dense)
-        self._made[kind] = x, dense, _version(x), product
+        self._made[kind] = x, dense, version_of(x), product
         return product
 
 
@@ -212,16 +213,11 @@ class _Rows:
         if self._made is not None:
             # It is held, so that no other tensor has its memory.
             other, version, rows = self._made
-            if _is_same(flat, other) and version == _version(flat):
+            if _is_same(flat, other) and version == version_of(flat):
                 return rows, kept
         rows = flat[kept]
-        self._made = flat, _version(flat), rows
+        self._made = flat, version_of(flat), rows
         return rows, kept
-
-
-def _version(x: Tensor) -> int:
-    """How often x was written to; nobody writes to inputs of inference mode, which do not count."""
-    return 0 if x.is_inference() else x._version
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
