@@ -36,7 +36,7 @@ class Field:
         axes: what each dimension runs along: "n", "k", "groups", "rows" (n, or 1 where one scale
             serves the whole weight), "nested_blocks" (of 256 scales), "row_blocks" (of 16 rows),
             "ranges" (4); any other name is a length of its own, the same in all fields that name
-            it.
+            it. "positions" are there under schemes with scales per position alone.
         dtypes: the accepted types under a scheme.
         wanted: whether a scheme must have it (True), must not (False) or may (None).
         remedy: what to do where it is missing, for the message.
@@ -69,7 +69,7 @@ class Field:
     add_to_rows: Callable[[Tensor, int, int, Values], None] | None = None
 
     def shape(self, scheme: QuantScheme, n: int, k: int) -> tuple[int | None, ...]:
-        """The length of each dimension; None where it is the field's own."""
+        """The length of each of `dimensions`; None where it is the field's own."""
         rows, groups = (1 if scheme.per_tensor else n), scheme.groups(k)
         known = {
             "n": n,
@@ -80,7 +80,12 @@ class Field:
             "row_blocks": -(-n // SCALE_BLOCK),
             "ranges": 4,
         }
-        return tuple(known.get(axis) for axis in self.axes)
+        return tuple(known.get(axis) for axis in self.dimensions(scheme))
+
+    def dimensions(self, scheme: QuantScheme) -> tuple[str, ...]:
+        """The axes that the field has under a scheme."""
+        by_position = scheme.activation.by_position
+        return tuple(axis for axis in self.axes if axis != "positions" or by_position)
 
 
 def _scale_dtypes(scheme: QuantScheme) -> tuple[torch.dtype, ...]:
@@ -125,13 +130,17 @@ def _check_perm(values: Values, scheme: QuantScheme, k: int) -> str | None:
 
 
 def _check_activation_scale(values: Values, scheme: QuantScheme, k: int) -> str | None:
-    scale = float(values["activation_scale"])
-    return None if scale > 0 else f"must be > 0, got {scale}"
+    scales = values["activation_scale"]
+    if not scales.numel():
+        return "must hold a scale, got none"
+    least = float(scales.min())
+    return None if least > 0 else f"must be > 0, got {least}"
 
 
 def _check_activation_zero(values: Values, scheme: QuantScheme, k: int) -> str | None:
-    zero, half = int(values["activation_zero"]), 1 << (scheme.activation.bits - 1)
-    return None if -half <= zero < half else f"must be in {-half}..{half - 1}, got {zero}"
+    zeros, half = values["activation_zero"], 1 << (scheme.activation.bits - 1)
+    wrong = zeros[(zeros < -half) | (zeros >= half)]
+    return f"must be in {-half}..{half - 1}, got {int(wrong[0])}" if wrong.numel() else None
 
 
 def _check_sparse(values: Values, scheme: QuantScheme, k: int) -> str | None:
@@ -304,22 +313,23 @@ FIELDS: dict[str, Field] = {
             check=_check_sparse,
             add_to_rows=sparse.add_to_rows,
         ),
-        # The scale of x, calibrated beforehand.
+        # The scale of x, calibrated beforehand; that of the last position is for all behind it too.
         Field(
             name="activation_scale",
-            axes=(),
+            axes=("positions",),
             dtypes=_only(torch.float32),
             wanted=lambda scheme: scheme.activation.is_static,
-            remedy="pass calibration data or activation_scale, or use a scheme without -static",
+            remedy="pass calibration data or activation_scale, or use a scheme without -static "
+            "or -position",
             check=_check_activation_scale,
         ),
         # The integer that stands for an x of zero, calibrated with the scale.
         Field(
             name="activation_zero",
-            axes=(),
+            axes=("positions",),
             dtypes=_only(torch.int32),
-            wanted=lambda scheme: scheme.activation.granularity == "staticasym",
-            remedy="pass calibration data, or use -static or -tokenasym",
+            wanted=lambda scheme: scheme.activation.is_static and scheme.activation.has_zeros,
+            remedy="pass calibration data, or use -static, -position or -tokenasym",
             check=_check_activation_zero,
         ),
     )
@@ -371,7 +381,7 @@ def _check_tensor(
     if len(shape) == value.dim():
         shape = tuple(
             lengths.setdefault(axis, size) if length is None else length
-            for axis, length, size in zip(field.axes, shape, value.shape, strict=True)
+            for axis, length, size in zip(field.dimensions(scheme), shape, value.shape, strict=True)
         )
     if tuple(value.shape) != shape:
         raise WeightError(f"{where} must have shape {list(shape)}, got {list(value.shape)}")

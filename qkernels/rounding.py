@@ -63,7 +63,8 @@ def fit(
     Args:
         weight: fp16, bf16 or fp32.
         perm: int64 [K], the column order to quantize in (activation order), or None.
-        activation_scale: for static activations: the scale of x, > 0.
+        activation_scale: for static activations: the scale of x, > 0; where each position has one,
+            a number for all of them or [P].
 
     Raises:
         WeightError: for a weight that is not finite, or whose scales overflow their type.
@@ -91,9 +92,8 @@ def fit(
             largest = (1 << scheme.bits) - 1
             fields["zeros"] = (-low / nonzero(full)).round_().clamp_(0, largest).to(torch.uint8)
     if activation_scale is not None:
-        fields["activation_scale"] = torch.as_tensor(
-            activation_scale, dtype=torch.float32, device=weight.device
-        ).reshape(())
+        given = torch.as_tensor(activation_scale, dtype=torch.float32, device=weight.device)
+        fields["activation_scale"] = given.reshape(-1 if scheme.activation.by_position else ())
     return WeightParameters(scheme=scheme, n=n, k=k, **fields)
 
 

@@ -15,6 +15,7 @@ A `QuantScheme` is printable and parsed back from its one canonical spelling:
     w8a8-tensor         activations per tensor, dynamic; `-static`: with a calibrated scale
     w8a8-outliers6      int8 but for columns of x with a magnitude of 6 or more (LLM.int8())
     w8a8-tokenasym      int8 activations per token with zero points; `-staticasym`: one, calibrated
+    w8a8-position       a calibrated scale for each position of a sequence; `-positionasym`
     w4a8-g128           two-level scales: int8 = multiplier[n,g] * (code - zero), fp32 per channel
     w4a8-g128-flat      one floating scale per group
     w4a4-g128, w8a4     4-bit activations, simulated: integers -7..7, multiplied as int8
@@ -155,7 +156,10 @@ def largest_number(dtype: torch.dtype) -> float:
     return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
 
 
-GRANULARITIES = ("token", "tensor", "static", "tokenasym", "staticasym")
+GRANULARITIES = (
+    *("token", "tensor", "static", "position"),
+    *("tokenasym", "staticasym", "positionasym"),
+)
 """What shares a scale of activations."""
 
 ACTIVATION_DTYPES: dict[str, torch.dtype] = {
@@ -174,10 +178,12 @@ class Activation:
 
     `dtype` is "none" (16-bit), "int8", "int4" (integers of 4 bits, held and multiplied as int8) or
     "fp8" (E4M3); `granularity` is "token" (one scale a row, computed at run time), "tensor" (one
-    scale, computed at run time), "static" (one scale, calibrated beforehand). All of these are
-    symmetric; of integers, "tokenasym" and "staticasym" have a zero point beside each scale. With
-    `outliers`, columns of x that hold a magnitude of that and more are left out of what is
-    quantized, and multiplied in 16 bits (LLM.int8(), Dettmers et al. 2022); 0 leaves none out.
+    scale, computed at run time), "static" (one scale, calibrated beforehand) or, of integers,
+    "position" (one scale for each position of a sequence, calibrated beforehand). All of these are
+    symmetric; of integers, "tokenasym", "staticasym" and "positionasym" have a zero point beside
+    each scale. With `outliers`, columns of x that hold a magnitude of that and more are left out of
+    what is quantized, and multiplied in 16 bits (LLM.int8(), Dettmers et al. 2022); 0 leaves none
+    out.
     """
 
     dtype: str = "none"
@@ -198,13 +204,18 @@ class Activation:
 
     @property
     def is_static(self) -> bool:
-        """Whether its scale is calibrated beforehand."""
-        return self.granularity in ("static", "staticasym")
+        """Whether its scales are calibrated beforehand."""
+        return self.granularity in ("static", "staticasym") or self.by_position
+
+    @property
+    def by_position(self) -> bool:
+        """Whether each position of a sequence has a scale, calibrated beforehand."""
+        return self.granularity in ("position", "positionasym")
 
     @property
     def has_zeros(self) -> bool:
         """Whether quantized activations have zero points."""
-        return self.granularity in ("tokenasym", "staticasym")
+        return self.granularity in ("tokenasym", "staticasym", "positionasym")
 
     @property
     def largest(self) -> float:
@@ -314,6 +325,8 @@ def _why_invalid(scheme: QuantScheme) -> str | None:
         return "columns with outliers are kept apart from int8 or int4 activations per token"
     if not 0 <= act.outliers < math.inf:
         return f"outliers are magnitudes above 0, got {act.outliers:g}"
+    if act.by_position and not act.is_integer:
+        return f"scales per position ({act.granularity}) are for int8 and int4 activations"
     if act.has_zeros and not act.is_integer:
         return f"zero points of activations ({act.granularity}) are for int8 and int4"
     if act.is_integer and not linear:
@@ -371,8 +384,8 @@ def accepted_forms() -> str:
     return (
         f"accepted are w{{{','.join(linear)}}}a{{16,8,4,fp8}}, {', '.join(named)} or "
         "table(v0,...,v15), then any of -a16 -a8 -afp8 -g<N> -gtensor -sym -asym -tensor -static "
-        "-tokenasym -staticasym -outliers<M> -flat -dq -spqr -sfp16 -sbf16 -sfp32, for example "
-        "w4a16-g128"
+        "-position -tokenasym -staticasym -positionasym -outliers<M> -flat -dq -spqr -sfp16 "
+        "-sbf16 -sfp32, for example w4a16-g128"
     )
 
 

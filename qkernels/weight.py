@@ -119,8 +119,8 @@ class WeightParameters:
             the codes.
         sparse_ends, sparse_columns, sparse_values: int32 [N], int16 or int32 [S] and 16-bit [S], or
             None; added to single codes. See `sparse`.
-        activation_scale: fp32 [], with static activations only.
-        activation_zero: int32 [], with static activations that have a zero point.
+        activation_scale: fp32 [], with static activations only; [P] where each position has one.
+        activation_zero: int32 of the same shape, with static activations that have zero points.
     """
 
     scheme: QuantScheme
