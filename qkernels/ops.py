@@ -139,6 +139,7 @@ def _run(
 ) -> Tensor:
     packed = what.packed(buffers)
     rows = preparation.rows_of(x, packed)
+    packed = preparation.with_row_scales(packed, x.shape)
     y = kernel.run(rows, packed, bias, _problem(what, rows.shape[0], x.dtype, x.device))
     return y.view(*x.shape[:-1], what.n)
 

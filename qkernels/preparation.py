@@ -2,13 +2,18 @@
 
 x [..., K] is flattened to rows, multiplied by the input factor and put into the order of the codes,
 and, for kernels whose layout pads groups, padded alike. Kernels quantize it themselves, or by
-`reference.quantize_activations`.
+`reference.quantize_activations`. Flattened rows have lost their positions: where these have scales,
+each row is given its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from torch import Tensor
 
+from qkernels import positions
 from qkernels.fields import FIELDS
 from qkernels.layouts import PackedWeight
 
@@ -21,3 +26,22 @@ def rows_of(x: Tensor, packed: PackedWeight) -> Tensor:
         if transform is not None:
             rows = transform(rows, value)
     return rows
+
+
+def with_row_scales(packed: PackedWeight, shape: Sequence[int]) -> PackedWeight:
+    """`packed` as the rows of x [*shape] are multiplied with it: of static activations per
+    position, with the scale, and the zero point, of each row."""
+    if not packed.scheme.activation.by_position:
+        return packed
+    return with_scales_at(packed, positions.of_rows(shape, packed.device))
+
+
+def with_scales_at(packed: PackedWeight, places: Tensor) -> PackedWeight:
+    """`packed`, with activations per position, as rows at the positions int64 [M] are multiplied
+    with it."""
+    own = {
+        name: positions.at(value, places)
+        for name, value in packed.buffers.items()
+        if name != "words" and FIELDS[name].axes == ("positions",)
+    }
+    return replace(packed, buffers=packed.buffers | own)

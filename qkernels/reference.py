@@ -5,7 +5,8 @@
                   x_q is int8, of -127..127 or, with activations of 4 bits, of -7..7
     fp8           y = s_x * (x_q @ W.T) + b
 
-x comes with its columns already in the order of the codes (see `WeightParameters.perm`).
+x comes with its columns already in the order of the codes (see `WeightParameters.perm`). Where each
+position has a scale, row m of x is at position m.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkernels import positions
 from qkernels.layouts import PackedWeight
 from qkernels.scheme import largest_number
 from qkernels.weight import WeightParameters, integer_rows, row_slices
@@ -26,7 +28,7 @@ from qkernels.weight import WeightParameters, integer_rows, row_slices
 def quantize_rows(
     x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, *, largest: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes the rows of x symmetrically, with a scale a row or one given scale.
+    """Quantizes the rows of x symmetrically, with a scale a row, found or given, or one given.
 
     s = max|x| / largest; s = 1 for an all-zero row. q = x / s, rounded half to even, saturated at
     -largest and largest. A row with NaN or infinity gets a scale of NaN or infinity, so that its
@@ -35,21 +37,19 @@ def quantize_rows(
     Args:
         x: [M, K], fp16, bf16 or fp32.
         dtype: torch.int8, torch.float8_e4m3fn or torch.float8_e5m2.
-        scale: fp32 [], or None to compute one for each row.
+        scale: fp32 [] or [M], or None to compute one for each row.
         largest: `Activation.largest` of a scheme, 7 with 4 bits; None for 127 in int8 and the
             largest number of a float8 type.
 
     Returns:
-        q [M, K] of `dtype`, s fp32 [M] or the given scale.
+        q [M, K] of `dtype`, s fp32 [M] or the given one.
     """
     largest = largest_number(dtype) if largest is None else largest
     values = x.float()
     if scale is None:
         top = values.abs().amax(dim=-1) if x.shape[-1] else values.new_zeros(x.shape[0])
         scale = torch.where(top == 0, torch.ones_like(top), top / largest)
-        scaled = values / scale[:, None]
-    else:
-        scaled = values / scale
+    scaled = values / scale[..., None]
     if dtype == torch.int8:
         # An int8 cannot hold NaN or infinity; the scale tells of them where it is dynamic.
         rounded = torch.nan_to_num(scaled.round(), nan=0.0).clamp_(-largest, largest)
@@ -85,7 +85,11 @@ def quantize_activations(
         quantized, _ = quantize(x, dtype, scale)
         return quantized, scale.expand(x.shape[0]).contiguous()
     scale = packed.buffers["activation_scale"]
-    quantized, _ = quantize(x, dtype, scale)
+    if activation.by_position:
+        scale = positions.at(scale, positions.of_rows(x.shape, x.device))
+        quantized, _ = quantize_rows(x, dtype, scale, largest=activation.largest)
+    else:
+        quantized, _ = quantize(x, dtype, scale)
     return quantized, _where_finite(x, scale)
 
 
@@ -101,8 +105,8 @@ def _where_finite(x: Tensor, scale: Tensor) -> Tensor:
 def quantize_with_zero(
     x: Tensor, scale: Tensor, zero: Tensor | int, largest: float = 127.0
 ) -> Tensor:
-    """x as int8 of -largest - 1..largest, under one scale and zero point that are known beforehand;
-    NaN is the zero point."""
+    """x as int8 of -largest - 1..largest, under scales and zero points that are known beforehand
+    and broadcast with x; NaN is the zero point."""
     rounded = torch.nan_to_num((x.float() / scale).round(), nan=0.0) + zero
     return rounded.clamp(-largest - 1, largest).to(torch.int8)
 
@@ -113,7 +117,10 @@ def _quantize_with_zeros(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tenso
     if not activation.is_static:
         return quantize_rows_asymmetric(x, activation.largest)
     scale, zero = packed.buffers["activation_scale"], packed.buffers["activation_zero"]
-    quantized = quantize_with_zero(x, scale, zero, activation.largest)
+    if activation.by_position:
+        places = positions.of_rows(x.shape, x.device)
+        scale, zero = positions.at(scale, places), positions.at(zero, places)
+    quantized = quantize_with_zero(x, scale[..., None], zero[..., None], activation.largest)
     return quantized, _where_finite(x, scale), zero.expand(x.shape[0])
 
 

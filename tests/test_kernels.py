@@ -67,7 +67,7 @@ def make(text, n=N, k=K, x=None, perm=False, bias=True):
 
 
 def _static(text):
-    return 0.05 if QuantScheme.parse(text).activation.granularity == "static" else None
+    return 0.05 if QuantScheme.parse(text).activation.is_static else None
 
 
 def seen_by(kernel, quantized, dtype):

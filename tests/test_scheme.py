@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from qkernels.errors import SchemeError
 from qkernels.scheme import (
     FP4_E2M1_VALUES,
+    GRANULARITIES,
     NF4_VALUES,
     WEIGHT_TYPES,
     Activation,
@@ -33,7 +34,7 @@ def test_spelling_is_canonical(text):
     activation=st.builds(
         Activation,
         st.sampled_from(["none", "int8", "int4", "fp8"]),
-        st.sampled_from(["token", "tensor", "static"]),
+        st.sampled_from(GRANULARITIES),
     ),
     scale_dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     scale_levels=st.sampled_from(["one", "two", "double"]),

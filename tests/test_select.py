@@ -57,7 +57,8 @@ def test_rows_are_complete(kernel):
     assert kernel.name.startswith(kernel.backend)
     assert kernel.weight_rounding in WEIGHT_ROUNDINGS
     takes_int8 = "int8" in kernel.activations
-    assert takes_int8 <= (kernel.run_quantized is not None or kernel.activation_outliers)
+    rounds = kernel.activation_outliers or kernel.activation_positions
+    assert takes_int8 <= (kernel.run_quantized is not None or rounds)
     assert kernel.proves_itself != (kernel.is_simulator or kernel.backend == "reference")
 
 

@@ -46,7 +46,7 @@ def test_integer_products_are_exact(data, m, n, k):
 @pytest.mark.parametrize("k", [1, 33, 65])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_of_one_column(text, k, backend):
-    scale = 0.03 if text.endswith("static") else None
+    scale = 0.03 if text.endswith(("static", "position")) else None
     linear = torch.nn.Linear(k, 24)
     layer = qk.WQLinear.from_linear(linear, text, backend=backend, activation_scale=scale)
     weight = layer.to_weight()
@@ -59,7 +59,7 @@ def test_groups_of_one_column(text, k, backend):
 @given(data=st.data(), m=ROWS, k=SIZES, backend=st.sampled_from(BACKENDS))
 @FEW
 def test_a_layer_takes_x_and_gradients_of_all_strides(data, m, k, backend):
-    text = data.draw(st.sampled_from([text for text in schemes.ALL if "static" not in text]))
+    text = data.draw(st.sampled_from(schemes.NOT_STATIC))
     dtype = data.draw(st.sampled_from(list(FROBENIUS_BOUND)))
     n = data.draw(SIZES)
     weight = rounding.quantize(torch.randn(n, k), text, bias=torch.randn(n))
@@ -87,7 +87,7 @@ def test_a_layer_takes_x_and_gradients_of_all_strides(data, m, k, backend):
 @pytest.mark.parametrize("backend", [None, "reference", "interpreted"])
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (1, 1), (5, 1), (1, 96)])
 def test_no_rows_of_any_strides(text, backend, n, k):
-    scale = 0.03 if text.endswith("static") else None
+    scale = 0.03 if text.endswith(("static", "position")) else None
     weight = rounding.quantize(torch.randn(n, k), text, activation_scale=scale)
     if backend == "interpreted":
         pytest.importorskip("triton")
@@ -206,7 +206,7 @@ def test_weights_of_all_strides_are_rounded_to_nearest(data, n, k, group):
         got = quantized.dequantize()[:, start : start + group].double()
         assert ((got - part).abs() <= scale[:, None] * 1.0001).all()
     for text in schemes.ALL:
-        scale = 0.03 if "static" in text else None
+        scale = 0.03 if qk.QuantScheme.parse(text).activation.is_static else None
         one = rounding.quantize(w, text, activation_scale=scale)
         other = rounding.quantize(same_rows(w), text, activation_scale=scale)
         assert torch.equal(one.codes, other.codes), text

@@ -17,7 +17,11 @@ ALL = schemes.ALL + NESTED
 
 def weight_of(text, n=N, k=K, ordered=False, bias=True):
     linear = torch.nn.Linear(k, n, bias=bias)
-    scale = 0.02 if qk.QuantScheme.parse(text).activation.granularity == "static" else None
+    scale = (
+        0.02
+        if qk.QuantScheme.parse(text).activation.granularity in ("static", "position")
+        else None
+    )
     weight = qk.WQLinear.from_linear(linear, text, activation_scale=scale).to_weight()
     return truth.with_order(weight, torch.randperm(k)) if ordered else weight
 

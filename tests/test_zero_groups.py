@@ -31,7 +31,7 @@ def difficult(m, k):
 
 
 def quantized(w, text, **more):
-    scale = 10.0 if text.endswith("static") else None
+    scale = 10.0 if text.endswith(("static", "position")) else None
     return rounding.quantize(w, text, activation_scale=scale, **more)
 
 

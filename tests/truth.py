@@ -79,6 +79,8 @@ def rounded(weight: QuantizedWeight, x: Tensor) -> Tensor:
     tops = {"token": x.float().abs().amax(1, keepdim=True), "tensor": x.float().abs().amax()}
     if activation.granularity == "static":
         scale = weight.activation_scale
+    elif activation.granularity == "position":
+        scale = weight.activation_scale[_positions(weight, x), None]
     else:
         scale = tops[activation.granularity] / largest
     codes = (x.float() / scale).clamp(-largest, largest)
@@ -86,9 +88,18 @@ def rounded(weight: QuantizedWeight, x: Tensor) -> Tensor:
     return codes.double() * scale.double()
 
 
+def _positions(weight: QuantizedWeight, x: Tensor) -> Tensor:
+    """Of the rows of x [M, K], which is one sequence, among those that have a scale: int64 [M]."""
+    last = weight.activation_scale.numel() - 1
+    return torch.tensor([min(row, last) for row in range(len(x))], dtype=torch.int64)
+
+
 def _rounded_with_zeros(weight: QuantizedWeight, x: Tensor, most: float) -> Tensor:
     least = -most - 1
-    if weight.scheme.activation.is_static:
+    if weight.scheme.activation.by_position:
+        own = _positions(weight, x)
+        scale, zero = weight.activation_scale[own, None], weight.activation_zero[own, None]
+    elif weight.scheme.activation.is_static:
         scale, zero = weight.activation_scale, weight.activation_zero
     else:
         low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)

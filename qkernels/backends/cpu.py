@@ -151,8 +151,8 @@ def _of_rows() -> tuple[Kernel, ...]:
     return tuple(kernel for kernel in KERNELS if kernel not in COMPOSED)
 
 
-def _run_int4(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x rounded to 4 bits by torch's operations, and multiplied as int8 rows."""
+def _run_rounded(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    """x rounded by torch's operations, and multiplied as int8 rows."""
     quantized, scale = reference.quantize_activations(x, packed)
     # What x was quantized with stays here: as rows of int8 have them, scales are one a row.
     buffers = {name: held for name, held in packed.buffers.items() if name != "activation_scale"}
@@ -163,6 +163,12 @@ def _run_int4(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Pro
     if kernel is None or kernel.run_quantized is None:
         return reference.linear_quantized(quantized, scale, weight, bias, problem.x_dtype)
     return kernel.run_quantized(quantized, scale, weight, bias, inner)
+
+
+def _has_positions(problem: Problem) -> str | None:
+    if problem.scheme.activation.by_position:
+        return None
+    return "is for schemes with scales of activations per position"
 
 
 def _keeps_outliers(problem: Problem) -> str | None:
@@ -199,10 +205,23 @@ COMPOSED = (
         backend="cpu",
         layout="vnni",
         activations=("int4",),
+        activation_positions=True,
         exact=True,
         weight_rounding="integers",
         where=_with("portable"),
-        run=_run_int4,
+        run=_run_rounded,
+    ),
+    Kernel(
+        name="cpu_int8_positions",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        activation_positions=True,
+        exact=True,
+        weight_rounding="integers",
+        where=_with("portable"),
+        why_not=_has_positions,
+        run=_run_rounded,
     ),
     Kernel(
         name="cpu_int8_outliers",

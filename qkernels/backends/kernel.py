@@ -81,6 +81,7 @@ class Kernel:
         layout: name of the layout it reads; None reads any.
         activations: the types of activations, of a scheme, that it multiplies.
         activation_zeros: it multiplies activations with zero points too.
+        activation_positions: it multiplies static activations with a scale per position too.
         activation_outliers: it keeps columns with outliers apart, where the scheme says so.
         x_dtypes: the types of x that it takes.
         least_rows, most_rows: the rows of x that it is for; None for any number.
@@ -107,6 +108,7 @@ class Kernel:
     layout: str | None
     activations: tuple[str, ...]
     activation_zeros: bool = False
+    activation_positions: bool = False
     activation_outliers: bool = False
     x_dtypes: tuple[torch.dtype, ...] = FLOATS
     least_rows: RowLimit = 0
@@ -165,6 +167,8 @@ class Kernel:
             return f"multiplies {taken} activations, and the scheme has {has} ones"
         if problem.scheme.activation.has_zeros and not self.activation_zeros:
             return "knows no zero points of activations"
+        if problem.scheme.activation.by_position and not self.activation_positions:
+            return "knows no scales of activations per position"
         if problem.scheme.activation.outliers and not self.activation_outliers:
             return "keeps no columns with outliers apart"
         if problem.x_dtype not in self.x_dtypes:

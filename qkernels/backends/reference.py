@@ -28,6 +28,7 @@ KERNELS = (
         layout=None,
         activations=("none", "int8", "int4", "fp8"),
         activation_zeros=True,
+        activation_positions=True,
         activation_outliers=True,
         fields=None,
         proves_itself=False,

@@ -153,7 +153,7 @@ class WQEmbedding(PackedModule, nn.Embedding):
 
     def view_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """For `WeightView`."""
-        return ops.linear_operator(x, self._packed_buffers(), bias, self._spec)
+        return ops.linear_operator(x, self._product_buffers(), bias, self._spec)
 
     def view_resize(self, values: Tensor) -> bool:
         """For `WeightView`: becomes dense where `values` have another number of rows."""
@@ -161,7 +161,10 @@ class WQEmbedding(PackedModule, nn.Embedding):
             return False
         if values.shape[0] == self.num_embeddings:
             return False
-        mine = ("source", "scheme", "dtype", "_dense_class", "_layout", "_names", "_held", "_spec")
+        mine = (
+            *("source", "scheme", "dtype", "_dense_class"),
+            *("_layout", "_names", "_held", "_by_position", "_spec"),
+        )
         for name in self._held:
             del self._buffers[name]
         self.__class__ = self._dense_class  # type: ignore[assignment]

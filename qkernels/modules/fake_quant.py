@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkernels import rounding
+from qkernels import positions, rounding
 from qkernels.errors import SchemeError, WeightError
 from qkernels.modules.linear import WQLinear
 from qkernels.reference import (
@@ -54,8 +54,8 @@ class FakeQuantLinear(nn.Linear):
         learn: learn scales and zero points.
 
     Raises:
-        SchemeError: for static activations with a zero point, and for scales to be learned that are
-            quantized themselves.
+        SchemeError: for static activations with a zero point or a scale per position, and for
+            scales to be learned that are quantized themselves.
     """
 
     scales: nn.Parameter | None
@@ -65,6 +65,10 @@ class FakeQuantLinear(nn.Linear):
     def __init__(self, layer: nn.Linear, scheme: QuantScheme | str, *, learn: bool = True) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.scheme = QuantScheme.parse(scheme)
+        if self.scheme.activation.by_position:
+            raise SchemeError(
+                f"{self.scheme}: scales of activations per position are not learned: use -static"
+            )
         if self.scheme.activation.granularity == "staticasym":
             raise SchemeError(f"{self.scheme}: zero points of static activations are not learned")
         if learn and self.scheme.scale_levels != "one":
@@ -232,13 +236,16 @@ def _within_codes(weight: Tensor, dense: Tensor, hub: QuantizedWeight) -> Tensor
 
 
 def rounded_input(
-    x: Tensor, scheme: QuantScheme, static: Tensor | None = None, zero: int | None = None
+    x: Tensor,
+    scheme: QuantScheme,
+    static: Tensor | None = None,
+    zero: int | Tensor | None = None,
 ) -> Tensor:
     """x [..., K] as a layer multiplies it; its gradient is that of x.
 
     Args:
-        static: the scale of static activations, fp32 [].
-        zero: their zero point, or None.
+        static: the scale of static activations, fp32 [], or [P] of positions.
+        zero: their zero point, of the same shape, or None.
     """
     if scheme.activation.dtype == "none":
         return x
@@ -247,12 +254,18 @@ def rounded_input(
             made = dynamically_rounded(x, scheme)
         else:
             rows = x.reshape(-1, x.shape[-1])
+            if scheme.activation.by_position:
+                places = positions.of_rows(x.shape, x.device)
+                static = positions.at(static, places)
+                if isinstance(zero, Tensor):
+                    zero = positions.at(zero, places)[:, None]
+            scale = static[..., None]
             if zero is not None:
                 largest = scheme.activation.largest
-                codes = quantize_with_zero(rows, static, zero, largest).float() - zero
+                codes = quantize_with_zero(rows, scale, zero, largest).float() - zero
             else:
                 codes = _symmetric(rows, scheme.activation, static)[0].float()
-            made = (codes * static).view(x.shape).to(x.dtype)
+            made = (codes * scale).view(x.shape).to(x.dtype)
     return x + (made - x.detach())
 
 

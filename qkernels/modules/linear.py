@@ -102,7 +102,8 @@ class WQLinear(PackedModule, nn.Linear):
                 changed. Of a subclass with a forward of its own, the weight and the bias are taken.
             scheme: a `QuantScheme` or its spelling.
             check_kernels: check a kernel on this device before it runs there first.
-            activation_scale: the scale of x, for schemes with static activations.
+            activation_scale: the scale of x, for schemes with static activations; a number or, with
+                scales per position, fp32 [P].
             name: what errors call the layer.
 
         Raises:
@@ -215,13 +216,14 @@ class WQLinear(PackedModule, nn.Linear):
 
     def view_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """For `WeightView`."""
-        return ops.linear_operator(x, self._packed_buffers(), bias, self._spec)
+        return ops.linear_operator(x, self._product_buffers(), bias, self._spec)
 
     def forward(self, input: Tensor | QuantizedActivation) -> Tensor:
         """y [..., N] for x [..., K] of fp16, bf16 or fp32, in x's dtype (autocast's under it).
 
-        With a scheme of int8 activations per token, x may also come quantized, so that several
-        layers share that work; y is the same.
+        With scales of activations per position, x is [..., T, K] or [K], and T follows what a cache
+        of Transformers holds. With a scheme of int8 activations per token, x may also come
+        quantized, so that several layers share that work; y is the same.
 
         Args:
             input: x.
@@ -230,7 +232,9 @@ class WQLinear(PackedModule, nn.Linear):
             WeightError: for a wrong shape, dtype or device of x.
         """
         held = self._buffers
-        buffers = [held[name] for name in self._held]
+        buffers = (
+            self._product_buffers() if self._by_position else [held[name] for name in self._held]
+        )
         if isinstance(input, QuantizedActivation):
             return ops.linear_quantized_operator(
                 input.values, input.scale, buffers, held["bias"], self._spec, input.dtype

@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qkernels import ops
+from qkernels import ops, positions
 from qkernels.errors import LayerError, WeightError
+from qkernels.fields import FIELDS
 from qkernels.layouts import (
     LAYOUTS,
     PLAIN,
@@ -41,6 +42,8 @@ class PackedModule(nn.Module):
     _layout: str
     _names: tuple[str, ...]
     _held: tuple[str, ...] = ()
+    # Which of these have values of positions.
+    _by_position: tuple[int, ...] = ()
     _spec: str
 
     # Transformers draws weights, and zeros biases, of each layer that lacks this.
@@ -124,6 +127,13 @@ class PackedModule(nn.Module):
     def _packed_buffers(self) -> list[Tensor]:
         return [cast(Tensor, self._buffers[name]) for name in self._held]
 
+    def _product_buffers(self) -> list[Tensor]:
+        """What a product is given: of values of positions, those from the first that x holds on."""
+        buffers = self._packed_buffers()
+        for number in self._by_position:
+            buffers[number] = positions.behind_cache(buffers[number])
+        return buffers
+
     def _install(self, packed: PackedWeight) -> None:
         """Takes the buffers of `packed` for its own and remembers what they are."""
         for name in getattr(self, "_held", ()):
@@ -132,6 +142,12 @@ class PackedModule(nn.Module):
         spec = ops.PackedSpec.of(packed, self.backend, self.batch_invariant)
         self._names, self._spec = spec.names, str(spec)
         self._held = _held_names(packed.layout, self._names)
+        by_position = packed.scheme.activation.by_position
+        self._by_position = tuple(
+            number
+            for number, name in enumerate(self._names)
+            if by_position and name != "words" and FIELDS[name].axes == ("positions",)
+        )
         for name, held in zip(self._names, self._held, strict=True):
             self.register_buffer(held, packed.buffers[name])
 

@@ -17,7 +17,7 @@ import qkernels as qk
 torch.set_num_threads(3)
 N, K, M = 16, 1 << 20, 8
 scheme = sys.argv[1]
-scale = 0.02 if scheme.endswith("static") else None
+scale = 0.02 if scheme.endswith(("static", "position")) else None
 layer = qk.WQLinear.from_linear(torch.nn.Linear(K, N), scheme, activation_scale=scale)
 x = torch.randn(M, K).bfloat16()
 torch.randn(10**6).exp()  # starts the threads: their runtime ends the process where it cannot

@@ -30,7 +30,9 @@ FAMILIES = {
 FUSABLE = [
     text
     for text in schemes.ALL
-    if "dq" not in text and "static" not in text and text not in schemes.ZERO_POINT_ACTIVATION
+    if "dq" not in text
+    and "static" not in text
+    and text not in (*schemes.ZERO_POINT_ACTIVATION, *schemes.POSITIONS)
 ]
 
 

@@ -54,7 +54,7 @@ def test_report_and_replacement():
     assert [s[0] for s in seen] == list(range(7)) and seen[-1][:2] == (6, 6)
 
 
-@pytest.mark.parametrize("scheme", [text for text in schemes.ALL if "static" not in text])
+@pytest.mark.parametrize("scheme", schemes.NOT_STATIC)
 def test_rounding_a_model_is_rounding_its_layers(scheme):
     model = Model()
     alone = {
