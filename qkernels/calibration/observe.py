@@ -18,7 +18,7 @@ from qkernels.calibration.blocks import kind_of
 from qkernels.calibration.calls import replace_forward
 from qkernels.calibration.distributed import ALONE, Processes
 from qkernels.calibration.forwards import without_autocast
-from qkernels.calibration.statistics import LayerInputs, Needs, SumOfProducts
+from qkernels.calibration.statistics import LayerInputs, Needs, PositionRanges, SumOfProducts
 from qkernels.calibration.walks import DENSE, QUANTIZED, Walk
 from qkernels.modules.producers import version_of
 
@@ -283,7 +283,7 @@ class _Observer:
             self._take(x)
 
     def _take(self, x: Tensor) -> None:
-        given = x[..., 0].numel()
+        given, shape = x[..., 0].numel(), x.shape[:-1]
         x, kept = self._rows.of(x)
         weights = self._weights(given, kept)
         self._seen += given
@@ -298,6 +298,10 @@ class _Observer:
             return
         self.inputs.rows += len(x)
         self._add(self.inputs.quantized, x, None, weights)
+        for statistic in self.inputs.quantized.values():
+            if isinstance(statistic, PositionRanges):
+                positions = _positions(shape, kept).to(x.device)
+                statistic.add_at(positions, x, batch=self._first_batch + self._batch)
         if dense is None:
             return
         if not self._rows.are_all(given) or x.shape != dense.shape:
@@ -323,6 +327,8 @@ class _Observer:
     ) -> None:
         summed = False
         for statistic in statistics.values():
+            if isinstance(statistic, PositionRanges):
+                continue
             if not isinstance(statistic, SumOfProducts):
                 statistic.add(x, batch=self._first_batch + self._batch, dense=dense)
                 continue
@@ -335,6 +341,17 @@ class _Observer:
         if not summed and not x.isfinite().all():
             # Sums show it themselves.
             self.inputs.broken = True
+
+
+def _positions(shape: torch.Size, kept: Tensor | None) -> Tensor:
+    """Of the rows of x [*shape, K] that are kept, int64 [R]: their numbers in a sequence without
+    its padding. Rows of x [R, K], as experts and heads behind a pooling have them, are of no
+    sequence, and all at position 0."""
+    if len(shape) < 2:
+        rows = shape.numel() if kept is None else int(kept.sum())
+        return torch.zeros(rows, dtype=torch.int64)
+    own = torch.ones(shape, dtype=torch.bool) if kept is None else kept.view(shape).cpu()
+    return (own.cumsum(dim=-1) - 1)[own]
 
 
 def _watch(layer: nn.Module, note: Callable[[Tensor], None]) -> Callable[[], None]:

@@ -97,12 +97,16 @@ class Cells:
     Attributes:
         granularity: "tensor": all; "channel": each column, of K; "token": each position in the
             sequence, of S; "group": each `group_size` columns, the last of which may be fewer.
+        most: positions that are told apart: the last of them and all behind it share a range. None
+            for all.
     """
 
     granularity: Granularity = "tensor"
     group_size: int | None = None
+    most: int | None = None
 
     def __post_init__(self) -> None:
+        assert self.most is None or (self.granularity == "token" and self.most >= 1), self
         grouped = self.granularity == "group"
         if grouped != (self.group_size is not None) or (self.group_size or 1) < 1:
             raise SchemeError(
@@ -119,7 +123,12 @@ class Cells:
         elif self.granularity == "channel":
             yield 0, x.reshape(-1, x.shape[-1]).t()
         elif self.granularity == "token":
-            yield 0, x.movedim(-2, 0).flatten(1)
+            own = x.movedim(-2, 0).flatten(1)
+            first = len(own) if self.most is None else self.most - 1
+            if first:
+                yield 0, own[:first]
+            if first < len(own):
+                yield first, own[first:].reshape(1, -1)
         else:
             assert self.group_size is not None
             columns = x.reshape(-1, x.shape[-1]).t()

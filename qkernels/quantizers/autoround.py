@@ -87,7 +87,7 @@ class LearnedRounding:
         weight: Tensor,
         parameters: WeightParameters,
         minmax: bool,
-        input_zero: int | None = None,
+        input_zero: int | Tensor | None = None,
     ) -> None:
         self.parameters, self._input_zero = parameters, input_zero
         self._k = parameters.k

@@ -335,6 +335,8 @@ class _Run:
             made[id(layer)] = build_layer(task, part, self._plan.options, weight)
         rows = None if task.inputs is None else task.inputs.quantized["rows"].rows
         report = compare(
-            task.name, layer, made[id(layer)], rows, str(part), input_factor=task.input_factor
+            *(task.name, layer, made[id(layer)], rows, str(part)),
+            input_factor=task.input_factor,
+            places=None if task.inputs is None else task.inputs.row_positions,
         )
         self._install(layer, report)

@@ -34,9 +34,11 @@ class LayerTask:
         bias: [N] or None.
         inputs: what calibration collected, at least what the method asked for; None without
             calibration.
-        activation_scale: that of x, which the result must carry, for static activations; else None.
-        activation_zero: the zero point of x, which the driver adds to the result; methods get None,
-            and the same as `input_zero`, for those that round x.
+        activation_scale: that of x, which the result must carry, for static activations, fp32 [P]
+            where each position has one; else None.
+        activation_zero: the zero point of x, int32 [P] where each position has one, which the
+            driver adds to the result; methods get None, and the same as `input_zero`, for those
+            that round x.
         input_factor: fp32 [K], what x was multiplied by before `inputs` and `weight` are of it,
             which the driver adds to the result; or None.
     """
@@ -46,9 +48,9 @@ class LayerTask:
     bias: Tensor | None
     scheme: QuantScheme
     inputs: LayerInputs | None
-    activation_scale: float | None
-    activation_zero: int | None = None
-    input_zero: int | None = None
+    activation_scale: float | Tensor | None
+    activation_zero: int | Tensor | None = None
+    input_zero: int | Tensor | None = None
     input_factor: Tensor | None = None
 
 

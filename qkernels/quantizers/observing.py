@@ -11,6 +11,7 @@ from qkernels.calibration.observe import Stage, observe, stages
 from qkernels.calibration.statistics import LayerInputs, Needs
 from qkernels.calibration.walks import Walk
 from qkernels.errors import LayerError
+from qkernels.modules.heads import output_heads
 from qkernels.quantizers.hessian import warn_of_few
 from qkernels.quantizers.job import Plan
 from qkernels.quantizers.recipe import Part
@@ -38,6 +39,7 @@ class Observation:
         self._row_weights = row_weights
         self._first_batch = plan.processes.first_batch(len(plan.batches or ()))
         self.tokens = [Tokens.of(batch) for batch in plan.batches or ()]
+        self._heads = {id(head) for module in model.modules() for head in output_heads(module)}
         self._warned = False
 
     def stages(self, part: Part, layers: Mapping[str, nn.Linear]) -> list[Stage]:
@@ -84,4 +86,5 @@ class Observation:
     def for_report(self, name: str) -> Needs:
         """What is collected of every layer, whatever the method."""
         scheme = self._plan.schemes[name]
-        return Needs(quantized=("rows",)) | needs_of(scheme, self._plan.observer)
+        is_head = id(self._model.get_submodule(name)) in self._heads
+        return Needs(quantized=("rows",)) | needs_of(scheme, self._plan.observer, is_head=is_head)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels import ops
 from qkernels.modules.packed import PackedModule
+from qkernels.preparation import with_scales_at
 from qkernels.weight import row_slices
 
 
@@ -99,6 +101,7 @@ def compare(
     rows: Tensor | None,
     method: str,
     input_factor: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> LayerReport:
     """The report of one layer, with its errors measured.
 
@@ -106,6 +109,7 @@ def compare(
         rows: [R, K], inputs of a linear layer to measure the output's error on.
         input_factor: fp32 [K], what they were multiplied by and the weight divided, which the
             packed layer does itself.
+        places: int64 [R], the positions of the rows, for a layer with scales per position.
     """
     weight, held = layer.weight.detach(), packed.packed
     parameters = held.parameters()
@@ -126,7 +130,12 @@ def compare(
             bias = layer.bias if isinstance(layer, nn.Linear) else None
             exact = nn.functional.linear(rows, layer.weight, bias).double()
             own = rows if input_factor is None else rows.float() / input_factor
-            got = packed(own).double()
+            if places is None:
+                got = packed(own).double()
+            else:
+                by_row = with_scales_at(held, places.to(held.device))
+                own_bias = packed._buffers.get("bias")
+                got = ops.linear(own, by_row, own_bias, backend=packed.backend).double()
         output_error = _relative(float((got - exact).norm()), float(exact.norm()))
     return LayerReport(
         name=name,

@@ -11,7 +11,7 @@ for the least error of the output on a sample of rows, with activations and weig
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -172,6 +172,11 @@ class _Layer:
         activation, numbers = self._scheme.activation, Numbers.of(self._scheme.activation)
         if activation.granularity in ("token", "tokenasym"):
             return dynamically_rounded(x, self._scheme)
+        if activation.by_position:
+            # The sampled rows are of all positions: a token's own scale is nearest to that of its.
+            per_token = activation.granularity.replace("position", "token")
+            own = replace(activation, granularity=per_token)
+            return dynamically_rounded(x, replace(self._scheme, activation=own))
         scale, zero = scale_and_zero(-largest.max(), largest.max(), numbers)
         return rounded(x, scale, zero, numbers)
 

@@ -16,15 +16,24 @@ from torch import Tensor
 
 from qkernels.calibration.observers import ObserverChoice
 from qkernels.calibration.ranges import Numbers, rounded, scale_and_zero
-from qkernels.calibration.statistics import LayerInputs, Needs
+from qkernels.calibration.statistics import LayerInputs, Needs, by_position
+from qkernels.positions import at
 from qkernels.quantizers.method import LayerTask
 from qkernels.scheme import Activation, QuantScheme
 from qkernels.weight import WeightParameters
 
 
-def needs_of(scheme: QuantScheme, observer: ObserverChoice) -> Needs:
-    """What is collected of a layer for its static activations."""
-    return Needs(quantized=(str(observer),)) if scheme.activation.is_static else Needs()
+def needs_of(scheme: QuantScheme, observer: ObserverChoice, *, is_head: bool = False) -> Needs:
+    """What is collected of a layer for its static activations.
+
+    Args:
+        is_head: whether it makes logits. Generation gives it the last token alone, whose position
+            it cannot tell, so that all its positions have one scale.
+    """
+    if not scheme.activation.is_static:
+        return Needs()
+    apart = scheme.activation.by_position and not is_head
+    return Needs(quantized=(by_position(observer) if apart else str(observer),))
 
 
 def x_parameters(
@@ -35,14 +44,20 @@ def x_parameters(
         return {"activation_scale": None, "activation_zero": None}
     assert inputs is not None
     numbers = Numbers.of(scheme.activation)
-    seen = inputs.quantized[str(observer)]
+    apart = inputs.quantized.get(by_position(observer))
+    seen = inputs.quantized[str(observer)] if apart is None else apart.observer
     low, high = seen.range(numbers)
     tried = list(observer.observer.tried(seen))
     if tried:
         rows = inputs.quantized["rows"].rows
-        low, high = _least_output_error(tried, (low, high), numbers, rows, weight)
+        places = inputs.row_positions
+        if places is None:
+            places = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        low, high = _least_output_error(tried, (low, high), numbers, rows, places, weight)
     scale, zero = scale_and_zero(low, high, numbers)
     has_zero = scheme.activation.has_zeros
+    if scheme.activation.by_position:
+        return {"activation_scale": scale, "activation_zero": zero if has_zero else None}
     return {
         "activation_scale": float(scale),
         "activation_zero": int(zero) if has_zero else None,
@@ -58,14 +73,17 @@ def _least_output_error(
     whole: tuple[Tensor, Tensor],
     numbers: Numbers,
     rows: Tensor,
+    places: Tensor,
     weight: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The range with the least |(x_q - x) W^T|^2 on a sample of rows [R, K]: of those that are
-    tried, and then of ranges close to the best of them, `whole` at most."""
+    """The ranges, [1] or [P] of positions, with the least |(x_q - x) W^T|^2 on a sample of rows
+    [R, K] at `places` [R]: of those that are tried, and then of ranges close to the best of them,
+    `whole` at most."""
     rows, weight = rows.float(), weight.float()
 
     def error(ends: tuple[Tensor, Tensor]) -> float:
-        wrong = rounded(rows, *scale_and_zero(*ends, numbers), numbers) - rows
+        scale, zero = (at(own, places)[:, None] for own in scale_and_zero(*ends, numbers))
+        wrong = rounded(rows, scale, zero, numbers) - rows
         return float(F.linear(wrong, weight).square().sum())
 
     best = min(tried, key=error)
@@ -90,7 +108,8 @@ def without_zero(task: LayerTask) -> LayerTask:
     """The task as methods see it."""
     if task.activation_zero is None:
         return task
-    symmetric = Activation(task.scheme.activation.dtype, "static")
+    granularity = task.scheme.activation.granularity.removesuffix("asym")
+    symmetric = Activation(task.scheme.activation.dtype, granularity)
     scheme = dataclasses.replace(task.scheme, activation=symmetric)
     zero = task.activation_zero
     return dataclasses.replace(task, scheme=scheme, activation_zero=None, input_zero=zero)
@@ -100,5 +119,5 @@ def with_zero(made: WeightParameters, task: LayerTask) -> WeightParameters:
     """What a method made of `without_zero(task)`, for the task."""
     if task.activation_zero is None:
         return made
-    zero = torch.tensor(task.activation_zero, dtype=torch.int32, device=task.weight.device)
+    zero = torch.as_tensor(task.activation_zero, dtype=torch.int32, device=task.weight.device)
     return made.replace(scheme=task.scheme, activation_zero=zero)
