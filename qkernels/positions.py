@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.errors import LayerError
+
 # A tensor that is written in place, so that compiled code reads it and is not compiled anew for
 # each token.
 _CACHED = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -39,6 +41,7 @@ def follow_cache(model: nn.Module) -> None:
     """Makes a forward of `model` tell its layers how many tokens its cache holds.
 
     That is what `past_key_values` says, a cache of Transformers, where it is passed by name.
+    `cache_params`, as of Mamba, raises LayerError.
     """
     if _before not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_before, with_kwargs=True)
@@ -46,6 +49,12 @@ def follow_cache(model: nn.Module) -> None:
 
 
 def _before(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("cache_params") is not None:
+        raise LayerError(
+            f"a {type(model).__name__} is given a cache_params, which does not say how many tokens "
+            "it holds, and its layers have a scale for each position: use use_cache=False, or "
+            "another scheme"
+        )
     cache = kwargs.get("past_key_values")
     length = 0 if cache is None else cache.get_seq_length()
     if isinstance(length, Tensor):

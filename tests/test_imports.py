@@ -9,8 +9,8 @@ import qkernels
 
 PACKAGE = Path(qkernels.__file__).parent
 ORDER = (
-    ("errors", "machine", "positions", "progress", "sparse"),
-    ("compiled", "spelling"),
+    ("errors", "machine", "progress", "sparse"),
+    ("compiled", "positions", "spelling"),
     ("scheme",),
     ("fields",),
     ("weight",),

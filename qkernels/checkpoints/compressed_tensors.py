@@ -88,6 +88,8 @@ def _why_not(kind: WeightKind) -> str | None:
         return "has no scales of several levels (-flat has one)"
     if scheme.activation.outliers:
         return "keeps no columns of activations in 16 bits"
+    if scheme.activation.by_position:
+        return "has no scales of activations per position"
     if scheme.activation.dtype == "int4":
         return "rounds 4-bit activations to -8..7 with scales of max|x| / 7.5, not to -7..7"
     beyond = sorted(kind.fields - _FIELDS)
