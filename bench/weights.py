@@ -25,7 +25,7 @@ def random_weight(scheme: QuantScheme, n: int, k: int, device: str, seed: int) -
     source = generator(seed, device)
     weight = torch.randn(n, k, generator=source, device=device).mul_(TYPICAL_WEIGHT)
     activation_scale = None
-    if scheme.activation.granularity == "static":
+    if scheme.activation.granularity in ("static", "position"):
         activation_scale = ACTIVATION_RANGE / scheme.activation.largest
     return rounding.quantize(weight, scheme, activation_scale=activation_scale)
 
