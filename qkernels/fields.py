@@ -384,7 +384,9 @@ def _check_tensor(
             for axis, length, size in zip(field.dimensions(scheme), shape, value.shape, strict=True)
         )
     if tuple(value.shape) != shape:
-        raise WeightError(f"{where} must have shape {list(shape)}, got {list(value.shape)}")
+        named = zip(field.dimensions(scheme), shape, strict=True)
+        wanted = ", ".join(axis if length is None else str(length) for axis, length in named)
+        raise WeightError(f"{where} must have shape [{wanted}], got {list(value.shape)}")
     dtypes = field.dtypes(scheme)
     if value.dtype not in dtypes:
         accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import qkernels as qk
 from qkernels import positions, reference, rounding
@@ -126,7 +133,7 @@ def test_explain_says_who_knows_positions():
         (torch.tensor([1.0, -2.0]), "must be > 0, got -2.0"),
         (torch.tensor([1.0, float("nan")]), "holds NaN or infinity"),
         (torch.empty(0), "must hold a scale, got none"),
-        (torch.tensor(1.0), r"must have shape \[None\], got \[\]"),
+        (torch.tensor(1.0), r"must have shape \[positions\], got \[\]"),
         (torch.ones(2, dtype=torch.float16), "must be float32"),
         (None, "or use a scheme without -static or -position"),
     ],
@@ -272,6 +279,28 @@ def test_rows_of_no_sequence_have_one_scale():
     assert model.body.to_weight().activation_scale.shape == (5,)
     assert model.head.to_weight().activation_scale.shape == (1,)
     assert (model(x) - exact).norm() < 0.03 * exact.norm()
+
+
+def test_experts_have_one_scale_each():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(
+        MixtralConfig(vocab_size=64, num_local_experts=4, **sizes, **heads)
+    ).eval()
+    qk.quantize_model(model, "rtn", "w8a8-position", calibration=[TOKENS])
+    for name, module in model.named_modules():
+        if isinstance(module, qk.WQLinear):
+            scale = module.to_weight().activation_scale
+            assert scale.shape == ((1,) if "expert_" in name else (24,)), name
+
+
+@torch.no_grad()
+def test_fused_layers_know_positions():
+    model, _ = calibrated()
+    exact = logits_by_token(model)
+    assert qk.fuse(model).fused
+    assert torch.equal(logits_by_token(model), exact)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
