@@ -1,6 +1,7 @@
 """Static activations with a scale for each position: products, caches, calibration and files."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -377,6 +378,32 @@ def test_an_encoder_and_its_decoder_count_their_own_tokens():
     cached = model.generate(TOKENS[:2, :9], **options)
     assert torch.equal(cached, model.generate(TOKENS[:2, :9], use_cache=False, **options))
     assert torch.equal(cached, model.generate(TOKENS[:2, :9], **options))
+
+
+def test_a_second_thread_is_refused_and_disturbs_nothing():
+    model, _ = calibrated()
+    with torch.no_grad():
+        first = model(TOKENS[:, :5], use_cache=True)
+        wanted = model(TOKENS[:, 5:9], past_key_values=copy.deepcopy(first.past_key_values)).logits
+    (other, _), refused = calibrated(), []
+
+    def meanwhile(*_):
+        def run():
+            with pytest.raises(LayerError, match="runs in another thread"):
+                other(TOKENS)
+            refused.append(True)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[0].register_forward_pre_hook(meanwhile)
+    with torch.no_grad():
+        got = model(TOKENS[:, 5:9], past_key_values=first.past_key_values).logits
+    handle.remove()
+    assert refused and torch.equal(got, wanted)
+    with torch.no_grad():
+        assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_a_cache_that_counts_no_tokens_is_refused():

@@ -33,7 +33,6 @@ LAST = RTN.name
 """What quantizes the layers where a recipe only prepares, and those that calibration never saw."""
 
 
-
 @dataclass(frozen=True)
 class NamedRecipe:
     """What a name stands for.
