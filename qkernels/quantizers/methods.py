@@ -51,7 +51,7 @@ class NamedRecipe:
 
 
 RECIPES = {
-    "best": NamedRecipe("gptq+distill", "smoothquant(steps=11)+gptq+distill"),
+    "best": NamedRecipe("gptq+distill", "smoothquant(steps=11)+gptq"),
     "fast": NamedRecipe("gptq", "smoothquant+gptq"),
 }
 """Recipes by a name of their own, chosen by what they gave on a model; see docs/methods.md."""
