@@ -101,7 +101,6 @@ _ACTIVATIONS = (
     "smoothquant(steps=11)+gptq",
     "zeroquant",
     "rotate+gptq",
-    "best",
 )
 
 _STATIC = (
