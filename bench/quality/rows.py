@@ -86,7 +86,6 @@ _INTEGERS = (
     "rotate+gptq",
     "guided+gptq",
     "gptq+distill",
-    "gptq+finetune",
     "best",
 )
 """Every method, those that prepare or finish around `gptq`; but for `obq`, whose N K^3 operations a

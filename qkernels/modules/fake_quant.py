@@ -91,20 +91,15 @@ class FakeQuantLinear(nn.Linear):
         self.register_parameter("activation_scale", static)
 
     @classmethod
-    def from_quantized(cls, layer: WQLinear, dense: Tensor | None = None) -> FakeQuantLinear:
+    def from_quantized(cls, layer: WQLinear) -> FakeQuantLinear:
         """One that computes what a quantized layer does, and learns from there.
 
-        Its scales and zero points are those of `layer`. Its weights, fp32, are the numbers of
-        `dense` where these have the codes of `layer`, and as near to them as the codes allow
-        elsewhere; without `dense` they are the numbers of the codes.
-
-        Args:
-            dense: [N, K], the weight that `layer` was made from.
+        Its scales and zero points are those of `layer`, and its weights, fp32, the numbers of the
+        codes.
 
         Raises:
             SchemeError: for scales that are quantized themselves.
-            WeightError: for what is beside codes, scales and zero points, and a `dense` of another
-                shape.
+            WeightError: for what is beside codes, scales and zero points.
         """
         hub = layer.to_weight()
         if hub.scheme.scale_levels != "one":
@@ -115,17 +110,9 @@ class FakeQuantLinear(nn.Linear):
         reason = _why_not_learned(hub)
         if reason is not None:
             raise WeightError(f"{reason}, which is not trained: train the dense model")
-        weight = hub.dequantize()
-        if dense is not None:
-            if dense.shape != weight.shape:
-                raise WeightError(
-                    f"the dense weight is {list(dense.shape)}, the quantized one "
-                    f"{list(weight.shape)}"
-                )
-            weight = _within_codes(weight, dense.to(weight), hub)
         # An nn.Linear of this weight, whose memory is not made twice.
         linear = nn.Linear(hub.k, hub.n, bias=False, device="meta").train(layer.training)
-        linear.weight = nn.Parameter(weight)
+        linear.weight = nn.Parameter(hub.dequantize())
         if hub.bias is not None:
             linear.bias = nn.Parameter(hub.bias.clone())
         made = cls(linear, hub.scheme)
@@ -214,25 +201,6 @@ def _why_not_learned(weight: QuantizedWeight) -> str | None:
     if weight.zeros is not None and weight.zeros.is_floating_point():
         return "the layer has zero points that are no integers"
     return None
-
-
-_BISECTIONS = 6
-
-
-def _within_codes(weight: Tensor, dense: Tensor, hub: QuantizedWeight) -> Tensor:
-    """The numbers from those of the codes, `weight`, towards `dense` that still have these codes,
-    as far as they go: what a code stands for is an interval."""
-    parameters = hub.parameters
-    near, far = torch.zeros_like(weight), torch.ones_like(weight)
-    moved = dense - weight
-    share = far
-    for _ in range(_BISECTIONS):
-        # The first try is all of the way.
-        codes = rounding.encode_rows(weight + share * moved, parameters, 0)
-        kept = parameters.dequantize_rows(codes, 0) == weight
-        near, far = torch.where(kept, share, near), torch.where(kept, far, share)
-        share = torch.where(near == 1, 1.0, (near + far) / 2)
-    return weight + near * moved
 
 
 def rounded_input(

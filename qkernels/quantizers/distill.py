@@ -2,15 +2,18 @@
 
     min over s of  KL(p_dense || p_quantized)
 
-by Adam over calibration batches, end to end. Scales are trained as factors of what they were. Some
-sequences are kept aside: they say how much of the way scales go, and where the model is no nearer
-to the dense one on them, it stays as it was.
+by Adam over calibration batches, end to end. Models without logits learn by the relative squared
+error of their outputs. Scales are trained as factors of what they were. Some sequences are kept
+aside: they say how much of the way scales go, and where the model is no nearer to the dense one on
+them, it stays as it was.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels import sparse
-from qkernels.quantizers.end_to_end import EndToEnd, quantized_layers
-from qkernels.quantizers.gradients import frozen
+from qkernels.calibration.calls import replace_forward
+from qkernels.calibration.forwards import run_batch
+from qkernels.errors import LayerError
+from qkernels.modules import WQLinear
+from qkernels.quantizers.gradients import (
+    Recomputed,
+    counted,
+    counted_rows,
+    divergence,
+    frozen,
+    gives_logits,
+    output_of,
+    pieces,
+)
 from qkernels.quantizers.method import Method, ModelTask, check_seed
 from qkernels.weight import QuantizedWeight, code_values
 
@@ -50,8 +65,14 @@ class DistillParameters:
         check_seed(self.seed)
 
 
+_FEW, _MOST_ASIDE = 16, 8
+"""From so many sequences on some are kept aside, and how many at most."""
+
 _EPSILON = 1e-16
 """Adam's: gradients of the factors of 8 bits are about 1e-9."""
+
+_HALF_SCALE = 2.0**12
+"""What the loss is multiplied by in fp16, whose least number is 6e-8; Adam does not see it."""
 
 _MOST_HALVINGS = 3
 """Of the way that scales have gone: what is left of noise falls with its square."""
@@ -101,9 +122,6 @@ class _Trained:
     def end(self) -> None:
         """Lets go of what `begin` made."""
         self._weight = torch.empty(0)
-
-    def learn(self) -> None:
-        """The factors have their gradients."""
 
     def forward(self, input: Tensor) -> Tensor:
         x, hub = input, self._hub
@@ -156,48 +174,141 @@ class _Product(torch.autograd.Function):
 
 
 def _distill(task: ModelTask, parameters: DistillParameters) -> Mapping[str, QuantizedWeight]:
-    layers = {
-        name: layer
-        for name, layer in quantized_layers(task).items()
-        if layer.scheme.scale_levels == "one"
-    }
+    layers: dict[int, tuple[str, WQLinear]] = {}
+    for name, quantized in task.layers.items():
+        if isinstance(quantized, WQLinear) and quantized.scheme.scale_levels == "one":
+            layers.setdefault(id(quantized), (name, quantized))
     if not layers:
         warnings.warn("distill trains no scales that are quantized themselves", stacklevel=2)
         return {}
+    aside, cut = _set_aside([piece for batch in task.batches for piece in pieces(batch, 1)])
     with frozen(task.model):
-        trained = {name: _Trained(own.to_weight(), own.dtype) for name, own in layers.items()}
-        run = EndToEnd(task, layers, trained)
-        before = run.first_divergence(DISTILL.name)
+        run = _Distillation(task, layers)
+        before = run.divergence(aside)
+        if not math.isfinite(before):
+            raise LayerError("distill: the model's outputs on calibration sequences are not finite")
+        run.train(_steps(cut, parameters), parameters)
+        # So that whoever was near a minimum, or is past it, loses nothing.
+        return run.results() if run.shorten(aside, before) else {}
+
+
+class _Distillation:
+    """Layers in training, by the names of their modules. Args: layers: id -> name and module."""
+
+    def __init__(self, task: ModelTask, layers: Mapping[int, tuple[str, WQLinear]]) -> None:
+        self._task, self._layers = task, dict(layers.values())
+        self._half = any(layer.dtype == torch.float16 for layer in self._layers.values())
+        self._trained = {
+            name: _Trained(layer.to_weight(), layer.dtype) for name, layer in self._layers.items()
+        }
+
+    def results(self) -> dict[str, QuantizedWeight]:
+        return {name: each.result() for name, each in self._trained.items()}
+
+    def divergence(self, batches: Sequence[Any]) -> float:
+        """From the dense model: the mean over `batches`."""
+        with self._weights():
+            return sum(self._loss(batch) for batch in batches) / len(batches)
+
+    def train(self, steps: Iterator[list[Any]], parameters: DistillParameters) -> None:
         optimizer = torch.optim.Adam(
             [
                 {"params": [each.factors], "lr": parameters.lr * each.reach}
-                for each in trained.values()
+                for each in self._trained.values()
             ],
             betas=(0.9, 0.99),
             eps=_EPSILON,
         )
-        run.train(optimizer, parameters.steps, parameters.sequences, parameters.seed)
-        # So that whoever was near a minimum, or is past it, loses nothing.
-        if not _shorten(run, trained, before):
-            return {}
-        return {name: each.result() for name, each in trained.items()}
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for number, batches in enumerate(steps):
+            progress = (number + 0.5) / parameters.steps
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
+            with self._weights():
+                for batch in batches:
+                    self._learn(batch, 1 / len(batches))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def shorten(self, batches: Sequence[Any], before: float) -> bool:
+        """Halves the way from the first scales to the present ones while that brings the model
+        nearer to the dense one; whether it is then nearer than it was, at `before`."""
+        reached = self.divergence(batches)
+        for _ in range(_MOST_HALVINGS):
+            learned = {name: each.factors.detach().clone() for name, each in self._trained.items()}
+            for each in self._trained.values():
+                each.factors.data.add_(1).div_(2)
+            shorter = self.divergence(batches)
+            if shorter >= reached:
+                for name, factors in learned.items():
+                    self._trained[name].factors.data.copy_(factors)
+                break
+            reached = shorter
+        return reached < before
+
+    @contextlib.contextmanager
+    def _weights(self) -> Iterator[None]:
+        """A context in which the layers have the weights of the present factors."""
+        with contextlib.ExitStack() as stack:
+            for each in self._trained.values():
+                each.begin()
+                stack.callback(each.end)
+            yield
+
+    def _learn(self, batch: Any, share: float) -> None:
+        """Adds `share` of the gradients of a batch to the factors'."""
+        wanted = self._dense(batch)
+        # Blocks run again in the backward pass, as they did before.
+        with self._in_training(), Recomputed(self._task.model, self._layers):
+            loss = _loss(run_batch(self._task.model, batch), wanted, batch)
+            (loss * share * (_HALF_SCALE if self._half else 1.0)).backward()
+
+    def _loss(self, batch: Any) -> float:
+        wanted = self._dense(batch)
+        with torch.no_grad(), self._in_training():
+            return float(_loss(run_batch(self._task.model, batch), wanted, batch))
+
+    def _dense(self, batch: Any) -> Any:
+        with torch.no_grad(), self._task.dense():
+            return run_batch(self._task.model, batch)
+
+    @contextlib.contextmanager
+    def _in_training(self) -> Iterator[None]:
+        """A context in which the model runs the layers in training."""
+        with contextlib.ExitStack() as stack:
+            for name, layer in self._layers.items():
+                stack.callback(replace_forward(layer, self._trained[name].forward))
+            yield
 
 
-def _shorten(run: EndToEnd, trained: Mapping[str, _Trained], before: float) -> bool:
-    """Halves the way from the first scales to the present ones while that brings the model nearer
-    to the dense one; whether it is then nearer than it was, at `before`."""
-    reached = run.divergence()
-    for _ in range(_MOST_HALVINGS):
-        learned = {name: each.factors.detach().clone() for name, each in trained.items()}
-        for each in trained.values():
-            each.factors.data.add_(1).div_(2)
-        shorter = run.divergence()
-        if shorter >= reached:
-            for name, factors in learned.items():
-                trained[name].factors.data.copy_(factors)
-            break
-        reached = shorter
-    return reached < before
+def _loss(found: Any, wanted: Any, batch: Any) -> Tensor:
+    result, target = output_of(found), output_of(wanted)
+    kept = counted(batch, result)
+    if gives_logits(found):
+        return divergence(result, target, kept)
+    result, target = (counted_rows(x.float(), kept) for x in (result, target))
+    return (result - target).square().sum() / target.square().sum()
+
+
+def _set_aside(cut: list[Any]) -> tuple[list[Any], list[Any]]:
+    """One of 16 sequences, spread over all, and the rest; all of them twice where they are few."""
+    if len(cut) < _FEW:
+        return cut, cut
+    aside = range(0, len(cut), max(_FEW, len(cut) // _MOST_ASIDE))[:_MOST_ASIDE]
+    return [cut[i] for i in aside], [piece for i, piece in enumerate(cut) if i not in aside]
+
+
+def _steps(cut: Sequence[Any], parameters: DistillParameters) -> Iterator[list[Any]]:
+    """What each step runs, one after the other: all of `cut` in a drawn order, and again."""
+    generator = torch.Generator().manual_seed(parameters.seed)
+    order: list[int] = []
+    for _ in range(parameters.steps):
+        step: list[Any] = []
+        while len(step) < parameters.sequences:
+            if not order:
+                order = torch.randperm(len(cut), generator=generator).tolist()
+            step.append(cut[order.pop()])
+        yield step
 
 
 DISTILL = Method(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from qkernels.quantizers.autoround import AUTOROUND
 from qkernels.quantizers.awq import AWQ
 from qkernels.quantizers.distill import DISTILL
-from qkernels.quantizers.finetune import FINETUNE
 from qkernels.quantizers.gptq import GPTQ
 from qkernels.quantizers.guided import GUIDED
 from qkernels.quantizers.hqq import HQQ
@@ -24,7 +23,7 @@ from qkernels.scheme import QuantScheme
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        *(AUTOROUND, AWQ, DISTILL, FINETUNE, GPTQ, GUIDED, HQQ, OBQ),
+        *(AUTOROUND, AWQ, DISTILL, GPTQ, GUIDED, HQQ, OBQ),
         *(OUTLIER_SUPPRESSION, ROTATE, RTN, SMOOTHQUANT, SPQR, ZEROQUANT),
     )
 }

@@ -11,7 +11,7 @@ from qkernels import rounding
 from qkernels.checkpoints import mark_quantized
 from qkernels.errors import LayerError, QuantizationError, SchemeError
 from qkernels.modules import FakeQuantLinear, WQEmbedding, WQLinear
-from qkernels.modules.kinds import is_plain_linear, linear_parts, take_place_of
+from qkernels.modules.kinds import is_plain_linear, take_place_of
 from qkernels.quantizers.plan import parsed_overrides, plan_layers
 from qkernels.quantizers.report import LayerReport, QuantizationReport, compare
 from qkernels.scheme import QuantScheme
@@ -28,7 +28,6 @@ def prepare_qat(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, QuantScheme | str | None] | None = None,
-    dense: nn.Module | None = None,
 ) -> list[str]:
     """Makes the linear layers of `model`, in place, compute as their quantized forms will.
 
@@ -45,8 +44,6 @@ def prepare_qat(
             "range" takes them from the range of the weight at each step.
         include, exclude, overrides: as of `quantize_model`. Conv1Ds and experts in one parameter
             stay as they are.
-        dense: the model that a quantized one was made from. Its weights say where within its code
-            each weight begins, so that those near the next code are the first to change.
 
     Returns:
         The names of the layers.
@@ -65,9 +62,7 @@ def prepare_qat(
                 "the model is quantized: its layers are trained in their own schemes, by "
                 "step='lsq'; leave scheme, step, include, exclude and overrides out"
             )
-        return _prepare_quantized(model, dense)
-    if dense is not None:
-        raise LayerError("dense= is for a model that is quantized: this one has no WQLinear")
+        return _prepare_quantized(model)
     parsed = parsed_overrides(overrides)
     default = QuantScheme.parse("w4a16-g64" if scheme is None else scheme)
     plan = plan_layers(model, default, include, exclude, parsed)
@@ -94,7 +89,7 @@ def prepare_qat(
     return list(found)
 
 
-def _prepare_quantized(model: nn.Module, dense: nn.Module | None) -> list[str]:
+def _prepare_quantized(model: nn.Module) -> list[str]:
     modules = list(model.named_modules(remove_duplicate=False))
     shared = [module.source for _, module in modules if isinstance(module, WQEmbedding)]
     layers = {
@@ -114,14 +109,7 @@ def _prepare_quantized(model: nn.Module, dense: nn.Module | None) -> list[str]:
                 "qk.unfuse(model) makes fused layers plain"
             )
         try:
-            before = None if dense is None else dense.get_submodule(name)
-        except AttributeError:
-            raise LayerError(f"the dense model has no {name}") from None
-        if before is not None and not is_plain_linear(before):
-            raise LayerError(f"{name} of the dense model is a {type(before).__name__}")
-        weight = None if before is None else linear_parts(before).weight.detach()
-        try:
-            made[id(layer)] = FakeQuantLinear.from_quantized(layer, weight)
+            made[id(layer)] = FakeQuantLinear.from_quantized(layer)
         except QuantizationError as error:
             raise type(error)(f"{name}: {error}") from None
     for name, layer in layers.items():

@@ -118,7 +118,10 @@ def test_schemes_with_int8_per_token(scheme, made):
 
 @pytest.mark.parametrize(
     ("scheme", "reason"),
-    [("w8a8-tensor", "x is quantized to 8 bits per token"), ("w8a8-tokenasym", "only weights in the vnni")],
+    [
+        ("w8a8-tensor", "x is quantized to 8 bits per token"),
+        ("w8a8-tokenasym", "only weights in the vnni"),
+    ],
 )
 def test_other_int8_is_left_alone(scheme, reason):
     model = quantized(scheme=scheme)

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 import qkernels as qk
 from qkernels import rounding
 from qkernels.errors import LayerError, RecipeError
-from qkernels.quantizers import end_to_end
-from qkernels.quantizers.distill import _Trained
-from qkernels.quantizers.end_to_end import EndToEnd, _set_aside
+from qkernels.quantizers import distill
+from qkernels.quantizers.distill import _set_aside, _Trained
 from qkernels.quantizers.gradients import counted, divergence, pieces
 from tests.bounds import SUM_BOUND
 from tests.plain_model import snapshot, unchanged
@@ -94,23 +93,24 @@ def test_a_model_that_comes_no_nearer_stays_as_it_was():
 
 def test_scales_go_as_far_as_sequences_kept_aside_ask_for(monkeypatch):
     model, reached = tiny_model(), iter([5.0, 3.0, 4.0, 9.0])
-    monkeypatch.setattr(EndToEnd, "divergence", lambda self: next(reached))
+    monkeypatch.setattr(
+        "qkernels.quantizers.distill._Distillation.divergence", lambda self, batches: next(reached)
+    )
     found = {}
 
-    def result(self):
-        found[id(self)] = self.factors.clone()
-        return self._hub
+    def results(self):
+        found.update({name: each.factors.clone() for name, each in self._trained.items()})
+        return {}
 
-    def train(self, optimizer, steps, sequences, seed):
+    def train(self, steps, parameters):
         for each in self._trained.values():
             each.factors.data.fill_(1.8)
 
-    monkeypatch.setattr(EndToEnd, "train", train)
-    monkeypatch.setattr(_Trained, "result", result)
+    monkeypatch.setattr("qkernels.quantizers.distill._Distillation.train", train)
+    monkeypatch.setattr("qkernels.quantizers.distill._Distillation.results", results)
     # 5 before, 3 after all of the way, 4 after half.
     qk.quantize_model(model, "distill", "w4a16-g32", calibration=calibration())
     assert all((factors == 1.8).all() for factors in found.values()) and found
-    found.clear()
     # 9 before, 7 after all of the way, 6 after half, 6.5 after a quarter.
     reached = iter([9.0, 7.0, 6.0, 6.5])
     qk.quantize_model(tiny_model(), "distill", "w4a16-g32", calibration=calibration())
@@ -176,7 +176,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qkernels.quantizers.end_to_end.divergence", stopped)
+    monkeypatch.setattr("qkernels.quantizers.distill.divergence", stopped)
     with pytest.raises(KeyboardInterrupt):
         qk.quantize_model(model, "distill", "w4a16-g32", calibration=calibration())
     unchanged(model, before)
@@ -232,7 +232,7 @@ def test_gradients_of_half_precision_do_not_vanish():
     found = {}
     for dtype in (torch.float16, torch.float32):
         x = logits.to(dtype).requires_grad_()
-        (divergence(x, target.to(dtype)) * end_to_end._HALF_SCALE / 4).backward()
+        (divergence(x, target.to(dtype)) * distill._HALF_SCALE / 4).backward()
         found[dtype] = x.grad.float()
     exact = found[torch.float32]
     assert (found[torch.float16] - exact).norm() <= 0.05 * exact.norm()

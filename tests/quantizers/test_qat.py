@@ -278,31 +278,14 @@ def test_range_is_round_to_nearest():
 FROM_QUANTIZED = ("w4a16-g16", "w3a16-g16-sym", "w2a16-gtensor", "nf4-g16", "fp8e4m3-a16", "w8a8")
 
 
-@pytest.mark.parametrize("with_dense", [False, True])
 @pytest.mark.parametrize("text", FROM_QUANTIZED)
-def test_a_quantized_layer_goes_on_from_its_codes(text, with_dense):
-    plain = linear(dtype=torch.bfloat16)
-    # No code is the nearest one any more for some weights, as behind gptq.
-    moved = linear(dtype=torch.bfloat16)
-    with torch.no_grad():
-        moved.weight += 0.05 * torch.randn(moved.weight.shape, dtype=torch.bfloat16)
-    model = nn.Sequential(qk.WQLinear.from_linear(moved, text))
-    wanted, hub = model[0].dequantize(), model[0].to_weight()
-    dense = nn.Sequential(plain) if with_dense else None
-    assert qk.prepare_qat(model, dense=dense) == ["0"]
+def test_a_quantized_layer_goes_on_from_its_codes(text):
+    model = nn.Sequential(qk.WQLinear.from_linear(linear(dtype=torch.bfloat16), text))
+    wanted = model[0].dequantize()
+    assert qk.prepare_qat(model) == ["0"]
     fake, x = model[0], torch.randn(5, 80).bfloat16()
-    assert torch.equal(fake.fake_weight(), wanted)
+    assert torch.equal(fake.fake_weight(), wanted) and torch.equal(fake.weight, wanted)
     assert fake(x).dtype == torch.bfloat16 and fake.weight.dtype == torch.float32
-    if with_dense:
-        # What has its code is the dense weight itself; what has not lies between the two.
-        before = plain.weight.float()
-        nearest = rounding.encode_rows(before, hub.parameters, 0) == hub.codes
-        assert nearest.any() and not nearest.all()
-        assert torch.allclose(fake.weight[nearest], before[nearest], atol=1e-6)
-        assert ((fake.weight - before).abs() <= (wanted - before).abs() + 1e-6).all()
-        assert (fake.weight != wanted)[~nearest].any()
-    else:
-        assert torch.equal(fake.weight, wanted)
     qk.convert_qat(model)
     assert torch.equal(model[0].dequantize(), wanted) and model[0].dtype == torch.bfloat16
 
@@ -317,7 +300,7 @@ def test_training_goes_on_where_a_method_ended():
 
     qk.quantize_model(model, "gptq(damp_percent=0.1)", "w2a16-g16", calibration=batches)
     first = lost(model)
-    qk.prepare_qat(model, dense=dense)
+    qk.prepare_qat(model)
     assert lost(model) == pytest.approx(first, rel=1e-3)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 64)
@@ -337,17 +320,10 @@ def test_a_quantized_model_that_cannot_be_trained_is_named_and_left():
         qk.quantize_model(model, recipe, scheme, **options)
         return model
 
-    plain = tiny_model()
-    with pytest.raises(LayerError, match="dense= is for a model that is quantized"):
-        qk.prepare_qat(plain, dense=tiny_model())
     model = quantized("rtn", "w4a16-g16")
     before = snapshot(model)
     with pytest.raises(LayerError, match="in their own schemes"):
         qk.prepare_qat(model, "w3a16-g16")
-    with pytest.raises(LayerError, match=r"the dense model has no model\.layers\.0"):
-        qk.prepare_qat(model, dense=nn.Sequential(linear()))
-    with pytest.raises(LayerError, match=r"q_proj of the dense model is a WQLinear"):
-        qk.prepare_qat(model, dense=quantized("rtn", "w4a16-g16"))
     unchanged(model, before)
     for scheme, error, what in (
         ("nf4-g16-dq", SchemeError, "q_proj: .*scales that are quantized themselves"),
