@@ -11,7 +11,9 @@ from qkernels import rounding
 from qkernels.checkpoints import mark_quantized
 from qkernels.errors import LayerError, QuantizationError, SchemeError
 from qkernels.modules import FakeQuantLinear, WQEmbedding, WQLinear
+from qkernels.modules.experts import WQExperts
 from qkernels.modules.kinds import is_plain_linear, take_place_of
+from qkernels.modules.rows import WQRows
 from qkernels.quantizers.plan import parsed_overrides, plan_layers
 from qkernels.quantizers.report import LayerReport, QuantizationReport, compare
 from qkernels.scheme import QuantScheme
@@ -35,8 +37,8 @@ def prepare_qat(
     rounding. `convert_qat` ends it, `undo_qat` takes it out again.
 
     A model that is quantized already, as by `gptq`, goes on from there: each `WQLinear` is trained
-    in its own scheme, from its codes, scales and zero points, with weights in fp32. A head whose
-    weight an embedding looks up stays as it is.
+    in its own scheme, from its codes, scales and zero points, with weights in fp32. Experts in one
+    parameter stay as they are, and so does a head whose weight an embedding looks up.
 
     Args:
         scheme: for all layers that no override names; None is "w4a16-g64".
@@ -91,23 +93,26 @@ def prepare_qat(
 
 def _prepare_quantized(model: nn.Module) -> list[str]:
     modules = list(model.named_modules(remove_duplicate=False))
-    shared = [module.source for _, module in modules if isinstance(module, WQEmbedding)]
+    # Who reads them reads what a WQLinear has.
+    read = {id(module.source) for _, module in modules if isinstance(module, WQEmbedding)}
+    for _, module in modules:
+        if isinstance(module, WQExperts | WQRows):
+            read |= {id(layer) for layer in module.children()}
     layers = {
         name: module
         for name, module in modules
-        if isinstance(module, WQLinear) and not any(module is source for source in shared)
+        if isinstance(module, WQLinear) and id(module) not in read
     }
     if not layers:
-        raise LayerError("no WQLinear is left to train: embeddings look up the weight of each")
+        raise LayerError("no WQLinear is left to train: experts and embeddings read each")
     made: dict[int, FakeQuantLinear] = {}
     for name, layer in layers.items():
         if id(layer) in made:
             continue
-        if type(layer) is not WQLinear or layer.transposed:
-            raise LayerError(
-                f"{name} is a {type(layer).__name__} that no nn.Linear can stand for: "
-                "qk.unfuse(model) makes fused layers plain"
-            )
+        if layer.transposed:
+            raise LayerError(f"{name} stands for a Conv1D, which is not trained")
+        if type(layer) is not WQLinear:
+            raise LayerError(f"{name} is a {type(layer).__name__}: call qk.unfuse(model) first")
         try:
             made[id(layer)] = FakeQuantLinear.from_quantized(layer)
         except QuantizationError as error:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import qkernels as qk
 from qkernels import rounding
@@ -361,3 +362,29 @@ def test_a_head_that_an_embedding_shares_stays_quantized():
     assert model.model.embed_tokens.source is model.lm_head
     qk.convert_qat(model)
     assert torch.equal(model(tokens()).logits, wanted)
+
+
+def test_experts_stay_and_other_layers_are_named():
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config).eval()
+    qk.quantize_model(model, "rtn", "w4a16-g16")
+    wanted = model(tokens()).logits
+    names = qk.prepare_qat(model)
+    assert names and not any("experts" in name for name in names)
+    assert (model(tokens()).logits - wanted).norm() <= DEEP_LOGITS * wanted.norm()
+    qk.convert_qat(model)
+    assert torch.equal(model(tokens()).logits, wanted)
+    fused = tiny_model()
+    qk.quantize_model(fused, "rtn", "w8a8")
+    assert qk.fuse(fused).fused
+    with pytest.raises(LayerError, match=r"is a FusedPart: call qk\.unfuse\(model\) first"):
+        qk.prepare_qat(fused)
