@@ -100,6 +100,7 @@ _ACTIVATIONS = (
     "smoothquant(steps=11)+gptq",
     "zeroquant",
     "rotate+gptq",
+    "rotate+smoothquant(steps=11)+gptq",
 )
 
 _STATIC = (
