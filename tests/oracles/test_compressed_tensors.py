@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -168,6 +168,9 @@ def schemes(draw):
 @given(schemes(), st.booleans(), st.booleans(), st.sampled_from([1, -1]))
 def test_any_integers(tmp_path_factory, drawn, bias, naive, sign):
     weights, inputs, (n, k), dtype = drawn
+    # compressed-tensors 0.20 does not read zero points of 4 bits that it has packed into one word
+    # of each group: it views their transpose as bytes, which torch refuses.
+    assume(weights["num_bits"] != 4 or weights["symmetric"] or n > 8)
     # Types of inputs beside weights of 8 bits and less; the package packs the weights of these.
     args = INPUTS[inputs] and QuantizationArgs(num_bits=8, **INPUTS[inputs])
     scheme = QuantizationScheme(
