@@ -337,6 +337,12 @@ FIELDS: dict[str, Field] = {
 """In the order in which buffers are listed and x is transformed."""
 
 
+def has_positions(name: str) -> bool:
+    """Whether a buffer of that name has a number for each position, where a scheme has scales per
+    position."""
+    return name in FIELDS and FIELDS[name].axes == ("positions",)
+
+
 def optional_fields(scheme: QuantScheme, names: Iterable[str]) -> frozenset[str]:
     """Those of the fields `names` that a weight of `scheme` may have or not."""
     return frozenset(n for n in names if n in FIELDS and FIELDS[n].wanted(scheme) is None)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from qkernels import positions
-from qkernels.fields import FIELDS
+from qkernels.fields import FIELDS, has_positions
 from qkernels.layouts import PackedWeight
 
 
@@ -42,6 +42,6 @@ def with_scales_at(packed: PackedWeight, places: Tensor) -> PackedWeight:
     own = {
         name: positions.at(value, places)
         for name, value in packed.buffers.items()
-        if name != "words" and FIELDS[name].axes == ("positions",)
+        if has_positions(name)
     }
     return replace(packed, buffers=packed.buffers | own)

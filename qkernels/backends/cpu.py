@@ -196,33 +196,24 @@ _FLOAT_ROWS = PREPARED | {"offsets"}
 
 _VARIES = "rounds unlike the kernels for few rows, and batch_invariant wants one for every M"
 
+_INT4 = Kernel(
+    name="cpu_int4_activations",
+    backend="cpu",
+    layout="vnni",
+    activations=("int4",),
+    activation_positions=True,
+    exact=True,
+    weight_rounding="integers",
+    where=_with("portable"),
+    run=_run_rounded,
+)
+
 # The numbers of rows were measured, each against the rows below it and the reference, which
 # dequantizes for torch's product: see docs/cpu.md. Those of portable and avx2 were measured where
 # torch had AVX-512 and VNNI. Tiles have 32 columns of floats or 64 of int8.
 COMPOSED = (
-    Kernel(
-        name="cpu_int4_activations",
-        backend="cpu",
-        layout="vnni",
-        activations=("int4",),
-        activation_positions=True,
-        exact=True,
-        weight_rounding="integers",
-        where=_with("portable"),
-        run=_run_rounded,
-    ),
-    Kernel(
-        name="cpu_int8_positions",
-        backend="cpu",
-        layout="vnni",
-        activations=("int8",),
-        activation_positions=True,
-        exact=True,
-        weight_rounding="integers",
-        where=_with("portable"),
-        why_not=_has_positions,
-        run=_run_rounded,
-    ),
+    _INT4,
+    replace(_INT4, name="cpu_int8_positions", activations=("int8",), why_not=_has_positions),
     Kernel(
         name="cpu_int8_outliers",
         backend="cpu",
@@ -248,7 +239,6 @@ COMPOSED = (
     ),
 )
 """Kernels that call one of the others for most of their product."""
-_INT4, *_ = COMPOSED
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel(

@@ -124,6 +124,17 @@ def why_not_read(layer: WQLinear, calls: Calls) -> str | None:
     return ops.why_not_quantized(ops.PackedSpec.parse(layer._spec))
 
 
+def _why_not_replaced(call: Call, calls: Calls) -> str | None:
+    """Why a module cannot be given another forward, or None."""
+    if calls.once(call.module) is None:
+        return "it runs more than once"
+    if "forward" in vars(call.module):
+        return "its forward has been replaced"
+    if len(call.args) != 1 or call.kwargs:
+        return "it takes more than x"
+    return None
+
+
 def make_norm(
     name: str, call: Call, readers: Callable[[Sequence[WQLinear]], list[Reader]], calls: Calls
 ) -> Norm | str | None:
@@ -149,12 +160,9 @@ def make_norm(
 
 def _form_of_norm(call: Call, calls: Calls) -> NormForm | str:
     module = call.module
-    if calls.once(module) is None:
-        return "it runs more than once"
-    if "forward" in vars(module):
-        return "its forward has been replaced"
-    if len(call.args) != 1 or call.kwargs:
-        return "it takes more than x"
+    reason = _why_not_replaced(call, calls)
+    if reason is not None:
+        return reason
     x, weight = call.args[0], module._parameters["weight"]
     assert weight is not None
     held = {**module._parameters, **module._buffers}
@@ -210,15 +218,9 @@ def make_gate(
     others = [n for n in layers if n != down]
     if not quantizes_to_int8(layer) or not _are_gates(module, others, layer.in_features):
         return None
-    reason = why_not_read(layer, calls)
+    reason = why_not_read(layer, calls) or _why_not_replaced(call, calls)
     if reason is not None:
         return reason
-    if calls.once(module) is None:
-        return "it runs more than once"
-    if "forward" in vars(module):
-        return "its forward has been replaced"
-    if len(call.args) != 1 or call.kwargs:
-        return "it takes more than x"
     for act in acts:
         form = _form_of_gate(call, calls, others, act, down)
         if form is None:

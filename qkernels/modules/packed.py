@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qkernels import ops, positions
 from qkernels.errors import LayerError, WeightError
-from qkernels.fields import FIELDS
+from qkernels.fields import has_positions
 from qkernels.layouts import (
     LAYOUTS,
     PLAIN,
@@ -142,12 +142,10 @@ class PackedModule(nn.Module):
         spec = ops.PackedSpec.of(packed, self.backend, self.batch_invariant)
         self._names, self._spec = spec.names, str(spec)
         self._held = _held_names(packed.layout, self._names)
-        by_position = packed.scheme.activation.by_position
-        self._by_position = tuple(
-            number
-            for number, name in enumerate(self._names)
-            if by_position and name != "words" and FIELDS[name].axes == ("positions",)
-        )
+        self._by_position = ()
+        if packed.scheme.activation.by_position:
+            own = (number for number, name in enumerate(self._names) if has_positions(name))
+            self._by_position = tuple(own)
         for name, held in zip(self._names, self._held, strict=True):
             self.register_buffer(held, packed.buffers[name])
 

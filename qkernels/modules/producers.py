@@ -195,9 +195,7 @@ class Gate(Producer):
         if compiles or self.module.training or len(args) != 1 or not self._is_large(args[0]):
             return self._original(args, kwargs)
         y = self.gated(args[0]) if self._is_wanted(args, kwargs) else None
-        if y is not None:
-            return y
-        return self._original(args, kwargs)
+        return self._original(args, kwargs) if y is None else y
 
     def gated(self, x: Tensor) -> Any:
         """What the module gives for x; None where it has other children than it had."""
