@@ -115,15 +115,13 @@ class FakeQuantLinear(nn.Linear):
         linear.weight = nn.Parameter(hub.dequantize())
         if hub.bias is not None:
             linear.bias = nn.Parameter(hub.bias.clone())
-        made = cls(linear, hub.scheme)
+        # Learned ones would be fitted to the weight first.
+        made = cls(linear, hub.scheme, learn=False)
         made._dtype = layer.dtype
-        for mine, stored in (
-            (made.scales, hub.scales),
-            (made.zeros, hub.zeros),
-            (made.activation_scale, hub.activation_scale),
-        ):
-            if mine is not None and stored is not None:
-                mine.data.copy_(stored)
+        for name in ("scales", "zeros", "activation_scale"):
+            stored = getattr(hub, name)
+            if stored is not None:
+                setattr(made, name, nn.Parameter(stored.float().clone()))
         return made
 
     @property
@@ -313,7 +311,9 @@ class _FakeWeight(torch.autograd.Function):
         zero = torch.zeros_like(scale) if stored is None else stored[:, :, None]
         zero = zero + (scheme.implied_zero if scheme.weight.kind == "linear" else 0)
         inside = _is_inside(w / scale + zero, scheme)
-        to_weight = (g * inside).flatten(1)[:, :k].to(weight.dtype)
+        to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_weight = (g * inside).flatten(1)[:, :k].to(weight.dtype)
         values = grouped(made) / scale
         share = 1 / math.sqrt(min(length, k) * (n if scheme.per_tensor else 1) * _largest(scheme))
         by_scale = (g * (values - inside * w / scale)).sum(dim=2) * share
