@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bench import load
-from bench.quality import inputs
+from bench.quality import inputs, training
 from bench.quality.record import Measured
 from bench.quality.rows import LANGUAGE, Row
 from qkernels import machine
@@ -79,7 +79,8 @@ def measure(row: Row, settings: Settings, path: Path) -> Measured:
     measured.dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
     scheme = QuantScheme.parse(row.scheme)
     recipe = Recipe.parse(row.method, scheme)
-    measured.calibrated = needs_calibration(recipe, [scheme])
+    trains = int(row.training_steps) > 0
+    measured.calibrated = trains or needs_calibration(recipe, [scheme])
     batches = None
     if measured.calibrated:
         batches = calibration_batches(
@@ -90,6 +91,11 @@ def measure(row: Row, settings: Settings, path: Path) -> Measured:
     measured.loaded_bytes = _memory("VmRSS")
     before, start = load.snapshot(), time.perf_counter()
     quantize_model(model, recipe, scheme, calibration=batches, observer=row.observer)
+    if trains:
+        assert batches is not None
+        dense, _ = inputs.load(row.model, path)
+        training.train(model, dense, batches, int(row.training_steps))
+        del dense
     measured.seconds = time.perf_counter() - start
     measured.others_percent = load.others_percent(before, load.snapshot())
     measured.peak_bytes = _memory("VmHWM")

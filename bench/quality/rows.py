@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,8 +14,11 @@ from qkernels.scheme import QuantScheme
 LANGUAGE, ENCODER = "smollm2", "minilm"
 MODELS = (LANGUAGE, ENCODER)
 
-_OBSERVER = " observer="
-"""Between a recipe and the observer of static activations, where that is not the default."""
+_OBSERVER, _QAT = " observer=", " qat="
+"""Between a recipe and the observer of static activations, where that is not the default, and the
+steps of training behind it."""
+
+_OPTIONS = re.compile(f"({_OBSERVER}|{_QAT})")
 
 BASELINE = "rtn"
 """The recipe whose loss others win back, and that none may be worse than."""
@@ -25,7 +29,8 @@ class Row:
     """A configuration. Its name, "smollm2 w4a16-g64 gptq", is what patterns are matched with.
 
     Attributes:
-        recipe: "rtn", or with an observer of static activations, "rtn observer=mse".
+        recipe: "rtn"; with an observer of static activations, "rtn observer=mse"; with training
+            that begins where the recipe ends, "gptq qat=64".
     """
 
     model: str
@@ -39,12 +44,21 @@ class Row:
     @property
     def method(self) -> str:
         """The recipe alone."""
-        return self.recipe.partition(_OBSERVER)[0]
+        return _OPTIONS.split(self.recipe)[0]
 
     @property
     def observer(self) -> str:
         """What finds the range of static activations."""
-        return self.recipe.partition(_OBSERVER)[2] or str(DEFAULT_OBSERVER)
+        return self._options().get(_OBSERVER, str(DEFAULT_OBSERVER))
+
+    @property
+    def training_steps(self) -> str:
+        """Of training with quantization, behind the recipe; "0" where there is none."""
+        return self._options().get(_QAT, "0")
+
+    def _options(self) -> dict[str, str]:
+        _, *words = _OPTIONS.split(self.recipe)
+        return dict(zip(words[::2], words[1::2], strict=True))
 
     @staticmethod
     def parse(name: str) -> Row:
@@ -67,6 +81,15 @@ class Row:
             ObserverChoice.parse(self.observer)
             if _OBSERVER in self.recipe and not scheme.activation.is_static:
                 return f"{scheme} has no static activations to observe"
+            if _QAT in self.recipe:
+                if self.model != LANGUAGE:
+                    return "training is on the divergence of logits, which an encoder has not"
+                if not self.training_steps.isdecimal() or int(self.training_steps) < 1:
+                    return f"qat={self.training_steps} is no number of steps, 1 or more"
+                if scheme.scale_levels != "one":
+                    return (
+                        f"{scheme} has scales that are quantized themselves, which are not learned"
+                    )
             for part in Recipe.parse(self.method, scheme).parts:
                 reason = part.method.why_not(scheme, part.parameters)
                 if reason is not None:
@@ -121,7 +144,7 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
     LANGUAGE: {
         "w4a16-g64": _INTEGERS,
         "w4a16-g64-sym": _INTEGERS,
-        "w3a16-g64": _INTEGERS,
+        "w3a16-g64": (*_INTEGERS, f"gptq{_QAT}64"),
         "w2a16-g32": _INTEGERS,
         # Of about one size, 3.6 bits a weight, with what is beside the codes.
         "w3a16-g32": (BASELINE, "gptq"),

@@ -12,6 +12,12 @@ zero points):
 
 times 1 / sqrt(numbers of a scale * the largest code), which keeps the steps of scales and weights
 alike.
+
+A weight that was quantized before has the numbers of its codes, where LSQ's gradient of the scale
+is 0. There a scale takes the weights along with it: v = W / s_0 + z, s_0 the scale that it began
+with, so that codes change as weights do, and not as scales do:
+
+    dW'/ds = Q(v) - z,    dW'/dW = s / s_0  inside of the range, else 0
 """
 
 from __future__ import annotations
@@ -46,6 +52,8 @@ class FakeQuantLinear(nn.Linear):
         scales: fp32 [N, G] ([1, 1] where the whole weight has one), where they are learned; else
             None, and they are those of the weight's range.
         zeros: fp32 of the same shape, where zero points are learned too; else None.
+        start_scales: fp32, as `scales`: those that a quantized layer began with, under which
+            weights are rounded to codes; else None.
         activation_scale: fp32 [], of static activations, learned from the first batch on; 0 before
             it. None where the scheme has none.
 
@@ -60,6 +68,7 @@ class FakeQuantLinear(nn.Linear):
 
     scales: nn.Parameter | None
     zeros: nn.Parameter | None
+    start_scales: Tensor | None
     activation_scale: nn.Parameter | None
 
     def __init__(self, layer: nn.Linear, scheme: QuantScheme | str, *, learn: bool = True) -> None:
@@ -89,6 +98,7 @@ class FakeQuantLinear(nn.Linear):
         self.register_parameter("scales", scales)
         self.register_parameter("zeros", zeros)
         self.register_parameter("activation_scale", static)
+        self.register_buffer("start_scales", None)
 
     @classmethod
     def from_quantized(cls, layer: WQLinear) -> FakeQuantLinear:
@@ -122,6 +132,7 @@ class FakeQuantLinear(nn.Linear):
             stored = getattr(hub, name)
             if stored is not None:
                 setattr(made, name, nn.Parameter(stored.float().clone()))
+        made.start_scales = hub.scales.float().clone()
         return made
 
     @property
@@ -136,7 +147,9 @@ class FakeQuantLinear(nn.Linear):
 
     def fake_weight(self) -> Tensor:
         """W', fp32 [N, K], with gradients."""
-        made: Tensor = _FakeWeight.apply(self.weight, self.scales, self.zeros, self.scheme)
+        made: Tensor = _FakeWeight.apply(
+            self.weight, self.scales, self.zeros, self.start_scales, self.scheme
+        )
         return made
 
     @torch.no_grad()
@@ -146,7 +159,9 @@ class FakeQuantLinear(nn.Linear):
         Raises:
             SchemeError: where a static scale has met no batch yet.
         """
-        parameters = _parameters(self.weight, self.scales, self.zeros, self.scheme)
+        parameters, codes = _encoded(
+            self.weight, self.scales, self.zeros, self.start_scales, self.scheme
+        )
         fields = dict(parameters.fields)
         if self.activation_scale is not None:
             if not float(self.activation_scale) > 0:
@@ -155,7 +170,6 @@ class FakeQuantLinear(nn.Linear):
                     "model first"
                 )
             fields["activation_scale"] = self.activation_scale.detach().float()
-        codes = rounding.encode_rows(self.weight.detach(), parameters, 0)
         bias = None if self.bias is None else self.bias.detach()
         return QuantizedWeight(scheme=self.scheme, codes=codes, bias=bias, **fields)
 
@@ -163,6 +177,10 @@ class FakeQuantLinear(nn.Linear):
         """An `nn.Linear` with the parameters of this one, unrounded."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
+        if self.start_scales is not None:
+            assert self.scales is not None
+            moved = _of_columns(self.scales / self.start_scales, self.scheme, self.in_features)
+            linear.weight = nn.Parameter((self.weight * moved).detach())
         return linear.to(self.dtype).train(self.training)
 
     def extra_repr(self) -> str:
@@ -278,16 +296,39 @@ def _parameters(
     return WeightParameters(scheme=own, n=n, k=k, **fields)
 
 
+def _encoded(
+    weight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    start: Tensor | None,
+    scheme: QuantScheme,
+) -> tuple[WeightParameters, Tensor]:
+    """What the fake weight is stored as: its parameters, and its codes, uint8 [N, K]."""
+    parameters = _parameters(weight, scales, zeros, scheme)
+    coding = parameters if start is None else _parameters(weight, start, zeros, scheme)
+    return parameters, rounding.encode_rows(weight.detach(), coding, 0)
+
+
+def _of_columns(groups: Tensor, scheme: QuantScheme, k: int) -> Tensor:
+    """[N, K], or [1, K], of what is [N, G] or [1, 1]."""
+    return groups.repeat_interleave(scheme.group_length(k), dim=1)[:, :k]
+
+
 class _FakeWeight(torch.autograd.Function):
     """The weight rounded, and the gradients of LSQ+."""
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, scheme: QuantScheme
+        ctx: Any,
+        weight: Tensor,
+        scales: Tensor | None,
+        zeros: Tensor | None,
+        start: Tensor | None,
+        scheme: QuantScheme,
     ) -> Tensor:
-        parameters = _parameters(weight, scales, zeros, scheme)
-        codes = rounding.encode_rows(weight, parameters, 0)
+        parameters, codes = _encoded(weight, scales, zeros, start, scheme)
         made = parameters.dequantize_rows(codes, 0)
+        ctx.start = start
         ctx.parameters, ctx.learns = parameters, (scales is not None, zeros is not None)
         ctx.save_for_backward(weight, made)
         return made
@@ -297,7 +338,7 @@ class _FakeWeight(torch.autograd.Function):
         (gradient,), (weight, made) = gradients, ctx.saved_tensors
         if not ctx.learns[0]:
             # The range reaches as far as any weight.
-            return gradient.to(weight.dtype), None, None, None
+            return gradient.to(weight.dtype), None, None, None, None
         parameters = ctx.parameters
         scheme, (n, k) = parameters.scheme, weight.shape
         length, groups = scheme.group_length(k), scheme.groups(k)
@@ -310,18 +351,22 @@ class _FakeWeight(torch.autograd.Function):
         stored = parameters.group_zeros()
         zero = torch.zeros_like(scale) if stored is None else stored[:, :, None]
         zero = zero + (scheme.implied_zero if scheme.weight.kind == "linear" else 0)
-        inside = _is_inside(w / scale + zero, scheme)
+        begun = scale if ctx.start is None else rounding.nonzero(ctx.start.float())[:, :, None]
+        v = w / begun
+        inside = _is_inside(v + zero, scheme)
         to_weight = None
         if ctx.needs_input_grad[0]:
-            to_weight = (g * inside).flatten(1)[:, :k].to(weight.dtype)
+            to_weight = (g * inside * (scale / begun)).flatten(1)[:, :k].to(weight.dtype)
         values = grouped(made) / scale
         share = 1 / math.sqrt(min(length, k) * (n if scheme.per_tensor else 1) * _largest(scheme))
-        by_scale = (g * (values - inside * w / scale)).sum(dim=2) * share
+        # What the weight keeps of it where it is held as a number, and not in units of its scale.
+        kept = inside * v if ctx.start is None else 0
+        by_scale = (g * (values - kept)).sum(dim=2) * share
         by_zero = None
         if ctx.learns[1]:
             by_zero = (g * ~inside).sum(dim=2).neg() * scale[:, :, 0] * share
             by_zero = by_zero.sum_to_size(parameters.scales.shape)
-        return to_weight, by_scale.sum_to_size(parameters.scales.shape), by_zero, None
+        return to_weight, by_scale.sum_to_size(parameters.scales.shape), by_zero, None, None
 
 
 def _is_inside(scaled: Tensor, scheme: QuantScheme) -> Tensor:

@@ -1,5 +1,6 @@
 """bench.quality: rows, what is measured again, what a failure leaves, the table and the picture."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from bench.children import Outcome
-from bench.quality import cli, inputs, measure, picture, record, table
+from bench.quality import cli, inputs, measure, picture, record, table, training
 from bench.quality.measure import Settings
 from bench.quality.record import Measured, Record, RecordError
 from bench.quality.rows import BASELINE, MODELS, ROWS, Row
@@ -17,10 +18,11 @@ from qkernels.calibration.observers import OBSERVERS
 from qkernels.errors import CheckpointError
 from qkernels.models import compare_models, evaluation
 from qkernels.models.loading import load_dense
+from qkernels.modules import WQLinear
 from qkernels.quantizers.methods import METHODS
 from qkernels.quantizers.model import quantize_model
 from qkernels.quantizers.recipe import Recipe
-from tests.tiny_model import tiny_tokenizer, write_folder
+from tests.tiny_model import tiny_model, tiny_tokenizer, write_folder
 
 SMALL = ("--windows", "2", "--window", "32", "--sequences", "4", "--length", "32", "--threads", "1")
 SETTINGS = Settings(windows=2, window=32, passages=3, sequences=4, length=32, threads=1)
@@ -79,6 +81,43 @@ def test_rows_name_observers_of_static_activations():
         assert reason in Row.parse(name).why_not()
     used = {row.observer for row in ROWS}
     assert used == set(OBSERVERS)
+
+
+def test_rows_name_the_steps_of_training_behind_a_recipe():
+    row = Row.parse("smollm2 w3a16-g64 gptq qat=64")
+    assert (row.method, row.training_steps, row.why_not()) == ("gptq", "64", None)
+    assert row in ROWS
+    both = Row.parse("smollm2 w8a8-static rtn observer=mse qat=2")
+    assert (both.method, both.observer, both.training_steps) == ("rtn", "mse", "2")
+    assert Row.parse("smollm2 w3a16-g64 gptq").training_steps == "0"
+    for name, reason in (
+        ("minilm w4a16-g64 gptq qat=64", "an encoder has not"),
+        ("smollm2 w4a16-g64 gptq qat=few", "qat=few is no number of steps, 1 or more"),
+        ("smollm2 w4a16-g64 gptq qat=0", "qat=0 is no number of steps, 1 or more"),
+        ("smollm2 w4a8-g64 gptq qat=8", "w4a8-g64 has scales that are quantized"),
+    ):
+        assert reason in Row.parse(name).why_not()
+
+
+def test_training_moves_scales_and_norms_towards_the_dense_model():
+    dense = tiny_model(torch.bfloat16).eval()
+    model = copy.deepcopy(dense)
+    quantize_model(model, "rtn", "w3a16-g32")
+    ids = torch.randint(0, dense.config.vocab_size, (8, 32))
+    layers = {n: m.to_weight() for n, m in model.named_modules() if isinstance(m, WQLinear)}
+
+    def divergence():
+        result = compare_models(dense, model, ids.flatten(), window=32)
+        return result.kl_divergence
+
+    before = divergence()
+    training.train(model, dense, [ids[:4], ids[4:]], steps=8)
+    assert divergence() < before
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for name, weight in layers.items():
+        trained = model.get_submodule(name).to_weight()
+        assert not torch.equal(trained.scales, weight.scales)
 
 
 def test_patterns_choose_rows():

@@ -13,6 +13,7 @@ import qkernels as qk
 from qkernels import rounding
 from qkernels.errors import LayerError, NoKernelError, SchemeError, WeightError
 from qkernels.modules import FakeQuantLinear
+from qkernels.modules.fake_quant import rounded_input
 from tests.bounds import DEEP_LOGITS, SUM_BOUND, TRAINED_LOSS
 from tests.plain_model import snapshot, unchanged
 from tests.tiny_model import VOCABULARY, tiny_model
@@ -276,6 +277,10 @@ def test_range_is_round_to_nearest():
     assert torch.equal(model[0].fake_weight().detach(), nearest.dequantize())
 
 
+def unit(x):
+    return x / x.norm()
+
+
 FROM_QUANTIZED = ("w4a16-g16", "w3a16-g16-sym", "w2a16-gtensor", "nf4-g16", "fp8e4m3-a16", "w8a8")
 
 
@@ -289,6 +294,28 @@ def test_a_quantized_layer_goes_on_from_its_codes(text):
     assert fake(x).dtype == torch.bfloat16 and fake.weight.dtype == torch.float32
     qk.convert_qat(model)
     assert torch.equal(model[0].dequantize(), wanted) and model[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("text", [*FROM_QUANTIZED, "w8a16-g16"])
+def test_scales_that_learn_behind_a_quantized_layer_take_their_weights_along(text):
+    model = nn.Sequential(qk.WQLinear.from_linear(linear(), text))
+    stored = model[0].to_weight()
+    qk.prepare_qat(model)
+    fake, x = model[0], torch.randn(7, 80)
+    fake(x).square().sum().backward()
+    weight = stored.dequantize().requires_grad_()
+    rounded = rounded_input(x, stored.scheme)
+    F.linear(rounded, weight, fake.bias.detach()).square().sum().backward()
+    by_scale = (weight.grad * weight).detach()
+    by_scale = by_scale.unflatten(1, (stored.scales.shape[1], -1)).sum(2)
+    wanted = by_scale.sum_to_size(stored.scales.shape) / stored.scales
+    assert torch.allclose(unit(fake.scales.grad), unit(wanted), rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        fake.scales *= 1.05
+    assert torch.equal(fake.quantized().codes, stored.codes)
+    moved = stored.dequantize() * 1.05
+    assert torch.allclose(fake.fake_weight(), moved, rtol=2e-3, atol=1e-6)
+    assert torch.allclose(fake.plain().weight, moved, rtol=2e-3, atol=1e-6)
 
 
 def test_training_goes_on_where_a_method_ended():
