@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.ao.quantization import HistogramObserver, MovingAverageMinMaxObserver
 
 from qkernels import reference
 from qkernels.calibration.histogram import Histogram
@@ -72,6 +73,16 @@ def test_a_moving_average_takes_batches_in_their_order():
     assert made.range(INT8) == (low, high)
 
 
+@pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
+def test_a_moving_average_is_that_of_torch(momentum):
+    theirs = MovingAverageMinMaxObserver(averaging_constant=1 - momentum)
+    batches = [torch.randn(30, COLUMNS) * (i + 1) for i in range(12)]
+    for x in batches:
+        theirs(x)
+    low, high = limits(f"moving_average(momentum={momentum})", *batches)
+    assert torch.allclose(low, theirs.min_val) and torch.allclose(high, theirs.max_val)
+
+
 def test_a_moving_average_of_positions_leaves_out_batches_that_end_before():
     long, short = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[3.0]])
     for batches, first in (((long, short), 2.0), ((short, long), 2.0)):
@@ -98,6 +109,17 @@ def test_percentiles_are_those_of_numpy_up_to_a_bin(percent, cells):
     out = (1 - percent / 100) / 2
     near(high, 1 - out, lambda values: values)
     near(low, out, lambda values: values)
+
+
+def test_percentiles_of_tokens_by_hand():
+    """Of the largest values 0.5, 2, 4 and 90 three are not above 4, of the least -0.5, -1, -2 and
+    -3 three not below -2. Of all twelve magnitudes nine are not above 2."""
+    x = torch.tensor([[0.5, 0.5, -3.0], [2.0, -1.0, 0.5], [4.0, 0.5, -2.0], [90.0, 1.0, -0.5]])
+    low, high = limits("tokenwise(percent=75)", x)
+    assert 4 <= float(high) <= 4 * (1 + BIN_BOUND) and -2 * (1 + BIN_BOUND) <= float(low) <= -2
+    assert limits("tokenwise(percent=100)", x) == limits("minmax", x)
+    _, high = limits("percentile(percent=75)", x, numbers=INT8)
+    assert 2 <= float(high) <= 2 * (1 + BIN_BOUND)
 
 
 def test_all_percent_is_the_range():
@@ -127,6 +149,19 @@ def plain_kl(counts, levels):
         divergences[i] = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
     least = min(divergences.values())
     return {i + 0.5 for i, value in divergences.items() if value <= least + 1e-12}
+
+
+def test_kl_by_hand():
+    """Four bins and two levels. i = 2: P = 6, 2 + 1 of 9, Q = 6, 2 of 8, so 2/3 log 8/9 + 1/3 log
+    4/3 = 0.017. i = 3: P = 6, 2, 1 of 9, Q = 4, 4, 1 of 9, where what is clipped counts as one
+    value: 2/3 log 3/2 + 2/9 log 1/2 = 0.116. i = 4: P = 6, 2, 0, 1 of 9, Q = 4, 4, 0, 1 of 9, the
+    same."""
+    counts = torch.zeros(UNIFORM_BINS, dtype=torch.int64)
+    counts[:4] = torch.tensor([6, 2, 0, 1])
+    assert kl_threshold(counts, 2) == 2.5
+    # Q is P for i = 4 then, and nothing is clipped.
+    counts[:4] = torch.tensor([3, 3, 1, 1])
+    assert kl_threshold(counts, 2) == 4.5
 
 
 @pytest.mark.parametrize("levels", [4, 16])
@@ -164,6 +199,32 @@ def error_of(x, low, high, numbers):
     scale, zero = scale_and_zero(torch.tensor(low), torch.tensor(high), numbers)
     rounded = (x / scale + zero).round().clamp(numbers.least, numbers.most) - zero
     return float(((rounded * scale - x).double() ** 2).sum())
+
+
+def test_mse_by_hand():
+    """The numbers -1, 0, 1. Under the range of all values 99 ones become 0, an error of 99; the
+    scale s has 99 (1 - s)^2 + (3 - s)^2, which is least at 102 / 100."""
+    x, numbers = torch.tensor([[1.0] * 99 + [3.0]]), Numbers.integers(2)
+    low, high = (float(end) for end in limits("mse", x, numbers=numbers))
+    assert error_of(x, -3.0, 3.0, numbers) == 99
+    least = 99 * 0.02**2 + 1.98**2
+    assert low == 0 and error_of(x, low, high, numbers) <= 1.03 * least
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_mse_leaves_no_more_than_the_histogram_of_torch(symmetric):
+    """Which merges bins of equal width, and narrows a range from its ends by the error of those."""
+    kind = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
+    theirs = HistogramObserver(dtype=torch.qint8, qscheme=kind)
+    batches = [torch.randn(100, 50) ** 3 + 0.3 for _ in range(4)]
+    for x in batches:
+        theirs(x)
+    scale, zero = theirs.calculate_qparams()
+    every = torch.cat(batches)
+    rounded = torch.fake_quantize_per_tensor_affine(every, scale, zero.int(), -128, 127)
+    numbers = INT8 if symmetric else INT8_ZEROS
+    low, high = (float(end) for end in limits("mse", *batches, numbers=numbers))
+    assert error_of(every, low, high, numbers) <= float((rounded - every).double().square().sum())
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -54,6 +54,26 @@ def error_of(make, method, scheme, **options):
     return float((output(model) - wanted).norm() / wanted.norm()), model
 
 
+def test_by_hand():
+    """One token of two columns, the second of which the norm makes eight times as large."""
+    model, x = nn.Sequential(nn.LayerNorm(2, eps=1e-12), nn.Linear(2, 1, bias=False)), [[3.0, 1.0]]
+    model[0].weight.data, model[0].bias.data = torch.tensor([1.0, 8.0]), torch.tensor([0.0, 0.8])
+    model[1].weight.data = torch.tensor([[0.5, 0.25]])
+    x = torch.tensor(x)
+    # Normalized 1 and -1, so the norm gives 1 and -7.2.
+    assert torch.allclose(model(x), torch.tensor([[0.5 - 7.2 / 4]]))
+    qk.quantize_model(model, METHOD, "w8a8-static", calibration=[x])
+    assert model[0].weight.tolist() == [1, 1]
+    assert torch.allclose(model[0].bias, torch.tensor([0, 0.1]))
+    # The layer is given 1 and -0.9, of which 1 is the largest; its weight is 0.5 and 2.
+    hub = model[1].to_weight()
+    assert float(hub.activation_scale) == pytest.approx(1 / 127)
+    step = 2 / 127.5
+    assert torch.allclose(hub.dequantize(), torch.tensor([[32 * step, 127 * step]]), rtol=1e-3)
+    wanted = 32 * step - 114 / 127 * 127 * step
+    assert model(x).item() == pytest.approx(wanted, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_outlying_columns_cost_less(name):
     nearest, _ = error_of(MODELS[name], "rtn", "w8a8-static")

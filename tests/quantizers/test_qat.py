@@ -57,6 +57,22 @@ def lsq(weight, scale, zero, scheme, k):
     return scale * (through(scaled.round(), scaled).clamp(0, largest) - zero)
 
 
+def test_by_hand():
+    """Codes of 2 bits are the numbers -2..1; two of these four weights are clipped."""
+    layer = nn.Linear(4, 1, bias=False)
+    layer.weight.data = torch.tensor([[0.6, -0.2, 2.0, -3.0]])
+    fake = FakeQuantLinear(layer, "w2a16-sym-sfp32")
+    with torch.no_grad():
+        fake.scales.fill_(0.5)
+    # v = W / s = 1.2, -0.4, 4, -6, rounded and clipped 1, 0, 1, -2.
+    made = fake.fake_weight()
+    assert made.tolist() == [[0.5, 0, 0.5, -1]]
+    made.sum().backward()
+    assert fake.weight.grad.tolist() == [[1, 1, 0, 0]]
+    # 1 - 1.2, 0 + 0.4, 1 and -2 are -0.8, times 1 / sqrt(4 weights * 2).
+    assert float(fake.scales.grad) == pytest.approx(-0.8 / math.sqrt(8))
+
+
 @pytest.mark.parametrize("text", ["w4a16-g16", "w4a16-g16-sym", "w3a16", "w2a16-gtensor"])
 def test_gradients_are_those_of_lsq(text):
     layer, scheme = linear(), qk.QuantScheme.parse(text + "-sfp32")
@@ -84,6 +100,61 @@ def test_gradients_are_those_of_lsq(text):
     if zero is not None:
         assert zero.grad.any()
         assert torch.allclose(fake.zeros.grad, zero.grad * share, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["w4a16-g16", "w4a16-g16-sym", "w3a16", "w2a16-g40"])
+def test_weights_and_gradients_are_those_of_torch(text):
+    """Its fake quantization with learned scales and zero points, each group a channel."""
+    layer, scheme = linear(), qk.QuantScheme.parse(text + "-sfp32")
+    fake = FakeQuantLinear(layer, scheme)
+    with torch.no_grad():
+        fake.scales *= 0.8
+        if fake.zeros is not None:
+            fake.zeros += 0.3
+    upstream = torch.randn(24, 80, generator=torch.Generator().manual_seed(1))
+    made = fake.fake_weight()
+    (made * upstream).sum().backward()
+
+    length, most = scheme.group_length(80), (1 << scheme.bits) - 1
+    weight = layer.weight.detach().reshape(-1, length).requires_grad_()
+    scale = fake.scales.detach().flatten().requires_grad_()
+    implied = torch.full_like(fake.scales, float(scheme.implied_zero or 0))
+    zero = (implied if fake.zeros is None else fake.zeros).detach().flatten().requires_grad_()
+    share = 1 / math.sqrt(length * (2 ** (scheme.bits - 1) if scheme.symmetric else most))
+    wanted = torch._fake_quantize_learnable_per_channel_affine(
+        weight, scale, zero, 0, 0, most, share
+    )
+    (wanted * upstream.view(-1, length)).sum().backward()
+    assert torch.allclose(made, wanted.view(24, 80), atol=1e-6)
+    assert torch.allclose(fake.weight.grad, weight.grad.view(24, 80))
+    assert (fake.weight.grad == 0).any()
+    assert torch.allclose(fake.scales.grad.flatten(), scale.grad, atol=1e-5)
+    if fake.zeros is not None:
+        assert torch.allclose(fake.zeros.grad.flatten(), zero.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize(("scheme", "largest"), [("w8a8-static", 127), ("w8a4-static", 7)])
+def test_static_activations_and_their_gradients_are_those_of_torch(scheme, largest):
+    fake = FakeQuantLinear(linear(), scheme)
+    scale = 0.02
+    with torch.no_grad():
+        fake.activation_scale.fill_(scale)
+    x = torch.randn(5, 80, generator=torch.Generator().manual_seed(1))
+    # Up to half a step beyond the largest number torch gives x its gradient, which LSQ does not.
+    x[((x / scale).abs() - largest - 0.25).abs() <= 0.3] = 0
+    upstream = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
+    given = x.clone().requires_grad_()
+    (fake(given) * upstream).sum().backward()
+
+    mine, own = x.clone().requires_grad_(), torch.tensor([scale], requires_grad=True)
+    share = 1 / math.sqrt(x.numel() * largest)
+    rounded = torch._fake_quantize_learnable_per_tensor_affine(
+        mine, own, torch.zeros(1), -largest, largest, share
+    )
+    (F.linear(rounded, fake.fake_weight().detach(), fake.bias) * upstream).sum().backward()
+    assert (given.grad == 0).any() and (given.grad != 0).any()
+    assert torch.allclose(given.grad, mine.grad, atol=1e-5)
+    assert float(fake.activation_scale.grad) == pytest.approx(float(own.grad), rel=1e-4)
 
 
 @pytest.mark.parametrize(("scheme", "largest"), [("w8a8-static", 127), ("w8a4-static", 7)])

@@ -34,6 +34,31 @@ def test_the_weights_that_cost_most_stay():
     assert not choose(weight, QuantScheme.parse("w3a16-g16"), gram, gram.diagonal(), 0).any()
 
 
+def test_an_outlier_by_hand():
+    """Without it the codes 0..3 are the others themselves."""
+    weight, x = torch.tensor([[0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 50.0, 3.0]]), 4 * torch.eye(8)
+    made = SPQR.quantize(task_of(weight, "w2a16-g8-sfp32", x), SpqrParameters(outliers=1 / 8))
+    assert made.sparse_columns.tolist() == [6] and made.sparse_ends.tolist() == [1]
+    left = made.codes[:, [0, 1, 2, 3, 4, 5, 7]]
+    assert left.tolist() == [[0, 1, 2, 3, 0, 1, 3]] and made.zeros.tolist() == [[0]]
+    assert torch.allclose(made.dequantize(), weight, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("covariance", "column"), [(0.0, 8), (3.6, 11)])
+def test_what_an_error_costs_by_hand(covariance, column):
+    """Both weights of 1.5 are half way between two codes, where all others but the ends are near
+    theirs. With [H^-1]_jj = H_ii / (H_ii H_jj - H_ij^2), an error in column 8 costs 4, or
+    4 - 3.6^2 / 4 = 0.76 where column 9 makes up for it; one in column 11 costs 1."""
+    weight = torch.tensor([[*[0.0] * 4, *[3.0] * 4, 1.5, 1, 1, 1.5, 2, 2, 1, 2]])
+    h = torch.eye(16)
+    h[8, 8] = h[9, 9] = 4
+    h[8, 9] = h[9, 8] = covariance
+    x = 4 * torch.linalg.cholesky(h).T
+    assert torch.allclose(x.T @ x / 16, h, atol=1e-6)
+    made = SPQR.quantize(task_of(weight, "w2a16-sfp32", x), SpqrParameters(outliers=1 / 16))
+    assert made.sparse_columns.tolist() == [column]
+
+
 @pytest.mark.parametrize("scheme", ["w3a16-g16", "w3a16-g16-spqr", "w4a16-g24-sym", "w3a16"])
 def test_outliers_that_stay_leave_less_error_than_gptq(scheme):
     weight, _ = outlying()

@@ -1,5 +1,7 @@
 """ZeroQuant's layer-by-layer distillation: its steps, and what a block becomes."""
 
+import math
+
 import pytest
 import torch
 
@@ -38,6 +40,21 @@ def test_steps_are_those_of_adam():
     assert torch.allclose(own.learned[0], parameter.detach(), atol=1e-6)
     nearest = rounding.quantize(parameter.detach(), "w4a16-g24").dequantize()
     assert torch.allclose(own.weight(torch.float32), nearest, atol=1e-5)
+
+
+def test_by_hand():
+    """One token, four weights; codes of 2 bits, and a scale that is a third of the range."""
+    weight, x = [0.0, 3.0, 1.4, 2.0], torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    model = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=False))
+    model[0].weight.data = torch.tensor([weight])
+    # W' = 0, 3, 1, 2 gives 4 in place of 4.4. Adam's first step goes by its rate against the sign
+    # of the gradient, which the last weight has none of: 0.15, 3.15, 1.55, 2. With the scale 1.05
+    # that is 0, 3.15, 1.05, 2.1, which gives 4.2. What the second step made is met by no other.
+    size = math.sqrt(sum(w * w for w in weight) / 4)
+    method = f"zeroquant(steps=2, batch=1, lr={0.15 / size})"
+    qk.quantize_model(model, method, "w2a16-sfp32", calibration=[x])
+    wanted = torch.tensor([[0, 3.15, 1.05, 2.1]])
+    assert torch.allclose(model[0].dequantize(), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(
