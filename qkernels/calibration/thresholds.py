@@ -12,9 +12,12 @@ UNIFORM_BINS = 2048
 """Bins from 0 to the power of two above the largest magnitude (TensorRT)."""
 
 _COARSE = tuple(2.0 ** (-step / 4) for step in range(41))
-_FINE = tuple(2.0 ** (step / 16) for step in (-3, -2, -1, 1, 2, 3))
-"""Ranges down to 2^-10 of the whole are tried, and then those beside the best: near the least, the
-error changes with the square of the distance from it."""
+_FINE, _FINEST = (
+    tuple(2.0 ** (step / parts) for step in (-3, -2, -1, 1, 2, 3)) for parts in (16, 64)
+)
+"""Ranges down to 2^-10 of the whole are tried, and then twice those beside the best: near the
+least, the error changes with the square of the distance from it, but beyond the largest value in
+proportion, where steps of 4% left 2% more than there had to be."""
 
 _NO_WIDTH = 2.0**-200
 """Of bins below the least number of fp32, which hold nothing."""
@@ -115,7 +118,8 @@ class _Best:
         whole, present = self._whole, (self.low, self.high)
         start = tuple(whole[i] if moves else present[i] for i, moves in enumerate(ends))
         self._try(start, ends, _COARSE)
-        self._try((self.low, self.high), ends, _FINE)
+        for steps in (_FINE, _FINEST):
+            self._try((self.low, self.high), ends, steps)
 
     def _try(
         self, start: tuple[Tensor, ...], ends: tuple[bool, bool], steps: tuple[float, ...]
