@@ -24,6 +24,8 @@ FOREIGN_LAYER_LOSS = 2**-7
 """Of what a layer's output loses: GPTQ of which a row or two was rounded the other way."""
 FOREIGN_SCALES = 2**-22
 """Of a scale in fp32 that two programs divide out of a group's range."""
+FOREIGN_FACTORS = 2**-18
+"""Of a factor of a column in fp32: two powers of sizes that two programs have summed up to."""
 BIN_BOUND = 2**-7
 """Width of a histogram's bin, of its lower edge."""
 SMOOTHED_ERROR = 0.8

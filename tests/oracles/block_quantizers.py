@@ -1,5 +1,6 @@
 """A block of Llama that packages quantize with its inputs at hand, each in a process of its own."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -110,6 +111,33 @@ done()
 """
 )
 
+LLMCOMPRESSOR_PREPARED = (
+    _COMMON
+    + """
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+from transformers import PreTrainedTokenizerFast
+
+# It locks pages for a device that is not there.
+IntermediatesCache.pin_memory = lambda self, index: None
+modifiers = {"smoothquant": SmoothQuantModifier, "spinquant": SpinQuantModifier}
+oneshot(
+    model=model,
+    processor=PreTrainedTokenizerFast.from_pretrained(f"{folder}/dense"),
+    dataset=Dataset.from_dict(
+        {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
+    ),
+    recipe=[modifiers[case.pop("modifier")](**case)],
+    num_calibration_samples=len(tokens),
+    max_seq_length=tokens.shape[1],
+)
+done()
+"""
+)
+
 
 def model_of(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
@@ -120,12 +148,20 @@ def tokens_of(seed: int = 3) -> torch.Tensor:
     return torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(seed))
 
 
-def theirs(program: str, folder: Path, **case) -> LlamaForCausalLM:
-    """The model with the weights that a package has rounded, by `case` of its program."""
-    model = model_of()
+def theirs(
+    program: str,
+    folder: Path,
+    model: LlamaForCausalLM | None = None,
+    tokens: torch.Tensor | None = None,
+    **case,
+) -> LlamaForCausalLM:
+    """The model, that of `model_of` where none is given, with the weights that a package has made,
+    by `case` of its program."""
+    model = model_of() if model is None else copy.deepcopy(model)
     model.save_pretrained(folder / "dense")
     tiny_tokenizer().save_pretrained(folder / "dense")
-    save_file({"tokens": tokens_of()}, folder / "tokens.safetensors")
+    tokens = tokens_of() if tokens is None else tokens
+    save_file({"tokens": tokens}, folder / "tokens.safetensors")
     (folder / "case.json").write_text(json.dumps(case))
     run(program, folder)
     model.load_state_dict(load_file(folder / "made.safetensors"))
