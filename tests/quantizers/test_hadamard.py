@@ -38,6 +38,14 @@ def is_orthogonal(q):
     return (q @ q.T - torch.eye(len(q))).abs().max() < EXACT
 
 
+def test_by_hand():
+    """Signs first, then sums and differences of halves, of 4 numbers each with each."""
+    assert hadamard(4).tolist() == [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+    rotation = Rotation(torch.tensor([1.0, -1.0, 1.0, 1.0]).double(), [hadamard(4) / 2])
+    # 1, -2, 3, 4: the sums 6, 2, -8 and 4, of which each is divided by sqrt(4).
+    assert rotation.apply(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [3, 1, -4, 2]
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 320), st.integers(0, 2**31), st.booleans())
 def test_rotations_of_any_order_are_orthogonal(n, seed, keep_ones):

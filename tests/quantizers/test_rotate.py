@@ -117,6 +117,33 @@ def test_a_rotated_model_computes_the_same(name):
     unchanged(model, before)
 
 
+def test_weights_are_those_of_the_formulas():
+    """W diag(g) Q for what reads the stream, Q^T W and b Q for what writes to it, (b / g) Q for the
+    biases of norms, with the Q that took E to E Q, and that takes ones to ones."""
+    model = made(*FIT["gpt2"])
+    before = {name: p.detach().double() for name, p in model.named_parameters()}
+    rotate(model, r2=False)
+    after = {name: p.detach().double() for name, p in model.named_parameters()}
+    embeddings = "transformer.wte.weight"
+    q = torch.linalg.lstsq(before[embeddings], after[embeddings]).solution
+    ones = torch.ones(len(q), dtype=torch.float64)
+    assert relative(q @ q.T, torch.eye(len(q))) < FOLDED_BOUND
+    assert relative(q @ ones, ones) < FOLDED_BOUND
+    block = "transformer.h.0."
+    g, b = (before[f"{block}ln_1.{part}"] for part in ("weight", "bias"))
+    # GPT-2 has its weights the other way around, and as nn.Linear once they are rotated.
+    wanted = {
+        "attn.c_attn.weight": before[f"{block}attn.c_attn.weight"].T * g @ q,
+        "attn.c_attn.bias": before[f"{block}attn.c_attn.bias"],
+        "attn.c_proj.weight": q.T @ before[f"{block}attn.c_proj.weight"].T,
+        "attn.c_proj.bias": before[f"{block}attn.c_proj.bias"] @ q,
+        "ln_1.weight": ones,
+        "ln_1.bias": (b / g) @ q,
+    }
+    for name, values in wanted.items():
+        assert relative(after[f"{block}{name}"], values) < FOLDED_BOUND, name
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "phi"])
 def test_values_alone_are_turned(name):
     model = made(*FIT[name])
