@@ -352,15 +352,14 @@ class _FakeWeight(torch.autograd.Function):
         zero = torch.zeros_like(scale) if stored is None else stored[:, :, None]
         zero = zero + (scheme.implied_zero if scheme.weight.kind == "linear" else 0)
         begun = scale if ctx.start is None else rounding.nonzero(ctx.start.float())[:, :, None]
-        v = w / begun
-        inside = _is_inside(v + zero, scheme)
+        inside = _is_inside(w / begun + zero, scheme)
         to_weight = None
         if ctx.needs_input_grad[0]:
             to_weight = (g * inside * (scale / begun)).flatten(1)[:, :k].to(weight.dtype)
         values = grouped(made) / scale
         share = 1 / math.sqrt(min(length, k) * (n if scheme.per_tensor else 1) * _largest(scheme))
         # What the weight keeps of it where it is held as a number, and not in units of its scale.
-        kept = inside * v if ctx.start is None else 0
+        kept = inside * w / begun if ctx.start is None else 0
         by_scale = (g * (values - kept)).sum(dim=2) * share
         by_zero = None
         if ctx.learns[1]:
