@@ -163,7 +163,7 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
         "w8a8-gtensor-tensor": _ACTIVATIONS,
         "w8a8-gtensor-static": _STATIC,
         "w8a8-gtensor-position": (BASELINE, "smoothquant", "outlier_suppression"),
-        "w4a8-g64": _ACTIVATIONS,
+        "w4a8-g64": (*_ACTIVATIONS, "awq", "qoq"),
         "w4a4-g64": _FEW_BIT_ACTIVATIONS,
     },
     ENCODER: {

@@ -52,5 +52,7 @@ class NamedRecipe:
 RECIPES = {
     "best": NamedRecipe("gptq+distill", "smoothquant(steps=11)+gptq"),
     "fast": NamedRecipe("gptq", "smoothquant+gptq"),
+    "qoq": NamedRecipe("rotate+awq", "rotate+awq"),
 }
-"""Recipes by a name of their own, chosen by what they gave on a model; see docs/methods.md."""
+"""Recipes by a name of their own: `best` and `fast` chosen by what they gave on a model, `qoq` that
+of QServe; see docs/methods.md."""
