@@ -142,7 +142,7 @@ _FEW_BIT_ACTIVATIONS = (
 
 _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
     LANGUAGE: {
-        "w4a16-g64": _INTEGERS,
+        "w4a16-g64": (*_INTEGERS, "awq(keep=0.01)"),
         "w4a16-g64-sym": _INTEGERS,
         "w3a16-g64": (*_INTEGERS, f"gptq{_QAT}64"),
         "w2a16-g32": _INTEGERS,
