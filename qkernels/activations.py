@@ -34,19 +34,25 @@ _library.define("silu_mul_quantize(Tensor gate, Tensor up) -> (Tensor, Tensor)")
 
 @dataclass(frozen=True, eq=False)
 class QuantizedActivation:
-    """x as int8 with a scale for each token, made once for all layers that read it.
+    """x as int8, made once for all layers that read it.
 
-    Layers of schemes with int8 activations per token take it, those with 4-bit ones do not.
+    With a scale for each token, layers of schemes with int8 activations per token take it, those
+    with 4-bit ones do not. Under a static scale, layers take it that have the same.
 
     Attributes:
         values: int8 [..., K].
-        scale: fp32 [..., 1]; x is about values * scale.
+        scale: fp32 [..., 1]; x is about (values - static_zero) * scale.
         dtype: of the outputs of layers that take it.
+        static_scale: fp32 [], what `scale` is for all rows but those with NaN or infinity, which
+            have NaN; None where each token has its own.
+        static_zero: int32 [], or None where there is no zero point.
     """
 
     values: Tensor
     scale: Tensor
     dtype: torch.dtype
+    static_scale: Tensor | None = None
+    static_zero: Tensor | None = None
 
 
 def _check(x: Tensor, name: str = "x") -> None:

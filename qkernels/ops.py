@@ -1,8 +1,8 @@
 """The torch operators, namespace `qkernels`: opaque to torch.compile, with shapes and gradients.
 
-`linear` and `linear_quantized` are C++ where qkernels._C is built (csrc/bindings/operator.h): they
-ask here for the kernel once, and what is here runs without it. A call in Python costs more than a
-decode GEMV takes.
+`linear`, `linear_quantized` and `linear_to_int8` are C++ where qkernels._C is built
+(csrc/bindings/operator.h): they ask here for the kernel once, and what is here runs without it. A
+call in Python costs more than a decode GEMV takes.
 
 A packed weight crosses the operator boundary as its list of buffers and one string that says what
 they are, so that choosing another kernel for another M recompiles nothing.
@@ -94,6 +94,10 @@ _library.define(
     "linear_quantized(Tensor x, Tensor scale, Tensor[] buffers, Tensor? bias, str spec, "
     "ScalarType dtype) -> Tensor"
 )
+_library.define(
+    "linear_to_int8(Tensor x, Tensor? x_scale, Tensor[] buffers, Tensor? bias, str spec, "
+    "ScalarType? dtype, Tensor scale, Tensor? zero, bool relu) -> (Tensor, Tensor)"
+)
 
 
 def check_input(x: Tensor, width: int, name: str, words: Tensor) -> None:
@@ -180,7 +184,7 @@ def _linear_quantized(
     return _run_quantized(_select(what, x, dtype), what, x, scale, buffers, bias, dtype)
 
 
-def why_not_quantized(what: PackedSpec) -> str | None:
+def why_not_per_token(what: PackedSpec) -> str | None:
     """Why layers of such a weight do not take x quantized per token, or None."""
     activation = what.scheme.activation
     if activation.dtype != "int8" or activation.granularity != "token":
@@ -188,7 +192,28 @@ def why_not_quantized(what: PackedSpec) -> str | None:
             f"x is quantized to 8 bits per token, which layers of {what.scheme} do not take: pass "
             "x itself, or use a scheme such as w8a8 or w4a8-g128"
         )
-    if activation.outliers:
+    return _why_not_int8(what)
+
+
+def why_not_static(what: PackedSpec) -> str | None:
+    """Why layers of such a weight do not take x quantized under their own static scale, or
+    None."""
+    activation = what.scheme.activation
+    if activation.dtype != "int8" or activation.granularity not in ("static", "staticasym"):
+        return (
+            f"layers of {what.scheme} have no one static scale of int8 activations: use a scheme "
+            "such as w8a8-static or w8a8-staticasym"
+        )
+    return _why_not_int8(what)
+
+
+def _why_not_quantized(what: PackedSpec) -> str | None:
+    """Why layers of such a weight take no quantized x at all, or None."""
+    return why_not_per_token(what) if why_not_static(what) is not None else None
+
+
+def _why_not_int8(what: PackedSpec) -> str | None:
+    if what.scheme.activation.outliers:
         return f"layers of {what.scheme} keep columns of x in 16 bits: pass x itself"
     for field in (FIELDS[name] for name in what.names if name in FIELDS):
         if field.transform_x is not None and not field.permutes_x:
@@ -197,7 +222,7 @@ def why_not_quantized(what: PackedSpec) -> str | None:
 
 
 def _check_quantized(x: Tensor, scale: Tensor, what: PackedSpec, words: Tensor) -> None:
-    reason = why_not_quantized(what)
+    reason = _why_not_quantized(what)
     if reason is not None:
         raise WeightError(reason)
     if x.dtype != torch.int8 or x.dim() == 0 or x.shape[-1] != what.k:
@@ -229,6 +254,76 @@ def _linear_fake(x: Tensor, buffers: list[Tensor], bias: Tensor | None, spec: st
     what = PackedSpec.parse(spec)
     check_input(x, what.k, "x", buffers[0])
     return x.new_empty((*x.shape[:-1], what.n))
+
+
+def _check_reader(x: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+    for name, tensor, dtype in (("scale", scale, torch.float32), ("zero", zero, torch.int32)):
+        if tensor is None:
+            continue
+        if tensor.dim() or tensor.dtype != dtype or tensor.device != x.device:
+            raise WeightError(
+                f"{name} must be {dtype} [] on {x.device}, got {tensor.dtype} "
+                f"{list(tensor.shape)} on {tensor.device}"
+            )
+
+
+def _check_goes_together(x_scale: Tensor | None, dtype: torch.dtype | None) -> None:
+    if (x_scale is None) != (dtype is None):
+        raise WeightError(
+            "x_scale and the dtype of y go together: both are of int8 x alone, got "
+            f"{'no ' if x_scale is None else ''}x_scale and dtype {dtype}"
+        )
+
+
+def why_no_int8(what: PackedSpec, dtype: torch.dtype) -> str | None:
+    """Why a product of a weight on the CPU with x of a type gives no int8 itself, or None."""
+    kernel = choose(_problem(what, 1, dtype, torch.device("cpu")), what.backend).kernel
+    return f"{kernel.name} gives no int8" if kernel.route is None else None
+
+
+def _linear_to_int8(
+    x: Tensor,
+    x_scale: Tensor | None,
+    buffers: list[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    dtype: torch.dtype | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_goes_together(x_scale, dtype)
+    _check_reader(x, scale, zero)
+    if x_scale is None or dtype is None:
+        y = _linear(x, buffers, bias, spec)
+    else:
+        y = _linear_quantized(x, x_scale, buffers, bias, spec, dtype)
+    return reference.quantize_output(y, scale, zero, relu)
+
+
+def _linear_to_int8_fake(
+    x: Tensor,
+    x_scale: Tensor | None,
+    buffers: list[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    dtype: torch.dtype | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    what = PackedSpec.parse(spec)
+    _check_goes_together(x_scale, dtype)
+    _check_reader(x, scale, zero)
+    if x_scale is None:
+        check_input(x, what.k, "x", buffers[0])
+    else:
+        _check_quantized(x, x_scale, what, buffers[0])
+    rows = x.shape[:-1]
+    return (
+        x.new_empty((*rows, what.n), dtype=torch.int8),
+        x.new_empty((*rows, 1), dtype=torch.float32),
+    )
 
 
 def _linear_grad_input(grad: Tensor, buffers: list[Tensor], spec: str) -> Tensor:
@@ -355,7 +450,7 @@ def _answer(
         route = kernel.route(problem, x.device)
     else:
         assert _compiled is not None
-        takes_quantized = kernel.run_quantized is not None and why_not_quantized(what) is None
+        takes_quantized = kernel.run_quantized is not None and _why_not_quantized(what) is None
         quantized = partial(_run_quantized, kernel, what) if takes_quantized else None
         route = _compiled.PythonRoute(partial(_run, kernel, what), quantized)
     return route, choice.least_rows, choice.most_rows
@@ -392,10 +487,11 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "dequantize": (_dequantize, _dequantize_fake),
     "embedding": (_embedding, _embedding_fake),
     "linear_quantized": (_linear_quantized, _linear_quantized_fake),
+    "linear_to_int8": (_linear_to_int8, _linear_to_int8_fake),
 }
 
 _compiled = compiled.extension()
-_IN_CPP = () if _compiled is None else ("linear", "linear_quantized")
+_IN_CPP = () if _compiled is None else ("linear", "linear_quantized", "linear_to_int8")
 """Operators of qkernels._C, with their gradients and autocast: csrc/bindings/operator.h."""
 
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
@@ -417,6 +513,7 @@ else:
 linear_operator = torch.ops.qkernels.linear.default
 embedding_operator = torch.ops.qkernels.embedding.default
 linear_quantized_operator = torch.ops.qkernels.linear_quantized.default
+linear_to_int8_operator = torch.ops.qkernels.linear_to_int8.default
 """Looked up once: a lookup takes as long as a small layer's product."""
 
 

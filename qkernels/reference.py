@@ -111,6 +111,24 @@ def quantize_with_zero(
     return rounded.clamp(-largest - 1, largest).to(torch.int8)
 
 
+def quantize_output(
+    y: Tensor, scale: Tensor, zero: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """y [..., N], or relu(y), as the layer that reads it quantizes it: int8 under a static scale
+    fp32 [] and, where it has one, a zero point int32 [].
+
+    Returns:
+        q int8 [..., N], and the scale of each row fp32 [..., 1]: `scale`, or NaN where the row
+        holds NaN or infinity.
+    """
+    y = y.relu() if relu else y
+    if zero is None:
+        quantized, _ = quantize_rows(y, torch.int8, scale)
+    else:
+        quantized = quantize_with_zero(y, scale, zero)
+    return quantized, _where_finite(y, scale)[..., None]
+
+
 def _quantize_with_zeros(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, K] as int8 with a scale fp32 [M] and a zero point int32 [M] for each row."""
     activation = packed.scheme.activation

@@ -39,6 +39,13 @@ def test_opcheck(text, requires_grad, device):
     if text in ("w8a8", "w4a8-g64"):
         quantized = (*ops.quantize_per_token(x), buffers, layer.bias, layer._spec, x.dtype)
         opcheck(ops.linear_quantized, quantized, test_utils=TESTS)
+    scale, zero = torch.tensor(0.1, device=device), torch.tensor(5, device=device).int()
+    for reader in ((scale, None, False), (scale, zero, True)):
+        given = (x, None, buffers, layer.bias, layer._spec, None, *reader)
+        opcheck(ops.linear_to_int8, given, test_utils=TESTS)
+        if text in ("w8a8", "w4a8-g64"):
+            given = (*quantized, *reader)
+            opcheck(ops.linear_to_int8, given, test_utils=TESTS)
 
 
 def test_opcheck_of_activations(device):

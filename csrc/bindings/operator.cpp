@@ -11,11 +11,15 @@
 #include <algorithm>
 #include <atomic>
 #include <charconv>
+#include <limits>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
+
+#include "bindings/preparation.h"
 
 namespace qkernels::bindings {
 
@@ -163,18 +167,24 @@ Found ask(const Question& question) {
   return {&description, answer.route};
 }
 
-at::Tensor run(const Found& found, const Question& question, const Optional& bias) {
+at::Tensor run(const Found& found, const Question& question, const Optional& bias,
+               const Reader* reader = nullptr) {
   const Buffers buffers = found.description->named(question.buffers);
   return found.route->run(
-      {question.x, question.row_scales, buffers, question.buffers, bias, question.y_type});
+      {question.x, question.row_scales, buffers, question.buffers, bias, question.y_type, reader});
+}
+
+// The route for x in floats.
+Found found_for(const Question& question) {
+  const Found found = table().find(question.x, question.spec, question.y_type);
+  if (found.route && found.description->fits(question.x, question.buffers)) return found;
+  return ask(question);
 }
 
 at::Tensor linear(const at::Tensor& x, at::TensorList buffers, const Optional& bias,
                   std::string_view spec) {
   const Question question{x, nullptr, buffers, spec, x.scalar_type()};
-  Found found = table().find(x, spec, question.y_type);
-  if (!found.route || !found.description->fits(x, buffers)) found = ask(question);
-  return run(found, question, bias);
+  return run(found_for(question), question, bias);
 }
 
 bool are_row_scales(const at::Tensor& scale, const at::Tensor& x) {
@@ -183,15 +193,61 @@ bool are_row_scales(const at::Tensor& scale, const at::Tensor& x) {
          scale.sizes().slice(0, scale.dim() - 1) == x.sizes().slice(0, x.dim() - 1);
 }
 
+// The route for int8 rows of x.
+Found found_for_quantized(const Question& question) {
+  const at::Tensor& x = question.x;
+  const Found found = table().find(x, question.spec, question.y_type);
+  const bool fits = found.route && found.route->takes_quantized() &&
+                    found.description->fits(x, question.buffers) && x.scalar_type() == at::kChar &&
+                    are_row_scales(*question.row_scales, x) &&
+                    !found.description->has(&Buffers::input_factor);
+  return fits ? found : ask(question);
+}
+
 at::Tensor linear_quantized(const at::Tensor& x, const at::Tensor& scale, at::TensorList buffers,
                             const Optional& bias, std::string_view spec, at::ScalarType dtype) {
   const Question question{x, &scale, buffers, spec, dtype};
-  Found found = table().find(x, spec, dtype);
-  const bool fits = found.route && found.route->takes_quantized() &&
-                    found.description->fits(x, buffers) && x.scalar_type() == at::kChar &&
-                    are_row_scales(scale, x) && !found.description->has(&Buffers::input_factor);
-  if (!fits) found = ask(question);
-  return run(found, question, bias);
+  return run(found_for_quantized(question), question, bias);
+}
+
+using Int8Rows = std::tuple<at::Tensor, at::Tensor>;  // int8 [..., N], fp32 [..., 1]
+
+// The same operations as `reference.quantize_output`, and so the same bits.
+Int8Rows quantize_output(at::Tensor y, const at::Tensor& scale, const Optional& zero, bool relu) {
+  if (relu) y = y.relu();
+  at::Tensor rounded = (y.to(at::kFloat) / scale).round_().nan_to_num_(0.0);
+  if (zero) rounded += *zero;
+  const at::Tensor finite = y.isfinite().all(-1, true);
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  return {rounded.clamp_(zero ? -128 : -127, 127).to(at::kChar),
+          at::where(finite, scale, at::full_like(scale, kNan))};
+}
+
+void check_reader(const at::Tensor& scale, const Optional& zero, at::Device device) {
+  require(scale.dim() == 0 && scale.scalar_type() == at::kFloat && scale.device() == device,
+          "scale must be fp32 [] on ", device, ", got ", scale.scalar_type(), " ", scale.sizes(),
+          " on ", scale.device());
+  require(
+      !zero || (zero->dim() == 0 && zero->scalar_type() == at::kInt && zero->device() == device),
+      "zero must be int32 [] on ", device);
+}
+
+Int8Rows linear_to_int8(const at::Tensor& x, const Optional& x_scale, at::TensorList buffers,
+                        const Optional& bias, std::string_view spec,
+                        std::optional<at::ScalarType> dtype, const at::Tensor& scale,
+                        const Optional& zero, bool relu) {
+  require(x_scale.has_value() == dtype.has_value(),
+          "x_scale and the dtype of y go together: both are of int8 x alone");
+  check_reader(scale, zero, x.device());
+  const Question question{x, x_scale ? &*x_scale : nullptr, buffers, spec,
+                          dtype.value_or(x.scalar_type())};
+  const Found found = x_scale ? found_for_quantized(question) : found_for(question);
+  if (!found.route->gives_int8()) {
+    return quantize_output(run(found, question, bias), scale, zero, relu);
+  }
+  const at::Tensor row_scales = empty_output(x, 1, at::kFloat);
+  const Reader reader{scale, zero, relu, row_scales};
+  return {run(found, question, bias, &reader), row_scales};
 }
 
 // --- Above the kernels: the gradient for x, and autocast
@@ -276,11 +332,13 @@ void forget_routes() { table().forget(); }
 TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("linear", TORCH_FN(linear));
   m.impl("linear_quantized", TORCH_FN(linear_quantized));
+  m.impl("linear_to_int8", TORCH_FN(linear_to_int8));
 }
 
 TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
   m.impl("linear", TORCH_FN(linear));
   m.impl("linear_quantized", TORCH_FN(linear_quantized));
+  m.impl("linear_to_int8", TORCH_FN(linear_to_int8));
 }
 
 TORCH_LIBRARY_IMPL(qkernels, Autograd, m) { m.impl("linear", TORCH_FN(linear_autograd)); }

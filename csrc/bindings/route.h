@@ -44,6 +44,14 @@ constexpr Field field_of(std::string_view name) {
   return nullptr;
 }
 
+// How the layer that reads y quantizes it, with a scale that it was calibrated with.
+struct Reader {
+  const at::Tensor& scale;       // fp32 []
+  const Optional& zero;          // int32 [], or nothing for the numbers -127 to 127
+  bool relu;                     // it reads relu(y)
+  const at::Tensor& row_scales;  // fp32 [..., 1], for the route to write: `scale`, or NaN
+};
+
 struct Call {
   const at::Tensor& x;           // [..., K]
   const at::Tensor* row_scales;  // of int8 x: one a row, fp32; else null
@@ -51,17 +59,22 @@ struct Call {
   at::TensorList list;  // the buffers in the order of the weight's description
   const Optional& bias;
   at::ScalarType y_type;
+  const Reader* reader = nullptr;  // for routes that give int8
 };
 
 class Route {
  public:
   virtual ~Route() = default;
 
-  // y [..., N]. What is wrong with x was said before; what is wrong with the buffers is said here.
+  // y [..., N]; where there is a reader, the int8 numbers that it makes of y. What is wrong with x
+  // was said before; what is wrong with the buffers is said here.
   virtual at::Tensor run(const Call& call) const = 0;
 
   // Whether x may be int8 already, with a scale for each row.
   virtual bool takes_quantized() const { return false; }
+
+  // Whether it gives the int8 numbers that a reader makes of y.
+  virtual bool gives_int8() const { return false; }
 
   // Whether it reads fields of a weight that `Buffers` has no name for.
   virtual bool reads_any_field() const { return false; }

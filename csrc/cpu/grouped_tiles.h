@@ -265,7 +265,7 @@ void run_exact(const FloatTileJob& job, const Decoder& decoder, int64_t begin, i
         if (job.out.row_scales != nullptr) {
           sum = V::mul(V::broadcast(job.out.row_scales[row]), sum);
         }
-        columns.write(job.out, row * weight.n + (panel + p) * kLanes, p, sum);
+        columns.write(job.out, row, row * weight.n + (panel + p) * kLanes, p, sum);
       }
     }
   }
@@ -425,7 +425,8 @@ inline void run_int8_groups(const Int8TileJob& job, int64_t begin, int64_t end, 
       const F row_scale = V::broadcast(job.out.row_scales[row]);
       for (int64_t p = 0; p < panels; ++p) {
         const F sum = V::load(sums + (row * 2 + p) * kLanes);
-        columns.write(job.out, row * weight.n + (panel + p) * kLanes, p, V::mul(row_scale, sum));
+        columns.write(job.out, row, row * weight.n + (panel + p) * kLanes, p,
+                      V::mul(row_scale, sum));
       }
     }
   }

@@ -4,6 +4,7 @@
 
 #include "cpu/faults.h"
 #include "cpu/kernels.h"
+#include "cpu/quotient.h"
 #include "cpu/weight.h"
 
 namespace qkernels::cpu {
@@ -71,6 +72,14 @@ QK_INLINE void store_first(void* p, FloatType type, int64_t index, int64_t count
     store_as<V>(p, type, index, value);
   else
     store_some<V>(p, type, index, count, value);
+}
+
+template <class V>
+QK_INLINE void store_first_bytes(int8_t* out, int64_t at, int64_t count, typename V::I value) {
+  if (count >= kLanes) return V::store_bytes(out + at, value);
+  int8_t lanes[16];
+  V::store_bytes(lanes, value);
+  __builtin_memcpy(out + at, lanes, static_cast<size_t>(count));
 }
 
 // Numbers of 4 bits in steps that a panel shares: kBlocks.
@@ -156,6 +165,44 @@ typename V::F channel_scales(const Weight& weight, int64_t panel) {
   return load_first<V>(weight.channel_scales, FloatType::kFp32, first, weight.n - first);
 }
 
+constexpr int32_t kInfinityBits = 0x7f800000;
+
+template <class V>
+QK_INLINE bool are_finite(typename V::F x) {
+  const auto magnitude = V::and_(V::bits(x), V::broadcast(int32_t{0x7fffffff}));
+  return V::all(V::template right_signed<31>(V::sub(magnitude, V::broadcast(kInfinityBits))));
+}
+
+// What int8 numbers are made of where y holds NaN or infinity; tells of it.
+template <class V>
+__attribute__((noinline)) typename V::F tell_of_row(const Int8Output& to, int64_t row,
+                                                    typename V::F y) {
+  // Operands in this order: where y is NaN, so is the result.
+  const auto read = to.relu ? V::max(V::broadcast(0.0f), y) : y;
+  if (!are_finite<V>(read) && !QK_FAULT(nan_of_output_not_told)) {
+    // Other threads, which have other columns of this row, may write the same.
+    const float nan = __builtin_nanf("");
+    __atomic_store(to.row_scales + row, &nan, __ATOMIC_RELAXED);
+  }
+  return V::zero_nan(y);
+}
+
+// Writes 16 results of a row, or as many as there are, from element `at` of the output on, as the
+// int8 numbers that the layer which reads them makes of them.
+template <class V>
+__attribute__((noinline)) void write_int8(const Output& out, int64_t row, int64_t at, int64_t count,
+                                          typename V::F value) {
+  const Int8Output& to = out.int8;
+  alignas(64) unsigned char lanes[64];
+  store_as<V>(lanes, out.y_type, 0, value);
+  auto y = load_first<V>(lanes, out.y_type, 0, count);  // as rounded, and 0 beyond the end
+  if (QK_FAULT(int8_of_unrounded_output) && count >= kLanes) y = value;
+  if (!are_finite<V>(y)) y = tell_of_row<V>(to, row, y);
+  y = V::max(V::min(y, V::broadcast(to.high)), V::broadcast(to.low));
+  const auto near = V::round(Quotient<V>(to.scale, to.reciprocal)(y));
+  store_first_bytes<V>(to.values, at, count, V::add(near, V::broadcast(to.zero)));
+}
+
 // Writes 16 results of a row. `scaled` says that row scales have been applied.
 template <class V>
 void write_output(const Output& out, const Weight& weight, int64_t row, int64_t panel,
@@ -167,7 +214,9 @@ void write_output(const Output& out, const Weight& weight, int64_t row, int64_t 
   if (out.bias != nullptr && !QK_FAULT(bias_missing)) {
     value = V::add(value, load_first<V>(out.bias, out.bias_type, first, count));
   }
-  store_first<V>(out.y, out.y_type, row * weight.n + first, count, value);
+  const int64_t at = row * weight.n + first;
+  if (out.int8.values != nullptr) return write_int8<V>(out, row, at, count, value);
+  store_first<V>(out.y, out.y_type, at, count, value);
 }
 
 // The same for an integer sum over all of K.

@@ -13,13 +13,29 @@
 
 namespace qkernels::cpu {
 
+// y as the layer that reads it quantizes it: y / scale, rounded half to even, + zero.
+struct Int8Output {
+  int8_t* values;  // [m][n], or null where y itself is written
+  // [m]: `scale`, and NaN where a row of y holds NaN or infinity, which int8 cannot tell.
+  float* row_scales;
+  float scale;
+  int32_t zero;
+  bool relu;  // numbers of y below 0 count as 0
+  // What `limit` makes of these: 1 / scale, and between which numbers y counts as it is.
+  float reciprocal, low, high;
+
+  // For the numbers `least` to 127.
+  void limit(int32_t least);
+};
+
 // y[row][n] = (row_scale[row] *) sum + bias[n], rounded to y's type.
 struct Output {
-  void* y;  // [m][n]
+  void* y;  // [m][n], or null where its int8 numbers are written
   FloatType y_type;
   const float* row_scales;  // [m] or null
   const void* bias;         // [n] or null
   FloatType bias_type;
+  Int8Output int8{};
 };
 
 // x is fp32 [m][weight.columns()], zero in the columns that pad.

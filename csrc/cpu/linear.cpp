@@ -89,10 +89,19 @@ int64_t parts_of_k(const Weight& weight) {
 
 Output rows_from(const Output& out, int64_t n, int64_t row) {
   Output moved = out;
-  moved.y = static_cast<char*>(out.y) + row * n * size_of(out.y_type);
+  if (out.y != nullptr) moved.y = static_cast<char*>(out.y) + row * n * size_of(out.y_type);
+  if (out.int8.values != nullptr && !QK_FAULT(int8_of_first_rows)) {
+    moved.int8.values = out.int8.values + row * n;
+    moved.int8.row_scales = out.int8.row_scales + row;
+  }
   if (out.row_scales != nullptr) moved.row_scales = out.row_scales + row;
   if (QK_FAULT(row_scales_of_first_rows)) moved.row_scales = out.row_scales;
   return moved;
+}
+
+// Says of each of `m` rows what int8 numbers of y are multiples of, before any is written.
+void tell_scale(const Output& out, int64_t m) {
+  if (out.int8.values != nullptr) std::fill_n(out.int8.row_scales, m, out.int8.scale);
 }
 
 const void* row_at(const void* x, FloatType type, int64_t stride, int64_t row) {
@@ -268,10 +277,20 @@ struct Scaling {
 
 }  // namespace
 
+void Int8Output::limit(int32_t least) {
+  // Multiples of the scale, which are rounded, are still nearest to their own numbers.
+  reciprocal = 1.0f / scale;
+  low = scale * static_cast<float>(least - zero);
+  high = scale * static_cast<float>(127 - zero);
+  if (relu && !QK_FAULT(relu_missing)) low = std::max(low, 0.0f);
+  if (QK_FAULT(zero_of_output_missing)) zero = 0;
+}
+
 bool rounds_on_vectors(Isa isa) { return kernels(isa).scaled_panels != nullptr; }
 
 void linear_float(const FloatArguments& arguments, const Schedule& schedule, const Pool& pool) {
   const Kernels& table = kernels(schedule.isa);
+  tell_scale(arguments.out, arguments.m);
   if (!schedule.tiles && schedule.rounds_weights) {
     assert(arguments.x_type == FloatType::kBf16);
     return float_on_scaled_panels(arguments, table, pool);
@@ -289,6 +308,7 @@ void linear_int8(const Int8Arguments& arguments, const Schedule& schedule, const
   const int64_t columns = weight.columns(), groups = weight.groups();
   const bool tiles = schedule.tiles;
   assert(!tiles || weight.sums_are_integers() || fits_int8_tiles(weight.group));
+  tell_scale(arguments.out, arguments.m);
   const int64_t at_once = tiles ? kTileRowsAtOnce : kRowsAtOnce;
   const int64_t parts = tiles || !weight.sums_are_integers() ? 1 : parts_of_k(weight);
   const bool quantized = arguments.quantized != nullptr;

@@ -125,47 +125,6 @@ inline float float_of_bits(int32_t bits) {
 }
 
 template <class V>
-QK_INLINE void store_first_bytes(int8_t* out, int64_t at, int64_t count, typename V::I value) {
-  if (count >= kLanes) return V::store_bytes(out + at, value);
-  int8_t lanes[16];
-  V::store_bytes(lanes, value);
-  __builtin_memcpy(out + at, lanes, static_cast<size_t>(count));
-}
-
-constexpr int32_t kInfinityBits = 0x7f800000;
-
-// x / scale, rounded as a division, by three operations that are faster than one: the product with
-// the reciprocal, and what it misses (Markstein 1990). Where those might leave the range of floats,
-// and where the machine has no fused product, by a division. x must be finite.
-template <class V>
-class Quotient {
- public:
-  explicit Quotient(float scale)
-      : scale_(V::broadcast(scale)),
-        reciprocal_(V::broadcast(1.0f / scale)),
-        divides_(!is_exact(scale)) {}
-
-  static bool is_exact(float scale) { return V::kFused && scale > 0x1p-60f && scale < 0x1p60f; }
-
-  // With a scale for which that holds, and its reciprocal.
-  static QK_INLINE typename V::F exact(typename V::F x, typename V::F scale,
-                                       typename V::F reciprocal) {
-    const auto near = V::mul(x, reciprocal);
-    if (QK_FAULT(quotient_not_corrected)) return near;
-    return V::fma(V::fnma(near, scale, x), reciprocal, near);
-  }
-
-  QK_INLINE typename V::F operator()(typename V::F x) const {
-    if (divides_) return V::div(x, scale_);
-    return exact(x, scale_, reciprocal_);
-  }
-
- private:
-  typename V::F scale_, reciprocal_;
-  bool divides_;
-};
-
-template <class V>
 float quantize_row(const float* values, int64_t k, const float* given_scale, int8_t* out) {
   const int32_t bits = largest_bits<V>(values, k);
   const float top = float_of_bits(bits);

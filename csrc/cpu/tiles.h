@@ -186,8 +186,10 @@ struct OutputColumns {
     }
   }
 
-  QK_INLINE void write(const Output& out, int64_t at, int64_t p, F value) const {
+  // Element `at` of the output is the first of 16 of row `row`.
+  QK_INLINE void write(const Output& out, int64_t row, int64_t at, int64_t p, F value) const {
     if (out.bias != nullptr) value = V::add(value, bias[p]);
+    if (out.int8.values != nullptr) return write_int8<V>(out, row, at, count[p], value);
     if (out.y_type == FloatType::kBf16 && count[p] == kLanes) {
       const auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(out.y) + at), rounded);

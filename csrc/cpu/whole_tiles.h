@@ -183,7 +183,7 @@ class ScaledTiles {
         if (job_.out.row_scales != nullptr) {
           sum = V::mul(V::broadcast(job_.out.row_scales[row]), sum);
         }
-        columns.write(job_.out, row * job_.weight.n + (panel + p) * kLanes, p, sum);
+        columns.write(job_.out, row, row * job_.weight.n + (panel + p) * kLanes, p, sum);
       }
     }
   }
@@ -235,7 +235,7 @@ class IntegerTiles {
       const I total = V::broadcast(x_totals_[row]);
       for (int64_t p = 0; p < panels; ++p) {
         const I sum = V::sub(V::load(sums + p * stride), V::mul(zeros[p], total));
-        columns.write(job_.out, row * weight.n + (panel + p) * kLanes, p,
+        columns.write(job_.out, row, row * weight.n + (panel + p) * kLanes, p,
                       V::mul(V::mul(row_scale, scales[p]), V::to_float(sum)));
       }
     }

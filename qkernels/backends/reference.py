@@ -18,7 +18,10 @@ def _run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem)
 def _run_quantized(
     x: Tensor, scale: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem
 ) -> Tensor:
-    return reference.linear_quantized(x, scale, packed, bias, problem.x_dtype)
+    # Static zero points are the weight's own; those of a token come with no x.
+    zero = packed.buffers.get("activation_zero")
+    zeros = None if zero is None else zero.expand(x.shape[0])
+    return reference.linear_quantized(x, scale, packed, bias, problem.x_dtype, zeros)
 
 
 KERNELS = (

@@ -121,7 +121,7 @@ def why_not_read(layer: WQLinear, calls: Calls) -> str | None:
         return f"only weights in the {VNNI.name} layout, that of the CPU, read such rows"
     if calls.once(layer) is None:
         return "a layer that reads it runs more than once"
-    return ops.why_not_quantized(ops.PackedSpec.parse(layer._spec))
+    return ops.why_not_per_token(ops.PackedSpec.parse(layer._spec))
 
 
 def _why_not_replaced(call: Call, calls: Calls) -> str | None:

@@ -223,23 +223,80 @@ class WQLinear(PackedModule, nn.Linear):
 
         With scales of activations per position, x is [..., T, K] or [K], and T follows what a cache
         of Transformers holds. With a scheme of int8 activations per token, x may also come
-        quantized, so that several layers share that work; y is the same.
+        quantized, so that several layers share that work, and with a static scale as another layer
+        has quantized it (`quantized_for`); y is the same.
 
         Args:
             input: x.
 
         Raises:
-            WeightError: for a wrong shape, dtype or device of x.
+            WeightError: for a wrong shape, dtype or device of x, or x quantized under another
+                scale.
         """
         held = self._buffers
         buffers = (
             self._product_buffers() if self._by_position else [held[name] for name in self._held]
         )
         if isinstance(input, QuantizedActivation):
+            self._check_scale_of(input)
             return ops.linear_quantized_operator(
                 input.values, input.scale, buffers, held["bias"], self._spec, input.dtype
             )
         return ops.linear_operator(input, buffers, held["bias"], self._spec)
+
+    def quantized_for(
+        self, input: Tensor | QuantizedActivation, reader: WQLinear, *, relu: bool = False
+    ) -> QuantizedActivation:
+        """y [..., N] for x, or relu(y), as `reader` quantizes it, whose static int8 activations it
+        is: reader(layer.quantized_for(x, reader, relu=True)) is reader(layer(x).relu()), bit for
+        bit.
+
+        Where a CPU kernel runs the layer, it quantizes what it has just computed, and y itself is
+        never written. No gradient goes through int8.
+
+        Args:
+            input: x, as `forward` takes it.
+
+        Raises:
+            WeightError: for a reader without one static scale of int8 activations, or whose
+                in_features are not N; and as `forward`.
+        """
+        reason = _why_not_quantized_for(self, reader)
+        if reason is not None:
+            raise WeightError(reason)
+        return self._quantized_for(input, reader, relu)
+
+    def _quantized_for(
+        self, input: Tensor | QuantizedActivation, reader: WQLinear, relu: bool
+    ) -> QuantizedActivation:
+        held, read = self._buffers, reader._buffers
+        scale, zero = read["activation_scale"], read.get("activation_zero")
+        assert scale is not None
+        if isinstance(input, QuantizedActivation):
+            self._check_scale_of(input)
+            x, x_scale, dtype = input.values, input.scale, input.dtype
+        else:
+            x, x_scale, dtype = _as_in_autocast(input), None, None
+        values, scales = ops.linear_to_int8_operator(
+            *(x, x_scale, self._product_buffers(), held["bias"], self._spec, dtype),
+            *(scale, zero, relu),
+        )
+        return QuantizedActivation(values, scales, dtype or x.dtype, scale, zero)
+
+    def _check_scale_of(self, x: QuantizedActivation) -> None:
+        """Raises where x is quantized as this layer would not."""
+        own = self._buffers.get("activation_scale"), self._buffers.get("activation_zero")
+        for name, mine, given in zip(
+            ("scale", "zero point"), own, (x.static_scale, x.static_zero), strict=True
+        ):
+            if mine is given:
+                continue
+            if mine is None or given is None or not torch.equal(mine, given):
+                raise WeightError(
+                    f"x is quantized with the static {name} {_spelled(given)}, and this layer of "
+                    f"{self.scheme} has {_spelled(mine)}: pass x itself, or what `quantized_for` "
+                    "gives for this layer"
+                )
 
     def extra_repr(self) -> str:
         text = (
@@ -257,6 +314,28 @@ class WQLinear(PackedModule, nn.Linear):
         return _layout_for(
             self.packed.parameters(), device, self.backend, self.batch_invariant, self.check_kernels
         )
+
+
+def _why_not_quantized_for(layer: WQLinear, reader: WQLinear) -> str | None:
+    """Why a layer cannot quantize what it gives for another that reads it, or None."""
+    if layer.out_features != reader.in_features:
+        return (
+            f"a layer of {layer.out_features} outputs gives no x for one that reads "
+            f"{reader.in_features}"
+        )
+    return ops.why_not_static(ops.PackedSpec.parse(reader._spec))
+
+
+def _spelled(value: Tensor | None) -> str:
+    return "none" if value is None else f"{value.tolist()}"
+
+
+def _as_in_autocast(x: Tensor) -> Tensor:
+    """x as `linear` takes it under autocast."""
+    device = x.device.type
+    if not x.is_floating_point() or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _dtype_of(packed: PackedWeight, bias: Tensor | None) -> torch.dtype:

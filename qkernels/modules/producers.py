@@ -236,6 +236,11 @@ class ReadingLinear(WQLinear):
         """As `WQLinear.forward`."""
         return WQLinear.forward(self, self._producer.quantized(input))
 
+    def _quantized_for(
+        self, input: Tensor | QuantizedActivation, reader: WQLinear, relu: bool
+    ) -> QuantizedActivation:
+        return WQLinear._quantized_for(self, self._producer.quantized(input), reader, relu)
+
     def _apply(self, fn: Any, recurse: bool = True) -> PackedModule:
         self._producer.dissolve()
         return WQLinear._apply(self, fn, recurse)

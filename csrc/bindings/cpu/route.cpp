@@ -94,7 +94,9 @@ class CpuRoute final : public Route {
     }
   }
 
-  bool takes_quantized() const override { return integers_ && scale_of_ == cpu::ScaleOf::kRow; }
+  bool takes_quantized() const override { return integers_ && scale_of_ != cpu::ScaleOf::kTensor; }
+
+  bool gives_int8() const override { return true; }
 
  private:
   // y for x of fp16, bf16 or fp32.
@@ -116,8 +118,8 @@ class CpuRoute final : public Route {
     const bool is_bf16 = arguments.x_type == cpu::FloatType::kBf16 && call.y_type == at::kBFloat16;
     require(!schedule_.rounds_weights || is_bf16, "rounded weights go with x and y of bf16, got ",
             rows.tensor.scalar_type(), " and ", call.y_type);
-    at::Tensor y = empty_output(call.x, weight_.n, call.y_type);
-    arguments.out = output(y, call.bias);
+    at::Tensor y = empty_output(call);
+    arguments.out = output(y, call);
     if (rows.scales) arguments.out.row_scales = rows.scales->const_data_ptr<float>();
     cpu::linear_float(arguments, schedule_, torch_pool());
     return y;
@@ -138,8 +140,8 @@ class CpuRoute final : public Route {
             "tiles need groups of a multiple of 64, got ", weight_.group);
     arguments.m = rows.m;
     arguments.k = rows.k;
-    at::Tensor y = empty_output(call.x, weight_.n, call.y_type);
-    arguments.out = output(y, call.bias);
+    at::Tensor y = empty_output(call);
+    arguments.out = output(y, call);
     const at::ScalarType type = rows.tensor.scalar_type();
     require((call.row_scales != nullptr) == (type == at::kChar),
             "row_scales go with int8 x alone, got x of ", type);
@@ -225,14 +227,30 @@ class CpuRoute final : public Route {
     return ranges;
   }
 
-  cpu::Output output(const at::Tensor& y, const Optional& bias) const {
+  // y, or its int8 numbers.
+  at::Tensor empty_output(const Call& call) const {
+    const at::ScalarType type = call.reader == nullptr ? call.y_type : at::kChar;
+    return bindings::empty_output(call.x, weight_.n, type);
+  }
+
+  cpu::Output output(const at::Tensor& y, const Call& call) const {
     cpu::Output out{};
-    out.y = y.mutable_data_ptr();
-    out.y_type = float_type("y", y.scalar_type());
-    if (bias) {
-      check("bias", *bias, at::kCPU, {weight_.n});
-      out.bias = bias->const_data_ptr();
-      out.bias_type = float_type("bias", bias->scalar_type());
+    out.y_type = float_type("y", call.y_type);
+    if (call.reader == nullptr) {
+      out.y = y.mutable_data_ptr();
+    } else {
+      out.int8.values = y.mutable_data_ptr<int8_t>();
+      out.int8.row_scales = call.reader->row_scales.mutable_data_ptr<float>();
+      out.int8.scale = *call.reader->scale.const_data_ptr<float>();
+      const Optional& zero = call.reader->zero;
+      out.int8.zero = zero ? *zero->const_data_ptr<int32_t>() : 0;
+      out.int8.relu = call.reader->relu;
+      out.int8.limit(zero ? -128 : -127);
+    }
+    if (call.bias) {
+      check("bias", *call.bias, at::kCPU, {weight_.n});
+      out.bias = call.bias->const_data_ptr();
+      out.bias_type = float_type("bias", call.bias->scalar_type());
     }
     return out;
   }

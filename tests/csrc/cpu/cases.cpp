@@ -57,6 +57,7 @@ void make_all(const Options& options, const Take& take) {
   make_blocks(options, random, take);
   make_kept(options, random, take);
   make_sparse(options, random, take);
+  make_outputs(options, random, take);
 }
 
 std::vector<Isa> runnable(const std::vector<std::string>& names) {

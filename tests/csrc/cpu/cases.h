@@ -36,6 +36,7 @@ using Take = std::function<void(Case)>;
 void make_all(const Options& options, const Take& take);
 void make_products(const Options& options, Random& random, const Take& take);
 void make_blocks(const Options& options, Random& random, const Take& take);
+void make_outputs(const Options& options, Random& random, const Take& take);
 void make_rows(const Options& options, Random& random, const Take& take);
 void make_embeddings(const Options& options, Random& random, const Take& take);
 void make_calibration(const Options& options, Random& random, const Take& take);

@@ -1,6 +1,7 @@
 // Products, over the formats and sizes that the bindings let through.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -43,6 +44,11 @@ constexpr const char* kNumbersNames[] = {"", " of integers", " of every code", "
 // Of the columns of a group, those that pad it where groups are padded.
 constexpr int64_t kPadding = 5;
 
+// What is written of y.
+enum class Written { kNumbers, kInt8, kInt8WithZero, kReluInt8, kReluInt8WithZero };
+constexpr const char* kWrittenNames[] = {"", " as int8", " as int8 with zero", " relu as int8",
+                                         " relu as int8 with zero"};
+
 struct Format {
   Code code;
   int64_t group;
@@ -62,9 +68,10 @@ struct Size {
 class Product {
  public:
   Product(const Format& format, const Size& size, FloatType x_type, FloatType y_type,
-          Numbers numbers, int64_t missing, Random& random)
+          Numbers numbers, Written written, int64_t missing, Random& random)
       : rows_(format.rows),
         numbers_(numbers),
+        written_(written),
         m_(size.m),
         missing_(missing),
         x_type_(x_type),
@@ -88,19 +95,21 @@ class Product {
     if (numbers == Numbers::kZeroGroups) fill_zero_groups(codes, random);
     pack();
     fill_rows(random);
+    if (is_int8()) fill_output(random);
   }
 
   std::string name() const {
     const auto number = [](int64_t value) { return static_cast<int>(value); };
     char text[200];
     std::snprintf(text, sizeof text,
-                  "%s group %d scales %s zeros %s offsets %s n %d k %d m %d rows %s x %s y %s%s",
+                  "%s group %d scales %s zeros %s offsets %s n %d k %d m %d rows %s x %s y %s%s%s",
                   kCodeNames[static_cast<int>(weight_.code)], number(weight_.group),
                   kGroupNames[static_cast<int>(weight_.scale_type)],
                   kGroupNames[static_cast<int>(weight_.zero_type)],
                   kGroupNames[static_cast<int>(weight_.offset_type)], number(weight_.n),
                   number(weight_.k), number(m_), kRowsNames[static_cast<int>(rows_)],
-                  name_of(x_type_), name_of(y_type_), kNumbersNames[static_cast<int>(numbers_)]);
+                  name_of(x_type_), name_of(y_type_), kNumbersNames[static_cast<int>(numbers_)],
+                  kWrittenNames[static_cast<int>(written_)]);
     return text;
   }
 
@@ -128,13 +137,16 @@ class Product {
   }
 
   Bytes run(const Schedule& schedule, const Pool& pool) const {
-    Bytes y = unwritten(m_ * weight_.n - missing_, size_of(y_type_));
+    Bytes y = unwritten(m_ * weight_.n - missing_, is_int8() ? 1 : size_of(y_type_));
+    std::vector<float> scales(static_cast<size_t>(is_int8() ? m_ : 0));
     if (rows_ == Rows::kFloats) {
-      linear_float(float_arguments(y.data()), schedule, pool);
+      linear_float(float_arguments(output(y.data(), scales.data())), schedule, pool);
     } else if (rows_ != Rows::kQuantized || m_ > 0) {
       // Without rows there is no pointer, by which rows that are quantized are told from others.
-      linear_int8(int8_arguments(y.data()), schedule, pool);
+      linear_int8(int8_arguments(output(y.data(), scales.data())), schedule, pool);
     }
+    const auto* told = reinterpret_cast<const uint8_t*>(scales.data());
+    y.insert(y.end(), told, told + scales.size() * 4);
     return y;
   }
 
@@ -142,13 +154,26 @@ class Product {
     const bool exact_sums = numbers_ == Numbers::kIntegers;
     const truth::Product product =
         rows_ == Rows::kFloats
-            ? truth::float_product(float_arguments(nullptr), codes_.data(), schedule, exact_sums)
-            : truth::int8_product(int8_arguments(nullptr), codes_.data());
+            ? truth::float_product(float_arguments(output(nullptr, nullptr)), codes_.data(),
+                                   schedule, exact_sums)
+            : truth::int8_product(int8_arguments(output(nullptr, nullptr)), codes_.data());
+    if (is_int8()) {
+      const auto at = static_cast<size_t>(m_ * weight_.n);
+      std::vector<float> scales(static_cast<size_t>(m_));
+      if (m_ > 0) std::memcpy(scales.data(), y.data() + at, scales.size() * 4);
+      const truth::Reader reader{out_scale_, out_zero_, out_least_, is_relu()};
+      const auto* got = reinterpret_cast<const int8_t*>(y.data());
+      return truth::complaint(product, reader, got, scales.data(), y_type_, weight_.n);
+    }
     return truth::complaint(product, y.data(), y_type_, weight_.n);
   }
 
  private:
   bool is_random() const { return numbers_ == Numbers::kRandom; }
+  bool is_int8() const { return written_ != Written::kNumbers; }
+  bool is_relu() const {
+    return written_ == Written::kReluInt8 || written_ == Written::kReluInt8WithZero;
+  }
   int64_t stride() const { return m_ > 1 ? weight_.k + kGap : weight_.k; }
 
   static FloatType float_type(GroupType type) {
@@ -272,20 +297,46 @@ class Product {
     if (random.below(2) == 0) bias_ = random.numbers(weight_.n, bias_type_, -1, 1);
   }
 
-  Output output(void* y) const {
-    return {y, y_type_, or_null(row_scales_), or_null(bias_), bias_type_};
+  // Some numbers saturate; a row of NaN and one of infinity, where x or the bias may have such.
+  void fill_output(Random& random) {
+    const float kScales[] = {0.01f, 0.3f, 4.0f};
+    out_scale_ = kScales[random.below(3)];
+    const bool has_zero =
+        written_ == Written::kInt8WithZero || written_ == Written::kReluInt8WithZero;
+    constexpr int32_t kZeros[] = {-128, -5, 100};
+    out_zero_ = has_zero ? kZeros[random.below(3)] : 0;
+    out_least_ = has_zero ? -128 : -127;
+    if (row_scales_.size() > 2) {
+      row_scales_[0] = NAN;
+      row_scales_[1] = INFINITY;
+    }
+    // relu(-inf) is a number.
+    if (!bias_.empty() && is_relu()) truth::store_at(bias_.data(), bias_type_, 0, -INFINITY);
   }
 
-  FloatArguments float_arguments(void* y) const {
-    return {weight_, m_, weight_.k, x_.data(), x_type_, stride(), output(y)};
+  Output output(void* y, float* scales) const {
+    Output out{y, y_type_, or_null(row_scales_), or_null(bias_), bias_type_};
+    if (!is_int8()) return out;
+    out.y = nullptr;
+    out.int8.values = static_cast<int8_t*>(y);
+    out.int8.row_scales = scales;
+    out.int8.scale = out_scale_;
+    out.int8.zero = out_zero_;
+    out.int8.relu = is_relu();
+    out.int8.limit(out_least_);
+    return out;
   }
 
-  Int8Arguments int8_arguments(void* y) const {
+  FloatArguments float_arguments(const Output& out) const {
+    return {weight_, m_, weight_.k, x_.data(), x_type_, stride(), out};
+  }
+
+  Int8Arguments int8_arguments(const Output& out) const {
     Int8Arguments arguments{};
     arguments.weight = weight_;
     arguments.m = m_;
     arguments.k = weight_.k;
-    arguments.out = output(y);
+    arguments.out = out;
     if (rows_ == Rows::kQuantized) {
       arguments.quantized = reinterpret_cast<const int8_t*>(x_.data());
       arguments.quantized_stride = stride();
@@ -303,6 +354,7 @@ class Product {
 
   Rows rows_;
   Numbers numbers_;
+  Written written_;
   int64_t m_, missing_;
   FloatType x_type_, y_type_, bias_type_;
   Weight weight_{};
@@ -312,6 +364,8 @@ class Product {
   std::vector<float> channel_scales_, table_, nested_table_, nested_absmax_, block_ranges_,
       row_scales_;
   float given_ = 0.02f;  // too small for some elements of x
+  float out_scale_ = 0;
+  int32_t out_zero_ = 0, out_least_ = 0;
 };
 
 class Products {
@@ -320,10 +374,10 @@ class Products {
       : options_(options), random_(random), take_(take) {}
 
   void add(const Format& format, const Size& size, FloatType x, FloatType y,
-           Numbers numbers = Numbers::kRandom) {
+           Numbers numbers = Numbers::kRandom, Written written = Written::kNumbers) {
     if (size.products() > options_.most_products) return;
-    const auto product =
-        std::make_shared<const Product>(format, size, x, y, numbers, options_.missing, random_);
+    const auto product = std::make_shared<const Product>(format, size, x, y, numbers, written,
+                                                         options_.missing, random_);
     take_({product->name(), product->schedules(options_.isas),
            [product](const Schedule& schedule, const Pool& pool) {
              return product->run(schedule, pool);
@@ -398,6 +452,29 @@ class Products {
     }
   }
 
+  // Each way in which y becomes int8, behind each kernel; the first sizes are split, in parts of K
+  // and in blocks of rows.
+  void add_outputs() {
+    constexpr Size kSizes[] = {{16, 2100, 3}, {17, 72, 70}, {49, 135, 5}, {33, 320, 17}};
+    constexpr Written kWritten[] = {Written::kInt8, Written::kInt8WithZero, Written::kReluInt8,
+                                    Written::kReluInt8WithZero};
+    const GroupType half = GroupType::kFp16, none = GroupType::kNone, byte = GroupType::kUint8;
+    for (const Size& size : kSizes) {
+      for (Written written : kWritten) {
+        for (FloatType type : kFloatTypes) {
+          const auto of = [&](const Format& format) {
+            add(format, size, type, type, Numbers::kRandom, written);
+          };
+          of({Code::kInt4, 64, half, byte, Rows::kFloats});
+          of({Code::kTable4, kWholeK, GroupType::kFp32, none, Rows::kFloats});
+          of({Code::kInt8, kWholeK, half, none, Rows::kGiven});
+          of({Code::kInt4, 64, byte, byte, Rows::kQuantized});
+          of({Code::kInt4, 64, half, none, Rows::kQuantized});
+        }
+      }
+    }
+  }
+
   void add_formats() {
     const auto scales = {GroupType::kFp16, GroupType::kBf16, GroupType::kFp32};
     for (int64_t group : kGroups) {
@@ -439,6 +516,10 @@ void make_products(const Options& options, Random& random, const Take& take) {
   products.add_special_numbers();
   products.add_sizes();
   products.add_formats();
+}
+
+void make_outputs(const Options& options, Random& random, const Take& take) {
+  Products(options, random, take).add_outputs();
 }
 
 void make_blocks(const Options& options, Random& random, const Take& take) {

@@ -235,6 +235,44 @@ std::string complaint(const Product& product, const void* y, FloatType type, int
   return "";
 }
 
+namespace {
+
+// y, rounded to its type, as a reader's number.
+int8_t code_of_output(double y, const Reader& to, const Layout& layout) {
+  const auto value = static_cast<float>(nearest(y, layout));
+  const float rounded = std::nearbyint((to.relu && value < 0 ? 0 : value) / to.scale);
+  const float code = (std::isnan(rounded) ? 0 : rounded) + static_cast<float>(to.zero);
+  return static_cast<int8_t>(std::clamp(code, static_cast<float>(to.least), 127.0f));
+}
+
+}  // namespace
+
+std::string complaint(const Product& product, const Reader& reader, const int8_t* numbers,
+                      const float* row_scales, FloatType type, int64_t n) {
+  const Layout& layout = layout_of(type);
+  const auto columns = static_cast<size_t>(n);
+  for (size_t row = 0; row < product.y.size() / columns; ++row) {
+    bool finite = true;
+    for (size_t i = row * columns; i < (row + 1) * columns; ++i) {
+      const double want = product.y[i], slack = product.slack[i], near = nearest(want, layout);
+      finite = finite && (std::isfinite(near) || (reader.relu && near < 0));
+      // Codes grow with y.
+      const double off = slack == 0 || !std::isfinite(want) ? 0 : slack + spacing(want, layout) / 2;
+      const int low = code_of_output(want - off, reader, layout);
+      const int high = code_of_output(want + off, reader, layout);
+      const int code = numbers[i];
+      if (code >= low && code <= high) continue;
+      const int r = static_cast<int>(row), c = static_cast<int>(i % columns);
+      return text("number %d of row %d is %d and not %d to %d", c, r, code, low, high);
+    }
+    const double want = finite ? reader.scale : NAN;
+    if (!same(row_scales[row], want)) {
+      return text("scale %d is %.9g and not %.9g", static_cast<int>(row), row_scales[row], want);
+    }
+  }
+  return "";
+}
+
 // --- Rows of int8
 
 namespace {

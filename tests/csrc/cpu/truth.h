@@ -34,6 +34,17 @@ Product int8_product(const Int8Arguments& call, const uint8_t* codes);
 // What is wrong with `y` [m][n], or nothing.
 std::string complaint(const Product& product, const void* y, FloatType type, int64_t n);
 
+// Who reads y, of a type, as int8 numbers of `least` to 127.
+struct Reader {
+  float scale;
+  int32_t zero, least;
+  bool relu;
+};
+
+// What is wrong with these numbers [m][n], and with what is said of each row, or nothing.
+std::string complaint(const Product& product, const Reader& reader, const int8_t* numbers,
+                      const float* row_scales, FloatType type, int64_t n);
+
 // The rows of a source as int8, with a scale each, and where they are asymmetric a zero point.
 struct Rows {
   std::vector<int8_t> values;
