@@ -432,17 +432,21 @@ class Product {
   Bytes x_, y_;
 };
 
-template <class Work, class Can>
-void add(std::shared_ptr<const Work> work, const Options& options, const Can& can,
-         const Take& take) {
-  std::vector<Schedule> schedules;
-  for (Isa isa : options.isas) {
-    if (can(isa)) schedules.push_back({isa, false, false});
-  }
-  take(
-      {work->name(), schedules,
-       [work](const Schedule& schedule, const Pool& pool) { return work->run(schedule.isa, pool); },
-       [work](const Bytes& out, const Schedule&) { return work->complaint(out); }});
+// A case of work that `arguments` make, where `can` says that the instructions have it.
+template <class Work, class Can, class... Arguments>
+void add(const Options& options, const Can& can, const Take& take, Arguments&&... arguments) {
+  take([&]() -> Case {
+    std::vector<Schedule> schedules;
+    for (Isa isa : options.isas) {
+      if (can(isa)) schedules.push_back({isa, false, false});
+    }
+    const auto work = std::make_shared<const Work>(arguments...);
+    return {work->name(), schedules,
+            [work](const Schedule& schedule, const Pool& pool) {
+              return work->run(schedule.isa, pool);
+            },
+            [work](const Bytes& out, const Schedule&) { return work->complaint(out); }};
+  });
 }
 
 }  // namespace
@@ -459,22 +463,21 @@ void make_calibration(const Options& options, Random& random, const Take& take) 
         const int bits = scales == GroupType::kUint8 ? 4 : static_cast<int>(2 + random.below(3));
         const SearchForm form{type, scales, zeros, diagonal, !diagonal && random.below(2) == 0,
                               bits, n,      k,     length};
-        add(std::make_shared<const Search>(form, random), options, everywhere, take);
+        add<Search>(options, everywhere, take, form, random);
       }
     }
   }
   // Enough for several threads.
   for (bool block : {false, true}) {
     const SearchForm large{FloatType::kBf16, GroupType::kFp16, true, !block, block, 4, 70, 128, 64};
-    add(std::make_shared<const Search>(large, random), options, everywhere, take);
+    add<Search>(options, everywhere, take, large, random);
   }
   constexpr int64_t kBlocks[][2] = {{1, 1}, {5, 9}, {16, 8}, {37, 21}, {150, 30}};
   for (const auto& [n, columns] : kBlocks) {
     for (bool zeros : {false, true}) {
       for (bool values : {false, true}) {
         const int bits = static_cast<int>(zeros ? 8 : 3);
-        add(std::make_shared<const Rounding>(n, columns, bits, zeros, values, random), options,
-            everywhere, take);
+        add<Rounding>(options, everywhere, take, n, columns, bits, zeros, values, random);
       }
     }
   }
@@ -483,8 +486,7 @@ void make_calibration(const Options& options, Random& random, const Take& take) 
   for (FloatType type : {FloatType::kFp32, FloatType::kBf16}) {
     const auto has_kernel = [type](Isa isa) { return multiplies_transposed(type, isa); };
     for (const auto& [rows, x_columns, y_columns] : kProducts) {
-      add(std::make_shared<const Product>(type, rows, x_columns, y_columns, random), options,
-          has_kernel, take);
+      add<Product>(options, has_kernel, take, type, rows, x_columns, y_columns, random);
     }
   }
 }
@@ -493,8 +495,7 @@ void make_kept(const Options& options, Random& random, const Take& take) {
   const auto everywhere = [](Isa) { return true; };
   for (const auto& [n, columns] : {std::pair{5, 9}, {37, 21}, {150, 30}}) {
     for (bool values : {false, true}) {
-      add(std::make_shared<const Rounding>(n, columns, 3, values, values, random, true), options,
-          everywhere, take);
+      add<Rounding>(options, everywhere, take, n, columns, 3, values, values, random, true);
     }
   }
 }

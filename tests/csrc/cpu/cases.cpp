@@ -40,7 +40,8 @@ void make_packing(const Options& options, Random& random, const Take& take) {
         return back == want ? "" : "other codes come back than went in";
       };
       const std::string name = "vnni n " + std::to_string(n) + " k " + std::to_string(k);
-      take({name, {{options.isas.front(), false, false}}, run, complaint});
+      take(
+          [&]() -> Case { return {name, {{options.isas.front(), false, false}}, run, complaint}; });
     }
   }
 }

@@ -30,8 +30,9 @@ struct Options {
   int64_t missing = 0;
 };
 
-// What is done with each case as soon as it is made.
-using Take = std::function<void(Case)>;
+// Is given what makes each case, and may leave it: in an emulator making all takes far longer than
+// running some.
+using Take = std::function<void(const std::function<Case()>&)>;
 
 void make_all(const Options& options, const Take& take);
 void make_products(const Options& options, Random& random, const Take& take);

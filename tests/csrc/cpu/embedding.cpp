@@ -277,10 +277,12 @@ constexpr int64_t kCounts[] = {1, 3, 20};
 void make_embeddings(const Options& options, Random& random, const Take& take) {
   const std::vector<Schedule> schedules{{options.isas.front(), false, false}};
   const auto add = [&](const Form& form, const Size& size, FloatType type) {
-    const auto rows = std::make_shared<const LookUp>(form, size, type, random);
-    take({rows->name(), schedules,
-          [rows](const Schedule&, const Pool& pool) { return rows->run(pool); },
-          [rows](const Bytes& out, const Schedule&) { return rows->complaint(out); }});
+    take([&]() -> Case {
+      const auto rows = std::make_shared<const LookUp>(form, size, type, random);
+      return {rows->name(), schedules,
+              [rows](const Schedule&, const Pool& pool) { return rows->run(pool); },
+              [rows](const Bytes& out, const Schedule&) { return rows->complaint(out); }};
+    });
   };
   const auto floats = {GroupType::kFp16, GroupType::kBf16, GroupType::kFp32};
   const auto zero_types = {GroupType::kNone, GroupType::kUint8, GroupType::kFp16, GroupType::kBf16,

@@ -57,7 +57,8 @@ int main(int count, char** arguments) {
   cases::Options options;
   options.isas = cases::runnable({name});
   options.most_products = kMostProducts;
-  cases::make_all(options, [](const cases::Case& one) {
+  cases::make_all(options, [](const std::function<cases::Case()>& make) {
+    const cases::Case one = make();
     for (const auto& schedule : one.schedules) {
       std::string complaint;
       try {

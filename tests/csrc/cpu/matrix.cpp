@@ -68,8 +68,8 @@ int main(int count, char** arguments) {
   }
   std::vector<Case> some;
   size_t made = 0;
-  cases::make_all(options, [&](Case one) {
-    if (made++ % every == 0) some.push_back(std::move(one));
+  cases::make_all(options, [&, every = every](const std::function<Case()>& make) {
+    if (made++ % every == 0) some.push_back(make());
   });
 
   std::vector<std::string> failures;

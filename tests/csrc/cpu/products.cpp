@@ -376,15 +376,17 @@ class Products {
   void add(const Format& format, const Size& size, FloatType x, FloatType y,
            Numbers numbers = Numbers::kRandom, Written written = Written::kNumbers) {
     if (size.products() > options_.most_products) return;
-    const auto product = std::make_shared<const Product>(format, size, x, y, numbers, written,
-                                                         options_.missing, random_);
-    take_({product->name(), product->schedules(options_.isas),
-           [product](const Schedule& schedule, const Pool& pool) {
-             return product->run(schedule, pool);
-           },
-           [product](const Bytes& result, const Schedule& schedule) {
-             return product->complaint(result, schedule);
-           }});
+    take_([&]() -> Case {
+      const auto product = std::make_shared<const Product>(format, size, x, y, numbers, written,
+                                                           options_.missing, random_);
+      return {product->name(), product->schedules(options_.isas),
+              [product](const Schedule& schedule, const Pool& pool) {
+                return product->run(schedule, pool);
+              },
+              [product](const Bytes& result, const Schedule& schedule) {
+                return product->complaint(result, schedule);
+              }};
+    });
   }
 
   // Sizes from which on work is split: K in parts; many tasks of panels; rows in several blocks;

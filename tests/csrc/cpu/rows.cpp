@@ -167,10 +167,13 @@ void make_rows(const Options& options, Random& random, const Take& take) {
   std::vector<Schedule> schedules;
   for (Isa isa : options.isas) schedules.push_back({isa, false, false});
   const auto add = [&](const Form& form) {
-    const auto rows = std::make_shared<const Quantization>(form, random);
-    take({rows->name(), schedules,
+    take([&]() -> Case {
+      const auto rows = std::make_shared<const Quantization>(form, random);
+      return {
+          rows->name(), schedules,
           [rows](const Schedule& schedule, const Pool& pool) { return rows->run(schedule, pool); },
-          [rows](const Bytes& result, const Schedule&) { return rows->complaint(result); }});
+          [rows](const Bytes& result, const Schedule&) { return rows->complaint(result); }};
+    });
   };
   // The last is large enough for several threads.
   for (auto [m, k] : {std::pair{0, 72}, {1, 16}, {3, 135}, {70, 1000}}) {
