@@ -44,12 +44,13 @@ export PATH := $(patsubst %/,%,$(dir $(PY))):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test emulated oracles architectures bench quality gpu cubins budgets lint clean FORCE
+.PHONY: help demo test emulated arm oracles architectures bench quality gpu cubins budgets lint clean FORCE
 
 help:
 	@echo "make demo     quantize a real model, run it on WQLinear; results in $(OUT)/demo"
 	@echo "make test     run the tests"
 	@echo "make emulated run the tests of the CUDA kernels in their emulator; make test does it too"
+	@echo "make arm      run all tests of the CPU kernels for 64-bit Arm, in qemu-user; make test runs a part"
 	@echo "make oracles  run the tests against the packages that others quantize with"
 	@echo "make architectures  quantize, save and load a tiny model of every class of Transformers"
 	@echo "make bench    time the kernels and their peers on this machine; results in $(OUT)/bench"
@@ -192,6 +193,15 @@ test: $(INSTALLED) $(BUILT) $(EMULATOR) $(TEST_MODEL)
 emulated: $(INSTALLED) $(BUILT) $(EMULATOR) $(TEST_MODEL)
 	@$(call require,pytest hypothesis safetensors triton)
 	@$(EMULATED_PYTEST)
+
+arm: $(INSTALLED) $(BUILT)
+	@$(call require,pytest)
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do \
+		command -v $$tool $$tool-static >/dev/null || { \
+			echo "make arm needs $$tool; on Debian: apt-get install" \
+				"g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user" >&2; exit 1; }; \
+	done
+	@$(PYTEST) -m 'full or not full' tests/csrc/test_cpu_arm.py
 
 oracles: private PY := $(ORACLES_PY)
 oracles: $(INSTALLED) $(BUILT) $(TEST_MODEL) $(ORACLES_INSTALLED)

@@ -19,8 +19,11 @@ PACKAGES = (
 )
 """Whose versions are told: what runs, what models are loaded with, peers of the benchmark."""
 
-ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
-"""The instruction sets that CPU kernels ask for, as /proc/cpuinfo names them."""
+ISA_FLAGS = (
+    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm", "bf16"),
+)
+"""The instruction sets that CPU kernels ask for, of x86 and of Arm, as /proc/cpuinfo names them."""
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 """Where this package is checked out, if it is."""
@@ -53,7 +56,7 @@ def cpu_name() -> str:
 
 def isa_flags() -> list[str]:
     """Those of `ISA_FLAGS` that this CPU has."""
-    flags = _cpuinfo("flags").split()
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
     return [flag for flag in ISA_FLAGS if flag in flags]
 
 

@@ -3,7 +3,7 @@
 //
 // QK_FAULT(name) is true where that test asks for the fault. In every other build it is false, and
 // the compiler leaves out what depends on it. A name stands in one place alone; those of faults on
-// AMX tiles begin with tile_.
+// AMX tiles begin with tile_, and those in what is for 64-bit Arm alone with neon_.
 
 #pragma once
 

@@ -1,6 +1,7 @@
 // Few rows of x in int8: exact int32 sums of products of codes, which are unsigned, and of x.
 //
-// Zero points are taken off afterwards: sum (code - zero) x = sum code x - zero * sum x.
+// Zero points are taken off afterwards: sum (code - zero) x = sum code x - zero * sum x. Where
+// codes of 8 bits must be signed, they are multiplied less 128, and zero points are less 128 too.
 
 #pragma once
 
@@ -43,6 +44,8 @@ struct Int8Block {
           const I low = V::broadcast(int32_t{0x0f0f0f0f});
           upper[p] = V::and_(V::template right<4>(words[p]), low);
           words[p] = V::and_(words[p], low);
+        } else if constexpr (V::kByteOffset != 0) {
+          words[p] = V::xor_(words[p], V::broadcast(int32_t(0x80808080)));
         }
       }
       QK_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -67,10 +70,14 @@ struct Int8Block {
   // What a group adds for one row and panel, before its scale.
   QK_INLINE I group_sum(int r, int p, int64_t g) const {
     const I x_sum = V::broadcast(job.x_sums[(row + r) * job.weight.groups() + g]);
-    return V::sub(parts[r][p], V::mul(group_integer_zeros<V>(job.weight, panel + p, g), x_sum));
+    I zero = group_integer_zeros<V>(job.weight, panel + p, g);
+    if constexpr (!kNibbles && V::kByteOffset != 0) {
+      zero = V::sub(zero, V::broadcast(V::kByteOffset));
+    }
+    return V::sub(parts[r][p], V::mul(zero, x_sum));
   }
 
-  void run_integers(GroupRange range) {
+  QK_INLINE void run_integers(GroupRange range) {
     const Weight& weight = job.weight;
     I sums[kRows][kPanels];
     for (int r = 0; r < kRows; ++r) {
@@ -103,7 +110,7 @@ struct Int8Block {
   }
 
   // The floats of groups are added in order, each product rounded, as the reference does.
-  void run_floats(GroupRange range) {
+  QK_INLINE void run_floats(GroupRange range) {
     const Weight& weight = job.weight;
     F sums[kRows][kPanels];
     for (int r = 0; r < kRows; ++r) {

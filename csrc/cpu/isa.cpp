@@ -8,6 +8,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+
+#include <cstddef>
+#endif
 #endif
 
 namespace qkernels::cpu {
@@ -17,7 +25,10 @@ const char* name_of(Isa isa) {
     case Isa::kPortable: return "portable";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
-    default: return "amx";
+    case Isa::kAmx: return "amx";
+    case Isa::kNeon: return "neon";
+    case Isa::kNeonDot: return "neon_dot";
+    default: return "neon_i8mm";
   }
 }
 
@@ -30,6 +41,10 @@ struct Detected {
 };
 
 #if defined(__x86_64__)
+
+constexpr const char* kBuiltFor = "this build is for x86 CPUs";
+
+constexpr bool is_of_this_build(Isa isa) { return isa <= Isa::kAmx; }
 
 constexpr bool bit(unsigned word, int index) { return (word >> index & 1) != 0; }
 
@@ -77,9 +92,58 @@ Detected detect() {
   return found;
 }
 
+#elif defined(__aarch64__)
+
+constexpr const char* kBuiltFor = "this build is for 64-bit Arm CPUs";
+
+constexpr bool is_of_this_build(Isa isa) { return isa == Isa::kPortable || isa >= Isa::kNeon; }
+
+struct Features {
+  bool dot_products, i8mm, bf16;
+};
+
+#if defined(__linux__)
+
+Features features() {
+  // Bits that older headers have no names for.
+  constexpr unsigned long kDotProducts = 1 << 20, kI8mm = 1 << 13, kBf16 = 1 << 14;
+  const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  return {(first & kDotProducts) != 0, (second & kI8mm) != 0, (second & kBf16) != 0};
+}
+
+#elif defined(__APPLE__)
+
+bool has(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+
+Features features() {
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM"),
+          has("hw.optional.arm.FEAT_BF16")};
+}
+
 #else
 
-Detected detect() { return {Isa::kPortable, "this build is for a CPU without x86 instructions"}; }
+Features features() { return {}; }
+
+#endif
+
+Detected detect() {
+  const Features here = features();
+  if (!here.dot_products) return {Isa::kNeon, false, "this CPU has no dot products of int8"};
+  if (!here.i8mm) return {Isa::kNeonDot, false, "this CPU has no products of int8 matrices (I8MM)"};
+  return {Isa::kNeonI8mm, here.bf16, ""};
+}
+
+#else
+
+constexpr const char* kBuiltFor = "this build is for neither x86 nor 64-bit Arm CPUs";
+
+constexpr bool is_of_this_build(Isa isa) { return isa == Isa::kPortable; }
+
+Detected detect() { return {}; }
 
 #endif
 
@@ -94,6 +158,9 @@ bool has_bf16_products() { return detected().bf16_products; }
 
 Isa detected_isa() { return detected().isa; }
 
-const char* why_not(Isa isa) { return isa <= detected_isa() ? nullptr : detected().missing; }
+const char* why_not(Isa isa) {
+  if (!is_of_this_build(isa)) return kBuiltFor;
+  return isa <= detected_isa() ? nullptr : detected().missing;
+}
 
 }  // namespace qkernels::cpu

@@ -4,19 +4,25 @@
 
 namespace qkernels::cpu {
 
-// Each level includes those before it.
+// Each level includes those before it of the same kind of CPU.
 enum class Isa {
   kPortable,  // plain C++, on every machine
-  kAvx2,      // AVX2, FMA, F16C
-  kAvx512,    // AVX-512 F, BW, DQ, VL and VNNI
-  kAmx,       // AMX tiles, bf16 and int8, with the operating system's permission
+  // x86
+  kAvx2,    // AVX2, FMA, F16C
+  kAvx512,  // AVX-512 F, BW, DQ, VL and VNNI
+  kAmx,     // AMX tiles, bf16 and int8, with the operating system's permission
+  // 64-bit Arm
+  kNeon,      // what every one has: vectors, conversions of fp16
+  kNeonDot,   // dot products of signed bytes
+  kNeonI8mm,  // dot products of bytes of which one is unsigned, products of matrices of bytes
 };
 
-constexpr int kIsaCount = 4;
+constexpr int kIsaCount = 7;
 
 const char* name_of(Isa isa);
 
-// Whether products of pairs of bf16 belong to its AVX-512, as they do wherever there is AMX.
+// Whether there are products of pairs of bf16: beside AVX-512, as wherever there is AMX, or beside
+// I8MM.
 bool has_bf16_products();
 
 // The highest level that this machine runs; asks the system for AMX once.

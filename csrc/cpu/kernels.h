@@ -65,7 +65,8 @@ struct GroupRange {
 
 // x for the tiles: [tile of 16 rows][step of 32 columns][term][16][32] bf16, columns in the
 // order that exact codes are decoded in; or
-// [tile of 16 rows][step of 64 columns][16][64] int8. Rows from m on are zero.
+// int8 as [tile of 16 rows][step of 64 columns][16][64], or for I8MM of
+// [tile of 16 rows][step of 8 columns][16][8]. Rows from m on are zero.
 struct FloatTileJob {
   Weight weight;
   int64_t m;
@@ -142,15 +143,16 @@ struct Kernels {
   // The bits of max|value|, of which more is larger and NaN the largest.
   int32_t (*largest_bits)(const float* values, int64_t k);
 
-  // Null without tiles. `scratch` holds tile_scratch(m, end - begin) bytes at a multiple of 64.
+  // Null without tiles; I8MM has those of int8 alone. `scratch` holds tile_scratch(m, end - begin)
+  // bytes at a multiple of 64.
   void (*float_tiles)(const FloatTileJob&, int64_t begin, int64_t end, void* scratch);
   void (*int8_tiles)(const Int8TileJob&, int64_t begin, int64_t end, void* scratch);
   int64_t (*tile_scratch)(int64_t m, int64_t panels);
   // 16 rows of x from `row` on into the order of tiles.
   void (*pack_float_tile)(const void* x, FloatType type, int64_t x_stride, int64_t row, int64_t m,
                           int64_t k, const Weight& weight, int terms, bool in_order, uint16_t* out);
-  // A row of int8 x [columns] into its row of the tiles, `out` being where that begins.
-  void (*pack_int8_row)(const int8_t* x, int64_t columns, int8_t* out);
+  // A row of int8 x [columns] into row `row` of the 16 from `tile` on.
+  void (*pack_int8_row)(const int8_t* x, int64_t columns, int64_t row, int8_t* tile);
 
   // Null without products of pairs of bf16. `scratch` holds scaled_scratch(m) bytes at a multiple
   // of 64.

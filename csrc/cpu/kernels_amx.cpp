@@ -42,7 +42,8 @@ void int8_tiles(const Int8TileJob& job, int64_t begin, int64_t end, void* scratc
     run_int8_groups(job, begin, end, scratch);
 }
 
-void pack_int8_row(const int8_t* x, int64_t columns, int8_t* out) {
+void pack_int8_row(const int8_t* x, int64_t columns, int64_t row, int8_t* tile) {
+  int8_t* out = tile + row * kInt8Step;
   for (int64_t c = 0; c < columns; c += kInt8Step, out += kTileBytes) {
     _mm512_storeu_si512(out, _mm512_loadu_si512(x + c));
   }

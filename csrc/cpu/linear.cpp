@@ -286,6 +286,10 @@ void Int8Output::limit(int32_t least) {
   if (QK_FAULT(zero_of_output_missing)) zero = 0;
 }
 
+bool has_float_tiles(Isa isa) { return kernels(isa).float_tiles != nullptr; }
+
+bool has_int8_tiles(Isa isa) { return kernels(isa).int8_tiles != nullptr; }
+
 bool rounds_on_vectors(Isa isa) { return kernels(isa).scaled_panels != nullptr; }
 
 void linear_float(const FloatArguments& arguments, const Schedule& schedule, const Pool& pool) {
@@ -307,7 +311,7 @@ void linear_int8(const Int8Arguments& arguments, const Schedule& schedule, const
   const Weight& weight = arguments.weight;
   const int64_t columns = weight.columns(), groups = weight.groups();
   const bool tiles = schedule.tiles;
-  assert(!tiles || weight.sums_are_integers() || fits_int8_tiles(weight.group));
+  assert(!tiles || weight.sums_are_integers() || fits_int8_tiles(schedule.isa, weight.group));
   tell_scale(arguments.out, arguments.m);
   const int64_t at_once = tiles ? kTileRowsAtOnce : kRowsAtOnce;
   const int64_t parts = tiles || !weight.sums_are_integers() ? 1 : parts_of_k(weight);
@@ -349,9 +353,8 @@ void linear_int8(const Int8Arguments& arguments, const Schedule& schedule, const
       if (QK_FAULT(padding_of_int8_x_not_zeroed)) std::memset(to + k, 1, columns - k);
       table.int8_sums(to, weight, x_sums + r * groups);
       if (tiles) {
-        constexpr int64_t kStep = 64;
-        table.pack_int8_row(to, columns,
-                            x + r / kTileRows * kTileRows * columns + r % kTileRows * kStep);
+        int8_t* tile = x + r / kTileRows * kTileRows * columns;
+        table.pack_int8_row(to, columns, r % kTileRows, tile);
       }
     });
     const Pool workers = pool_for(pool, m * weight.n * columns, kProductsWorthThreads);

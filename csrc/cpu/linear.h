@@ -10,11 +10,15 @@ namespace qkernels::cpu {
 // How a product is computed. Results are the same for each number of threads.
 struct Schedule {
   Isa isa;
-  bool tiles;  // of AMX; else vectors
+  bool tiles;  // of AMX, or of int8 in matrices of I8MM; else vectors
   // Weights are scaled and rounded to bf16 as a dense product of that type has them: faster for
   // many rows. x and y are bf16.
   bool rounds_weights;
 };
+
+// Whether there are tiles of floats, or of int8.
+bool has_float_tiles(Isa isa);
+bool has_int8_tiles(Isa isa);
 
 // Whether vectors of `isa` multiply rounded weights here.
 bool rounds_on_vectors(Isa isa);
@@ -22,7 +26,9 @@ bool rounds_on_vectors(Isa isa);
 // Whether a group of so many columns, of several, falls into whole tiles. Integer sums over all of
 // K need no whole groups.
 constexpr bool fits_float_tiles(int64_t group) { return group % 32 == 0; }
-constexpr bool fits_int8_tiles(int64_t group) { return group % 64 == 0; }
+constexpr bool fits_int8_tiles(Isa isa, int64_t group) {
+  return group % (isa == Isa::kNeonI8mm ? 16 : 64) == 0;
+}
 
 struct FloatArguments {
   Weight weight;

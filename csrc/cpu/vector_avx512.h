@@ -17,6 +17,7 @@ struct Avx512 {
   // Whether fma rounds once.
   static constexpr bool kFused = true;
   static constexpr bool kFastLookup = true;
+  static constexpr int32_t kByteOffset = 0;
 
   static QK_INLINE F broadcast(float x) { return _mm512_set1_ps(x); }
   static QK_INLINE I broadcast(int32_t x) { return _mm512_set1_epi32(x); }

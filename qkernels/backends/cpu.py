@@ -1,6 +1,6 @@
 """The C++ kernels for the CPU as rows: for each set of instructions one for floats, one for int8.
 
-QKERNELS_CPU_ISA caps the instructions: portable, avx2, avx512 or amx.
+QKERNELS_CPU_ISA caps the instructions: portable; avx2, avx512 or amx; neon, neon_dot or neon_i8mm.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from qkernels.layouts.padding import kernel_group
 from qkernels.scheme import Activation, QuantScheme
 from qkernels.weight import codebook, nested_table
 
-ISAS = ("amx", "avx512", "avx2", "portable")
-"""Sets of instructions, the fastest first. Each machine runs those after its best too."""
+ISAS = ("amx", "avx512", "avx2", "neon_i8mm", "neon_dot", "neon", "portable")
+"""Sets of instructions of x86 and of 64-bit Arm, the fastest of each first. Each machine runs
+those of its kind after its best too."""
 
 ISA_VARIABLE = "QKERNELS_CPU_ISA"
 
@@ -210,7 +211,8 @@ _INT4 = Kernel(
 
 # The numbers of rows were measured, each against the rows below it and the reference, which
 # dequantizes for torch's product: see docs/cpu.md. Those of portable and avx2 were measured where
-# torch had AVX-512 and VNNI. Tiles have 32 columns of floats or 64 of int8.
+# torch had AVX-512 and VNNI. Tiles have 32 columns of floats or 64 of int8. Those of NEON are not
+# measured: docs/cpu.md counts instructions.
 COMPOSED = (
     _INT4,
     replace(_INT4, name="cpu_int8_positions", activations=("int8",), why_not=_has_positions),
@@ -324,6 +326,57 @@ KERNELS: tuple[Kernel, ...] = (
         weight_rounding="integers",
         where=_with("avx2"),
         **by_route(_route("avx2"), quantized=True),
+    ),
+    Kernel(
+        name="cpu_neon_i8mm_tiles",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        least_rows=8,
+        exact=True,
+        weight_rounding="integers",
+        where=_with("neon_i8mm"),
+        **by_route(_route("neon_i8mm", tiles=True), quantized=True),
+    ),
+    Kernel(
+        name="cpu_neon_i8mm_int8",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        exact=True,
+        weight_rounding="integers",
+        where=_with("neon_i8mm"),
+        **by_route(_route("neon_i8mm"), quantized=True),
+    ),
+    Kernel(
+        name="cpu_neon_dot_int8",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        exact=True,
+        weight_rounding="integers",
+        where=_with("neon_dot"),
+        **by_route(_route("neon_dot"), quantized=True),
+    ),
+    Kernel(
+        name="cpu_neon_float",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        fields=_FLOAT_ROWS,
+        most_rows=128,
+        where=_with("neon"),
+        **by_route(_route("neon")),
+    ),
+    Kernel(
+        name="cpu_neon_int8",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        exact=True,
+        weight_rounding="integers",
+        where=_with("neon"),
+        **by_route(_route("neon"), quantized=True),
     ),
     Kernel(
         name="cpu_portable_float",

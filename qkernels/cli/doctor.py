@@ -88,7 +88,7 @@ def _backends() -> None:
     about = machine.describe()
     facts.add_row("system", f"{about['system']} {about['architecture']}")
     facts.add_row("CPU", f"{about['cpu']}, {about['cores']} cores")
-    facts.add_row("CPU instruction sets", " ".join(about["cpu_isa"]) or "none of AVX2 and later")
+    facts.add_row("CPU instruction sets", " ".join(about["cpu_isa"]) or "none that kernels ask for")
     facts.add_row("torch threads", str(torch.get_num_threads()))
     for name, version in machine.versions().items():
         facts.add_row(name, version or "not installed")

@@ -133,9 +133,9 @@ def test_doctor_says_why_the_extension_is_missing():
 
 @pytest.mark.parametrize("missing", [None, "this CPU has no AMX with bf16 and int8"])
 def test_doctor_lists_the_instructions_of_the_cpu(run, monkeypatch, missing):
-    monkeypatch.setattr(
-        "qkernels.backends.cpu.why_no_isa", lambda isa: missing if isa == "amx" else None
-    )
+    other = "this build is for x86 CPUs"
+    reasons = {"amx": missing, "neon_i8mm": other, "neon_dot": other, "neon": other}
+    monkeypatch.setattr("qkernels.backends.cpu.why_no_isa", reasons.get)
     _, out, _ = run("doctor")
     line = next(line for line in out.splitlines() if "cpu kernels" in line)
     assert "avx512, avx2, portable" in line and "│ yes" in line

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS, PROGRAMS = ROOT / "csrc/cpu", ROOT / "tests/csrc/cpu"
 MAINS = ("matrix", "faults")
 ISAS = ("portable", "avx2", "avx512", "amx")
+ARM_ISAS = ("neon", "neon_dot", "neon_i8mm")
 JOBS = int(os.environ.get("JOBS", "2"))
 FLAGS = (
     # More than line numbers (-g) takes gcc twice as long, at sanitized code of this kind.
@@ -28,7 +29,7 @@ JUDGES = ("truth", "numbers")
 """What is not under test is compiled for speed and without sanitizers."""
 
 # Those that take longest to compile come first, so that two compilers are through at once.
-SLOWEST = ("kernels_portable", "kernels_amx", "kernels_avx512", "kernels_avx2")
+SLOWEST = ("kernels_portable", "kernels_amx", "kernels_neon", "kernels_avx512", "kernels_avx2")
 
 
 def compiler() -> str:
@@ -39,14 +40,20 @@ def compiler() -> str:
 
 
 def build(
-    main: str, folder: Path, flags: tuple[str, ...], levels: dict[str, str] | None = None
+    main: str,
+    folder: Path,
+    flags: tuple[str, ...],
+    levels: dict[str, str] | None = None,
+    gcc: str | None = None,
 ) -> Path:
     """The program `main`, one of MAINS, made in `folder`.
 
     Args:
         flags: more than FLAGS, for all files but JUDGES.
         levels: optimization of some files, by their names without a suffix.
+        gcc: a compiler for another machine.
     """
+    gcc = gcc or compiler()
     sources = [*KERNELS.glob("*.cpp"), *PROGRAMS.glob("*.cpp")]
     sources = [path for path in sources if path.stem == main or path.stem not in MAINS]
     order = {stem: place for place, stem in enumerate(SLOWEST)}
@@ -57,7 +64,7 @@ def build(
         own = ["-O2"] if source.stem in JUDGES else [*flags, (levels or {}).get(source.stem, "-O1")]
         if source.stem == "kernels_amx" and set(SOFTWARE_TILES) <= set(flags):
             own += ["-include", str(PROGRAMS / "software_tiles.h")]
-        command = [compiler(), *FLAGS, *own, "-c", source, "-o", target]
+        command = [gcc, *FLAGS, *own, "-c", source, "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return target
@@ -65,5 +72,5 @@ def build(
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(compiled, sources))
     program = folder / main
-    subprocess.run([compiler(), *FLAGS, *flags, *objects, "-o", program], check=True)
+    subprocess.run([gcc, *FLAGS, *flags, *objects, "-o", program], check=True)
     return program

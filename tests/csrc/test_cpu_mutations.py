@@ -65,6 +65,8 @@ def test_every_fault_is_noticed(program, isa):
 def test_every_fault_is_met(program):
     names = names_in_the_sources()
     assert sorted(set(names)) == sorted(names), "a name stands in two places"
+    # Those of NEON are for test_cpu_arm.py.
+    names = [name for name in names if not name.startswith("neon_")]
     met = {isa: faults_met(program, isa) for isa in ISAS}
     missed = set(names).difference(*(found for found in met.values() if found is not None))
     absent = [isa for isa, found in met.items() if found is None]

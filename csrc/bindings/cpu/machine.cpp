@@ -62,7 +62,8 @@ cpu::Isa isa_of(std::string_view name) {
   for (int i = 0; i < cpu::kIsaCount; ++i) {
     if (name == cpu::name_of(static_cast<cpu::Isa>(i))) return static_cast<cpu::Isa>(i);
   }
-  TORCH_CHECK_VALUE(false, "isa must be portable, avx2, avx512 or amx, got ", name);
+  TORCH_CHECK_VALUE(
+      false, "isa must be portable, avx2, avx512, amx, neon, neon_dot or neon_i8mm, got ", name);
 }
 
 std::optional<std::string> why_no_isa(const std::string& name) {
@@ -121,7 +122,8 @@ void register_cpu_machine(py::module_& m) {
       [](const std::string& isa) { return cpu::rounds_on_vectors(isa_here(isa)); }, py::arg("isa"),
       "whether its vectors multiply pairs of bf16");
   m.def("why_no_isa", &why_no_isa, py::arg("name"),
-        "why this machine does not run portable, avx2, avx512 or amx, or None");
+        "why this machine does not run a set of instructions, by its name in QKERNELS_CPU_ISA, or "
+        "None");
 }
 
 }  // namespace qkernels::bindings

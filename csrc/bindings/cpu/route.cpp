@@ -70,13 +70,15 @@ class CpuRoute final : public Route {
       weight_.nested_table = nested_table->const_data_ptr<float>();
     }
     schedule_ = {isa_here(isa), tiles, rounds_weights};
-    require(!tiles || schedule_.isa == cpu::Isa::kAmx, "tiles need amx, got ", isa);
     require(tiles || !rounds_weights || cpu::rounds_on_vectors(schedule_.isa),
             "only tiles and products of pairs of bf16 round weights, which ", isa, " has none of");
     require(activation == "none" || activation == "int8" || activation == "fp8",
             "activation must be none, int8 or fp8, got ", activation);
     scale_of_ = scale_of(granularity);
     integers_ = activation == "int8";
+    require(!tiles || (integers_ ? cpu::has_int8_tiles(schedule_.isa)
+                                 : cpu::has_float_tiles(schedule_.isa)),
+            "tiles need amx, or neon_i8mm for int8 products, got ", isa);
     if (activation == "fp8") preparation_.float8 = float8_of(scale_of_);
     require(!integers_ || weight_.code == cpu::Code::kInt4 || weight_.code == cpu::Code::kInt8,
             "int8 products take int4 and int8 codes alone, got ", code);
@@ -136,8 +138,8 @@ class CpuRoute final : public Route {
     require(call.buffers.channel_scales == nullptr || weight_.code == cpu::Code::kInt4,
             "two-level scales are for codes of up to 4 bits");
     const bool whole = arguments.weight.sums_are_integers();
-    require(!schedule_.tiles || whole || cpu::fits_int8_tiles(weight_.group),
-            "tiles need groups of a multiple of 64, got ", weight_.group);
+    require(!schedule_.tiles || whole || cpu::fits_int8_tiles(schedule_.isa, weight_.group),
+            "tiles of AMX need groups of a multiple of 64, got ", weight_.group);
     arguments.m = rows.m;
     arguments.k = rows.k;
     at::Tensor y = empty_output(call);

@@ -122,14 +122,15 @@ class Product {
       if (weight_.has_offsets()) continue;
       const bool bf16 = x_type_ == FloatType::kBf16 && y_type_ == FloatType::kBf16;
       const bool rounds = rows_ == Rows::kFloats && bf16;
-      if (isa == Isa::kAvx512 && rounds && rounds_on_vectors(isa))
-        out.push_back({isa, false, true});
-      if (isa != Isa::kAmx) continue;
+      if (isa != Isa::kAmx && rounds && rounds_on_vectors(isa)) out.push_back({isa, false, true});
       if (rows_ == Rows::kFloats) {
+        if (!has_float_tiles(isa)) continue;
         const bool whole = weight_.groups() == 1 || fits_float_tiles(weight_.group);
         if (whole) out.push_back({isa, true, false});
         if (rounds) out.push_back({isa, true, true});
-      } else if (weight_.sums_are_integers() || fits_int8_tiles(weight_.group)) {
+      } else if (!has_int8_tiles(isa)) {
+        continue;
+      } else if (weight_.sums_are_integers() || fits_int8_tiles(isa, weight_.group)) {
         out.push_back({isa, true, false});
       }
     }
