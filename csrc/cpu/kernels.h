@@ -166,7 +166,7 @@ struct Kernels {
   void (*search_scales)(const ScaleSearch& job, int64_t panel, int64_t group, float* scratch);
   // 16 rows; `scratch` holds 16 * columns floats at a multiple of 64 bytes.
   void (*round_columns)(const ColumnRounding& job, int64_t panel, float* scratch);
-  // Null in plain C++, and the second without AVX-512 for bf16.
+  // Null in plain C++, and the second without products of pairs of bf16.
   ProductKernel fp32_product, bf16_product;
 
   // See bursts.h; bf16_burst is null without tiles.

@@ -41,6 +41,7 @@ int64_t matrix_burst(int64_t repeats) {
 }  // namespace
 
 Kernels neon_dot_kernels();
+void add_neon_bf16_kernels(Kernels& table);
 
 Kernels neon_i8mm_kernels() {
   Kernels table = neon_dot_kernels();
@@ -49,6 +50,7 @@ Kernels neon_i8mm_kernels() {
   table.tile_scratch = matrix_scratch;
   table.pack_int8_row = pack_matrix_row;
   table.int8_burst = matrix_burst;
+  if (has_bf16_products()) add_neon_bf16_kernels(table);
   return table;
 }
 

@@ -1,9 +1,8 @@
 // Weights decoded, scaled and rounded to bf16, in pairs of columns as products of bf16 take them:
-// word r of a pair has row r's even column in its low half. Only for source files after QK_TARGET.
+// word r of a pair has row r's even column in its low half. V rounds pairs: V::round_pairs(even,
+// odd). Only for source files after QK_TARGET.
 
 #pragma once
-
-#include <immintrin.h>
 
 #include "cpu/decode.h"
 #include "cpu/faults.h"
@@ -13,11 +12,10 @@
 namespace qkernels::cpu {
 namespace {
 
-template <class Decoder>
+template <class V, class Decoder>
 class ScaledWeights {
-  using V = Avx512;
-  using F = V::F;
-  using I = V::I;
+  using F = typename V::F;
+  using I = typename V::I;
 
  public:
   ScaledWeights(const Weight& weight, const Decoder& decoder)
@@ -41,7 +39,8 @@ class ScaledWeights {
       if (!zeros)
         decode_group<Zeros::kNone, kPanels>(from, first, end, scale, zero, out);
       else if (fuses)
-        decode_group<Zeros::kFused, kPanels>(from, first, end, scale, V::mul(zero, scale), out);
+        decode_group<Zeros::kFused, kPanels>(from, first, end, scale, minus_product(zero, scale),
+                                             out);
       else
         decode_group<Zeros::kReal, kPanels>(from, first, end, scale, zero, out);
       from += (end - first) / Decoder::kColumns * kLanes;
@@ -59,37 +58,35 @@ class ScaledWeights {
     return weight_.scale_type == GroupType::kFp16 || weight_.scale_type == GroupType::kBf16;
   }
 
+  static QK_INLINE F minus_product(F x, F y) { return V::mul(V::sub(V::broadcast(0.0f), x), y); }
+
   template <Zeros kZeros, int kColumn>
   QK_INLINE F weight_of(I words, F scale, F zero) const {
     const F value = decoder_.template value<kColumn>(words);
     if constexpr (kZeros == Zeros::kNone) return V::mul(value, scale);
-    if constexpr (kZeros == Zeros::kFused) return _mm512_fmsub_ps(value, scale, zero);
+    if constexpr (kZeros == Zeros::kFused) return V::fma(value, scale, zero);
     return V::mul(V::sub(value, zero), scale);
   }
 
   template <Zeros kZeros, int kColumn>
-  QK_INLINE I pair_of(I words, F scale, F zero, I order) const {
-    const auto both = _mm512_cvtne2ps_pbh(weight_of<kZeros, kColumn + 1>(words, scale, zero),
-                                          weight_of<kZeros, kColumn>(words, scale, zero));
-    return _mm512_permutexvar_epi16(order, reinterpret_cast<I>(both));
+  QK_INLINE void store_pair(I words, F scale, F zero, char* out) const {
+    const I pair = V::round_pairs(weight_of<kZeros, kColumn>(words, scale, zero),
+                                  weight_of<kZeros, kColumn + 1>(words, scale, zero));
+    V::store(reinterpret_cast<int32_t*>(out), pair);
   }
 
   template <Zeros kZeros, int kPanels>
   QK_INLINE void decode_group(const uint32_t* from, int64_t first, int64_t last, F scale, F zero,
                               char* out) const {
     constexpr int64_t kNext = kPanels * kPairBytes;
-    alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const I order = _mm512_load_si512(kOrder);
     if (QK_FAULT(scaled_zeros_missing)) zero = V::broadcast(0.0f);
     for (int64_t k = first; k < last; k += Decoder::kColumns, from += kLanes) {
       const I words = V::load(from);
-      _mm512_store_si512(out, pair_of<kZeros, 0>(words, scale, zero, order));
-      _mm512_store_si512(out + kNext, pair_of<kZeros, 2>(words, scale, zero, order));
+      store_pair<kZeros, 0>(words, scale, zero, out);
+      store_pair<kZeros, 2>(words, scale, zero, out + kNext);
       if constexpr (Decoder::kColumns == 8) {
-        _mm512_store_si512(out + 2 * kNext, pair_of<kZeros, 4>(words, scale, zero, order));
-        _mm512_store_si512(out + 3 * kNext, pair_of<kZeros, 6>(words, scale, zero, order));
+        store_pair<kZeros, 4>(words, scale, zero, out + 2 * kNext);
+        store_pair<kZeros, 6>(words, scale, zero, out + 3 * kNext);
       }
       out += Decoder::kColumns / 2 * kNext;
     }

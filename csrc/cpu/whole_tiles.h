@@ -10,6 +10,7 @@
 #include "cpu/faults.h"
 #include "cpu/scaled_weights.h"
 #include "cpu/tiles.h"
+#include "cpu/vector_avx512_bf16.h"
 
 namespace qkernels::cpu {
 namespace {
@@ -190,7 +191,7 @@ class ScaledTiles {
 
  private:
   const FloatTileJob& job_;
-  const ScaledWeights<Decoder> weights_;
+  const ScaledWeights<Avx512Bf16, Decoder> weights_;
 };
 
 // --- Integers

@@ -97,7 +97,7 @@ def _with_bf16_products(isa: str) -> WhyNot:
         problem_of_isa = _with(isa)(problem)
         if problem_of_isa is not None or _compiled().rounds_on_vectors(isa):
             return problem_of_isa
-        return "this CPU has no AVX-512 with products of bf16"
+        return f"this CPU has {isa} without products of pairs of bf16"
 
     return where
 
@@ -326,6 +326,17 @@ KERNELS: tuple[Kernel, ...] = (
         weight_rounding="integers",
         where=_with("avx2"),
         **by_route(_route("avx2"), quantized=True),
+    ),
+    Kernel(
+        name="cpu_neon_scaled",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        x_dtypes=(torch.bfloat16,),
+        least_rows=8,
+        varies=_VARIES,
+        where=_with_bf16_products("neon_i8mm"),
+        **by_route(_route("neon_i8mm", rounds=True)),
     ),
     Kernel(
         name="cpu_neon_i8mm_tiles",

@@ -1,0 +1,24 @@
+// AVX-512 that rounds to bf16 in pairs. Only for source files after QK_TARGET.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/vector_avx512.h"
+
+namespace qkernels::cpu {
+
+struct Avx512Bf16 : Avx512 {
+  // bf16 of `even` in the low halves of lanes, and of `odd` in the high ones.
+  static QK_INLINE I round_pairs(F even, F odd) {
+    alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const auto both = reinterpret_cast<I>(_mm512_cvtne2ps_pbh(odd, even));
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
+  }
+};
+
+}  // namespace qkernels::cpu
