@@ -13,32 +13,30 @@ QK_INLINE void keep(const Value& value) {
   asm volatile("" ::"m"(value) : "memory");
 }
 
-constexpr int kBurstSums = 12;  // enough to hide how long an operation takes
-
 template <class V>
 int64_t fp32_burst(int64_t repeats) {
-  typename V::F sums[kBurstSums];
+  typename V::F sums[V::kBurstSums];
   for (auto& sum : sums) sum = V::broadcast(1.0f);
   const auto factor = V::broadcast(0.999f), term = V::broadcast(0.001f);
   for (int64_t i = 0; i < repeats; ++i) {
-    QK_UNROLL for (int s = 0; s < kBurstSums; ++s) sums[s] = V::fma(sums[s], factor, term);
+    QK_UNROLL for (int s = 0; s < V::kBurstSums; ++s) sums[s] = V::fma(sums[s], factor, term);
   }
   keep(sums);
-  return repeats * kBurstSums * kLanes * 2;
+  return repeats * V::kBurstSums * kLanes * 2;
 }
 
 template <class V>
 int64_t int8_burst(int64_t repeats) {
-  typename V::I sums[kBurstSums];
+  typename V::I sums[V::kBurstSums];
   for (auto& sum : sums) sum = V::broadcast(int32_t{0});
   const auto codes = V::broadcast(int32_t{0x01020304}), x = V::broadcast(int32_t{0x05fb07f9});
   for (int64_t i = 0; i < repeats; ++i) {
-    QK_UNROLL for (int s = 0; s < kBurstSums; ++s) {
+    QK_UNROLL for (int s = 0; s < V::kBurstSums; ++s) {
       sums[s] = V::template dot<true>(sums[s], codes, x);
     }
   }
   keep(sums);
-  return repeats * kBurstSums * kLanes * 4 * 2;
+  return repeats * V::kBurstSums * kLanes * 4 * 2;
 }
 
 template <class V>

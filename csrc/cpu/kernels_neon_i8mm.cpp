@@ -28,14 +28,15 @@ struct NeonI8mm : Neon {
 };
 
 int64_t matrix_burst(int64_t repeats) {
-  int32x4_t sums[kBurstSums];
+  constexpr int kSums = 12;
+  int32x4_t sums[kSums];
   for (auto& sum : sums) sum = vdupq_n_s32(0);
   const int8x16_t codes = vdupq_n_s8(3), x = vdupq_n_s8(5);
   for (int64_t i = 0; i < repeats; ++i) {
-    QK_UNROLL for (int s = 0; s < kBurstSums; ++s) sums[s] = vmmlaq_s32(sums[s], codes, x);
+    QK_UNROLL for (int s = 0; s < kSums; ++s) sums[s] = vmmlaq_s32(sums[s], codes, x);
   }
   keep(sums);
-  return repeats * kBurstSums * 2 * 2 * kMatrixColumns * 2;
+  return repeats * kSums * 2 * 2 * kMatrixColumns * 2;
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ struct Neon {
   static constexpr bool kFused = true;
   static constexpr bool kFastLookup = false;
   static constexpr int32_t kByteOffset = 128;
+  static constexpr int kBurstSums = 6;
 
   // `op` of each register.
   template <class Op, class... X>

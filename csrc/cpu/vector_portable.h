@@ -77,6 +77,8 @@ struct Portable {
   static constexpr bool kFastLookup = false;
   // What `dot` takes bytes of 8 bits less: 128 where it multiplies signed ones alone.
   static constexpr int32_t kByteOffset = 0;
+  // Sums of bursts.h: enough to hide how long an operation takes.
+  static constexpr int kBurstSums = 12;
 
   template <class Value>
   static F make_f(const Value& value) {
