@@ -144,7 +144,7 @@ _RECIPES: dict[str, dict[str, tuple[str, ...]]] = {
     LANGUAGE: {
         "w4a16-g64": (*_INTEGERS, "awq(keep=0.01)"),
         "w4a16-g64-sym": _INTEGERS,
-        "w3a16-g64": (*_INTEGERS, f"gptq{_QAT}64"),
+        "w3a16-g64": (*_INTEGERS, f"gptq{_QAT}64", f"best{_QAT}64"),
         "w2a16-g32": _INTEGERS,
         # Of about one size, 3.6 bits a weight, with what is beside the codes.
         "w3a16-g32": (BASELINE, "gptq"),
