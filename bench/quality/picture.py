@@ -19,6 +19,10 @@ _MARKERS = {
 }
 
 
+_MOST = 3
+"""Times the dense model's perplexity, where the panels end: what is beyond tells nothing apart."""
+
+
 def family(scheme: str) -> str:
     """The kind of weights of a scheme, a key of `_MARKERS`."""
     parsed = QuantScheme.parse(scheme)
@@ -53,10 +57,13 @@ def draw(record: Record, path: Path) -> None:
     style = {recipe: colors(index % 20) for index, recipe in enumerate(recipes)}
     for axis, text in zip(axes, texts, strict=False):
         shown = [row for row in rows if text in row.texts]
-        _scatter(axis, shown, style, _perplexity_on(text))
         dense = shown[0].texts[text]["dense_perplexity"]
+        _scatter(axis, shown, style, _perplexity_on(text, _MOST * dense))
         axis.axhline(dense, color="black", linewidth=1, linestyle=":")
-        axis.set(title=f"SmolLM2-135M, {text}", ylabel="perplexity (dotted: dense)", yscale="log")
+        label = f"perplexity (dotted: dense; top: {_MOST}x that and more)"
+        axis.set(title=f"SmolLM2-135M, {text}", ylabel=label, yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     if embedded:
         _scatter(axes[-1], embedded, style, lambda row: 1 - row.embeddings["cosine"])
         axes[-1].set(title="all-MiniLM-L6-v2", ylabel="1 - cosine of embeddings", yscale="log")
@@ -69,12 +76,13 @@ def draw(record: Record, path: Path) -> None:
     handles += [line([], [], marker=_MARKERS[k], linestyle="", color="gray") for k in kinds]
     figure.legend(handles, recipes + kinds, loc="outside lower center", ncols=4, fontsize="small")
     commits = {row.commit[:12] if row.commit else "unknown commit" for row in rows}
-    figure.suptitle(f"{rows[-1].machine}, {', '.join(sorted(commits))}, {rows[-1].date[:10]}")
+    told = commits.pop() if len(commits) == 1 else f"{len(commits)} commits"
+    figure.suptitle(f"{rows[-1].machine}, {told}, {rows[-1].date[:10]}")
     figure.savefig(path, dpi=110, format="png")
 
 
-def _perplexity_on(text: str) -> Callable[[Measured], float]:
-    return lambda row: row.texts[text]["perplexity"]
+def _perplexity_on(text: str, most: float) -> Callable[[Measured], float]:
+    return lambda row: min(row.texts[text]["perplexity"], most)
 
 
 def _scatter(
