@@ -311,6 +311,8 @@ def _why_invalid(scheme: QuantScheme) -> str | None:
     linear = weight.kind == "linear"
     if scheme.group_size is not None and scheme.group_size < 1:
         return f"group size {scheme.group_size} is too small: use 1 or more"
+    if scheme.group_size is not None and scheme.group_size >= 1 << 31:
+        return f"group size {scheme.group_size} is too large: use less than 2^31"
     if scheme.group_size is not None and scheme.per_tensor:
         return f"per-tensor scales exclude a group size, got {scheme.group_size}"
     if not linear and not scheme.symmetric:

@@ -55,6 +55,7 @@ def test_every_valid_scheme_parses_back(**parts):
         ("", "''"),
         ("w5a16", "5-bit"),
         ("w4a16-g0", "group size 0"),
+        ("w4a16-g2147483648", "group size 2147483648 is too large"),
         ("w8a8-tokenasym-static", "activation granularity a second time"),
         ("fp8-a8-tokenasym", "zero points of activations (tokenasym) are for int8"),
         ("w4afp8-staticasym", "zero points of activations (staticasym) are for int8"),
