@@ -275,12 +275,6 @@ def _check_goes_together(x_scale: Tensor | None, dtype: torch.dtype | None) -> N
         )
 
 
-def why_no_int8(what: PackedSpec, dtype: torch.dtype) -> str | None:
-    """Why a product of a weight on the CPU with x of a type gives no int8 itself, or None."""
-    kernel = choose(_problem(what, 1, dtype, torch.device("cpu")), what.backend).kernel
-    return f"{kernel.name} gives no int8" if kernel.route is None else None
-
-
 def _linear_to_int8(
     x: Tensor,
     x_scale: Tensor | None,

@@ -79,8 +79,8 @@ def measure(row: Row, settings: Settings, path: Path) -> Measured:
     measured.dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
     scheme = QuantScheme.parse(row.scheme)
     recipe = Recipe.parse(row.method, scheme)
-    trains = int(row.training_steps) > 0
-    measured.calibrated = trains or needs_calibration(recipe, [scheme])
+    steps = int(row.training_steps)
+    measured.calibrated = steps > 0 or needs_calibration(recipe, [scheme])
     batches = None
     if measured.calibrated:
         batches = calibration_batches(
@@ -91,10 +91,10 @@ def measure(row: Row, settings: Settings, path: Path) -> Measured:
     measured.loaded_bytes = _memory("VmRSS")
     before, start = load.snapshot(), time.perf_counter()
     quantize_model(model, recipe, scheme, calibration=batches, observer=row.observer)
-    if trains:
+    if steps:
         assert batches is not None
         dense, _ = inputs.load(row.model, path)
-        training.train(model, dense, batches, int(row.training_steps))
+        training.train(model, dense, batches, steps)
         del dense
     measured.seconds = time.perf_counter() - start
     measured.others_percent = load.others_percent(before, load.snapshot())

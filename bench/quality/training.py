@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qkernels as qk
 from qkernels.modules import FakeQuantLinear
+from qkernels.quantizers.gradients import divergence
 
 _SEQUENCES, _AT_ONCE = 4, 2
 """Of a step, and of one backward pass."""
@@ -31,15 +31,16 @@ def train(model: nn.Module, dense: nn.Module, batches: Sequence[Tensor], steps: 
     model.float()
     qk.prepare_qat(model)
     optimizer = torch.optim.Adam(_groups(model), betas=(0.9, 0.99), eps=1e-16)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    falling = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 + math.cos(math.pi * (step + 0.5) / steps)) / 2
+    )
     model.train()
     drawn = _drawn(torch.cat(list(batches)).split(_AT_ONCE))
-    for step in range(steps):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 + math.cos(math.pi * (step + 0.5) / steps)) / 2
+    for _ in range(steps):
         for _ in range(_SEQUENCES // _AT_ONCE):
-            (_divergence(model, dense, next(drawn)) * _AT_ONCE / _SEQUENCES).backward()
+            (_loss(model, dense, next(drawn)) * _AT_ONCE / _SEQUENCES).backward()
         optimizer.step()
+        falling.step()
         optimizer.zero_grad(set_to_none=True)
     # Scales are as fine as they were learned once they are a quantized layer's.
     qk.convert_qat(model.eval())
@@ -62,14 +63,12 @@ def _groups(model: nn.Module) -> list[dict[str, object]]:
     ]
 
 
-def _divergence(model: nn.Module, dense: nn.Module, ids: Tensor) -> Tensor:
-    """The mean over all tokens."""
+def _loss(model: nn.Module, dense: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        wanted = dense(ids).logits.float().log_softmax(-1)
+        wanted = dense(ids).logits
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(ids).logits
-    found = logits.float().log_softmax(-1)
-    return F.kl_div(found, wanted, log_target=True, reduction="sum") / ids.numel()
+    return divergence(logits, wanted)
 
 
 def _drawn(parts: Sequence[Tensor]) -> Iterator[Tensor]:

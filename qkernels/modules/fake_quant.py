@@ -41,7 +41,7 @@ from qkernels.reference import (
     without_columns,
 )
 from qkernels.scheme import Activation, QuantScheme
-from qkernels.weight import QuantizedWeight, WeightParameters
+from qkernels.weight import QuantizedWeight, WeightParameters, apply_by_group
 
 
 class FakeQuantLinear(nn.Linear):
@@ -179,8 +179,10 @@ class FakeQuantLinear(nn.Linear):
         linear.weight, linear.bias = self.weight, self.bias
         if self.start_scales is not None:
             assert self.scales is not None
-            moved = _of_columns(self.scales / self.start_scales, self.scheme, self.in_features)
-            linear.weight = nn.Parameter((self.weight * moved).detach())
+            weight, moved = self.weight.detach().clone(), (self.scales / self.start_scales).detach()
+            length = self.scheme.group_length(self.in_features)
+            apply_by_group(weight, moved, length, Tensor.mul_)
+            linear.weight = nn.Parameter(weight)
         return linear.to(self.dtype).train(self.training)
 
     def extra_repr(self) -> str:
@@ -307,11 +309,6 @@ def _encoded(
     parameters = _parameters(weight, scales, zeros, scheme)
     coding = parameters if start is None else _parameters(weight, start, zeros, scheme)
     return parameters, rounding.encode_rows(weight.detach(), coding, 0)
-
-
-def _of_columns(groups: Tensor, scheme: QuantScheme, k: int) -> Tensor:
-    """[N, K], or [1, K], of what is [N, G] or [1, 1]."""
-    return groups.repeat_interleave(scheme.group_length(k), dim=1)[:, :k]
 
 
 class _FakeWeight(torch.autograd.Function):

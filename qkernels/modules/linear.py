@@ -261,14 +261,14 @@ class WQLinear(PackedModule, nn.Linear):
             WeightError: for a reader without one static scale of int8 activations, or whose
                 in_features are not N; and as `forward`.
         """
-        reason = _why_not_quantized_for(self, reader)
+        if self.out_features != reader.in_features:
+            raise WeightError(
+                f"a layer of {self.out_features} outputs gives no x for one that reads "
+                f"{reader.in_features}"
+            )
+        reason = ops.why_not_static(ops.PackedSpec.parse(reader._spec))
         if reason is not None:
             raise WeightError(reason)
-        return self._quantized_for(input, reader, relu)
-
-    def _quantized_for(
-        self, input: Tensor | QuantizedActivation, reader: WQLinear, relu: bool
-    ) -> QuantizedActivation:
         held, read = self._buffers, reader._buffers
         scale, zero = read["activation_scale"], read.get("activation_zero")
         assert scale is not None
@@ -316,16 +316,6 @@ class WQLinear(PackedModule, nn.Linear):
         return _layout_for(
             self.packed.parameters(), device, self.backend, self.batch_invariant, self.check_kernels
         )
-
-
-def _why_not_quantized_for(layer: WQLinear, reader: WQLinear) -> str | None:
-    """Why a layer cannot quantize what it gives for another that reads it, or None."""
-    if layer.out_features != reader.in_features:
-        return (
-            f"a layer of {layer.out_features} outputs gives no x for one that reads "
-            f"{reader.in_features}"
-        )
-    return ops.why_not_static(ops.PackedSpec.parse(reader._spec))
 
 
 def _spelled(value: Tensor | None) -> str:

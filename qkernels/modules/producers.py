@@ -236,10 +236,11 @@ class ReadingLinear(WQLinear):
         """As `WQLinear.forward`."""
         return WQLinear.forward(self, self._producer.quantized(input))
 
-    def _quantized_for(
-        self, input: Tensor | QuantizedActivation, reader: WQLinear, relu: bool
+    def quantized_for(
+        self, input: Tensor | QuantizedActivation, reader: WQLinear, *, relu: bool = False
     ) -> QuantizedActivation:
-        return WQLinear._quantized_for(self, self._producer.quantized(input), reader, relu)
+        """As `WQLinear.quantized_for`."""
+        return WQLinear.quantized_for(self, self._producer.quantized(input), reader, relu=relu)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedModule:
         self._producer.dissolve()

@@ -57,6 +57,20 @@ def lsq(weight, scale, zero, scheme, k):
     return scale * (through(scaled.round(), scaled).clamp(0, largest) - zero)
 
 
+def clipped(layer, scheme):
+    """A layer in training, its weight, and what that was given as a gradient."""
+    fake = FakeQuantLinear(layer, scheme)
+    # So that some weights are clipped, and zero points lie between whole numbers.
+    with torch.no_grad():
+        fake.scales *= 0.8
+        if fake.zeros is not None:
+            fake.zeros += 0.3
+    upstream = torch.randn(24, 80, generator=torch.Generator().manual_seed(1))
+    made = fake.fake_weight()
+    (made * upstream).sum().backward()
+    return fake, made, upstream
+
+
 def test_by_hand():
     """Codes of 2 bits are the numbers -2..1; two of these four weights are clipped."""
     layer = nn.Linear(4, 1, bias=False)
@@ -76,15 +90,7 @@ def test_by_hand():
 @pytest.mark.parametrize("text", ["w4a16-g16", "w4a16-g16-sym", "w3a16", "w2a16-gtensor"])
 def test_gradients_are_those_of_lsq(text):
     layer, scheme = linear(), qk.QuantScheme.parse(text + "-sfp32")
-    fake = FakeQuantLinear(layer, scheme)
-    # So that some weights are clipped, and zero points lie between whole numbers.
-    with torch.no_grad():
-        fake.scales *= 0.8
-        if fake.zeros is not None:
-            fake.zeros += 0.3
-    upstream = torch.randn(24, 80, generator=torch.Generator().manual_seed(1))
-    made = fake.fake_weight()
-    (made * upstream).sum().backward()
+    fake, made, upstream = clipped(layer, scheme)
 
     weight = layer.weight.detach().clone().requires_grad_()
     scale = fake.scales.detach().clone().requires_grad_()
@@ -106,14 +112,7 @@ def test_gradients_are_those_of_lsq(text):
 def test_weights_and_gradients_are_those_of_torch(text):
     """Its fake quantization with learned scales and zero points, each group a channel."""
     layer, scheme = linear(), qk.QuantScheme.parse(text + "-sfp32")
-    fake = FakeQuantLinear(layer, scheme)
-    with torch.no_grad():
-        fake.scales *= 0.8
-        if fake.zeros is not None:
-            fake.zeros += 0.3
-    upstream = torch.randn(24, 80, generator=torch.Generator().manual_seed(1))
-    made = fake.fake_weight()
-    (made * upstream).sum().backward()
+    fake, made, upstream = clipped(layer, scheme)
 
     length, most = scheme.group_length(80), (1 << scheme.bits) - 1
     weight = layer.weight.detach().reshape(-1, length).requires_grad_()
