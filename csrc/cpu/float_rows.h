@@ -1,4 +1,5 @@
-// Few rows of x in floats: codes are decoded in registers and multiplied in fp32.
+// Few rows of x in floats: codes are decoded in registers and multiplied in fp32, or in pairs of
+// bf16 whose products are added in fp32.
 //
 // A block of kRows rows and kPanels panels keeps its sums in registers over a group; each decoded
 // vector of 16 weights meets all rows. A sum goes through the same additions whatever the sizes of
@@ -14,10 +15,19 @@
 
 namespace qkernels::cpu {
 
+// What a step of weights is multiplied with: kFactors elements of x, of type X. `value<i>(words)`
+// is what the i-th of them meets.
+template <class V, class Decoder>
+struct Singles : Decoder {
+  using X = float;
+  static constexpr int kFactors = Decoder::kColumns;
+};
+
 template <class V, class Decoder, int kRows, int kPanels>
 struct FloatBlock {
   using F = typename V::F;
   using I = typename V::I;
+  using X = typename Decoder::X;
 
   const FloatJob& job;
   const Decoder& decoder;
@@ -25,49 +35,53 @@ struct FloatBlock {
   F sums[kRows][kPanels];
   F parts[V::kSplit][kRows][kPanels];
 
-  template <int kColumn>
-  QK_INLINE void multiply_column(const I (&words)[kPanels], const float* const (&x)[kRows]) {
-    F value[kPanels];
+  template <int kFactor>
+  QK_INLINE void multiply_factor(const I (&words)[kPanels], const X* const (&x)[kRows]) {
+    decltype(decoder.template value<kFactor>(words[0])) value[kPanels];
     QK_UNROLL for (int p = 0; p < kPanels; ++p) {
-      value[p] = decoder.template value<kColumn>(words[p]);
+      value[p] = decoder.template value<kFactor>(words[p]);
     }
     QK_UNROLL for (int r = 0; r < kRows; ++r) {
-      const F factor = V::broadcast(x[r][kColumn]);
+      const auto factor = V::broadcast(x[r][kFactor]);
       QK_UNROLL for (int p = 0; p < kPanels; ++p) {
-        F& part = parts[kColumn % V::kSplit][r][p];
+        F& part = parts[kFactor % V::kSplit][r][p];
         part = V::fma(value[p], factor, part);
       }
     }
   }
 
-  QK_INLINE void multiply_step(const I (&words)[kPanels], const float* const (&x)[kRows]) {
-    multiply_column<0>(words, x);
-    multiply_column<1>(words, x);
-    multiply_column<2>(words, x);
-    multiply_column<3>(words, x);
-    if constexpr (Decoder::kColumns == 8) {
-      multiply_column<4>(words, x);
-      multiply_column<5>(words, x);
-      multiply_column<6>(words, x);
-      multiply_column<7>(words, x);
+  QK_INLINE void multiply_step(const I (&words)[kPanels], const X* const (&x)[kRows]) {
+    multiply_factor<0>(words, x);
+    multiply_factor<1>(words, x);
+    if constexpr (Decoder::kFactors > 2) {
+      multiply_factor<2>(words, x);
+      multiply_factor<3>(words, x);
+    }
+    if constexpr (Decoder::kFactors > 4) {
+      multiply_factor<4>(words, x);
+      multiply_factor<5>(words, x);
+      multiply_factor<6>(words, x);
+      multiply_factor<7>(words, x);
     }
   }
 
   QK_INLINE void multiply_group(int64_t first, int64_t last) {
     if (QK_FAULT(last_step_of_group_missing)) last -= Decoder::kColumns;
-    const int64_t columns = job.weight.columns();
+    constexpr int64_t kColumnsOfFactor = Decoder::kColumns / Decoder::kFactors;
+    const int64_t stride = job.weight.columns() / kColumnsOfFactor;
     QK_UNROLL for (int s = 0; s < V::kSplit; ++s) {
       QK_UNROLL for (int r = 0; r < kRows; ++r) {
         QK_UNROLL for (int p = 0; p < kPanels; ++p) parts[s][r][p] = V::broadcast(0.0f);
       }
     }
     const uint32_t* from[kPanels];
-    const float* x[kRows];
+    const X* x[kRows];
     for (int p = 0; p < kPanels; ++p) {
       from[p] = job.weight.words + (panel + p) * job.weight.panel_words() +
                 first / Decoder::kColumns * kLanes;
     }
-    for (int r = 0; r < kRows; ++r) x[r] = job.x + (row + r) * columns + first;
+    const X* const x_begin = static_cast<const X*>(job.x) + first / kColumnsOfFactor;
+    for (int r = 0; r < kRows; ++r) x[r] = x_begin + (row + r) * stride;
     for (int64_t k = first; k < last; k += Decoder::kColumns) {
       I words[kPanels];
       QK_UNROLL for (int p = 0; p < kPanels; ++p) {
@@ -76,7 +90,7 @@ struct FloatBlock {
         from[p] += kLanes;
       }
       multiply_step(words, x);
-      QK_UNROLL for (int r = 0; r < kRows; ++r) x[r] += Decoder::kColumns;
+      QK_UNROLL for (int r = 0; r < kRows; ++r) x[r] += Decoder::kFactors;
     }
   }
 
@@ -133,28 +147,35 @@ void float_panels(const FloatJob& job, const Decoder& decoder, int64_t panel, Gr
   int64_t row = 0;
   for (; row + 4 <= job.m; row += 4)
     float_block<V, Decoder, 4, kPanels>(job, decoder, row, panel, range);
-  if (row + 2 <= job.m) {
-    float_block<V, Decoder, 2, kPanels>(job, decoder, row, panel, range);
-    row += 2;
+  if (QK_FAULT(last_rows_missing)) return;
+  switch (job.m - row) {
+    case 3: return float_block<V, Decoder, 3, kPanels>(job, decoder, row, panel, range);
+    case 2: return float_block<V, Decoder, 2, kPanels>(job, decoder, row, panel, range);
+    case 1: return float_block<V, Decoder, 1, kPanels>(job, decoder, row, panel, range);
+    default: return;
   }
-  if (QK_FAULT(last_odd_row_missing)) return;
-  if (row < job.m) float_block<V, Decoder, 1, kPanels>(job, decoder, row, panel, range);
+}
+
+template <class V, class Decoder>
+void float_range(const FloatJob& job, const Decoder& decoder, int64_t begin, int64_t end,
+                 GroupRange range) {
+  if (QK_FAULT(last_panel_missing)) --end;
+  int64_t panel = begin;
+  if constexpr (V::kMostPanels == 2) {
+    // One row and two panels would leave the units waiting for their own last sums.
+    for (; job.m == 1 && panel + 4 <= end; panel += 4) {
+      float_block<V, Decoder, 1, 4>(job, decoder, 0, panel, range);
+    }
+    for (; panel + 2 <= end; panel += 2) float_panels<V, Decoder, 2>(job, decoder, panel, range);
+  }
+  for (; panel < end; ++panel) float_panels<V, Decoder, 1>(job, decoder, panel, range);
 }
 
 template <class V>
 void float_rows(const FloatJob& job, int64_t begin, int64_t end, GroupRange range) {
-  if (QK_FAULT(last_panel_missing)) --end;
   visit_decoder<V>(job.weight, [&](const auto& decoder) {
     using Decoder = std::decay_t<decltype(decoder)>;
-    int64_t panel = begin;
-    if constexpr (V::kMostPanels == 2) {
-      // One row and two panels would leave the units waiting for their own last sums.
-      for (; job.m == 1 && panel + 4 <= end; panel += 4) {
-        float_block<V, Decoder, 1, 4>(job, decoder, 0, panel, range);
-      }
-      for (; panel + 2 <= end; panel += 2) float_panels<V, Decoder, 2>(job, decoder, panel, range);
-    }
-    for (; panel < end; ++panel) float_panels<V, Decoder, 1>(job, decoder, panel, range);
+    float_range<V>(job, Singles<V, Decoder>{decoder}, begin, end, range);
   });
 }
 

@@ -38,11 +38,12 @@ struct Output {
   Int8Output int8{};
 };
 
-// x is fp32 [m][weight.columns()], zero in the columns that pad.
+// x is fp32 [m][weight.columns()] or, of `float_pairs`, pairs of bf16 [m][weight.columns() / 2] as
+// `pair_row` orders them; zero in the columns that pad.
 struct FloatJob {
   Weight weight;
   int64_t m;
-  const float* x;
+  const void* x;
   const float* x_sums;  // [m][groups], where the weight has zero points
   Output out;
 };
@@ -66,7 +67,8 @@ struct GroupRange {
 // x for the tiles: [tile of 16 rows][step of 32 columns][term][16][32] bf16, columns in the
 // order that exact codes are decoded in; or
 // int8 as [tile of 16 rows][step of 64 columns][16][64], or for I8MM of
-// [tile of 16 rows][step of 8 columns][16][8]. Rows from m on are zero.
+// [tile of 16 rows][step of 8 columns][16][8], or for AVX-512 of
+// [tile of 8 rows][step of 4 columns][8][4]. Rows from m on are zero.
 struct FloatTileJob {
   Weight weight;
   int64_t m;
@@ -143,19 +145,24 @@ struct Kernels {
   // The bits of max|value|, of which more is larger and NaN the largest.
   int32_t (*largest_bits)(const float* values, int64_t k);
 
-  // Null without tiles; I8MM has those of int8 alone. `scratch` holds tile_scratch(m, end - begin)
-  // bytes at a multiple of 64.
+  // Null without tiles; AVX-512 and I8MM have those of int8 alone. `scratch` holds
+  // tile_scratch(m, end - begin) bytes at a multiple of 64. A range of panels is best a multiple of
+  // `tile_panels`.
   void (*float_tiles)(const FloatTileJob&, int64_t begin, int64_t end, void* scratch);
   void (*int8_tiles)(const Int8TileJob&, int64_t begin, int64_t end, void* scratch);
   int64_t (*tile_scratch)(int64_t m, int64_t panels);
+  int64_t tile_panels;
   // 16 rows of x from `row` on into the order of tiles.
   void (*pack_float_tile)(const void* x, FloatType type, int64_t x_stride, int64_t row, int64_t m,
                           int64_t k, const Weight& weight, int terms, bool in_order, uint16_t* out);
   // A row of int8 x [columns] into row `row` of the 16 from `tile` on.
   void (*pack_int8_row)(const int8_t* x, int64_t columns, int64_t row, int8_t* tile);
 
-  // Null without products of pairs of bf16. `scratch` holds scaled_scratch(m) bytes at a multiple
-  // of 64.
+  // Null without products of pairs of bf16. The first two are `float_rows` for x of bf16, and what
+  // brings a row of it, as `widen_row` leaves it, into their order. `scratch` holds
+  // scaled_scratch(m) bytes at a multiple of 64.
+  void (*float_pairs)(const FloatJob&, int64_t begin, int64_t end, GroupRange groups);
+  void (*pair_row)(const float* x, int64_t columns, int32_t* out);
   void (*scaled_panels)(const ScaledJob&, int64_t begin, int64_t end, void* scratch);
   int64_t (*scaled_scratch)(int64_t m);
   // Up to 48 rows of bf16 x into pairs, [columns / 2][48].

@@ -85,6 +85,7 @@ Kernels amx_kernels() {
   table.float_tiles = float_tiles;
   table.int8_tiles = int8_tiles;
   table.tile_scratch = tile_scratch;
+  table.tile_panels = 4;
   table.pack_float_tile = pack_float_tile;
   table.pack_int8_row = pack_int8_row;
   table.int8_burst = tile_burst<true>;

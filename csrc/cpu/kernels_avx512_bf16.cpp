@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "cpu/calibration.h"
+#include "cpu/faults.h"
 #include "cpu/kernels.h"
 #include "cpu/target.h"
 
@@ -17,6 +18,7 @@ QK_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16
 
 #include "cpu/vector_avx512_bf16.h"
 //
+#include "cpu/float_pairs.h"
 #include "cpu/product_tiles.h"
 #include "cpu/scaled_panels.h"
 
@@ -25,7 +27,7 @@ namespace {
 
 struct Bf16Step {
   static QK_INLINE __m512 add(__m512 sum, __m512 x, __m512 y) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
+    return Avx512Bf16::fma(_mm512_castps_si512(x), _mm512_castps_si512(y), sum);
   }
 };
 
@@ -75,6 +77,20 @@ void pack_pairs(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t k, in
   }
 }
 
+// Codes are decoded as columns 0 2 4 6 1 3 5 7.
+void pair_row(const float* x, int64_t columns, int32_t* out) {
+  __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  if (QK_FAULT(pairs_in_order)) {
+    order = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const __m512i halves = _mm512_srli_epi32(_mm512_loadu_si512(x + c), 16);
+    const __m256i words = _mm512_cvtepi32_epi16(halves);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + c / 2),
+                        _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(order)));
+  }
+}
+
 constexpr ProductKernel kProduct = multiply_panels<Avx512, Bf16Step, 8>;
 
 void scaled_panels(const ScaledJob& job, int64_t begin, int64_t end, void* scratch) {
@@ -86,6 +102,8 @@ void scaled_panels(const ScaledJob& job, int64_t begin, int64_t end, void* scrat
 }  // namespace
 
 void add_bf16_kernels(Kernels& table) {
+  table.float_pairs = float_pairs<Avx512Bf16>;
+  table.pair_row = pair_row;
   table.bf16_product = kProduct;
   table.scaled_panels = scaled_panels;
   table.scaled_scratch = scaled_scratch;

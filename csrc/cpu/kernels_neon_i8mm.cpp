@@ -49,6 +49,7 @@ Kernels neon_i8mm_kernels() {
   table.int8_rows = int8_rows<NeonI8mm>;
   table.int8_tiles = int8_matrices<NeonI8mm>;
   table.tile_scratch = matrix_scratch;
+  table.tile_panels = 4;
   table.pack_int8_row = pack_matrix_row;
   table.int8_burst = matrix_burst;
   if (has_bf16_products()) add_neon_bf16_kernels(table);

@@ -24,10 +24,8 @@ constexpr int64_t kPanelsWithoutSplit = 32;
 constexpr int64_t kColumnsOfPart = 1024;
 constexpr int64_t kTasksOfThread = 4;
 constexpr int64_t kTileRows = 16;
-// Panels of a task on tiles.
-constexpr int64_t kTilePanels = 16;
-// And times three panels of a task on vectors of bf16.
-constexpr int64_t kMostScaled = 8;
+// Panels of a task: on rows, a multiple of four; on tiles; on vectors of bf16.
+constexpr int64_t kRowPanels = 4, kMostRowPanels = 64, kMostTilePanels = 16, kMostScaledPanels = 24;
 
 // Of the thread that calls: x in the order of the kernels, shared by all threads of the call.
 thread_local Scratch shared_scratch;
@@ -65,15 +63,15 @@ void carve(Scratch& scratch, const Layout& layout) {
   layout(placed);
 }
 
-// Panels of a task: a multiple of four, which kernels take at once, so that all threads find work.
-int64_t panels_of_task(int64_t panels, const Pool& pool, int64_t most) {
+// Panels of a task, so that all threads find work: a multiple of those that a kernel takes at once.
+int64_t panels_of_task(int64_t panels, const Pool& pool, int64_t at_once, int64_t most) {
   const int64_t tasks = kTasksOfThread * pool.threads;
-  return std::clamp(panels / tasks / 4 * 4, int64_t{4}, most);
+  return std::clamp(panels / tasks / at_once, int64_t{1}, most / at_once) * at_once;
 }
 
 template <class Body>
-void for_panels(const Pool& pool, int64_t panels, int64_t most, const Body& body) {
-  const int64_t step = panels_of_task(panels, pool, most);
+void for_panels(const Pool& pool, int64_t panels, int64_t at_once, int64_t most, const Body& body) {
+  const int64_t step = panels_of_task(panels, pool, at_once, most);
   parallel_for(pool, ceil_div(panels, step),
                [&](int64_t task) { body(task * step, std::min(panels, (task + 1) * step)); });
 }
@@ -115,13 +113,12 @@ void run_rows(const Job& job, void (*rows)(const Job&, int64_t, int64_t, GroupRa
               Sum* sums, const Pool& pool) {
   const Weight& weight = job.weight;
   const int64_t panels = weight.panels(), groups = weight.groups();
-  constexpr int64_t kMostPanels = 64;
   if (parts == 1) {
-    for_panels(pool, panels, kMostPanels,
+    for_panels(pool, panels, kRowPanels, kMostRowPanels,
                [&](int64_t begin, int64_t end) { rows(job, begin, end, {0, groups, nullptr}); });
     return;
   }
-  const int64_t step = panels_of_task(panels * parts, pool, kMostPanels);
+  const int64_t step = panels_of_task(panels * parts, pool, kRowPanels, kMostRowPanels);
   const int64_t ranges = ceil_div(panels, step), part_size = job.m * panels * kLanes;
   parallel_for(pool, ranges * parts, [&](int64_t task) {
     const int64_t part = task / ranges, begin = task % ranges * step;
@@ -134,14 +131,17 @@ void run_rows(const Job& job, void (*rows)(const Job&, int64_t, int64_t, GroupRa
   finish(job, 0, panels, sums, static_cast<int>(parts));
 }
 
-void float_on_rows(const FloatArguments& arguments, const Kernels& table, const Pool& pool) {
+void float_on_rows(const FloatArguments& arguments, bool pairs, const Kernels& table,
+                   const Pool& pool) {
   const Weight& weight = arguments.weight;
   const int64_t columns = weight.columns(), groups = weight.groups(), parts = parts_of_k(weight);
   for (int64_t row = 0; row < arguments.m; row += kRowsAtOnce) {
     const int64_t m = std::min(kRowsAtOnce, arguments.m - row);
     float *x, *x_sums, *sums;
+    int32_t* x_pairs;
     carve(shared_scratch, [&](Carver& carver) {
       x = carver.take<float>(m * columns);
+      x_pairs = carver.take<int32_t>(pairs ? m * columns / 2 : 0);
       x_sums = carver.take<float>(weight.has_zeros() ? m * groups : 0);
       sums = carver.take<float>(parts == 1 ? 0 : parts * m * weight.panels() * kLanes);
     });
@@ -149,9 +149,13 @@ void float_on_rows(const FloatArguments& arguments, const Kernels& table, const 
       table.widen_row(row_at(arguments.x, arguments.x_type, arguments.x_stride, row + r),
                       arguments.x_type, weight, arguments.k, x + r * columns,
                       weight.has_zeros() ? x_sums + r * groups : nullptr);
+      if (pairs) table.pair_row(x + r * columns, columns, x_pairs + r * columns / 2);
     });
-    const FloatJob job{weight, m, x, x_sums, rows_from(arguments.out, weight.n, row)};
-    run_rows<float, FloatJob>(job, table.float_rows, table.finish_float, parts, sums,
+    const void* factors = x;
+    if (pairs) factors = x_pairs;
+    const FloatJob job{weight, m, factors, x_sums, rows_from(arguments.out, weight.n, row)};
+    const auto rows = pairs ? table.float_pairs : table.float_rows;
+    run_rows<float, FloatJob>(job, rows, table.finish_float, parts, sums,
                               pool_for(pool, m * weight.n * columns, kProductsWorthThreads));
   }
 }
@@ -202,7 +206,7 @@ void float_on_tiles(const FloatArguments& arguments, bool rounds_weights, const 
                            x_sums,
                            rows_from(arguments.out, weight.n, row)};
     for_panels(pool_for(pool, m * weight.n * columns, kProductsWorthThreads), weight.panels(),
-               kTilePanels, [&](int64_t begin, int64_t end) {
+               table.tile_panels, kMostTilePanels, [&](int64_t begin, int64_t end) {
                  const auto bytes = static_cast<size_t>(table.tile_scratch(m, end - begin));
                  table.float_tiles(job, begin, end, own_scratch.reserve(bytes));
                });
@@ -228,12 +232,9 @@ void float_on_scaled_panels(const FloatArguments& arguments, const Kernels& tabl
     });
     const ScaledJob job{weight, m, x, rows_from(arguments.out, weight.n, row)};
     const Pool workers = pool_for(pool, m * weight.n * columns, kProductsWorthThreads);
-    const int64_t wanted = panels / (kTasksOfThread * workers.threads) / kScaledPanels;
-    const int64_t step = std::clamp(wanted, int64_t{1}, kMostScaled) * kScaledPanels;
-    parallel_for(workers, ceil_div(panels, step), [&](int64_t task) {
+    for_panels(workers, panels, kScaledPanels, kMostScaledPanels, [&](int64_t begin, int64_t end) {
       const auto bytes = static_cast<size_t>(table.scaled_scratch(m));
-      table.scaled_panels(job, task * step, std::min(panels, (task + 1) * step),
-                          own_scratch.reserve(bytes));
+      table.scaled_panels(job, begin, end, own_scratch.reserve(bytes));
     });
   }
 }
@@ -290,6 +291,8 @@ bool has_float_tiles(Isa isa) { return kernels(isa).float_tiles != nullptr; }
 
 bool has_int8_tiles(Isa isa) { return kernels(isa).int8_tiles != nullptr; }
 
+bool has_pairs(Isa isa) { return kernels(isa).float_pairs != nullptr; }
+
 bool rounds_on_vectors(Isa isa) { return kernels(isa).scaled_panels != nullptr; }
 
 void linear_float(const FloatArguments& arguments, const Schedule& schedule, const Pool& pool) {
@@ -299,7 +302,8 @@ void linear_float(const FloatArguments& arguments, const Schedule& schedule, con
     assert(arguments.x_type == FloatType::kBf16);
     return float_on_scaled_panels(arguments, table, pool);
   }
-  if (!schedule.tiles) return float_on_rows(arguments, table, pool);
+  assert(!schedule.pairs || arguments.x_type == FloatType::kBf16);
+  if (!schedule.tiles) return float_on_rows(arguments, schedule.pairs, table, pool);
   assert(schedule.rounds_weights || arguments.weight.groups() == 1 ||
          fits_float_tiles(arguments.weight.group));
   assert(!schedule.rounds_weights || arguments.x_type == FloatType::kBf16);
@@ -360,10 +364,11 @@ void linear_int8(const Int8Arguments& arguments, const Schedule& schedule, const
     const Pool workers = pool_for(pool, m * weight.n * columns, kProductsWorthThreads);
     if (tiles) {
       const Int8TileJob job{weight, m, x, x_sums, out};
-      for_panels(workers, weight.panels(), kTilePanels, [&](int64_t begin, int64_t end) {
-        const auto bytes = static_cast<size_t>(table.tile_scratch(m, end - begin));
-        table.int8_tiles(job, begin, end, own_scratch.reserve(bytes));
-      });
+      for_panels(workers, weight.panels(), table.tile_panels, kMostTilePanels,
+                 [&](int64_t begin, int64_t end) {
+                   const auto bytes = static_cast<size_t>(table.tile_scratch(m, end - begin));
+                   table.int8_tiles(job, begin, end, own_scratch.reserve(bytes));
+                 });
     } else {
       const Int8Job job{weight, m, x, x_sums, out};
       run_rows<int32_t, Int8Job>(job, table.int8_rows, table.finish_int8, parts, sums, workers);

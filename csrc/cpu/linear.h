@@ -10,24 +10,29 @@ namespace qkernels::cpu {
 // How a product is computed. Results are the same for each number of threads.
 struct Schedule {
   Isa isa;
-  bool tiles;  // of AMX, or of int8 in matrices of I8MM; else vectors
+  bool tiles;  // of AMX; or int8 for many rows, on AVX-512 and I8MM; else few rows
   // Weights are scaled and rounded to bf16 as a dense product of that type has them: faster for
   // many rows. x and y are bf16.
   bool rounds_weights;
+  // Few rows are multiplied in pairs of bf16, numbers of tables rounded to it. Codes have up to 4
+  // bits, x and y are bf16.
+  bool pairs = false;
 };
 
 // Whether there are tiles of floats, or of int8.
 bool has_float_tiles(Isa isa);
 bool has_int8_tiles(Isa isa);
 
-// Whether vectors of `isa` multiply rounded weights here.
+// Whether vectors of `isa` multiply pairs of bf16 here: of rounded weights, of few rows.
 bool rounds_on_vectors(Isa isa);
+bool has_pairs(Isa isa);
 
 // Whether a group of so many columns, of several, falls into whole tiles. Integer sums over all of
 // K need no whole groups.
 constexpr bool fits_float_tiles(int64_t group) { return group % 32 == 0; }
 constexpr bool fits_int8_tiles(Isa isa, int64_t group) {
-  return group % (isa == Isa::kNeonI8mm ? 16 : 64) == 0;
+  if (isa == Isa::kNeonI8mm) return group % 16 == 0;
+  return isa == Isa::kAmx && group % 64 == 0;
 }
 
 struct FloatArguments {

@@ -6,6 +6,7 @@
 
 #include "cpu/faults.h"
 #include "cpu/groups.h"
+#include "cpu/integer_weights.h"
 #include "cpu/kernels.h"
 
 namespace qkernels::cpu {
@@ -137,8 +138,7 @@ inline Prefetch next_chunk(const Weight& weight, int64_t panel, int64_t end, int
   return {weight, next, next_end, first, next < end ? chunk_end(weight, first, length) : first};
 }
 
-// Codes of up to 4 bits as bytes, in tiles. With two-level scales, a byte is
-// multiplier * (code - zero) + 128.
+// Codes of up to 4 bits as bytes, in tiles.
 void decode_bytes(const Weight& weight, int64_t panel, int64_t first, int64_t last, char* out) {
   const uint32_t* from = weight.words + panel * weight.panel_words() + first / 8 * kLanes;
   const I low = V::broadcast(int32_t{0x0f0f0f0f});
@@ -153,19 +153,11 @@ void decode_bytes(const Weight& weight, int64_t panel, int64_t first, int64_t la
       }
       continue;
     }
-    const int64_t at = (panel * weight.groups() + g) * kLanes;
-    I multiplier = V::load_bytes(static_cast<const uint8_t*>(weight.scales) + at);
-    if (QK_FAULT(tile_multipliers_missing)) multiplier = V::broadcast(int32_t{1});
-    // All four bytes of a lane at once: what one borrows of the next, the sum of all gives back,
-    // since each byte of the result is within 0 and 255.
-    const I zero = V::mul(group_integer_zeros<V>(weight, panel, g), multiplier);
-    const I offset =
-        V::sub(V::broadcast(int32_t(0x80808080)), V::mul(zero, V::broadcast(int32_t{0x01010101})));
+    const ByteDecoder<V> decoder(weight, panel, g);
     for (; first < end; first += 8, from += kLanes, out += 128) {
       const I words = V::load(from);
-      _mm512_store_si512(out, V::add(V::mul(V::and_(words, low), multiplier), offset));
-      _mm512_store_si512(out + 64,
-                         V::add(V::mul(V::and_(V::right<4>(words), low), multiplier), offset));
+      _mm512_store_si512(out, decoder.bytes(words));
+      _mm512_store_si512(out + 64, decoder.bytes(V::right<4>(words)));
     }
   }
 }

@@ -227,9 +227,7 @@ class IntegerTiles {
     I zeros[2] = {};
     for (int64_t p = 0; p < panels; ++p) {
       scales[p] = channel_scales<V>(weight, panel + p);
-      // Decoded with two-level scales, the zero point is what keeps bytes unsigned.
-      zeros[p] = weight.channel_scales != nullptr ? V::broadcast(int32_t{128})
-                                                  : group_integer_zeros<V>(weight, panel + p, 0);
+      zeros[p] = byte_zeros<V>(weight, panel + p);
     }
     for (int64_t row = 0; row < job_.m; ++row, sums += kLanes) {
       const F row_scale = V::broadcast(job_.out.row_scales[row]);
@@ -267,13 +265,8 @@ void run_scaled(const FloatTileJob& job, const Decoder& decoder, int64_t begin, 
 inline void run_integers(const Int8TileJob& job, int64_t begin, int64_t end, void* scratch) {
   auto* memory = static_cast<char*>(scratch);
   auto* totals = reinterpret_cast<int32_t*>(memory + kDecodedBytes);
-  const int64_t rows = ceil_div(job.m, kTileRows) * kTileRows, groups = job.weight.groups();
-  for (int64_t row = 0; row < job.m; ++row) {
-    int32_t total = 0;
-    for (int64_t g = 0; g < groups; ++g) total += job.x_sums[row * groups + g];
-    if (QK_FAULT(tile_x_totals_of_first_group)) total = job.x_sums[row * groups];
-    totals[row] = total;
-  }
+  const int64_t rows = ceil_div(job.m, kTileRows) * kTileRows;
+  add_up_groups(job.x_sums, job.m, job.weight.groups(), totals);
   const IntegerTiles kind(job, totals);
   WholeTiles<IntegerTiles>{kind, job.weight, job.m, memory, totals + rows}.run(begin, end);
 }

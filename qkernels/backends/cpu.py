@@ -118,6 +118,20 @@ def _groups_of(multiple: int) -> WhyNot:
     return why_not
 
 
+def _whole_sums(problem: Problem) -> str | None:
+    """Why integer sums do not run over all of K."""
+    if problem.scheme.groups(problem.k) == 1 or problem.scheme.scale_levels == "two":
+        return None
+    return "needs one scale a row, or two levels of them"
+
+
+def _up_to_four_bits(problem: Problem) -> str | None:
+    """Why codes are no indices of a small table."""
+    if _code_name(problem.scheme) in ("int4", "table4"):
+        return None
+    return "takes codes of up to 4 bits"
+
+
 def _code_name(scheme: QuantScheme) -> str:
     if scheme.weight.kind == "linear":
         return "int8" if scheme.bits == 8 else "int4"
@@ -125,7 +139,9 @@ def _code_name(scheme: QuantScheme) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _made(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bool) -> Any:
+def _made(
+    scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bool, pairs: bool
+) -> Any:
     return _compiled().CpuRoute(
         n=n,
         k=k,
@@ -138,13 +154,16 @@ def _made(scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bo
         isa=isa,
         tiles=tiles,
         rounds_weights=rounds,
+        pairs=pairs,
         activation=scheme.activation.dtype,
         granularity=scheme.activation.granularity,
     )
 
 
-def _route(isa: str, tiles: bool = False, rounds: bool = False) -> RouteOf:
-    return lambda problem, device: _made(problem.scheme, problem.n, problem.k, isa, tiles, rounds)
+def _route(isa: str, tiles: bool = False, rounds: bool = False, pairs: bool = False) -> RouteOf:
+    return lambda problem, device: _made(
+        problem.scheme, problem.n, problem.k, isa, tiles, rounds, pairs
+    )
 
 
 def _of_rows() -> tuple[Kernel, ...]:
@@ -278,6 +297,19 @@ KERNELS: tuple[Kernel, ...] = (
         **by_route(_route("amx", tiles=True), quantized=True),
     ),
     Kernel(
+        name="cpu_avx512_pairs",
+        backend="cpu",
+        layout="vnni",
+        activations=("none", "fp8"),
+        x_dtypes=(torch.bfloat16,),
+        fields=_FLOAT_ROWS,
+        most_rows={0: 16, 32: 31, 64: 64},
+        weight_rounding="bf16_terms",
+        where=_with_bf16_products("avx512"),
+        why_not=_up_to_four_bits,
+        **by_route(_route("avx512", pairs=True)),
+    ),
+    Kernel(
         name="cpu_avx512_scaled",
         backend="cpu",
         layout="vnni",
@@ -296,6 +328,18 @@ KERNELS: tuple[Kernel, ...] = (
         fields=_FLOAT_ROWS,
         where=_with("avx512"),
         **by_route(_route("avx512")),
+    ),
+    Kernel(
+        name="cpu_avx512_int8_tiles",
+        backend="cpu",
+        layout="vnni",
+        activations=("int8",),
+        least_rows=24,
+        exact=True,
+        weight_rounding="integers",
+        where=_with("avx512"),
+        why_not=_whole_sums,
+        **by_route(_route("avx512", tiles=True), quantized=True),
     ),
     Kernel(
         name="cpu_avx512_int8",

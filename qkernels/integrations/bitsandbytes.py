@@ -50,11 +50,7 @@ _INT8 = QuantScheme.parse("w8a8")
 _REPACKS = "support_avx512bf16_for_cpu"
 _DEVICES = ("cpu", "cuda")
 
-_MOST_ROWS = {
-    ("cpu_avx512_float", torch.bfloat16): 64,
-    ("cpu_avx512_int8", torch.bfloat16): 128,
-    ("cpu_avx512_int8", torch.float16): 128,
-}
+_MOST_ROWS = {("cpu_avx512_float", torch.bfloat16): 64}
 """By kernel and type of y: for more rows of x, torch's product is faster, in bf16 behind writing
 the weight out for it. Measured by `python -m bench.bitsandbytes_layers`, one thread of an AMD EPYC
 with AVX-512 and without AMX; the others are faster for any number there."""

@@ -193,6 +193,7 @@ def test_wrong_arguments_of_the_compiled_kernels_are_named():
             "isa": "portable",
             "tiles": False,
             "rounds_weights": False,
+            "pairs": False,
             "activation": "none",
             "granularity": "token",
         }
@@ -207,6 +208,7 @@ def test_wrong_arguments_of_the_compiled_kernels_are_named():
         ({"isa": "sse"}, "isa must be"),
         ({"tiles": True}, "tiles need amx"),
         ({"rounds_weights": True}, "only tiles and products"),
+        ({"pairs": True}, "pairs are for codes of up to 4 bits"),
         ({"activation": "int4"}, "activation must be"),
         ({"granularity": "row"}, "granularity must be"),
         ({"code": "fp8e4m3", "activation": "int8"}, "int4 and int8 codes alone"),

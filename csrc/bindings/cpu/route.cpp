@@ -42,8 +42,8 @@ class CpuRoute final : public Route {
  public:
   CpuRoute(int64_t n, int64_t k, int64_t group, int64_t padded_group, const std::string& code,
            double implied_zero, const Optional& table, const Optional& nested_table,
-           const std::string& isa, bool tiles, bool rounds_weights, const std::string& activation,
-           const std::string& granularity)
+           const std::string& isa, bool tiles, bool rounds_weights, bool pairs,
+           const std::string& activation, const std::string& granularity)
       : table_(table), nested_table_(nested_table) {
     preparation_.k = k;
     preparation_.group = group;
@@ -69,16 +69,22 @@ class CpuRoute final : public Route {
       check("nested_table", *nested_table, at::kCPU, {256}, at::kFloat);
       weight_.nested_table = nested_table->const_data_ptr<float>();
     }
-    schedule_ = {isa_here(isa), tiles, rounds_weights};
+    schedule_ = {isa_here(isa), tiles, rounds_weights, pairs};
     require(tiles || !rounds_weights || cpu::rounds_on_vectors(schedule_.isa),
             "only tiles and products of pairs of bf16 round weights, which ", isa, " has none of");
+    require(
+        !pairs || (!tiles && !rounds_weights && cpu::is_nibble(weight_.code) &&
+                   cpu::has_pairs(schedule_.isa)),
+        "pairs are for codes of up to 4 bits, without tiles and rounded weights, on avx512 with "
+        "bf16, got ",
+        code, " on ", isa);
     require(activation == "none" || activation == "int8" || activation == "fp8",
             "activation must be none, int8 or fp8, got ", activation);
     scale_of_ = scale_of(granularity);
     integers_ = activation == "int8";
     require(!tiles || (integers_ ? cpu::has_int8_tiles(schedule_.isa)
                                  : cpu::has_float_tiles(schedule_.isa)),
-            "tiles need amx, or neon_i8mm for int8 products, got ", isa);
+            "tiles need amx, or for int8 products avx512 or neon_i8mm, got ", isa);
     if (activation == "fp8") preparation_.float8 = float8_of(scale_of_);
     require(!integers_ || weight_.code == cpu::Code::kInt4 || weight_.code == cpu::Code::kInt8,
             "int8 products take int4 and int8 codes alone, got ", code);
@@ -118,8 +124,9 @@ class CpuRoute final : public Route {
     arguments.x_type = float_type("x", rows.tensor.scalar_type());
     arguments.x_stride = rows.stride;
     const bool is_bf16 = arguments.x_type == cpu::FloatType::kBf16 && call.y_type == at::kBFloat16;
-    require(!schedule_.rounds_weights || is_bf16, "rounded weights go with x and y of bf16, got ",
-            rows.tensor.scalar_type(), " and ", call.y_type);
+    require(!(schedule_.rounds_weights || schedule_.pairs) || is_bf16,
+            "rounded weights and pairs go with x and y of bf16, got ", rows.tensor.scalar_type(),
+            " and ", call.y_type);
     at::Tensor y = empty_output(call);
     arguments.out = output(y, call);
     if (rows.scales) arguments.out.row_scales = rows.scales->const_data_ptr<float>();
@@ -139,7 +146,8 @@ class CpuRoute final : public Route {
             "two-level scales are for codes of up to 4 bits");
     const bool whole = arguments.weight.sums_are_integers();
     require(!schedule_.tiles || whole || cpu::fits_int8_tiles(schedule_.isa, weight_.group),
-            "tiles of AMX need groups of a multiple of 64, got ", weight_.group);
+            "tiles need one scale a row, or two levels of them, or groups that these take, got ",
+            weight_.group);
     arguments.m = rows.m;
     arguments.k = rows.k;
     at::Tensor y = empty_output(call);
@@ -281,12 +289,12 @@ void register_cpu_routes(py::module_& m) {
   py::class_<CpuRoute, Route, std::shared_ptr<CpuRoute>>(
       m, "CpuRoute", "A weight in the vnni layout, less its tensors.")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, const std::string&, double, const Optional&,
-                    const Optional&, const std::string&, bool, bool, const std::string&,
+                    const Optional&, const std::string&, bool, bool, bool, const std::string&,
                     const std::string&>(),
            py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("padded_group"),
            py::arg("code"), py::arg("implied_zero"), py::arg("table"), py::arg("nested_table"),
-           py::arg("isa"), py::arg("tiles"), py::arg("rounds_weights"), py::arg("activation"),
-           py::arg("granularity"));
+           py::arg("isa"), py::arg("tiles"), py::arg("rounds_weights"), py::arg("pairs"),
+           py::arg("activation"), py::arg("granularity"));
 }
 
 }  // namespace qkernels::bindings

@@ -83,7 +83,8 @@ Pool pool_of(int threads) { return {threads, run_on_new_threads}; }
 
 std::string name_of(const Case& one, const Schedule& schedule) {
   return one.name + " on " + qkernels::cpu::name_of(schedule.isa) +
-         (schedule.tiles ? " tiles" : "") + (schedule.rounds_weights ? " rounded" : "");
+         (schedule.tiles ? " tiles" : "") + (schedule.rounds_weights ? " rounded" : "") +
+         (schedule.pairs ? " pairs" : "");
 }
 
 }  // namespace cases

@@ -119,9 +119,11 @@ class Product {
     for (Isa isa : isas) {
       const int64_t most = isa == Isa::kPortable ? kMostPortableProducts : kMostVectorProducts;
       if (m_ * weight_.n * weight_.k <= most) out.push_back({isa, false, false});
-      if (weight_.has_offsets()) continue;
       const bool bf16 = x_type_ == FloatType::kBf16 && y_type_ == FloatType::kBf16;
       const bool rounds = rows_ == Rows::kFloats && bf16;
+      const bool pairs = rounds && is_nibble(weight_.code) && has_pairs(isa);
+      if (isa != Isa::kAmx && pairs) out.push_back({isa, false, false, true});
+      if (weight_.has_offsets()) continue;
       if (isa != Isa::kAmx && rounds && rounds_on_vectors(isa)) out.push_back({isa, false, true});
       if (rows_ == Rows::kFloats) {
         if (!has_float_tiles(isa)) continue;

@@ -144,8 +144,9 @@ Product float_product(const FloatArguments& call, const uint8_t* codes, const Sc
                       bool exact_sums) {
   const Weight& weight = call.weight;
   const int64_t n = weight.n, k = call.k, m = call.m;
-  // Tiles hold the numbers of a table in bf16.
-  const bool splits = schedule.tiles && !schedule.rounds_weights && weight.code == Code::kTable4;
+  // Tiles and pairs hold the numbers of a table in bf16.
+  const bool exact = (schedule.tiles && !schedule.rounds_weights) || schedule.pairs;
+  const bool splits = exact && weight.code == Code::kTable4;
   const int y_terms = bf16_terms(call.out.y_type), table_terms = splits ? y_terms : 0;
   double slack = kSumSlack;
   // Two terms each, without the product of the smaller ones.
