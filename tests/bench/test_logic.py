@@ -347,14 +347,50 @@ def test_plain_tables_without_rich(monkeypatch, capsys):
     assert "some kernel" in printed
 
 
+def compared_cell(ratio, **changes) -> Cell:
+    """A cell beside a dense product: `ratio` times as fast, where the roofline is 10 times."""
+    cell = timed_cell(**changes)
+    cell.vs_dense, cell.dense_us, cell.floor_us = ratio, 20.0, 2.0
+    return cell
+
+
 def test_a_picture_needs_something_timed(tmp_path):
     with pytest.raises(plot.PlotError, match="nothing was timed"):
         plot.draw(make_results([make_cell()]), tmp_path / "a.png")
+    alone = timed_cell()
+    alone.vs_dense = None
+    with pytest.raises(plot.PlotError, match="nothing was timed beside a dense product"):
+        plot.draw(make_results([alone]), tmp_path / "a.png")
     with pytest.raises(plot.PlotError, match="9x9 was not measured; there are 64x32"):
-        plot.draw(make_results([timed_cell()]), tmp_path / "a.png", ["9x9"])
+        plot.draw(make_results([compared_cell(2.0)]), tmp_path / "a.png", ["9x9"])
 
 
-def test_every_point_of_a_picture_is_in_sight(tmp_path, monkeypatch):
+def test_a_curve_of_ours_is_the_layer_and_else_the_fastest_kernel():
+    kernels = [
+        compared_cell(3.0, subject="qkernels cpu_a", m=16),
+        compared_cell(2.0, subject="qkernels cpu_a", m=1),
+        compared_cell(5.0, subject="qkernels cpu_b", m=1),
+    ]
+    peer = compared_cell(4.0, subject="peer", m=1)
+    roofline = {1: 10.0, 16: 10.0}
+    ours = {1: 5.0, 16: 3.0}
+    found = plot.curves([*kernels, peer])
+    assert found == {"qkernels": ours, "roofline": roofline, "peer": {1: 4.0}}
+    layer = compared_cell(2.5, subject="qkernels WQLinear", m=16)
+    assert plot.curves([*kernels, layer]) == {"qkernels": {16: 2.5}, "roofline": {16: 10.0}}
+    assert plot.curves([peer]) == {"peer": {1: 4.0}}
+
+
+def test_labels_are_moved_apart_and_no_farther():
+    placed = plot.apart({"a": 0.5, "b": 0.52, "c": 0.9, "d": 0.51}, 0.1)
+    assert placed == pytest.approx({"a": 0.41, "d": 0.51, "b": 0.61, "c": 0.9})
+    # A pair that makes room for itself meets the next.
+    placed = plot.apart({"a": 0.0, "b": 0.0, "c": 0.08}, 0.1)
+    assert placed == pytest.approx({"a": 0.08 / 3 - 0.1, "b": 0.08 / 3, "c": 0.08 / 3 + 0.1})
+    assert plot.apart({}, 0.1) == {}
+
+
+def test_a_picture_has_a_panel_for_each_layer_and_scheme(tmp_path, monkeypatch):
     figure_module = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
     figures = []
     save = figure_module.Figure.savefig
@@ -364,18 +400,22 @@ def test_every_point_of_a_picture_is_in_sight(tmp_path, monkeypatch):
         return save(figure, *arguments, **options)
 
     monkeypatch.setattr(figure_module.Figure, "savefig", keep)
-    cells = [timed_cell(m=m, n=n) for n in (64, 128) for m in (1, 16)]
-    for cell, percent in zip(cells, (5.0, 95.0, 0.1, 120.0), strict=True):
-        cell.roofline_percent = percent
+    cells = [
+        compared_cell(ratio, subject=subject, m=m, n=n, scheme=scheme)
+        for n in (64, 128)
+        for scheme in ("w8a8", "nf4-g64")
+        for m in (1, 16)
+        for subject, ratio in (("qkernels WQLinear", 0.02 * n * m), ("torch peer", 0.3))
+    ]
     assert plot.draw(make_results(cells), tmp_path / "a.png") == []
     (figure,) = figures
-    assert len(figure.axes) == 4
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["w8a8, 64x32", "nf4-g64, 64x32", "w8a8, 128x32", "nf4-g64, 128x32"]
     for axis in figure.axes:
         low, high = axis.get_ylim()
         for line in axis.get_lines():
             assert all(low <= y <= high for y in line.get_ydata())
-    (legend,) = figure.legends
-    assert {text.get_text() for text in legend.get_texts()} == {"a, w8a8"}
+        assert {text.get_text() for text in axis.texts} == {"qkernels", "roofline", "peer"}
 
 
 def test_subjects_have_names_of_their_own_and_always_a_baseline():
