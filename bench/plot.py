@@ -9,16 +9,12 @@ from typing import Any
 
 from bench import load
 from bench.results import Cell, Results
-from bench.subjects.ours import LAYER
+from bench.subjects.ours import KERNEL_PREFIX, LAYER
 
 MAX_LAYERS = 4
 """Rows that stay readable; more layers are named in what `draw` returns."""
 
 OURS, ROOFLINE = "qkernels", "roofline"
-
-_OWN_KERNELS = "qkernels "
-"""What the names of its kernels begin with: they show in the table, and here where the layer was
-not measured."""
 
 _COLORS = {OURS: "tab:red", ROOFLINE: "black"}
 _QUIET = ("tab:blue", "tab:green", "tab:purple", "tab:brown", "tab:gray", "tab:olive", "tab:cyan")
@@ -32,13 +28,16 @@ class PlotError(Exception):
 
 
 def curves(cells: Sequence[Cell]) -> dict[str, Curve]:
-    """The curves of a panel, of the timed cells of a layer and a scheme, by the names they get."""
+    """The curves of a panel, of the timed cells of a layer and a scheme, by the names they get.
+
+    Ours is the layer that users call; where it was not measured, the fastest of its kernels.
+    """
     found: dict[str, Curve] = {OURS: {}, ROOFLINE: {}}
     compared = [cell for cell in cells if cell.vs_dense]
     layer = any(cell.subject == LAYER for cell in compared)
     for cell in sorted(compared, key=lambda cell: cell.m):
         assert cell.vs_dense is not None
-        ours = cell.subject == LAYER or cell.subject.startswith(_OWN_KERNELS)
+        ours = cell.subject.startswith(KERNEL_PREFIX)
         if ours and layer and cell.subject != LAYER:
             continue
         curve = found.setdefault(OURS if ours else cell.subject, {})

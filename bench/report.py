@@ -8,6 +8,10 @@ from typing import TextIO
 
 from bench import load
 from bench.results import CUT, DECLINED, FAILED, WRONG, Cell, Results
+from bench.subjects.ours import KERNEL_PREFIX, LAYER
+
+CLEARLY = 1.1
+"""Times as long as another kernel, from which on the chosen one is said to be slower."""
 
 COLUMNS = ("M", "scheme", "subject", "us", "TFLOP/s", "GB/s", "% roofline", "x dense", "error")
 
@@ -89,6 +93,38 @@ def reasons(results: Results) -> list[str]:
     return lines
 
 
+def slower_choices(results: Results) -> list[str]:
+    """Where another kernel of ours was clearly faster than the one that `WQLinear` runs: a line for
+    each pair of kernels."""
+    problems: dict[tuple[object, ...], dict[str, Cell]] = {}
+    for cell in results.cells:
+        if cell.timed:
+            problem = (cell.scheme, cell.n, cell.k, cell.m, cell.dtype)
+            problems.setdefault(problem, {})[cell.subject] = cell
+    found: dict[tuple[str, str], list[str]] = {}
+    for cells in problems.values():
+        layer = cells.get(LAYER)
+        chosen = cells.get(f"{KERNEL_PREFIX}{layer.kernel}") if layer is not None else None
+        kernels = [cell for name, cell in cells.items() if name.startswith(KERNEL_PREFIX)]
+        if chosen is None or layer is None:
+            continue
+        best = min((cell for cell in kernels if cell is not layer), key=_time)
+        if _time(chosen) >= CLEARLY * _time(best):
+            ratio = f"{_time(chosen) / _time(best):.2f}"
+            place = f"{best.scheme} {best.n}x{best.k} M = {best.m}: {ratio}"
+            pair = chosen.kernel or chosen.subject, best.kernel or best.subject
+            found.setdefault(pair, []).append(place)
+    return [
+        f"{chosen} is chosen and takes longer than {best}, times: {', '.join(places)}"
+        for (chosen, best), places in found.items()
+    ]
+
+
+def _time(cell: Cell) -> float:
+    assert cell.median_us is not None
+    return cell.median_us
+
+
 def heading(results: Results) -> list[str]:
     """What a figure must be read with: machine, versions, commit, ceilings."""
     commit = results.commit[:12] if results.commit else "unknown"
@@ -139,7 +175,7 @@ def _print_rich(results: Results, stream: TextIO) -> None:
             style = "red" if cell.status in (WRONG, FAILED) else None
             table.add_row(*(escape(text) for text in row(cell)), end_section=last, style=style)
         console.print(table)
-    for line in reasons(results):
+    for line in [*slower_choices(results), *reasons(results)]:
         console.print(escape(line), soft_wrap=True)
 
 
@@ -149,7 +185,7 @@ def _print_plain(results: Results, stream: TextIO) -> None:
     for title, cells in tables(results).items():
         rows = [COLUMNS, *(row(cell) for cell in cells)]
         print(f"\n{title}\n{align(rows)}", file=stream)
-    print("", *reasons(results), sep="\n", file=stream)
+    print("", *slower_choices(results), *reasons(results), sep="\n", file=stream)
 
 
 def align(rows: list[tuple[str, ...]]) -> str:

@@ -13,7 +13,10 @@ from qkernels.layouts import LAYOUTS, PLAIN, PackedWeight, pack
 from qkernels.select import KERNELS, make_problem
 from qkernels.weight import QuantizedWeight
 
-LAYER = "qkernels WQLinear"
+KERNEL_PREFIX = "qkernels "
+"""What the names of all subjects here begin with, before the kernel's."""
+
+LAYER = KERNEL_PREFIX + "WQLinear"
 """The row that times the whole module: dispatch, the kernel that `select` chose, and its bias."""
 
 
@@ -71,7 +74,7 @@ def _kernel_row(kernel: Kernel) -> Subject:
 
         return Prepared(state=packed, run=run, kernel=lambda m: kernel.name, copy=copy_packed)
 
-    return Subject(f"qkernels {kernel.name}", why_not, prepare)
+    return Subject(KERNEL_PREFIX + kernel.name, why_not, prepare)
 
 
 def copy_packed(packed: PackedWeight) -> PackedWeight:

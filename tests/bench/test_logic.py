@@ -336,6 +336,30 @@ def test_reasons_leave_out_schemes_a_subject_is_not_made_for():
     assert lines == ["gone (nf4, w8a8; M = 4, 8) declined: not installed"]
 
 
+def test_a_chosen_kernel_that_is_not_the_fastest_is_told():
+    def kernel(name, us, **changes):
+        cell = timed_cell(subject=f"qkernels {name}", **{"kernel": name, **changes})
+        cell.median_us = us
+        return cell
+
+    def cells(m, chosen_us):
+        return [
+            kernel("WQLinear", 9.0, kernel="cpu_a", m=m),
+            kernel("cpu_a", chosen_us, m=m),
+            kernel("cpu_b", 2.0, m=m),
+            timed_cell(subject="peer", m=m),
+        ]
+
+    assert report.slower_choices(make_results([*cells(1, 2.1), *cells(4, 1.0)])) == []
+    (line,) = report.slower_choices(make_results([*cells(1, 2.5), *cells(4, 3.0)]))
+    assert line == (
+        "cpu_a is chosen and takes longer than cpu_b, times: w8a8 64x32 M = 1: 1.25, "
+        "w8a8 64x32 M = 4: 1.50"
+    )
+    without_the_layer = cells(1, 3.0)[1:]
+    assert report.slower_choices(make_results(without_the_layer)) == []
+
+
 def test_plain_tables_without_rich(monkeypatch, capsys):
     def without_rich(results, stream):
         raise ImportError("rich")
