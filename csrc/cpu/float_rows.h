@@ -86,7 +86,7 @@ struct FloatBlock {
       I words[kPanels];
       QK_UNROLL for (int p = 0; p < kPanels; ++p) {
         words[p] = V::load(from[p]);
-        QK_PREFETCH(from[p] + kPrefetchWords);
+        QK_PREFETCH_FAR(from[p] + kPrefetchWords);
         from[p] += kLanes;
       }
       multiply_step(words, x);
