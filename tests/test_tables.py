@@ -13,7 +13,8 @@ import qkernels as qk
 from qkernels import rounding, select
 from qkernels.backends.kernel import Kernel
 from qkernels.backends.rows import QuantizedRows, RowKernel
-from qkernels.calibration.observers import OBSERVERS, MinMax, Observer
+from qkernels.calibration.extremes import MinMax
+from qkernels.calibration.observers import OBSERVERS, Observer
 from qkernels.checkpoints.format import Format, StoredLayer, says_method
 from qkernels.checkpoints.table import FORMATS
 from qkernels.errors import CheckpointError, QuantizationError

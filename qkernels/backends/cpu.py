@@ -230,8 +230,8 @@ _INT4 = Kernel(
 
 # The numbers of rows were measured, each against the rows below it and the reference, which
 # dequantizes for torch's product: see docs/cpu.md. Those of portable were measured where torch had
-# AVX-512 and VNNI, those of avx2 where it was kept to AVX2. Tiles have 32 columns of floats or 64 of int8. Those of NEON are not
-# measured: docs/cpu.md counts instructions.
+# AVX-512 and VNNI, those of avx2 where it was kept to AVX2. Tiles have 32 columns of floats or 64
+# of int8. Those of NEON are not measured: docs/cpu.md counts instructions.
 COMPOSED = (
     _INT4,
     replace(_INT4, name="cpu_int8_positions", activations=("int8",), why_not=_has_positions),
