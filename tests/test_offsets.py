@@ -79,6 +79,7 @@ def test_products_with_each_set_of_instructions(isa, text):
 
 def test_other_kernels_leave_them_to_those():
     names = {f"cpu_{isa}_float" for isa in ("avx512", "avx2", "neon", "portable")}
+    names.add("cpu_avx512_pairs")
     assert {row.name for row in FLOAT_ROWS} == names
     for row in qk.explain("w4a16-g32", n=N, k=K, m=64, fields=("offsets",)):
         if row.kernel in ("cpu_amx_float", "cpu_amx_scaled"):

@@ -140,7 +140,7 @@ def _code_name(scheme: QuantScheme) -> str:
 
 @lru_cache(maxsize=1024)
 def _made(
-    scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bool, pairs: bool
+    scheme: QuantScheme, n: int, k: int, isa: str, tiles: bool, rounds: bool, pairs: bool = False
 ) -> Any:
     return _compiled().CpuRoute(
         n=n,
