@@ -15,7 +15,8 @@ import torch
 import qkernels as qk
 
 torch.set_num_threads(3)
-N, K, M = 16, 1 << 20, 8
+# More rows than those a kernel is checked with when a layer is made, whose scratch stays.
+N, K, M = 16, 1 << 20, 64
 scheme = sys.argv[1]
 scale = 0.02 if scheme.endswith(("static", "position")) else None
 layer = qk.WQLinear.from_linear(torch.nn.Linear(K, N), scheme, activation_scale=scale)
