@@ -86,6 +86,7 @@ __attribute__((noinline)) void add_integers(Reader reader, const int32_t* x, int
                                             ComingLines coming, bool first, int32_t* sums) {
   using I = typename V::I;
   I sum[kRows][kPanels];
+  if (QK_FAULT(integer_sums_begin_anew)) first = true;
   QK_UNROLL for (int i = 0; i < kRows; ++i) {
     QK_UNROLL for (int p = 0; p < kPanels; ++p) {
       const int32_t* before = sums + (i * kIntegerPanels + p) * kLanes;
