@@ -275,10 +275,8 @@ void pack_float_tile(const void* x, FloatType type, int64_t x_stride, int64_t ro
                      int64_t k, const Weight& weight, int terms, bool in_order, uint16_t* out) {
   if (QK_FAULT(tile_columns_in_order)) in_order = true;
   const int64_t columns = weight.columns();
-  const I order = _mm512_broadcast_i32x4(
-      !in_order && is_nibble(weight.code)
-          ? _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
-          : _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  const I order = _mm512_broadcast_i32x4(!in_order && is_nibble(weight.code) ? V::order_of_pairs()
+                                                                             : V::bytes_in_order());
   // Fewer rows than a tile has are not padded: see TileRegisters.
   const int64_t rows = m < kTileRows ? m : kTileRows;
   for (int64_t r = 0; r < rows; ++r) {

@@ -77,12 +77,9 @@ void pack_pairs(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t k, in
   }
 }
 
-// Codes are decoded as columns 0 2 4 6 1 3 5 7.
 void pair_row(const float* x, int64_t columns, int32_t* out) {
-  __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-  if (QK_FAULT(pairs_in_order)) {
-    order = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  }
+  const bool in_order = QK_FAULT(pairs_in_order);
+  const __m128i order = in_order ? Avx512::bytes_in_order() : Avx512::order_of_pairs();
   for (int64_t c = 0; c < columns; c += kLanes) {
     const __m512i halves = _mm512_srli_epi32(_mm512_loadu_si512(x + c), 16);
     const __m256i words = _mm512_cvtepi32_epi16(halves);

@@ -116,6 +116,15 @@ struct Avx512 {
     return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(x, x), y);
   }
 
+  // Of eight numbers of 16 bits, the order that pairs of codes of up to 4 bits are decoded in: 0 2
+  // 4 6 1 3 5 7. For shuffles of bytes.
+  static QK_INLINE __m128i order_of_pairs() {
+    return _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  }
+  static QK_INLINE __m128i bytes_in_order() {
+    return _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+
   static QK_INLINE F low_half_to_float(I x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
 
   using Table = __m512;
