@@ -47,9 +47,13 @@ def curves(cells: Sequence[Cell]) -> dict[str, Curve]:
     return {name: curve for name, curve in found.items() if curve}
 
 
+def _shape(cell: Cell) -> str:
+    return f"{cell.n}x{cell.k}"
+
+
 def shapes(results: Results) -> list[str]:
     """The "NxK" of every layer that was timed beside a dense product."""
-    return list(dict.fromkeys(f"{cell.n}x{cell.k}" for cell in results.cells if cell.vs_dense))
+    return list(dict.fromkeys(_shape(cell) for cell in results.cells if cell.vs_dense))
 
 
 def apart(heights: Mapping[str, float], least: float) -> dict[str, float]:
@@ -103,7 +107,7 @@ def draw(results: Results, path: Path, layers: Sequence[str] = ()) -> list[str]:
     axes = figure.subplots(len(chosen), len(schemes), squeeze=False, sharex=True, sharey="row")
     panels = {
         (shape, scheme): curves(
-            [cell for cell in timed if (f"{cell.n}x{cell.k}", cell.scheme) == (shape, scheme)]
+            [cell for cell in timed if _shape(cell) == shape and cell.scheme == scheme]
         )
         for shape in chosen
         for scheme in schemes
