@@ -120,6 +120,14 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask it as a chat message instead of continuing it.")
     ] = False,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the step from one token to the next first, about a minute; the next time "
+            "some seconds. For long texts.",
+        ),
+    ] = False,
     dtype: models.StoredPrecisionOption = None,
     device: models.DeviceOption = "auto",
 ) -> None:
@@ -130,14 +138,15 @@ def generate(
     if not prompt.strip():
         raise QuantizationError("--prompt is empty")
     network, tokenizer = _load(model, scheme, dtype, device)
-    with progress_bar("generating"):
+    with progress_bar("compiling, then generating" if compile else "generating"):
         result = evaluation.generate_text(
-            network, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat
+            network, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat, compile=compile
         )
     output().print(result.text, soft_wrap=True)
+    compiled = f", compiled in {result.compile_seconds:.0f} s" if compile else ""
     note(
         f"{result.tokens} tokens in {result.seconds:.1f} s, "
-        f"{result.tokens_per_second:.1f} tokens a second, {_kind(network)}"
+        f"{result.tokens_per_second:.1f} tokens a second, {_kind(network)}{compiled}"
     )
 
 

@@ -127,9 +127,12 @@ def _make_groups(calls: Calls, names: Mapping[int, str], report: FuseReport) -> 
     """Makes layers that read the same one product; the group of each layer by its id."""
     groups: dict[int, Fused] = {}
     for read in calls.readers.values():
-        group = [layer for layer, _ in read if calls.once(layer) is not None]
+        once = {layer: version for layer, version in read if calls.once(layer) is not None}
+        group = list(once)
         named = tuple(names[id(layer)] for layer in group)
         reason = why_not_fused(group) if group else None
+        if reason is None and len(set(once.values())) > 1:
+            reason = "x is written to between them"
         if group and reason is None:
             fused = Fused(group, named)
             groups.update((id(layer), fused) for layer in group)

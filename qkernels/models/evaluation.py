@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.errors import QuantizationError
+from qkernels.integrations.decoding import prepare_decoding
 from qkernels.models.loading import output_head
 from qkernels.modules import WQLinear
 from qkernels.modules.kinds import is_linear_kind
@@ -53,11 +54,16 @@ class PerplexityResult:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """Generated text without its prompt, and how long it took, reading the prompt included."""
+    """Generated text without its prompt, and how long it took, reading the prompt included.
+
+    Attributes:
+        compile_seconds: what `seconds` leaves out: compiling, where that was asked for.
+    """
 
     text: str
     tokens: int
     seconds: float
+    compile_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -168,16 +174,18 @@ def generate_text(
     max_new_tokens: int = 64,
     min_new_tokens: int = 0,
     chat: bool = False,
+    compile: bool = False,
 ) -> GenerationResult:
     """Continues `prompt`, or answers it as a chat message, greedily.
 
     Args:
         model: a transformers causal language model.
         min_new_tokens: go on past the end of the answer until so many; to time models alike.
+        compile: ready the model by `prepare_decoding`, and compile it before it is timed.
 
     Raises:
-        QuantizationError: for an empty prompt, limits that exclude each other, or `chat` where the
-            tokenizer has no chat template.
+        QuantizationError: for an empty prompt, limits that exclude each other, `chat` where the
+            tokenizer has no chat template, or `compile` where it cannot be.
     """
     if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
         raise QuantizationError(
@@ -197,12 +205,17 @@ def generate_text(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    new, seconds = _generate(
-        model, inputs["input_ids"], max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens
-    )
-    return GenerationResult(
-        tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), seconds
-    )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+    compiling = 0.0
+    if compile:
+        options |= prepare_decoding(model)
+        # The cache has the size that it will have; the second token is the first of a step.
+        _, compiling = _generate(
+            model, inputs["input_ids"], **options, stopping_criteria=[_AfterTwo()]
+        )
+    new, seconds = _generate(model, inputs["input_ids"], **options)
+    text = tokenizer.decode(new, skip_special_tokens=True).strip()
+    return GenerationResult(text, len(new), seconds, compiling)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -263,7 +276,18 @@ def _summed_loss(logits: Tensor, rows: Tensor) -> Tensor:
     return total
 
 
-def _generate(model: Any, ids: Tensor, **limits: int) -> tuple[Tensor, float]:
+class _AfterTwo:
+    """Of `generate`: stops at the second token."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self._tokens += 1
+        return torch.full((len(ids),), self._tokens >= 2, device=ids.device)
+
+
+def _generate(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, float]:
     """Greedily generated ids [T] without the prompt's, and the seconds it took."""
     ids = ids.to(next(model.parameters()).device)
     # generate() warns of a missing padding token, and of sampling options it does not use.
@@ -278,7 +302,7 @@ def _generate(model: Any, ids: Tensor, **limits: int) -> tuple[Tensor, float]:
             top_p=None,
             top_k=None,
             pad_token_id=0 if pad is None else pad,
-            **limits,
+            **options,
         )
         # Copying to the CPU waits for the GPU.
         new = out[0, ids.shape[1] :].cpu()

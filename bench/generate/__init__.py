@@ -1,0 +1,1 @@
+"""Tokens a second of whole models, beside other engines: `python -m bench.generate`."""

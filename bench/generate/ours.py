@@ -1,0 +1,90 @@
+"""A model on this package, or dense, as a process: `python -m bench.generate.ours JSON`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qkernels as qk
+from bench.generate.reply import serve
+from qkernels.integrations.decoding import prepare_decoding
+from qkernels.models.loading import load_dense, load_model_and_tokenizer, output_head
+from qkernels.modules import WQLinear
+
+DENSE, FILE = "dense", "file"
+"""In place of a scheme: all layers in bf16; the blocks of the file as they are."""
+
+
+def start(file: str, scheme: str, head: str, compile: bool) -> tuple[dict[str, Any], Any]:
+    """The model of `file`, quantized to `scheme`, ready to generate; see `reply.serve`."""
+    if scheme == FILE:
+        model, _ = load_model_and_tokenizer(file, torch.bfloat16, tokenizer=False)
+    else:
+        model, _ = load_dense(file, torch.bfloat16, tokenizer=False)
+    if scheme not in (DENSE, FILE):
+        qk.quantize_model(model, "rtn", scheme)
+        _quantize_head(model, head)
+    if compile:
+        options = prepare_decoding(model)
+    else:
+        options = {}
+        if scheme != DENSE:
+            qk.fuse(model)
+    schemes = {str(m.scheme) for m in model.modules() if isinstance(m, WQLinear)}
+
+    def generate(prompt: list[int], new: int) -> tuple[float, float]:
+        return times(model, torch.tensor([prompt]), new, options)
+
+    return {"schemes": sorted(schemes)}, generate
+
+
+def times(model: Any, ids: Tensor, new: int, options: dict[str, Any]) -> tuple[float, float]:
+    """Seconds to the first new token, and from it to the last, of Transformers' `generate`."""
+    clock = _Clock()
+    with torch.inference_mode():
+        started = time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            pad_token_id=0,
+            stopping_criteria=[clock],
+            **options,
+        )
+    return clock.seen[0] - started, clock.seen[-1] - clock.seen[0]
+
+
+class _Clock:
+    """Asked at each token whether to stop; notes when."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.seen.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def _quantize_head(model: nn.Module, scheme: str) -> None:
+    head = output_head(model)
+    assert isinstance(head, nn.Linear)
+    name = next(name for name, module in model.named_modules() if module is head)
+    model.set_submodule(name, WQLinear.from_linear(head, scheme, name=name))
+
+
+def main(arguments: list[str]) -> None:
+    """Serves the request that the one argument spells as JSON."""
+    request = json.loads(arguments[0])
+    torch.set_num_threads(request.pop("threads"))
+    serve(lambda: start(**request))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
