@@ -29,6 +29,8 @@ def start(file: str, scheme: str, head: str, compile: bool) -> tuple[dict[str, A
     if scheme not in (DENSE, FILE):
         qk.quantize_model(model, "rtn", scheme)
         _quantize_head(model, head)
+    # To write on past the end of a text.
+    model.generation_config.eos_token_id = None
     if compile:
         options = prepare_decoding(model)
     else:
@@ -52,7 +54,6 @@ def times(model: Any, ids: Tensor, new: int, options: dict[str, Any]) -> tuple[f
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            min_new_tokens=new,
             max_new_tokens=new,
             pad_token_id=0,
             stopping_criteria=[clock],

@@ -63,8 +63,12 @@ def prepare_decoding(model: nn.Module, example: Any = None) -> dict[str, Any]:
     config = CompileConfig(
         # None leaves it to the options.
         mode=None,  # type: ignore[arg-type]
-        # Looking at each buffer of each layer takes a fifth of a small model's step.
-        options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+        # Looking at each buffer of each layer takes a fifth of a small model's step, and checks of
+        # what compiled code itself makes a twentieth.
+        options={
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+            "size_asserts": False,
+        },
     )
     config._compile_all_devices = True  # type: ignore[assignment]
     return {"cache_implementation": "static", "compile_config": config}
