@@ -36,6 +36,11 @@ ORACLES := $(OUT)/oracles
 ORACLES_PY := $(if $(PYTHON),$(PY),$(CURDIR)/$(ORACLES)/bin/python)
 ORACLES_INSTALLED := $(if $(PYTHON),$(STAMPS),$(ORACLES))/oracles
 EMULATOR := $(OUT)/emulated/kernels.so
+# What whole models are timed beside; with PYTHON, what is installed.
+NODE := $(OUT)/node
+ENGINES := $(if $(PYTHON),,$(STAMPS)/engines)
+NODE_ARCH := $(subst x86_64,x64,$(subst aarch64,arm64,$(shell uname -m)))
+LLAMA_CPP := node-llama-cpp@3.22.1 @node-llama-cpp/linux-$(NODE_ARCH)@3.22.1
 # Which interpreter the extension in qkernels/ was last built for.
 BUILT_FOR := $(OUT)/stamps/built-for
 
@@ -44,7 +49,7 @@ export PATH := $(patsubst %/,%,$(dir $(PY))):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test emulated arm oracles architectures bench quality gpu cubins budgets lint clean FORCE
+.PHONY: help demo test emulated arm oracles architectures bench bench-generate quality gpu cubins budgets lint clean FORCE
 
 help:
 	@echo "make demo     quantize a real model, run it on WQLinear; results in $(OUT)/demo"
@@ -54,6 +59,7 @@ help:
 	@echo "make oracles  run the tests against the packages that others quantize with"
 	@echo "make architectures  quantize, save and load a tiny model of every class of Transformers"
 	@echo "make bench    time the kernels and their peers on this machine; results in $(OUT)/bench"
+	@echo "make bench-generate  time whole models and other engines on this machine; results in $(OUT)/generate"
 	@echo "make quality  measure every method on real models, hours; results in $(OUT)/quality"
 	@echo "make gpu      with PYTHON: build, test and time on the GPU; results in $(OUT)/gpu"
 	@echo "make cubins   compile every configuration of every Triton kernel for every architecture"
@@ -153,6 +159,15 @@ $(LINTERS): $(INSTALLED)
 	@$(call quietly,$(PY) -m pip install -c constraints.txt ruff mypy clang-format,install)
 	@touch $@
 
+# Without npm the benchmark says that llama.cpp is absent, and why. Its package builds nothing then.
+$(STAMPS)/engines: $(INSTALLED)
+	@echo "Installing OpenVINO GenAI and, where npm is, llama.cpp ..."
+	@$(call quietly,$(PY) -m pip install -c constraints.txt openvino-genai,engines-install)
+	@mkdir -p $(NODE); if command -v npm >/dev/null; then \
+		$(call quietly,npm install --prefix $(NODE) --ignore-scripts --omit=optional $(LLAMA_CPP),npm); \
+	fi
+	@touch $@
+
 # hqq compiles CUDA kernels unless it is told not to; builds see the torch of the tests.
 $(ORACLES_INSTALLED): constraints-oracles.txt $(INSTALLED)
 	@echo "Installing the packages that others quantize with ..."
@@ -221,6 +236,10 @@ architectures: $(INSTALLED) $(BUILT)
 
 bench: $(INSTALLED) $(BUILT)
 	@$(PY) -m bench --output $(OUT)/bench
+
+bench-generate: $(INSTALLED) $(BUILT) $(MODEL) $(ENGINES)
+	@$(call require,transformers accelerate gguf)
+	@$(PY) -m bench.generate --output $(OUT)/generate --node $(NODE)
 
 quality: $(INSTALLED) $(BUILT) $(MODEL) $(ENCODER)
 	@$(PY) -m bench.quality --output $(OUT)/quality

@@ -24,7 +24,8 @@ _FIELDS = 8
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Seconds since some start: of CPU time of everybody, of this process, and of all cores."""
+    """Seconds since some start: of CPU time of everybody, of this process with its children that
+    have ended, and of all cores."""
 
     busy: float
     own: float
@@ -45,7 +46,9 @@ def snapshot() -> Snapshot | None:
     except OSError:
         return None
     busy, total = parse_stat(text, os.sysconf("SC_CLK_TCK"))
-    return Snapshot(busy, time.process_time(), total)
+    children = os.times()
+    own = time.process_time() + children.children_user + children.children_system
+    return Snapshot(busy, own, total)
 
 
 def others_percent(before: Snapshot | None, after: Snapshot | None) -> float | None:

@@ -14,6 +14,7 @@ from qkernels.activations import (
 from qkernels.checkpoints import load_model, save_model
 from qkernels.checkpoints.registration import register_with_transformers
 from qkernels.errors import QuantizationError
+from qkernels.integrations.decoding import prepare_decoding
 from qkernels.integrations.fuse import FuseReport, fuse, unfuse
 from qkernels.integrations.modules import replace_linears
 from qkernels.modules import (
@@ -56,6 +57,7 @@ __all__ = [
     "fuse",
     "linear",
     "load_model",
+    "prepare_decoding",
     "prepare_qat",
     "quantize_activation",
     "quantize_folder",

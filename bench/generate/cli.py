@@ -31,9 +31,6 @@ from qkernels.errors import QuantizationError, SchemeError
 from qkernels.scheme import QuantScheme
 
 SCHEMES = ("w4a8-g64", "w4a16-g64", "w8a8", FILE, DENSE)
-SETTLE = (8, 4)
-"""A prompt and new tokens at the start of a turn, which are not timed."""
-
 _HIGHEST_ID = 30_000
 """Prompts are of random tokens below, which all models have."""
 
@@ -165,7 +162,7 @@ def _turn(
     speed: Speed, process: Process, long: Sequence[int], short: Sequence[int], new: int
 ) -> None:
     try:
-        process.generate(short[: SETTLE[0]], SETTLE[1])
+        process.generate(short, 1)  # wakes it up
         read = process.generate(long, 1)
         written = process.generate(short, new)
     except NotHere as error:

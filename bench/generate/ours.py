@@ -22,6 +22,7 @@ DENSE, FILE = "dense", "file"
 
 def start(file: str, scheme: str, head: str, compile: bool) -> tuple[dict[str, Any], Any]:
     """The model of `file`, quantized to `scheme`, ready to generate; see `reply.serve`."""
+    model: Any
     if scheme == FILE:
         model, _ = load_model_and_tokenizer(file, torch.bfloat16, tokenizer=False)
     else:
@@ -48,6 +49,8 @@ def start(file: str, scheme: str, head: str, compile: bool) -> tuple[dict[str, A
 def times(model: Any, ids: Tensor, new: int, options: dict[str, Any]) -> tuple[float, float]:
     """Seconds to the first new token, and from it to the last, of Transformers' `generate`."""
     clock = _Clock()
+    # Else its cache would have the size of the longest that was written before.
+    vars(model).pop("_previous_max_cache_length", None)
     with torch.inference_mode():
         started = time.perf_counter()
         model.generate(

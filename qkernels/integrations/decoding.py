@@ -20,6 +20,9 @@ from qkernels.modules import WQLinear
 ATTENTION = "qkernels"
 """The name of `attention` among those of Transformers."""
 
+_MOST_SUMMED = 256
+"""Tokens in a cache up to which compiled sums are quicker than products of matrices."""
+
 
 def prepare_decoding(model: nn.Module, example: Any = None) -> dict[str, Any]:
     """Readies a model to write token by token, in place; the options of `generate` for that.
@@ -50,15 +53,16 @@ def prepare_decoding(model: nn.Module, example: Any = None) -> dict[str, Any]:
             f"a {name} has no step that can be compiled: Transformers has no cache of fixed size "
             "for it"
         )
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    compiler = os.environ.get("CXX", "g++")
+    if on_cpu and shutil.which(compiler) is None:
+        raise LayerError(
+            f"torch compiles for the CPU with {compiler}, which is not there: install it, or name "
+            "another by the environment variable CXX"
+        )
     if any(type(module) is WQLinear for module in model.modules()):
         fuse(model, example)
-    if next(model.parameters()).device.type == "cpu":
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            raise LayerError(
-                f"torch compiles for the CPU with {compiler}, which is not there: install it, or "
-                "name another by the environment variable CXX"
-            )
+    if on_cpu:
         _set_attention(model)
     config = CompileConfig(
         # None leaves it to the options.
@@ -108,12 +112,22 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     rows = query.reshape(len(query), key.shape[1], -1, width)
-    scores = rows @ key.transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
+    # Loops without a call each, where they are compiled: they go through keys once for each row.
+    summed = torch.compiler.is_compiling() and key.shape[2] <= _MOST_SUMMED
+    if summed:
+        scores = (rows[:, :, :, None].float() * key[:, :, None].float()).sum(dim=-1)
+    else:
+        scores = rows @ key.transpose(2, 3)
+    scores = scores * (width**-0.5 if scaling is None else scaling)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, -torch.inf)
     elif attention_mask is not None:
         scores = scores + attention_mask
-    y = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    weights = scores.softmax(dim=-1, dtype=torch.float32)
+    if summed:
+        y = (weights[..., None] * value[:, :, None].float()).sum(dim=-2).to(query.dtype)
+    else:
+        y = weights.to(query.dtype) @ value
     return y.reshape(len(query), 1, heads, -1), None
 
 

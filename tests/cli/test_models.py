@@ -126,6 +126,15 @@ def test_generate_prints_nothing_but_the_text(run, model_folder):
     assert re.fullmatch(r"\d tokens in [\d.]+ s, [\d.]+ tokens a second, fp32\n", err)
 
 
+def test_generate_says_what_compiling_took(run, model_folder, monkeypatch):
+    monkeypatch.setattr(evaluation, "prepare_decoding", lambda model: {})
+    options = ("-p", "Once", "--max-new-tokens", 5, "--dtype", "fp32", "--compile")
+    code, out, err = run("generate", model_folder, *options)
+    expected = evaluation.generate_text(tiny_model(), tiny_tokenizer(), "Once", max_new_tokens=5)
+    assert (code, out) == (0, expected.text + "\n")
+    assert re.search(r"tokens a second, fp32, compiled in \d+ s\n$", err)
+
+
 def test_generate_with_a_chat_template_and_a_scheme(run, model_folder):
     code, _, err = run(
         "generate", model_folder, "-p", "hi", "--chat", "--max-new-tokens", 2, "--scheme", "nf4-g32"

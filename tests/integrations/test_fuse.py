@@ -171,13 +171,18 @@ def test_x_that_is_written_to_between_is_another():
 
         def forward(self, x):
             y = self.first(x)
-            x += self.step
+            if self.step:
+                x += self.step
             return y, self.second(x)
 
     model = Writes()
-    model.step = 0.0
+    model.step = 1.0
     qk.quantize_model(model, "rtn", "w8a16")
     x = torch.randn(3, 32)
+    report = qk.fuse(model, example=x.clone())
+    assert report.left == {("first", "second"): "x is written to between them"}
+    assert not report.fused
+    model.step = 0.0
     assert qk.fuse(model, example=x.clone()).fused == [("first", "second")]
     model.step = 1.0
     with torch.no_grad():
@@ -185,6 +190,38 @@ def test_x_that_is_written_to_between_is_another():
         qk.unfuse(model)
         wanted = model(x.clone())
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w8a8"])
+def test_compiled_they_are_one_product_too(scheme):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 32), nn.Linear(64, 16)
+            self.out = nn.Linear(48, 64)
+
+        def forward(self, x):
+            return x + self.out(torch.cat((self.q(x), self.k(x)), dim=-1))
+
+    found = []
+
+    def count(graph, inputs):
+        found.append(sum("qkernels.linear" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    model = nn.Sequential(Block(), Block())
+    qk.quantize_model(model, "rtn", scheme)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        assert qk.fuse(model, example=x).fused == [("0.q", "0.k"), ("1.q", "1.k")]
+        compiled = torch.compile(model, fullgraph=True, backend=count)
+        assert torch.equal(compiled(x), wanted) and torch.equal(compiled(x), wanted)
+    # Of both layers, and of the one that reads what they give.
+    assert found == [2 * 2]
+    # Nothing waits for somebody in what is not compiled.
+    assert model[0].q._fused[0]._held is None
+    assert torch.equal(model(x), wanted)
 
 
 def test_layers_that_are_given_copies_compute_their_own_alone():

@@ -122,6 +122,25 @@ def test_generation_is_greedy(model):
     assert result.tokens_per_second == pytest.approx(6 / result.seconds)
 
 
+def test_compiled_generation_is_timed_without_compiling(model, monkeypatch):
+    calls = []
+    monkeypatch.setattr(evaluation, "prepare_decoding", lambda given: calls.append(given) or {})
+    whole, lengths = model.generate, []
+
+    def generate(ids, **options):
+        out = whole(ids, **options)
+        lengths.append(out.shape[1] - ids.shape[1])
+        return out
+
+    monkeypatch.setattr(model, "generate", generate)
+    limits = {"max_new_tokens": 6, "min_new_tokens": 6}
+    compiled = evaluation.generate_text(model, tiny_tokenizer(), "Once", **limits, compile=True)
+    assert calls == [model] and lengths == [2, 6]
+    assert compiled.compile_seconds > 0 and compiled.tokens == 6
+    plain = evaluation.generate_text(model, tiny_tokenizer(), "Once", **limits)
+    assert plain.text == compiled.text and plain.compile_seconds == 0 and lengths == [2, 6, 6]
+
+
 def test_chat_goes_through_the_template(model):
     tokenizer = tiny_tokenizer()
     chat = evaluation.generate_text(model, tokenizer, "hi", max_new_tokens=8, chat=True)
