@@ -25,7 +25,7 @@ _MOST_SUMMED = 256
 
 
 def prepare_decoding(model: nn.Module, example: Any = None) -> dict[str, Any]:
-    """Readies a model to write token by token, in place; the options of `generate` for that.
+    """Readies a model to write token by token, in place; the options of its `generate` for that.
 
     `model.generate(ids, **prepare_decoding(model))` compiles the step from one token to the next
     when it is first taken, which is a minute or less, and again for another size of batch or cache.
@@ -35,7 +35,7 @@ def prepare_decoding(model: nn.Module, example: Any = None) -> dict[str, Any]:
     token is computed by `attention` where it was torch's. `unfuse` and
     `model.set_attn_implementation("sdpa")` take that back. After the first call weights, adapters
     and hooks must stay as they are: compiled code does not look at them again. What changes them
-    calls `torch.compiler.reset()`.
+    calls `torch.compiler.reset()`. The options are for this model and for no other.
 
     Args:
         example: for `fuse`.
@@ -64,15 +64,18 @@ def prepare_decoding(model: nn.Module, example: Any = None) -> dict[str, Any]:
         fuse(model, example)
     if on_cpu:
         _set_attention(model)
+
+    def compile_step(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        # Checks of what compiled code itself makes take a twentieth of a small model's step.
+        return torch._inductor.compile(graph, inputs, {"size_asserts": False})
+
     config = CompileConfig(
-        # None leaves it to the options.
+        # A function of this model alone: torch takes what another one compiled for the same class
+        # to be for any of its models, where nobody looks at their modules.
+        backend=compile_step,
         mode=None,  # type: ignore[arg-type]
-        # Looking at each buffer of each layer takes a fifth of a small model's step, and checks of
-        # what compiled code itself makes a twentieth.
-        options={
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-            "size_asserts": False,
-        },
+        # Looking at each buffer of each layer takes a fifth of a small model's step.
+        options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
     )
     config._compile_all_devices = True  # type: ignore[assignment]
     return {"cache_implementation": "static", "compile_config": config}

@@ -36,7 +36,7 @@ def both(query, key, value, mask, **options):
     return ours, theirs
 
 
-@pytest.mark.parametrize("heads, shared", [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize(("heads", "shared"), [(4, 4), (6, 2), (8, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
 @pytest.mark.parametrize("scaling", [None, 0.3])
@@ -86,6 +86,15 @@ def test_a_readied_model_writes_the_same_in_fewer_products():
     other = model.generate(PROMPT[:1], **(SETTINGS | {"max_new_tokens": 20}), **options)
     assert torch.equal(other[:, : wanted.shape[1]], wanted[:1])
     assert other.shape == (1, 26)
+
+
+def test_models_of_one_class_do_not_take_each_others_code():
+    torch._dynamo.reset()
+    for scheme in ("w4a16-g32", "w8a8"):
+        model = tiny_model()
+        qk.quantize_model(model, "rtn", scheme)
+        wanted = model.generate(PROMPT, **SETTINGS)
+        assert torch.equal(model.generate(PROMPT, **SETTINGS, **prepare_decoding(model)), wanted)
 
 
 def test_a_dense_model_is_readied_too():
