@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         if options.source is not None:
-            print(*results.table(results.read(options.source)), sep="\n")
+            _show(results.read(options.source))
             return 0
         _check(options, parser.error)
         options.output.mkdir(parents=True, exist_ok=True)
@@ -95,8 +95,16 @@ def run(argv: Sequence[str]) -> int:
     name = f"generate-{machine.card_name('cpu')}-{found.date[:10]}"
     path = new_path(options.output, name)
     path.write_text(found.to_json())
-    print(*results.table(found), f"written: {path}", sep="\n")
+    _show(found)
+    print(f"written: {path}")
     return status or int(not any(speed.write for speed in found.speeds))
+
+
+def _show(found: Record) -> None:
+    print(*results.table(found), sep="\n")
+    warning = load.warning([found.others_percent])
+    if warning is not None:
+        print(warning)
 
 
 def _check(options: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> None:

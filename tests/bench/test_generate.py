@@ -167,6 +167,15 @@ def test_a_file_that_is_no_run_is_refused(tmp_path):
             record.read(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("percent", [None, 3.0, 40.0])
+def test_a_busy_machine_is_said(tmp_path, capsys, percent):
+    speeds = [Speed("tiny", "llama.cpp", [1.0], [2.0])]
+    found = Record("", [], {}, {}, None, None, {}, speeds, others_percent=percent)
+    (tmp_path / "a.json").write_text(found.to_json())
+    assert cli.run(["--from", str(tmp_path / "a.json")]) == 0
+    assert ("UNRELIABLE" in capsys.readouterr().out) == (percent == 40.0)
+
+
 def test_the_table_has_no_ratio_where_one_was_not_timed():
     def speed(name, write, absent=None):
         return Speed("tiny", name, [2 * x for x in write], write, {}, absent)
