@@ -203,7 +203,8 @@ def run_alone(command: Sequence[str], log: Path, limit: float = math.inf) -> tup
             child.wait()
             assert child.stdin is not None
             child.stdin.close()
-    return outcome, _reason(child.returncode, log)
+    errors = log.read_text(errors="replace")
+    return outcome, how_it_ended(child.returncode, errors, " and no results")
 
 
 def _wait(child: subprocess.Popen[bytes], limit: float) -> Outcome:
@@ -239,13 +240,13 @@ def _read(outcome: Outcome, folder: Path, reason: str) -> None:
         outcome.failure = reason
 
 
-def _reason(status: int, log: Path) -> str:
-    """What there is to say of a child that left no results."""
+def how_it_ended(status: int, errors: str, left: str = "") -> str:
+    """What there is to say of a child: its status, what it left, the last of its `errors`."""
     if status < 0:
         return f"its process was ended by {signal.Signals(-status).name}"
-    lines = log.read_text(errors="replace").strip().splitlines()
+    lines = errors.strip().splitlines()
     last = f": {lines[-1].strip()}" if lines else ""
-    return f"its process ended with status {status} and no results{last}"
+    return f"its process ended with status {status}{left}{last}"
 
 
 def ceilings_from(text: str) -> Roofline:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import fnmatch
 import math
 import sys
@@ -322,27 +321,21 @@ def _run_as_child(found: Results, plan: Plan, ceilings: str, started: float) -> 
 
 
 def _new_results(options: argparse.Namespace, plan: Plan, argv: Sequence[str]) -> Results:
-    head, dirty = machine.commit()
-    return Results(
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command=["python", "-m", "bench", *argv],
-        machine=machine.describe(plan.device),
-        versions=machine.versions(),
-        commit=options.commit if head is None else head,
-        dirty=dirty,
-        settings={
-            "device": plan.device,
-            "dtype": options.dtype,
-            "threads": torch.get_num_threads(),
-            "schemes": [str(scheme) for scheme in plan.schemes],
-            "layers": [str(layer) for layer in plan.layers],
-            "m": list(plan.m_values),
-            "cell_seconds": plan.cell_seconds,
-            "rotate_mb": plan.rotate_bytes >> 20,
-            "time_limit": None if plan.time_limit == math.inf else plan.time_limit,
-            "seed": plan.seed,
-        },
-    )
+    settings = {
+        "device": plan.device,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "schemes": [str(scheme) for scheme in plan.schemes],
+        "layers": [str(layer) for layer in plan.layers],
+        "m": list(plan.m_values),
+        "cell_seconds": plan.cell_seconds,
+        "rotate_mb": plan.rotate_bytes >> 20,
+        "time_limit": None if plan.time_limit == math.inf else plan.time_limit,
+        "seed": plan.seed,
+    }
+    found = Results(**results.beginning("bench", argv, plan.device, settings))
+    found.commit = found.commit or options.commit
+    return found
 
 
 def _draw(found: Results, path: Path, layers: Sequence[str]) -> list[str]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from qkernels import machine
 
 SCHEMA = "qkernels-bench/1"
 
@@ -62,8 +66,8 @@ class Cell:
 
 
 @dataclass
-class Results:
-    """A whole run."""
+class Run:
+    """What every file of a whole run begins with."""
 
     date: str
     command: list[str]
@@ -72,6 +76,31 @@ class Results:
     commit: str | None
     dirty: bool | None
     settings: dict[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+
+
+def beginning(
+    module: str, argv: Sequence[str], device: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields of a `Run` of `python -m module argv` that begins now, here."""
+    head, dirty = machine.commit()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": ["python", "-m", module, *argv],
+        "machine": machine.describe(device),
+        "versions": machine.versions(),
+        "commit": head,
+        "dirty": dirty,
+        "settings": settings,
+    }
+
+
+@dataclass
+class Results(Run):
+    """A run of `python -m bench`."""
+
     roofline: dict[str, Any] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     stopped: str | None = None
@@ -81,9 +110,6 @@ class Results:
     def device_name(self) -> str:
         gpu = self.machine.get("gpu")
         return str(gpu["name"] if gpu else self.machine.get("cpu"))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Results:

@@ -1,3 +1,5 @@
+"""`python -m bench.generate`."""
+
 import sys
 
 from bench.generate.cli import run

@@ -7,7 +7,6 @@ ratios are of turns in the same round.
 from __future__ import annotations
 
 import argparse
-import datetime
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -25,12 +24,13 @@ from bench.generate.models import MODELS, find_model
 from bench.generate.ours import DENSE, FILE
 from bench.generate.record import Record, Speed
 from bench.generate.reply import NotHere
-from bench.results import ResultsError, new_path
+from bench.results import ResultsError, beginning, new_path
 from qkernels import machine
 from qkernels.errors import QuantizationError, SchemeError
 from qkernels.scheme import QuantScheme
 
 SCHEMES = ("w4a8-g64", "w4a16-g64", "w8a8", FILE, DENSE)
+
 _HIGHEST_ID = 30_000
 """Prompts are of random tokens below, which all models have."""
 
@@ -133,7 +133,7 @@ def _measure(found: Record, model: str, file: Path, options: argparse.Namespace)
         node=options.node,
         compile=options.compile,
     )
-    chosen = [c for c in all_of_them if options.contestants in (None, []) or _asked(c, options)]
+    chosen = [c for c in all_of_them if options.contestants is None or _asked(c, options)]
     found.speeds += [Speed(model, name, absent=reason) for name, reason in absent.items()]
     race: list[tuple[Speed, Process]] = []
     draw = random.Random(0)
@@ -150,7 +150,7 @@ def _measure(found: Record, model: str, file: Path, options: argparse.Namespace)
                 process = Process(contestant)
                 race.append((speed, process))
                 speed.about = process.about
-                # The longest first: caches of fixed size stay as large, and steps are compiled.
+                # What is compiled at first use is, before anything is timed.
                 process.generate(prompt(options.prompt), 1)
                 process.generate(prompt(options.context), options.new)
             except NotHere as error:
@@ -189,16 +189,6 @@ def _said(done: int, total: int, text: str) -> None:
 
 
 def _new_record(options: argparse.Namespace, argv: Sequence[str]) -> Record:
-    head, dirty = machine.commit()
-    return Record(
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command=["python", "-m", "bench.generate", *argv],
-        machine=machine.describe("cpu"),
-        versions=machine.versions(),
-        commit=head,
-        dirty=dirty,
-        settings={
-            name: getattr(options, name)
-            for name in ("prompt", "new", "context", "rounds", "threads", "compile", "schemes")
-        },
-    )
+    names = ("prompt", "new", "context", "rounds", "threads", "compile", "schemes")
+    settings = {name: getattr(options, name) for name in names}
+    return Record(**beginning("bench.generate", argv, "cpu", settings))

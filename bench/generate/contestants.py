@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.children import how_it_ended
 from bench.generate.ours import DENSE, FILE
 from bench.generate.reply import NotHere
 from qkernels.machine import REPOSITORY
@@ -177,5 +178,4 @@ class Process:
     def _last_words(self) -> str:
         status = self._child.wait()
         self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines()
-        return f"its process ended with status {status}" + (f": {lines[-1]}" if lines else "")
+        return how_it_ended(status, self._errors.read())

@@ -8,13 +8,15 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import qkernels as qk
 from bench.generate.reply import serve
+from qkernels.cli.demo import quantize_head
 from qkernels.integrations.decoding import prepare_decoding
-from qkernels.models.loading import load_dense, load_model_and_tokenizer, output_head
+from qkernels.models.loading import load_dense, load_model_and_tokenizer
 from qkernels.modules import WQLinear
+from qkernels.scheme import QuantScheme
 
 DENSE, FILE = "dense", "file"
 """In place of a scheme: all layers in bf16; the blocks of the file as they are."""
@@ -29,7 +31,7 @@ def start(file: str, scheme: str, head: str, compile: bool) -> tuple[dict[str, A
         model, _ = load_dense(file, torch.bfloat16, tokenizer=False)
     if scheme not in (DENSE, FILE):
         qk.quantize_model(model, "rtn", scheme)
-        _quantize_head(model, head)
+        quantize_head(model, QuantScheme.parse(head))
     # To write on past the end of a text.
     model.generation_config.eos_token_id = None
     if compile:
@@ -74,13 +76,6 @@ class _Clock:
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.seen.append(time.perf_counter())
         return torch.zeros(len(ids), dtype=torch.bool)
-
-
-def _quantize_head(model: nn.Module, scheme: str) -> None:
-    head = output_head(model)
-    assert isinstance(head, nn.Linear)
-    name = next(name for name, module in model.named_modules() if module is head)
-    model.set_submodule(name, WQLinear.from_linear(head, scheme, name=name))
 
 
 def main(arguments: list[str]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.results import ResultsError
+from bench.results import ResultsError, Run
 
 SCHEMA = "qkernels-generate-1"
 
@@ -34,22 +34,12 @@ class Speed:
 
 
 @dataclass
-class Record:
-    """A run."""
+class Record(Run):
+    """A run of `python -m bench.generate`."""
 
-    date: str
-    command: list[str]
-    machine: dict[str, Any]
-    versions: dict[str, str | None]
-    commit: str | None
-    dirty: bool | None
-    settings: dict[str, Any]
     speeds: list[Speed] = field(default_factory=list)
     others_percent: float | None = None
     schema: str = SCHEMA
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> Record:

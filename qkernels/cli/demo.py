@@ -91,7 +91,7 @@ def measure(
             row.bits_per_weight = report.bits_per_weight
             row.weight_error = sum(x.weight_error for x in report.layers) / len(report.layers)
             if head is not None:
-                _quantize_head(model, head)
+                quantize_head(model, head)
         else:
             model.to(DENSE[row.scheme])
             row.bits_per_weight = 8.0 * next(model.parameters()).element_size()
@@ -116,7 +116,8 @@ def measure(
         row.seconds = time.perf_counter() - start
 
 
-def _quantize_head(model: nn.Module, scheme: QuantScheme) -> None:
+def quantize_head(model: nn.Module, scheme: QuantScheme) -> None:
+    """Rounds the output head to nearest, in place, where it is a linear layer."""
     head = output_head(model)
     if isinstance(head, nn.Linear):
         name = next(name for name, module in model.named_modules() if module is head)
