@@ -37,6 +37,7 @@ namespace {
 struct Detected {
   Isa isa = Isa::kPortable;
   bool bf16_products = false;
+  bool avx_vnni = false;
   const char* missing = "";  // what the next level needs
 };
 
@@ -76,12 +77,18 @@ Detected detect() {
   constexpr uint64_t kAvx = 0x6, kZmm = 0xe6, kTiles = 0x60000;
   if (!bit(b, 5) || (saved & kAvx) != kAvx) return found;
   found.isa = Isa::kAvx2;
+  unsigned a1, b1, c1, d1;
+  const bool more = __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) != 0;
+  found.avx_vnni = more && bit(a1, 4);
   found.missing = "this CPU has no AVX-512 with VNNI";
   const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
   if (!avx512 || !bit(c, 11) || (saved & kZmm) != kZmm) return found;
   found.isa = Isa::kAvx512;
+#ifdef QK_AVX_VNNI_BY_AVX512
+  found.avx_vnni = true;
+#endif
   const bool amx = bit(d, 22) && bit(d, 24) && bit(d, 25);
-  found.bf16_products = __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
+  found.bf16_products = more && bit(a1, 5);
   found.missing = "this CPU has no AMX with bf16 and int8";
   // Conversions to bf16, which every CPU with tiles has.
   if (!amx || !found.bf16_products) return found;
@@ -132,9 +139,10 @@ Features features() { return {}; }
 
 Detected detect() {
   const Features here = features();
-  if (!here.dot_products) return {Isa::kNeon, false, "this CPU has no dot products of int8"};
-  if (!here.i8mm) return {Isa::kNeonDot, false, "this CPU has no products of int8 matrices (I8MM)"};
-  return {Isa::kNeonI8mm, here.bf16, ""};
+  if (!here.dot_products) return {Isa::kNeon, false, false, "this CPU has no dot products of int8"};
+  if (!here.i8mm)
+    return {Isa::kNeonDot, false, false, "this CPU has no products of int8 matrices (I8MM)"};
+  return {Isa::kNeonI8mm, here.bf16, false, ""};
 }
 
 #else
@@ -155,6 +163,8 @@ const Detected& detected() {
 }  // namespace
 
 bool has_bf16_products() { return detected().bf16_products; }
+
+bool has_avx_vnni() { return detected().avx_vnni; }
 
 Isa detected_isa() { return detected().isa; }
 

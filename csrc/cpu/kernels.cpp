@@ -4,6 +4,7 @@ namespace qkernels::cpu {
 
 Kernels portable_kernels();
 Kernels avx2_kernels();
+Kernels avx_vnni_kernels();
 Kernels avx512_kernels();
 Kernels amx_kernels();
 Kernels neon_kernels();
@@ -22,7 +23,9 @@ const Kernels& kernels(Isa isa) {
 #if defined(__x86_64__)
     case Isa::kAmx: return table<amx_kernels>();
     case Isa::kAvx512: return table<avx512_kernels>();
-    case Isa::kAvx2: return table<avx2_kernels>();
+    case Isa::kAvx2:
+      // The same numbers: sums of integers are exact.
+      return has_avx_vnni() ? table<avx_vnni_kernels>() : table<avx2_kernels>();
 #elif defined(__aarch64__)
     case Isa::kNeonI8mm: return table<neon_i8mm_kernels>();
     case Isa::kNeonDot: return table<neon_dot_kernels>();

@@ -80,7 +80,8 @@ struct FloatTileJob {
   Output out;
 };
 
-// x in pairs of bf16: [panel of 48 rows][columns / 2][48], zero from m and from k on.
+// x in pairs of bf16: [chunk of columns][panel of 48 rows][columns of the chunk / 2][48], zero from
+// m and from k on.
 struct ScaledJob {
   Weight weight;
   int64_t m;
@@ -88,7 +89,8 @@ struct ScaledJob {
   Output out;
 };
 
-constexpr int64_t kScaledPanels = 3;  // that its kernel takes at once
+constexpr int64_t kScaledPanels = 3;   // that its kernel takes at once
+constexpr int64_t kScaledChunk = 256;  // columns
 
 struct Int8TileJob {
   Weight weight;

@@ -217,18 +217,23 @@ void float_on_scaled_panels(const FloatArguments& arguments, const Kernels& tabl
                             const Pool& pool) {
   const Weight& weight = arguments.weight;
   const int64_t columns = weight.columns(), panels = weight.panels();
-  const int64_t words = columns / 2 * kProductPanel;
   for (int64_t row = 0; row < arguments.m; row += kScaledRowsAtOnce) {
     const int64_t m = std::min(kScaledRowsAtOnce, arguments.m - row);
     const int64_t row_panels = ceil_div(m, kProductPanel);
     uint32_t* x;
-    carve(shared_scratch, [&](Carver& carver) { x = carver.take<uint32_t>(row_panels * words); });
+    carve(shared_scratch, [&](Carver& carver) {
+      x = carver.take<uint32_t>(row_panels * kProductPanel * columns / 2);
+    });
     const auto* first = static_cast<const uint16_t*>(
         row_at(arguments.x, arguments.x_type, arguments.x_stride, row));
     parallel_for(pool_for(pool, m * columns, kElementsWorthThreads), row_panels, [&](int64_t r) {
       const int64_t begin = r * kProductPanel, rows = std::min(kProductPanel, m - begin);
-      table.pack_pairs(first + begin * arguments.x_stride, arguments.x_stride, rows, arguments.k,
-                       columns, x + r * words);
+      const uint16_t* from = first + begin * arguments.x_stride;
+      for (int64_t c = 0; c < columns; c += kScaledChunk) {
+        const int64_t width = std::min(kScaledChunk, columns - c);
+        uint32_t* to = x + (c * row_panels + r * width) / 2 * kProductPanel;
+        table.pack_pairs(from + c, arguments.x_stride, rows, arguments.k - c, width, to);
+      }
     });
     const ScaledJob job{weight, m, x, rows_from(arguments.out, weight.n, row)};
     const Pool workers = pool_for(pool, m * weight.n * columns, kProductsWorthThreads);

@@ -2,8 +2,9 @@
 // whole_tiles.h do, on vectors.
 //
 // Three panels and a chunk of columns are decoded into the L1 cache and multiplied with the same
-// chunk of all rows, 48 at a time, which comes from the L2 cache. A sum goes through the same
-// additions whatever the number of rows is. Only for source files after QK_TARGET.
+// chunk of all rows, 48 at a time, which comes from the L2 cache. Four such blocks meet a chunk
+// before the next one is read, since x as a whole may not lie in any cache. A sum goes through the
+// same additions whatever the number of rows is. Only for source files after QK_TARGET.
 
 #pragma once
 
@@ -15,13 +16,15 @@
 namespace qkernels::cpu {
 namespace {
 
-constexpr int64_t kScaledChunk = 256;  // columns
+constexpr int64_t kBlocks = 4;
 constexpr int64_t kDecodedWords = kScaledChunk / 2 * kProductPanel;
 constexpr int64_t kPanelSums = kProductPanel * kProductPanel;
 static_assert(kScaledPanels * kLanes == kProductPanel);
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 inline int64_t scaled_scratch(int64_t m) {
-  return (kDecodedWords + ceil_div(m, kProductPanel) * kPanelSums) * 4;
+  return (kDecodedWords + kBlocks * ceil_div(m, kProductPanel) * kPanelSums) * 4;
 }
 
 // V rounds pairs: see scaled_weights.h.
@@ -35,27 +38,31 @@ void run_scaled_panels(const ScaledJob& job, const Decoder& decoder, ProductKern
   const int64_t columns = weight.columns(), row_panels = ceil_div(job.m, kProductPanel);
   // Where a task has fewer than three, what lies beside them is multiplied too, and not used.
   __builtin_memset(decoded, 0, static_cast<size_t>(kDecodedWords) * 4);
-  for (int64_t panel = begin; panel < end; panel += kScaledPanels) {
-    const int64_t panels = end - panel < kScaledPanels ? end - panel : kScaledPanels;
-    __builtin_memset(sums, 0, static_cast<size_t>(row_panels * kPanelSums) * 4);
+  const int64_t block_sums = row_panels * kPanelSums;
+  for (int64_t group = begin; group < end; group += kBlocks * kScaledPanels) {
+    const int64_t group_end = least(end, group + kBlocks * kScaledPanels);
+    __builtin_memset(sums, 0, static_cast<size_t>(kBlocks * block_sums) * 4);
     for (int64_t first = 0; first < columns; first += kScaledChunk) {
-      const int64_t last = columns - first < kScaledChunk ? columns : first + kScaledChunk;
-      for (int64_t p = 0; p < panels; ++p) {
-        auto* to = reinterpret_cast<char*>(decoded + p * kLanes);
-        weights.template decode<kScaledPanels>(panel + p, first, last, to);
-      }
-      const uint32_t* x = job.x + first / 2 * kProductPanel;
-      for (int64_t r = 0; r < row_panels; ++r, x += columns / 2 * kProductPanel) {
-        const int64_t rows = job.m - r * kProductPanel;
-        multiply(x, decoded, (last - first) / 2, rows < kProductPanel ? rows : kProductPanel,
-                 sums + r * kPanelSums);
+      const int64_t last = least(columns, first + kScaledChunk), steps = (last - first) / 2;
+      float* to = sums;
+      for (int64_t panel = group; panel < group_end; panel += kScaledPanels, to += block_sums) {
+        for (int64_t p = panel; p < least(group_end, panel + kScaledPanels); ++p) {
+          auto* place = reinterpret_cast<char*>(decoded + (p - panel) * kLanes);
+          weights.template decode<kScaledPanels>(p, first, last, place);
+        }
+        const uint32_t* x = job.x + first / 2 * kProductPanel * row_panels;
+        for (int64_t r = 0; r < row_panels; ++r, x += steps * kProductPanel) {
+          multiply(x, decoded, steps, least(kProductPanel, job.m - r * kProductPanel),
+                   to + r * kPanelSums);
+        }
       }
       if (QK_FAULT(scaled_chunk_missing)) break;
     }
-    for (int64_t row = 0; row < job.m; ++row) {
-      for (int64_t p = 0; p < panels; ++p) {
-        const float* sum = sums + row * kProductPanel + p * kLanes;
-        write_output<V>(job.out, weight, row, panel + p, V::load(sum), false);
+    for (int64_t panel = group; panel < group_end; ++panel) {
+      const int64_t block = (panel - group) / kScaledPanels, p = (panel - group) % kScaledPanels;
+      const float* sum = sums + block * block_sums + p * kLanes;
+      for (int64_t row = 0; row < job.m; ++row, sum += kProductPanel) {
+        write_output<V>(job.out, weight, row, panel, V::load(sum), false);
       }
     }
   }

@@ -22,7 +22,7 @@ struct Avx2 {
   static constexpr bool kFused = true;
   static constexpr bool kFastLookup = false;
   static constexpr int32_t kByteOffset = 0;
-  static constexpr int kBurstSums = 12;
+  static constexpr int kBurstSums = 6;
 
   static QK_INLINE F broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static QK_INLINE I broadcast(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }

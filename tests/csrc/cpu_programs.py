@@ -25,6 +25,9 @@ FLAGS = (
 SOFTWARE_TILES = ("-DQK_SOFTWARE_TILES",)
 """Tiles in plain C++ in place of AMX, wherever there is AVX-512."""
 
+AVX_VNNI = ("-DQK_AVX_VNNI_BY_AVX512",)
+"""Products of AVX-VNNI beside AVX2, wherever there is AVX-512 VNNI."""
+
 JUDGES = ("truth", "numbers")
 """What is not under test is compiled for speed and without sanitizers."""
 
