@@ -148,8 +148,14 @@ _EXACT_COLUMNS = 1024
 
 @lru_cache(maxsize=1)
 def _cpu_multiplies_int8() -> bool:
-    """Whether this CPU has instructions for int8 products, without which `_int_mm` crawls."""
-    return torch.cpu._is_vnni_supported()
+    """Whether `_int_mm` has instructions for int8 products here, without which it crawls.
+
+    And whether it uses them: kept to AVX2 (ONEDNN_MAX_CPU_ISA), it saturates sums of two products.
+    """
+    if not torch.cpu._is_vnni_supported():
+        return False
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest) == 64 * 127 * 127).all())
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
