@@ -161,11 +161,13 @@ void float_range(const FloatJob& job, const Decoder& decoder, int64_t begin, int
                  GroupRange range) {
   if (QK_FAULT(last_panel_missing)) --end;
   int64_t panel = begin;
-  if constexpr (V::kMostPanels == 2) {
-    // One row and two panels would leave the units waiting for their own last sums.
-    for (; job.m == 1 && panel + 4 <= end; panel += 4) {
-      float_block<V, Decoder, 1, 4>(job, decoder, 0, panel, range);
+  // One row and few panels would leave the units waiting for their own last sums.
+  if constexpr (V::kPanelsOfOneRow > 1) {
+    for (; job.m == 1 && panel + V::kPanelsOfOneRow <= end; panel += V::kPanelsOfOneRow) {
+      float_block<V, Decoder, 1, V::kPanelsOfOneRow>(job, decoder, 0, panel, range);
     }
+  }
+  if constexpr (V::kMostPanels == 2) {
     for (; panel + 2 <= end; panel += 2) float_panels<V, Decoder, 2>(job, decoder, panel, range);
   }
   for (; panel < end; ++panel) float_panels<V, Decoder, 1>(job, decoder, panel, range);

@@ -17,6 +17,7 @@ struct Avx2 {
   };
 
   static constexpr int kMostPanels = 1;
+  static constexpr int kPanelsOfOneRow = 2;  // float_rows.h
   static constexpr int kSplit = 1;
   // Whether fma rounds once.
   static constexpr bool kFused = true;

@@ -13,6 +13,7 @@ struct Avx512 {
   using I = __m512i;
 
   static constexpr int kMostPanels = 2;
+  static constexpr int kPanelsOfOneRow = 4;  // float_rows.h
   static constexpr int kSplit = 2;
   // Whether fma rounds once.
   static constexpr bool kFused = true;

@@ -22,6 +22,7 @@ struct Neon {
   };
 
   static constexpr int kMostPanels = 1;
+  static constexpr int kPanelsOfOneRow = 1;  // float_rows.h
   static constexpr int kSplit = 1;
   // Whether fma rounds once.
   static constexpr bool kFused = true;

@@ -70,6 +70,7 @@ struct Portable {
 
   // How many panels of W a block of several rows' sums in registers has, at most.
   static constexpr int kMostPanels = 1;
+  static constexpr int kPanelsOfOneRow = 1;  // float_rows.h
   // Sums that take turns over the columns, for more additions in flight.
   static constexpr int kSplit = 1;
   // Whether fma rounds once.
