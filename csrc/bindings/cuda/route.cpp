@@ -68,12 +68,12 @@ void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bi
   const char* reason = why_not(problem, config);
   TORCH_CHECK_VALUE(reason == nullptr, reason, ": ", to_string(config));
   problem.m = rows.m;
-  DeviceScope::Scratch scratch;
+  at::Tensor partials;
   if (config.split_k > 1) {
-    scratch =
-        scope.scratch(rows.tensor, partial_bytes(problem, config), counter_bytes(problem, config));
-    arguments.partials = scratch.partials.mutable_data_ptr<float>();
-    arguments.counters = reinterpret_cast<uint32_t*>(scratch.counters.mutable_data_ptr<int32_t>());
+    partials = at::empty({partial_bytes(problem, config) / 4},
+                         rows.tensor.options().dtype(at::kFloat));
+    arguments.partials = partials.mutable_data_ptr<float>();
+    arguments.counters = scope.counters(counter_bytes(problem, config) / 4);
   }
   arguments.x = rows.tensor.const_data_ptr();
   arguments.x_stride = rows.stride;
