@@ -8,14 +8,13 @@ is the allocator's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial, wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TypeVar
 
 import torch
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -39,25 +38,21 @@ def made_to_last(make: Callable[[], T], device: torch.device) -> T:
         return other_thread.submit(run).result()
 
 
-def once_a_device(
-    make: Callable[Concatenate[torch.device, P], T],
-) -> Callable[Concatenate[torch.device | str, P], T]:
+def once_a_device(make: Callable[..., T]) -> Callable[..., T]:
     """`make(device, ...)`, whose tensors last and are made once for the same arguments.
 
     They are never given up: CUDA graphs that were captured with them read them at each replay.
     """
-
-    @cache
-    def kept(device: torch.device, *arguments: P.args, **keywords: P.kwargs) -> T:
-        return made_to_last(partial(make, device, *arguments, **keywords), device)
+    kept = cache(lambda device, *rest: made_to_last(partial(make, device, *rest), device))
 
     @wraps(make)
-    def found(device: torch.device | str, *arguments: P.args, **keywords: P.kwargs) -> T:
+    def found(device: torch.device | str, *rest: Hashable) -> T:
         device = torch.device(device)
         if torch.compiler.is_compiling():
-            return make(device, *arguments, **keywords)  # a part of the graph
-        if device.type == "cuda" and device.index is None:
+            return make(device, *rest)  # a part of the graph
+        if device == torch.device("cuda"):
             device = torch.device("cuda", torch.cuda.current_device())
-        return kept(device, *arguments, **keywords)
+        made: T = kept(device, *rest)
+        return made
 
     return found
