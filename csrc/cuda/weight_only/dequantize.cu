@@ -38,7 +38,7 @@ QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) 
                       (tile * p.chunks + chunk) * kUnits * kUnitBytes + lane * 16;
   // 16 rows of eight pieces of 16 bytes, swizzled so that neither side conflicts.
   unsigned char* shared = ptx::shared_memory() + warp * kTileBytes;
-  // A group is 16 columns or more, so a step enters one at most. The one division is of 32 bits.
+  // A group is a step's columns or more, or the only one: a step enters one at most.
   const auto group_size = static_cast<unsigned>(p.weight.group_size);
   const auto first_column = static_cast<unsigned>(chunk) * kChunkColumns;
   unsigned number = first_column / group_size, next_column = (number + 1) * group_size;
