@@ -15,7 +15,6 @@ zero, as in binary weights, that scale is zero itself.
 from __future__ import annotations
 
 import itertools
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from qkernels.errors import WeightError
 from qkernels.fields import NESTED_BLOCK, SCALE_BLOCK
+from qkernels.lasting import once_a_device
 from qkernels.scheme import QuantScheme, WeightType
 from qkernels.weight import (
     QuantizedWeight,
@@ -336,8 +336,8 @@ def _double_quantize(scales: Tensor) -> dict[str, Tensor | None]:
     }
 
 
-@lru_cache(maxsize=64)
-def _boundaries(weight: WeightType, device: torch.device) -> tuple[Tensor, Tensor]:
+@once_a_device
+def _boundaries(device: torch.device, weight: WeightType) -> tuple[Tensor, Tensor]:
     """Midpoints between neighbouring values of a codebook, and the codes between them."""
     assert weight.values is not None
     first_code: dict[float, int] = {}
@@ -354,5 +354,5 @@ def _boundaries(weight: WeightType, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def _nearest(scaled: Tensor, weight: WeightType) -> Tensor:
-    middles, codes = _boundaries(weight, scaled.device)
+    middles, codes = _boundaries(scaled.device, weight)
     return codes[torch.bucketize(scaled, middles, out_int32=True)]

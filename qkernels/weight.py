@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +24,7 @@ from qkernels.fields import (
     cut_columns,
     cut_rows,
 )
+from qkernels.lasting import once_a_device
 from qkernels.scheme import QuantScheme, WeightType
 
 SLICE_ELEMENTS = 1 << 22
@@ -41,8 +41,8 @@ def row_slices(n: int, k: int) -> Iterator[tuple[int, int]]:
         yield start, min(n, start + rows)
 
 
-@lru_cache(maxsize=64)
-def _codebook(values: tuple[float, ...], device: torch.device) -> Tensor:
+@once_a_device
+def _codebook(device: torch.device, values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
@@ -55,10 +55,10 @@ def codebook(
     """
     assert weight_type.values is not None, f"{weight_type.name} has no codebook"
     padding = (0.0,) * (entries - len(weight_type.values))
-    return _codebook((*weight_type.values, *padding), torch.device(device))
+    return _codebook(device, (*weight_type.values, *padding))
 
 
-@lru_cache(maxsize=8)
+@once_a_device
 def nested_table(device: torch.device) -> Tensor:
     """The 256 values of 8-bit double-quantized scales, fp32, ascending (bitsandbytes' dynamic map).
 

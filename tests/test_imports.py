@@ -9,7 +9,7 @@ import qkernels
 
 PACKAGE = Path(qkernels.__file__).parent
 ORDER = (
-    ("errors", "machine", "progress", "sparse"),
+    ("errors", "lasting", "machine", "progress", "sparse"),
     ("compiled", "positions", "spelling"),
     ("scheme",),
     ("fields",),

@@ -185,15 +185,29 @@ QK_DEVICE unsigned char* shared_memory() {
   return qkernels_shared_memory;
 }
 
-// V is a type of 1, 2, 4, 8 or 16 bytes (uint4), and the address is aligned to its size.
+// V is a type of 1, 2 or 4 bytes, uint2 or uint4, and the address is aligned to its size.
 template <class V>
 QK_DEVICE V load_shared(const void* address QK_AND_SITE) {
   return *static_cast<const V*>(address);
 }
 
+// An instruction each: where words are computed one by one, nvcc stores what is assigned as a
+// structure one by one too.
 template <class V>
 QK_DEVICE void store_shared(void* address, const V& value QK_AND_SITE) {
-  *static_cast<V*>(address) = value;
+  if constexpr (sizeof(V) <= 4) {
+    *static_cast<V*>(address) = value;
+  } else {
+    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(address));
+    if constexpr (sizeof(V) == 8) {
+      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(value.x), "r"(value.y)
+                   : "memory");
+    } else {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y),
+                   "r"(value.z), "r"(value.w)
+                   : "memory");
+    }
+  }
 }
 
 // --- Global memory
@@ -210,9 +224,22 @@ QK_DEVICE V load_global_written(const void* address QK_AND_SITE) {
   return __ldcg(static_cast<const V*>(address));
 }
 
+// An instruction each, as in shared memory.
 template <class V>
 QK_DEVICE void store_global(void* address, const V& value QK_AND_SITE) {
-  *static_cast<V*>(address) = value;
+  if constexpr (sizeof(V) <= 4) {
+    *static_cast<V*>(address) = value;
+  } else {
+    const size_t to = __cvta_generic_to_global(address);
+    if constexpr (sizeof(V) == 8) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(value.x), "r"(value.y)
+                   : "memory");
+    } else {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y),
+                   "r"(value.z), "r"(value.w)
+                   : "memory");
+    }
+  }
 }
 
 // --- Asynchronous copies of 16 bytes from global to shared memory

@@ -41,6 +41,8 @@ void qkernels_emulator_disable_site(const char* kind, const char* file_suffix, i
 
 void qkernels_emulator_skip_launches(int skipped) { emulator::skip_launches(skipped != 0); }
 
+void qkernels_emulator_run_last_blocks(int alone) { emulator::run_last_blocks(alone != 0); }
+
 void qkernels_emulator_fail_launches(const char* file_suffix, const char* error) {
   emulator::fail_launches(file_suffix, error);
 }

@@ -50,9 +50,13 @@ const char* qkernels_emulator_sites_json();
 // `within` is true, and copy_async_16 copies what is not valid. A null kind makes all calls right.
 void qkernels_emulator_disable_site(const char* kind, const char* file_suffix, int line);
 
-// Whether the launches that follow do nothing and succeed, so that what is left of the time of a
-// call is the host's. They are counted as launches.
+// Whether the launches that follow do nothing and, where they can be, succeed, so that what is left
+// of the time of a call is the host's. They are counted as launches.
 void qkernels_emulator_skip_launches(int skipped);
+
+// Whether the launches that follow run the last block of their grid alone, so that the addresses of
+// problems can be tried which no test can wait for.
+void qkernels_emulator_run_last_blocks(int alone);
 
 // Makes the launches in files whose path ends in `file_suffix` do nothing and fail with `error`, as
 // on a GPU that the kernel was not compiled for, and all others right again. A null error makes

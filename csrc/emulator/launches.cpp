@@ -4,7 +4,6 @@
 #include <cstring>
 #include <mutex>
 #include <numeric>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,6 +18,7 @@ constexpr int kMaxSharedBytes = 227 * 1024;  // sm_90 and sm_100; sm_80 has 163 
 
 struct Switches {
   bool skipped = false;
+  bool last_alone = false;
   bool failing = false;
   std::string file_suffix, error;  // of the launches that fail
 };
@@ -40,18 +40,22 @@ void run_block() {
   ++totals().blocks;
 }
 
+// Nothing where the launch can be. In the time of a call that skips it, this counts too.
 std::string wrong_launch(Index3 grid, int threads, int shared_bytes) {
-  std::ostringstream text;
+  const auto text = [](auto number) { return std::to_string(number); };
   if (threads < 1 || threads > kMaxThreads) {
-    text << threads << " threads a block; 1 to " << kMaxThreads << " are possible";
-  } else if (grid.x < 1 || grid.x > 0x7fffffffu || grid.y < 1 || grid.y > 0xffff || grid.z < 1 ||
-             grid.z > 0xffff) {
-    text << "a grid of (" << grid.x << ", " << grid.y << ", " << grid.z
-         << "); 1 to (2147483647, 65535, 65535) are possible";
-  } else if (shared_bytes < 0 || shared_bytes > kMaxSharedBytes) {
-    text << shared_bytes << " bytes of shared memory; 0 to " << kMaxSharedBytes << " are possible";
+    return text(threads) + " threads a block; 1 to " + text(kMaxThreads) + " are possible";
   }
-  return text.str();
+  if (grid.x < 1 || grid.x > 0x7fffffffu || grid.y < 1 || grid.y > 0xffff || grid.z < 1 ||
+      grid.z > 0xffff) {
+    return "a grid of (" + text(grid.x) + ", " + text(grid.y) + ", " + text(grid.z) +
+           "); 1 to (2147483647, 65535, 65535) are possible";
+  }
+  if (shared_bytes < 0 || shared_bytes > kMaxSharedBytes) {
+    return text(shared_bytes) + " bytes of shared memory; 0 to " + text(kMaxSharedBytes) +
+           " are possible";
+  }
+  return {};
 }
 
 }  // namespace
@@ -65,9 +69,9 @@ const char* run_grid(Index3 grid, int threads, int shared_bytes, void (*call)(co
   if (switches.failing && ends_with(place.file, switches.file_suffix)) {
     return switches.error.c_str();
   }
-  if (switches.skipped) return nullptr;
   machine.error = wrong_launch(grid, threads, shared_bytes);
   machine.cancelled = !machine.error.empty();
+  if (switches.skipped && !machine.cancelled) return nullptr;
   machine.call = call;
   machine.arguments = arguments;
   machine.threads = threads;
@@ -75,8 +79,10 @@ const char* run_grid(Index3 grid, int threads, int shared_bytes, void (*call)(co
   gridDim = dim3(grid.x, grid.y, grid.z);
   blockDim = dim3(static_cast<unsigned>(threads));
   if (!machine.cancelled) {
-    std::vector<uint64_t> blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);
-    std::iota(blocks.begin(), blocks.end(), uint64_t{0});
+    const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+    const uint64_t first = switches.last_alone ? count - 1 : 0;
+    std::vector<uint64_t> blocks(count - first);
+    std::iota(blocks.begin(), blocks.end(), first);
     for (size_t i = blocks.size(); i > 1; --i) {
       std::swap(blocks[i - 1], blocks[machine.random.below(static_cast<uint32_t>(i))]);
     }
@@ -95,6 +101,8 @@ const char* run_grid(Index3 grid, int threads, int shared_bytes, void (*call)(co
 void set_seed(uint64_t seed) { machine.random = Random(seed); }
 
 void skip_launches(bool skipped) { switches.skipped = skipped; }
+
+void run_last_blocks(bool alone) { switches.last_alone = alone; }
 
 void fail_launches(const char* file_suffix, const char* error) {
   switches.failing = error != nullptr;

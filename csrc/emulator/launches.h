@@ -22,6 +22,7 @@ const char* run_grid(Index3 grid, int threads, int shared_bytes, void (*call)(co
 
 void set_seed(uint64_t seed);
 void skip_launches(bool skipped);
+void run_last_blocks(bool alone);
 void fail_launches(const char* file_suffix, const char* error);
 
 }  // namespace qkernels::emulator

@@ -11,10 +11,16 @@ import torch
 from qkernels import compiled
 from qkernels.backends.kernel import Kernel, Problem, RouteOf, by_route, no_gpu
 from qkernels.layouts import FRAGMENT, PackedWeight
-from qkernels.layouts.fragment import code_name
+from qkernels.layouts.fragment import code_name, padded_rows
 from qkernels.layouts.padding import kernel_columns, kernel_group
 from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook
+
+MOST_SIZE = 1 << 30
+"""Rows or columns of a weight, as the kernels see it; kMostSize of weights/fragment.cuh."""
+
+MOST_NUMBERS = 1 << 40
+"""All of a weight; kMostNumbers."""
 
 _INVARIANT_ROWS = 64
 """The number of rows whose schedule serves every M where results must not depend on M."""
@@ -125,6 +131,17 @@ def _route(namespace: str, dense: bool) -> RouteOf:
     return route
 
 
+def _too_large(problem: Problem) -> str | None:
+    # Padded, as packing sees them.
+    n, k = padded_rows(problem.n), kernel_columns(problem.scheme, problem.k)
+    if n <= MOST_SIZE and k <= MOST_SIZE and n * k <= MOST_NUMBERS:
+        return None
+    return (
+        f"takes weights of up to 2^30 rows and columns and 2^40 numbers, and this one is "
+        f"[{problem.n}, {problem.k}]"
+    )
+
+
 _HALVES = (torch.float16, torch.bfloat16)
 _VARIES = "multiplies with cuBLAS, which may round a row differently for another M"
 
@@ -140,6 +157,7 @@ KERNELS = (
         most_rows=256,
         weight_rounding="x_dtype",
         where=_not_built_for,
+        why_not=_too_large,
         **by_route(_route("qkernels_cuda", dense=False)),
     ),
     Kernel(
@@ -151,6 +169,7 @@ KERNELS = (
         varies=_VARIES,
         weight_rounding="x_dtype",
         where=_not_built_for,
+        why_not=_too_large,
         **by_route(_route("qkernels_cuda", dense=True)),
     ),
 )

@@ -5,11 +5,10 @@ Each group is padded at its end with columns of code 0, whose x is zero.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from qkernels.lasting import once_a_device
 from qkernels.scheme import QuantScheme
 
 GROUP_MULTIPLE = 16
@@ -27,7 +26,6 @@ def kernel_columns(scheme: QuantScheme, k: int) -> int:
     return last * kernel_group(scheme, k) + k - last * scheme.group_length(k)
 
 
-@lru_cache(maxsize=256)
 def column_order(scheme: QuantScheme, k: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """How padded groups map to columns, or None where no group is padded. Cached: do not write.
 
@@ -37,9 +35,16 @@ def column_order(scheme: QuantScheme, k: int, device: torch.device) -> tuple[Ten
     """
     if kernel_columns(scheme, k) == k:
         return None
+    lengths = scheme.group_length(k), kernel_group(scheme, k)
+    return _column_order(device, k, kernel_columns(scheme, k), *lengths)
+
+
+@once_a_device
+def _column_order(
+    device: torch.device, k: int, padded_k: int, length: int, padded: int
+) -> tuple[Tensor, Tensor]:
     columns = torch.arange(k, device=device)
-    length = scheme.group_length(k)
-    target = columns // length * kernel_group(scheme, k) + columns % length
-    source = torch.full((kernel_columns(scheme, k),), k, device=device)
+    target = columns // length * padded + columns % length
+    source = torch.full((padded_k,), k, device=device)
     source[target] = columns
     return source, target

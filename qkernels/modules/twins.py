@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qkernels.lasting import made_to_last
 from qkernels.modules.linear import WQLinear
 
 
@@ -54,7 +55,7 @@ def of(
         and all(ref() is storage for ref, storage in zip(held.storages, storages, strict=True))
     ):
         return held.layer
-    layer = make()
+    layer = made_to_last(make, present[0].device)
     with _lock:
         if key not in _twins:
             weakref.finalize(storages[0], _twins.pop, key, None)

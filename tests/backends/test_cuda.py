@@ -53,6 +53,8 @@ def test_architectures_of_the_build(capability, built, runs):
 def test_what_the_kernels_take():
     assert MMA.refusal(question()) is None
     assert MMA.refusal(question(capability=(8, 9))) is None
+    assert MMA.refusal(question(n=1 << 30, k=1024)) is None
+    assert DENSE.refusal(question(n=1024, k=1 << 30)) is None
     for changes, message in (
         ({"device": "cpu"}, "needs a CUDA GPU"),
         ({"capability": (7, 5)}, "compute capability 8.0 or more"),
@@ -63,6 +65,11 @@ def test_what_the_kernels_take():
         ({"text": "w8a8"}, "16-bit activations"),
         ({"text": "nf4-g64-dq"}, "one level of scales"),
         ({"layout": "planar"}, "reads the fragment layout"),
+        ({"n": (1 << 30) + 1}, "up to 2^30 rows and columns and 2^40 numbers"),
+        ({"k": (1 << 30) + 1}, "this one is [4096, 1073741825]"),
+        ({"n": 1 << 30, "k": 1025}, "2^40 numbers"),
+        # Columns that fill groups up count.
+        ({"text": "w4a16-g24", "n": 1024, "k": 1 << 30}, "2^30 rows and columns"),
     ):
         assert message in MMA.refusal(question(**changes)), changes
 

@@ -393,6 +393,7 @@ int run(int argc, char** argv) {
     }
     // Switches that hold for one launch of several.
     qkernels_emulator_skip_launches(number("skip", "-1") == i ? 1 : 0);
+    qkernels_emulator_run_last_blocks(number("last", "-1") == i ? 1 : 0);
     qkernels_emulator_fail_launches(file, number("fail", "-1") == i ? "no such kernel" : nullptr);
     const auto start = std::chrono::steady_clock::now();
     const char* error = launch(

@@ -15,6 +15,9 @@ from pathlib import Path
 INTEGER = ("LOP3", "SHF", "PRMT", "IADD3", "VIADD", "LEA", "SEL", "IMAD", "SGXT", "BMSK", "I2F")
 """Instructions of the integer pipes, IMAD included, which nvcc also takes for moves and shifts."""
 
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+"""Bytes of a load or store by its suffix; 4 without one."""
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -58,6 +61,16 @@ class KernelCode:
             for text, number in self.instructions.items()
             if text.split(".")[0] == operation and set(suffixes) <= set(text.split(".")[1:])
         )
+
+    def stores(self, operation: str) -> Counter[int]:
+        """How often STG or STS stand in the code, by the bytes that a thread stores."""
+        widths: Counter[int] = Counter()
+        for text, number in self.instructions.items():
+            name, *suffixes = text.split(".")
+            if name == operation:
+                (width,) = [_WIDTHS[each] for each in suffixes if each in _WIDTHS] or [4]
+                widths[width] += number
+        return widths
 
     def integer_operations(self) -> int:
         return sum(self.count(operation) for operation in INTEGER)

@@ -68,6 +68,19 @@ def compiled(source: Path, architecture: str) -> Path:
     return cubin
 
 
+def broken_stores(stores: Counter[int], budget: dict[str, Any]) -> list[str]:
+    """In what the stores to global memory, by their bytes, break a kernel's budget."""
+    allowed = {int(width): number for width, number in budget["narrow_stores"].items()}
+    problems = [
+        f"stores of {width} bytes {number}, allowed {allowed.get(width, 0)}"
+        for width, number in sorted(stores.items())
+        if width < 16 and number > allowed.get(width, 0)
+    ]
+    if stores[16] != budget["global_stores"]:
+        problems.append(f"global_stores {stores[16]}, expected {budget['global_stores']}")
+    return problems
+
+
 def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
     """In what a kernel breaks its budget, in words."""
     found = {
@@ -104,6 +117,8 @@ def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
     wide, expected = kernel.count("LDS", "128"), budget.get("shared_loads", 0)
     if wide < expected:
         problems.append(f"shared_loads {wide}, expected {expected} or more")
+    if "global_stores" in budget:
+        problems += broken_stores(kernel.stores("STG"), budget)
     if kernel.registers > budget["registers"]:
         problems.append(f"registers {kernel.registers}, allowed {budget['registers']}")
     if "chunk_instructions" in budget:
@@ -191,6 +206,32 @@ def test_the_parser_reads_what_cuobjdump_writes():
         {"LDGSTS.E.BYPASS.128": 1, "HMMA.16816.F32": 1, "LDS.128": 1, "LDGSTS.E": 1}
     )
     assert kernel.count("LDGSTS") == 2 and kernel.count("LDGSTS", "128") == 1
+
+
+STORES = """
+		Function : _Z1fv
+        /*0000*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0010*/               @P0 STG.E.U16 [R2.64], R4 ;
+        /*0020*/                   STG.E.STRONG.SM [R2.64], R4 ;
+        /*0030*/                   STG.E.64 [R2.64], R4 ;
+        /*0040*/                   STG.E.S8 [R2.64], R4 ;
+        /*0050*/                   STG.E.U16 [R2.64], R4 ;
+        /*0060*/                   STS.128 [R2], R4 ;
+"""
+
+
+def test_narrow_stores_are_told_from_wide_ones():
+    (kernel,) = sass.parse(USAGE, STORES, {"_Z1fv": "f(P)"})
+    assert kernel.stores("STG") == {16: 1, 8: 1, 4: 1, 2: 2, 1: 1}
+    assert kernel.stores("STS") == {16: 1}
+    budget = {"registers": 40, "global_stores": 1, "narrow_stores": {"1": 1, "2": 2, "4": 1}}
+    assert broken(kernel, budget)[1:] == ["stores of 8 bytes 1, allowed 0"]
+    budget = {"registers": 40, "global_stores": 2, "narrow_stores": {"2": 1, "4": 1, "8": 1}}
+    assert broken(kernel, budget)[1:] == [
+        "stores of 1 bytes 1, allowed 0",
+        "stores of 2 bytes 2, allowed 1",
+        "global_stores 1, expected 2",
+    ]
 
 
 # Instructions 1 to 8 are a loop from barrier to barrier, which has to copy (3) and multiply (6) and

@@ -282,6 +282,22 @@ def test_a_skipped_launch_does_nothing_and_succeeds(emulator: Emulator) -> None:
         assert launch["counters"]["blocks"] == 1
 
 
+def test_a_skipped_launch_that_cannot_be_fails(emulator: Emulator) -> None:
+    assert "a grid of (0, 1, 1)" in emulator.run("order", blocks=0, skip=0)["error"]
+
+
+def test_the_last_block_alone(emulator: Emulator) -> None:
+    options = {"blocks": 5, "threads": 8, "words": 41}
+    before, last, after = emulator.launches("order", launches=3, last=1, **options)
+    assert sorted(last["out"][1:]) == [0] * 32 + list(range(32, 40))
+    assert last["counters"]["blocks"] == 1
+    for launch in (before, after):
+        assert sorted(launch["out"][1:]) == list(range(40))
+    # The last one of more than a machine could run.
+    huge = emulator.run("order", blocks=0x7FFFFFFF, threads=1, words=2, last=0)
+    assert huge["out"] == [1, 0x7FFFFFFE]
+
+
 def test_a_failing_launch_does_nothing_and_says_so(emulator: Emulator) -> None:
     before, failing, after = emulator.launches("order", words=33, launches=3, fail=1)
     assert failing["error"] == "no such kernel" and failing["out"] == [0] * 33

@@ -78,6 +78,16 @@ def skipped_launches() -> Iterator[None]:
 
 
 @contextmanager
+def last_blocks_alone() -> Iterator[None]:
+    """Makes the launches inside run the last block of their grid alone."""
+    library().qkernels_emulator_run_last_blocks(1)
+    try:
+        yield
+    finally:
+        library().qkernels_emulator_run_last_blocks(0)
+
+
+@contextmanager
 def failing_launches(error: str, file: str = "") -> Iterator[None]:
     """Makes the launches in files whose path ends in `file` fail with `error`."""
     library().qkernels_emulator_fail_launches(file.encode(), error.encode())

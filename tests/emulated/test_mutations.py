@@ -42,7 +42,7 @@ SEEDS = range(12)
 def exercise(check):
     """Runs every kernel on shapes with tails, and gives each result to `check(name, result)`.
 
-    Two products of different shapes split K: each finds in its scratch what the other left.
+    Two products of different shapes split K: each counts with what the other left.
     """
     torch.manual_seed(0)
     for text, m, n, k, schedule in (

@@ -90,7 +90,7 @@ def test_wrong_input_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             call(*arguments)
-    with pytest.raises(ValueError, match="rows 60 to 70 are not in 0 to 64"):
+    with pytest.raises(ValueError, match="10 rows from 60 on are not in 0 to 64"):
         torch.ops.qkernels_emulated.unpack_fragment(words, 64, 64, 60, 10, 4)
 
 

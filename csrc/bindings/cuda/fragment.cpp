@@ -42,7 +42,15 @@ FloatType float_type(const char* name, const at::Tensor& tensor) {
   }
 }
 
+void check_size(int64_t n, int64_t k) {
+  require(n > 0 && k > 0, "n and k must be above 0, got ", n, " and ", k);
+  require(n <= kMostSize && k <= kMostSize && n * k <= kMostNumbers, "n and k must be ", kMostSize,
+          " at most, and their product ", kMostNumbers, ", got ", n, " and ", k,
+          ": cut the weight into parts");
+}
+
 void check_words(const at::Tensor& words, int64_t n, int64_t k, int bits) {
+  check_size(n, k);
   require(words.scalar_type() == at::kInt, "words must be int32, got ", words.scalar_type());
   check("words", words, words.device(),
         {padded_rows(n) / kTileRows, padded_columns(k) * kTileRows * bits / 8 / kUnitBytes, kLanes,
@@ -50,7 +58,7 @@ void check_words(const at::Tensor& words, int64_t n, int64_t k, int bits) {
 }
 
 FragmentShape fragment_shape(int64_t n, int64_t k, int64_t group_size, std::string_view code) {
-  require(n > 0 && k > 0, "n and k must be above 0, got ", n, " and ", k);
+  check_size(n, k);
   require(group_size >= k || (group_size >= 16 && group_size % 16 == 0),
           "group_size must be a multiple of 16, or k or more, got ", group_size);
   return {n, k, std::min(group_size, k), weight_code(code)};

@@ -28,6 +28,9 @@ struct FragmentShape {
   WeightCode code;
 };
 
+// Throws ValueError for a weight that is larger than the kernels take, or empty.
+void check_size(int64_t n, int64_t k);
+
 // Throws ValueError for what the kernels do not take.
 FragmentShape fragment_shape(int64_t n, int64_t k, int64_t group_size, std::string_view code);
 

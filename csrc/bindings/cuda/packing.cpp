@@ -17,11 +17,11 @@ namespace {
 void pack_op(const at::Tensor& source, const Optional& perm, at::Tensor words, int64_t n, int64_t k,
              int64_t first_row, int64_t rows, int64_t bits, std::string_view kind) {
   require(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
-  require(first_row >= 0 && first_row % kRowMultiple == 0 && rows >= 0 && first_row + rows <= n &&
-              (first_row + rows == n || rows % kRowMultiple == 0),
-          "rows ", first_row, " to ", first_row + rows, " of ", n,
-          " do not begin and end at a multiple of ", kRowMultiple);
   check_words(words, n, k, static_cast<int>(bits));
+  require(first_row >= 0 && first_row % kRowMultiple == 0 && rows >= 0 && rows <= n - first_row &&
+              (rows == n - first_row || rows % kRowMultiple == 0),
+          rows, " rows from ", first_row, " on, of ", n, ", do not begin and end at a multiple of ",
+          kRowMultiple);
   PackArguments arguments;
   if (kind == "codes") {
     arguments.kind = CodeSource::kCodes;
@@ -61,9 +61,9 @@ void pack_op(const at::Tensor& source, const Optional& perm, at::Tensor words, i
 at::Tensor unpack_op(const at::Tensor& words, int64_t n, int64_t k, int64_t first_row, int64_t rows,
                      int64_t bits) {
   require(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
-  require(first_row >= 0 && rows >= 0 && first_row + rows <= n, "rows ", first_row, " to ",
-          first_row + rows, " are not in 0 to ", n);
   check_words(words, n, k, static_cast<int>(bits));
+  require(first_row >= 0 && rows >= 0 && rows <= n - first_row, rows, " rows from ", first_row,
+          " on are not in 0 to ", n);
   const DeviceScope scope(words);
   at::Tensor codes = at::empty({rows, k}, words.options().dtype(at::kByte));
   succeed(unpack_fragment(words.const_data_ptr(), codes.mutable_data_ptr<uint8_t>(), k, first_row,

@@ -7,6 +7,7 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -14,6 +15,7 @@
 #include "bindings/cuda/device.h"
 #include "bindings/cuda/fragment.h"
 #include "bindings/preparation.h"
+#include "cuda/weights/fragment.cuh"
 
 namespace qkernels::bindings {
 
@@ -68,12 +70,12 @@ void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bi
   const char* reason = why_not(problem, config);
   TORCH_CHECK_VALUE(reason == nullptr, reason, ": ", to_string(config));
   problem.m = rows.m;
-  DeviceScope::Scratch scratch;
+  at::Tensor partials;
   if (config.split_k > 1) {
-    scratch =
-        scope.scratch(rows.tensor, partial_bytes(problem, config), counter_bytes(problem, config));
-    arguments.partials = scratch.partials.mutable_data_ptr<float>();
-    arguments.counters = reinterpret_cast<uint32_t*>(scratch.counters.mutable_data_ptr<int32_t>());
+    partials =
+        at::empty({partial_bytes(problem, config) / 4}, rows.tensor.options().dtype(at::kFloat));
+    arguments.partials = partials.mutable_data_ptr<float>();
+    arguments.counters = scope.counters(counter_bytes(problem, config) / 4);
   }
   arguments.x = rows.tensor.const_data_ptr();
   arguments.x_stride = rows.stride;
@@ -160,6 +162,9 @@ int64_t route_op(int64_t n, int64_t k, int64_t group, int64_t padded_group, std:
     preparation.row_bytes = 16;
   }
   check(preparation);
+  check_size(n, k);
+  require(group >= k || padded_group <= kMostSize, "groups must be filled up to ", kMostSize,
+          " columns at most, got ", padded_group);
   const FragmentShape shape = fragment_shape(n, preparation.columns(), padded_group, code);
   std::shared_ptr<Route> route;
   if (dense) {
@@ -168,6 +173,12 @@ int64_t route_op(int64_t n, int64_t k, int64_t group, int64_t padded_group, std:
     route = std::make_shared<FusedRoute>(shape, table, preparation, schedule_m);
   }
   return reinterpret_cast<int64_t>(new std::shared_ptr<Route>(std::move(route)));
+}
+
+int as_int(const char* name, int64_t value) {
+  require(value >= 0 && value <= std::numeric_limits<int>::max(), name,
+          " must be 0 or more, and fit 32 bits, got ", value);
+  return static_cast<int>(value);
 }
 
 // tokens, split_k and stages: a schedule, where tokens is not 0.
@@ -189,8 +200,8 @@ at::Tensor weight_only_mma_op(const at::Tensor& x, const at::Tensor& words,
   ScheduleChoice choice;
   choice.m = schedule_m;
   if (tokens > 0) {
-    choice.config = WeightOnlyConfig{static_cast<int>(tokens), static_cast<int>(split_k),
-                                     static_cast<int>(stages)};
+    choice.config = WeightOnlyConfig{as_int("tokens", tokens), as_int("split_k", split_k),
+                                     as_int("stages", stages)};
   }
   at::Tensor y = empty_output(x, n, x.scalar_type());
   multiply({x, x.size(0), k_read, x.stride(0), std::nullopt}, weight, bias, choice, y);
@@ -210,16 +221,20 @@ at::Tensor dequantize_op(const at::Tensor& words, const at::Tensor& scales, cons
 std::tuple<int64_t, int64_t, int64_t, int64_t> choose_config_op(
     int64_t m, int64_t n, int64_t k, int64_t group_size, int64_t bits, int64_t scale_bytes,
     int64_t zero_bytes, int64_t multiprocessors, int64_t shared) {
+  check_size(n, k);
+  require(m > 0 && m <= kMostSize && group_size > 0 && multiprocessors > 0,
+          "m, group_size and multiprocessors must be above 0, and m ", kMostSize, " at most, got ",
+          m, ", ", group_size, " and ", multiprocessors);
   WeightOnlyProblem problem;
   problem.m = m;
   problem.n = n;
   problem.k = k;
   problem.group_size = group_size;
-  problem.bits = static_cast<int>(bits);
-  problem.scale_bytes = static_cast<int>(scale_bytes);
-  problem.zero_bytes = static_cast<int>(zero_bytes);
-  problem.multiprocessors = static_cast<int>(multiprocessors);
-  problem.shared_bytes = static_cast<int>(shared);
+  problem.bits = as_int("bits", bits);
+  problem.scale_bytes = as_int("scale_bytes", scale_bytes);
+  problem.zero_bytes = as_int("zero_bytes", zero_bytes);
+  problem.multiprocessors = as_int("multiprocessors", multiprocessors);
+  problem.shared_bytes = as_int("shared_bytes", shared);
   const WeightOnlyConfig config = choose_config(problem);
   return {config.tokens, config.split_k, config.stages, shared_bytes(problem, config)};
 }

@@ -19,15 +19,17 @@ struct DequantizeParameters {
   uint16_t* out;
   int64_t rows;  // padded n
   int chunks, groups, scale_bytes, zero_bytes;
+  unsigned chunk_blocks;  // blocks side by side along K
 };
 
 template <class T, template <class> class Decoder, bool kRealZeros>
 QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) {
   constexpr int kUnits = kChunkColumns / kUnitColumns<Decoder<T>::kBits>;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int chunk = blockIdx.x * kWarps + warp;
+  const unsigned tile_number = blockIdx.x / p.chunk_blocks;
+  const int chunk = static_cast<int>(blockIdx.x - tile_number * p.chunk_blocks) * kWarps + warp;
   if (!ptx::within(chunk, p.chunks)) return;
-  const int64_t tile = blockIdx.y;
+  const int64_t tile = tile_number;
   Decoder<T> decoder;
   decoder.start(p.weight.table);
   Group<T, Decoder, kRealZeros> group;
@@ -36,19 +38,29 @@ QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) 
                       (tile * p.chunks + chunk) * kUnits * kUnitBytes + lane * 16;
   // 16 rows of eight pieces of 16 bytes, swizzled so that neither side conflicts.
   unsigned char* shared = ptx::shared_memory() + warp * kTileBytes;
+  // A group is a step's columns or more, or the only one: a step enters one at most.
+  const auto group_size = static_cast<unsigned>(p.weight.group_size);
+  const auto first_column = static_cast<unsigned>(chunk) * kChunkColumns;
+  unsigned number = first_column / group_size, next_column = (number + 1) * group_size;
+  const int64_t first = number * p.rows + tile * kTileRows + lane / 4 * 2;
+  const auto* scales = static_cast<const unsigned char*>(p.weight.scales) + first * p.scale_bytes;
+  const auto* zeros = static_cast<const unsigned char*>(p.weight.zeros) + first * p.zero_bytes;
   uint4 held = {0, 0, 0, 0};
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     if (step % (4 / kUnits) == 0) {
       held = ptx::load_global<uint4>(words + step * kUnits / 4 * kUnitBytes);
     }
-    const int64_t column = static_cast<int64_t>(chunk) * kChunkColumns + step * kStepColumns;
-    const int64_t own = column / p.weight.group_size;
-    const int64_t g = own < p.groups ? own : p.groups - 1;
-    const int64_t index = g * p.rows + tile * kTileRows + lane / 4 * 2;
-    group.template load<true>(
-        p.weight, static_cast<const unsigned char*>(p.weight.scales) + index * p.scale_bytes,
-        static_cast<const unsigned char*>(p.weight.zeros) + index * p.zero_bytes);
+    // Padding behind the last group has its numbers.
+    const bool enters = first_column + step * kStepColumns >= next_column &&
+                        number + 1 < static_cast<unsigned>(p.groups);
+    if (enters) {
+      ++number;
+      next_column += group_size;
+      scales += p.rows * p.scale_bytes;
+      zeros += p.rows * p.zero_bytes;
+    }
+    if (step == 0 || enters) group.template load<true>(p.weight, scales, zeros);
     const uint32_t all[4] = {held.x, held.y, held.z, held.w};
     uint32_t pairs[4];
     group.weights(decoder, all + (kUnits == 1 ? step : step % 2 * 2), pairs);
@@ -86,9 +98,9 @@ QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) 
 template <template <class> class Decoder, bool kRealZeros>
 const char* run(DecoderTag<Decoder, kRealZeros>, const DequantizeParameters& p, FloatType out_type,
                 Stream stream) {
+  // Along x, whose limit is far beyond that of y; see kMostNumbers.
   dim3 grid;
-  grid.x = static_cast<unsigned>(ceil_div(p.chunks, kWarps));
-  grid.y = static_cast<unsigned>(ceil_div(p.weight.n, kTileRows));
+  grid.x = static_cast<unsigned>(ceil_div(p.weight.n, kTileRows) * p.chunk_blocks);
   constexpr int kThreads = kWarps * kLanes, kShared = kWarps * kTileBytes;
   return out_type == FloatType::kHalf ? launch(dequantize_kernel<Half, Decoder, kRealZeros>, grid,
                                                kThreads, kShared, stream, p)
@@ -108,6 +120,7 @@ const char* dequantize(const FragmentWeight& weight, void* out, FloatType out_ty
   p.groups = static_cast<int>(ceil_div(weight.k, weight.group_size));
   p.scale_bytes = size_of(weight.scale_type);
   p.zero_bytes = size_of(weight.zero_type);
+  p.chunk_blocks = static_cast<unsigned>(ceil_div(p.chunks, kWarps));
   return visit_decoder(weight, [&](auto decoder) { return run(decoder, p, out_type, stream); });
 }
 

@@ -43,6 +43,11 @@ constexpr int kRowMultiple = 32;
 constexpr int kLanes = 32;
 constexpr int kUnitBytes = 512;
 
+// What a weight has at most. Within kMostSize rows and columns, a column and a column of the next
+// group are 32-bit numbers; within kMostNumbers weights, so is each number of a block of a launch.
+constexpr int64_t kMostSize = int64_t{1} << 30;
+constexpr int64_t kMostNumbers = int64_t{1} << 40;
+
 template <int kBits>
 constexpr int kUnitColumns = kUnitBytes * 8 / kBits / kTileRows;
 
