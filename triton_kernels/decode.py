@@ -50,9 +50,11 @@ def decode_codebook(code, codebook_ptr, BITS: tl.constexpr):
         # One of a few values is chosen faster than it is loaded, and in fewer registers.
         value = tl.where(code == 0, table_entry(codebook_ptr), table_entry(codebook_ptr + 1))
     elif BITS == 2:
-        low = tl.where(code == 0, table_entry(codebook_ptr), table_entry(codebook_ptr + 1))
-        high = tl.where(code == 2, table_entry(codebook_ptr + 2), table_entry(codebook_ptr + 3))
-        value = tl.where(code < 2, low, high)
+        # Tests of single bits, which need no shift of the word before them.
+        is_even = (code & 1) == 0
+        low = tl.where(is_even, table_entry(codebook_ptr), table_entry(codebook_ptr + 1))
+        high = tl.where(is_even, table_entry(codebook_ptr + 2), table_entry(codebook_ptr + 3))
+        value = tl.where((code & 2) == 0, low, high)
     else:
         value = table_entry(codebook_ptr + code)
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -210,3 +211,11 @@ def grouping(group_size: int, tile: int, plane: int) -> str:
     if group_size % tile == 0:
         return "tile"
     return "plane" if group_size % plane == 0 else "element"
+
+
+def fields_of_a_group(fields: int, plane: int, group_size: int) -> int:
+    """The most successive fields of `fields` unrolled ones that always have one group in common.
+
+    It divides `fields`, so that a kernel loads scales once for each run of as many.
+    """
+    return math.gcd(fields, group_size // plane) if group_size % plane == 0 else 1

@@ -20,7 +20,7 @@ from .launch import Launch, run
 from .operands import code_of, load_group, load_words
 from .partition import tiles_of
 from .planar import PlanarWeight
-from .product import Product, float_product, product_launches
+from .product import Product, fields_of_a_group, float_product, plane_of, product_launches
 from .reduce import store_product
 
 
@@ -39,6 +39,7 @@ def weight_only_gemv_kernel(
     GROUPING: tl.constexpr,
     EVEN_K: tl.constexpr,
     UNROLL: tl.constexpr,
+    SHARED: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -72,8 +73,9 @@ def weight_only_gemv_kernel(
                 i = field + j
                 k0 = (tile * VALUES + i) * PLANE
                 k = k0 + r
-                if GROUPING == "plane":
+                if GROUPING == "plane" and j % SHARED == 0:
                     scale, zero = load_group(weight, n, k0, G, n_mask, GROUPING)
+                    part = tl.zeros((PLANE, BLOCK_N), dtype=tl.float32)
                 elif GROUPING == "element":
                     scale, zero = load_group(
                         weight, n[None, :], k[:, None], G, n_mask[None, :], GROUPING
@@ -89,10 +91,12 @@ def weight_only_gemv_kernel(
                     x_tile = x.decode(x_tile.to(tl.int32), None, 8)
                 if GROUPING == "channel":
                     acc += value * x_tile[:, None]
-                elif GROUPING == "tile":
-                    part += value * x_tile[:, None]
-                else:
+                elif GROUPING == "element":
                     acc += (value * scale) * x_tile[:, None]
+                else:
+                    part += value * x_tile[:, None]
+                if GROUPING == "plane" and j % SHARED == SHARED - 1:
+                    acc += part * scale
         if GROUPING == "tile":
             acc += part * scale
 
@@ -125,11 +129,14 @@ def weight_only_gemv(
 
 def gemv_launches(product: Product, config: GemvConfig) -> list[Launch]:
     """The launches of a weight-only GEMV."""
+    weight = product.weight
+    fields = fields_at_once(weight.bits)
     return product_launches(
         weight_only_gemv_kernel,
-        (product.m, triton.cdiv(product.weight.n, config.block_n)),
+        (product.m, triton.cdiv(weight.n, config.block_n)),
         product,
         config,
         {"enable_fp_fusion": True},  # multiply-adds are what this kernel does
-        UNROLL=fields_at_once(product.weight.bits),
+        UNROLL=fields,
+        SHARED=fields_of_a_group(fields, plane_of(weight, config), weight.group_size),
     )
