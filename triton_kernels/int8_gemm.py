@@ -31,7 +31,7 @@ from .numerics import dot
 from .operands import code_of, group_of, load_words, load_x
 from .partition import output_tile, tiles_of
 from .planar import PlanarWeight
-from .product import Product, new_output, plane_of, product_launches
+from .product import Product, fields_of_a_group, new_output, plane_of, product_launches
 from .reduce import ending_of, store_product
 
 
@@ -87,6 +87,7 @@ def int8_gemm_kernel(
     GROUPS_PER_PLANE: tl.constexpr,
     EVEN_K: tl.constexpr,
     UNROLL: tl.constexpr,
+    SHARED: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -117,8 +118,11 @@ def int8_gemm_kernel(
                 if EPILOGUE != "group" or GROUPING == "tile":
                     acc = dot(w, x_tile, acc)
                 elif GROUPING == "plane":
-                    part = dot(w, x_tile, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32))
-                    total += scaled(weight, part, n, g, n_mask)
+                    if j % SHARED == 0:
+                        part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+                    part = dot(w, x_tile, part)
+                    if j % SHARED == SHARED - 1:
+                        total += scaled(weight, part, n, g, n_mask)
                 else:
                     for touched in range(GROUPS_PER_PLANE):
                         one = k0 // weight.group_size + touched
@@ -191,6 +195,7 @@ def int8_launches(
     if plane < 32:
         raise ValueError(f"block_k {plane} is too small for int8 products: use 32 or more")
     epilogue = _epilogue(weight)
+    fields = unrolled_fields(config, weight.bits, 1, capability)
     blocks = triton.cdiv(product.m, config.block_m) * triton.cdiv(weight.n, config.block_n)
     return product_launches(
         int8_gemm_kernel,
@@ -202,7 +207,8 @@ def int8_launches(
         SIGNED=weight.decode == "signed",
         EPILOGUE=epilogue,
         GROUPS_PER_PLANE=groups_per_plane(plane, weight.group_size),
-        UNROLL=unrolled_fields(config, weight.bits, 1, capability),
+        UNROLL=fields,
+        SHARED=fields_of_a_group(fields, plane, weight.group_size),
         BLOCK_M=config.block_m,
         GROUP_M=config.group_m,
     )

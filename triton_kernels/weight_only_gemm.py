@@ -27,7 +27,14 @@ from .numerics import dot, round_to
 from .operands import code_of, load_group, load_words, load_x
 from .partition import output_tile, tiles_of
 from .planar import PlanarWeight
-from .product import FLOAT_TYPES, Product, float_product, product_launches
+from .product import (
+    FLOAT_TYPES,
+    Product,
+    fields_of_a_group,
+    float_product,
+    plane_of,
+    product_launches,
+)
 from .reduce import store_product
 
 
@@ -47,6 +54,7 @@ def weight_only_gemm_kernel(
     GROUPING: tl.constexpr,
     EVEN_K: tl.constexpr,
     UNROLL: tl.constexpr,
+    SHARED: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -70,7 +78,7 @@ def weight_only_gemm_kernel(
                 i = field + j
                 k0 = (tile * VALUES + i) * PLANE
                 k = k0 + r
-                if GROUPING == "plane":
+                if GROUPING == "plane" and j % SHARED == 0:
                     scale, zero = load_group(weight, n, k0, G, n_mask, GROUPING)
                 elif GROUPING == "element":
                     scale, zero = load_group(weight, n, k[None, :], G, n_mask, GROUPING)
@@ -123,6 +131,7 @@ def gemm_launches(
 ) -> list[Launch]:
     """The launches of a weight-only GEMM on a device of that compute capability."""
     weight, compute = product.weight, product.compute
+    fields = unrolled_fields(config, weight.bits, compute.itemsize, capability)
     blocks = triton.cdiv(product.m, config.block_m) * triton.cdiv(weight.n, config.block_n)
     return product_launches(
         weight_only_gemm_kernel,
@@ -136,7 +145,8 @@ def gemm_launches(
             "enable_fp_fusion": weight.scale_mode != "nested",
         },
         COMPUTE=FLOAT_TYPES[compute],
-        UNROLL=unrolled_fields(config, weight.bits, compute.itemsize, capability),
+        UNROLL=fields,
+        SHARED=fields_of_a_group(fields, plane_of(weight, config), weight.group_size),
         BLOCK_M=config.block_m,
         GROUP_M=config.group_m,
     )
