@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import GemmConfig, gemm_config_for, unrolled_fields
-from .launch import Launch, device_facts, run
+from .launch import Launch, ceil_div, device_facts, run
 from .numerics import dot
 from .operands import code_of, group_of, load_words, load_x
 from .partition import output_tile, tiles_of
@@ -196,7 +196,7 @@ def int8_launches(
         raise ValueError(f"block_k {plane} is too small for int8 products: use 32 or more")
     epilogue = _epilogue(weight)
     fields = unrolled_fields(config, weight.bits, 1, capability)
-    blocks = triton.cdiv(product.m, config.block_m) * triton.cdiv(weight.n, config.block_n)
+    blocks = ceil_div(product.m, config.block_m) * ceil_div(weight.n, config.block_n)
     return product_launches(
         int8_gemm_kernel,
         (blocks,),
