@@ -89,6 +89,30 @@ def code_of(words, i, BITS: tl.constexpr):
 
 
 @triton.jit
+def load_codebook(weight, places, BITS: tl.constexpr):
+    """The codebook as `weight.decode` takes it: of 1 and 2 bits its values, else its address.
+
+    `places` are zeros, as many as there shall be copies of a value. Where a tensor core reads what
+    is decoded, that is one for each channel, [BLOCK_N, 1]: Triton decodes in the registers that the
+    tensor core reads where all that a weight depends on was loaded as a tile, and a number that is
+    the same for all would send each tile through shared memory.
+    """
+    codebook = weight.codebook
+    if weight.codebook is not None:
+        address = weight.codebook + places
+        if BITS == 1:
+            codebook = tl.load(address), tl.load(address + 1)
+        elif BITS == 2:
+            codebook = (
+                tl.load(address),
+                tl.load(address + 1),
+                tl.load(address + 2),
+                tl.load(address + 3),
+            )
+    return codebook
+
+
+@triton.jit
 def group_of(weight, n, k, G, GROUPING: tl.constexpr):
     """The groups, of G, that columns `k` of channels `n` are in; the last one beyond K."""
     return n * 0 if GROUPING == "channel" else tl.minimum(k // weight.group_size, G - 1)

@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import GemmConfig, gemm_config_for, unrolled_fields
-from .launch import Launch, device_facts, run
+from .launch import Launch, ceil_div, device_facts, run
 from .numerics import dot, round_to
-from .operands import code_of, load_group, load_words, load_x
+from .operands import code_of, load_codebook, load_group, load_words, load_x
 from .partition import output_tile, tiles_of
 from .planar import PlanarWeight
 from .product import (
@@ -66,6 +66,7 @@ def weight_only_gemm_kernel(
     x_rows = x.ptr + m.to(tl.int64) * x.stride_m
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
 
+    codebook = load_codebook(weight, n * 0, BITS)
     if GROUPING == "channel":
         scale, zero = load_group(weight, n, 0, G, n_mask, GROUPING)
     first, last = tiles_of(split, tiles_per_split, weight.K, VALUES * PLANE)
@@ -82,7 +83,7 @@ def weight_only_gemm_kernel(
                     scale, zero = load_group(weight, n, k0, G, n_mask, GROUPING)
                 elif GROUPING == "element":
                     scale, zero = load_group(weight, n, k[None, :], G, n_mask, GROUPING)
-                value = weight.decode(code_of(words, i, BITS), weight.codebook, BITS)
+                value = weight.decode(code_of(words, i, BITS), codebook, BITS)
                 w = round_to(scale * (value - zero), COMPUTE)
                 # Padded columns: x is 0 there, and the weight of code 0 is finite.
                 x_tile = load_x(x, x_rows, k, m_mask, weight.K, EVEN_K)
@@ -132,7 +133,7 @@ def gemm_launches(
     """The launches of a weight-only GEMM on a device of that compute capability."""
     weight, compute = product.weight, product.compute
     fields = unrolled_fields(config, weight.bits, compute.itemsize, capability)
-    blocks = triton.cdiv(product.m, config.block_m) * triton.cdiv(weight.n, config.block_n)
+    blocks = ceil_div(product.m, config.block_m) * ceil_div(weight.n, config.block_n)
     return product_launches(
         weight_only_gemm_kernel,
         (blocks,),

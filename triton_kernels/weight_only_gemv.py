@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import GemvConfig, fields_at_once, gemv_config_for
-from .launch import Launch, run
-from .operands import code_of, load_group, load_words
+from .launch import Launch, ceil_div, run
+from .operands import code_of, load_codebook, load_group, load_words
 from .partition import tiles_of
 from .planar import PlanarWeight
 from .product import Product, fields_of_a_group, float_product, plane_of, product_launches
@@ -51,6 +51,7 @@ def weight_only_gemv_kernel(
     x_row = x.ptr + m.to(tl.int64) * x.stride_m
     acc = tl.zeros((PLANE, BLOCK_N), dtype=tl.float32)
 
+    codebook = load_codebook(weight, 0, BITS)
     if GROUPING == "channel":
         scale, zero = load_group(weight, n, 0, G, n_mask, GROUPING)
     first, last = tiles_of(split, tiles_per_split, weight.K, VALUES * PLANE)
@@ -80,7 +81,7 @@ def weight_only_gemv_kernel(
                     scale, zero = load_group(
                         weight, n[None, :], k[:, None], G, n_mask[None, :], GROUPING
                     )
-                value = weight.decode(code_of(words, i, BITS), weight.codebook, BITS) - zero
+                value = weight.decode(code_of(words, i, BITS), codebook, BITS) - zero
                 x_mask = None if EVEN_K else k < weight.K
                 x_tile = tl.load(x_row + k.to(tl.int64) * x.stride_k, mask=x_mask)
                 if not EVEN_K:
@@ -133,7 +134,7 @@ def gemv_launches(product: Product, config: GemvConfig) -> list[Launch]:
     fields = fields_at_once(weight.bits)
     return product_launches(
         weight_only_gemv_kernel,
-        (product.m, triton.cdiv(weight.n, config.block_n)),
+        (product.m, ceil_div(weight.n, config.block_n)),
         product,
         config,
         {"enable_fp_fusion": True},  # multiply-adds are what this kernel does
