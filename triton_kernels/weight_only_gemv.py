@@ -4,11 +4,14 @@
 
 The weights are read once per row and used once, so nothing is gained by tensor cores: a program
 owns BLOCK_N outputs of one row and one of SPLIT_K parts of K, keeps products in a [P, BLOCK_N] tile
-of fp32 registers and sums the tile over P once, at its end. Where a group covers whole word tiles,
-the scale is applied to the sum instead of the weights. Decoded weights are not rounded.
+of fp32 registers and sums the tile over P once, at its end: only there do its warps, which have
+rows of P each, wait for each other. Where a group covers whole planes, the scale is applied to the
+sum of those that it has in a word tile instead of the weights. Decoded weights are not rounded.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -131,7 +134,11 @@ def weight_only_gemv(
 def gemv_launches(product: Product, config: GemvConfig) -> list[Launch]:
     """The launches of a weight-only GEMV."""
     weight = product.weight
+    plane = plane_of(weight, config)
     fields = fields_at_once(weight.bits)
+    if weight.group_size % plane != 0:
+        # Each weight loads a scale and an address: those of all fields at once spill registers.
+        fields = math.gcd(fields, 4)
     return product_launches(
         weight_only_gemv_kernel,
         (product.m, ceil_div(weight.n, config.block_n)),
@@ -139,5 +146,5 @@ def gemv_launches(product: Product, config: GemvConfig) -> list[Launch]:
         config,
         {"enable_fp_fusion": True},  # multiply-adds are what this kernel does
         UNROLL=fields,
-        SHARED=fields_of_a_group(fields, plane_of(weight, config), weight.group_size),
+        SHARED=fields_of_a_group(fields, plane, weight.group_size),
     )
