@@ -154,13 +154,13 @@ def fields_at_once(bits: int) -> int:
 def unrolled_fields(
     config: GemmConfig, bits: int, x_bytes: int, capability: tuple[int, int]
 ) -> int:
-    """`fields_at_once` of `weight_only_gemm`, which are fewer in two cases.
+    """`fields_at_once` of a GEMM, which are fewer in two cases.
 
     fp32 has no tensor core: a product is thousands of multiply-adds, and V copies of them took
-    minutes to compile. And for 10.x and 11.x Triton 3.6 gives each unrolled product its own
-    accumulator in tensor memory, which has 512 columns of 128 lanes; beyond those it compiles a
-    kernel that only traps. A quarter of them, as their number is rounded up, leaves room for a
-    second block.
+    minutes to compile. And for 10.x and 11.x Triton gives each unrolled product sums of its own in
+    tensor memory, which has 512 columns of 128 lanes: 3.6 those of 16-bit products, 3.8 those of
+    int8 too. Beyond the 512 it compiles a kernel that only traps. A quarter of them leaves room for
+    a second block, as Triton rounds their number up to a power of two.
     """
     values = fields_at_once(bits)
     if x_bytes == 4:
