@@ -23,6 +23,12 @@ def decode_unsigned(code, codebook, BITS: tl.constexpr):
 
 
 @triton.jit
+def decode_raised(code, codebook, BITS: tl.constexpr):
+    """2^23 + code, for zero points that are raised like it: one subtraction takes both away."""
+    return (code | _UNIT_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def decode_signed(code, codebook, BITS: tl.constexpr):
     """code - 2^(BITS-1), for symmetric linear types."""
     return (code | _UNIT_BITS).to(tl.float32, bitcast=True) - (_UNIT + (1 << (BITS - 1)))
@@ -77,6 +83,18 @@ def decode_fp8e4m3(code, codebook, BITS: tl.constexpr):
 def decode_fp8e5m2(code, codebook, BITS: tl.constexpr):
     """The value of a float8_e5m2 bit pattern: the upper byte of an fp16 number."""
     return (code << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def zero_as_stored(stored):
+    """A zero point in fp32."""
+    return stored.to(tl.float32)
+
+
+@triton.jit
+def zero_raised(stored):
+    """2^23 + a zero point of uint8."""
+    return (stored.to(tl.int32) | _UNIT_BITS).to(tl.float32, bitcast=True)
 
 
 DECODE = {

@@ -32,7 +32,8 @@ class XOperand(NamedTuple):
 class WeightOperand(NamedTuple):
     """A `PlanarWeight`; the pointers of the scale mode and of the decode that it has not are None.
 
-    `decode` is its decode function, `group_size` 0 where one group covers K.
+    `decode` is its decode function, `zero` that of its zero points, `group_size` 0 where one group
+    covers K.
     """
 
     words: Any
@@ -44,6 +45,7 @@ class WeightOperand(NamedTuple):
     nested_absmax: Any
     nested_offset: Any
     decode: Any
+    zero: Any
     N: Any
     K: Any
     group_size: Any
@@ -120,7 +122,10 @@ def group_of(weight, n, k, G, GROUPING: tl.constexpr):
 
 @triton.jit
 def load_group(weight, n, k, G, mask, GROUPING: tl.constexpr):
-    """fp32 (scale, zero) of channels `n` at columns `k`, that broadcast to each other."""
+    """fp32 (scale, zero) of channels `n` at columns `k`, that broadcast to each other.
+
+    The zero is as `weight.zero` gives it, for values as `weight.decode` does.
+    """
     g = group_of(weight, n, k, G, GROUPING)
     index = g.to(tl.int64) * weight.N + n
     stored = tl.load(weight.scales + index, mask=mask, other=0)
@@ -134,5 +139,5 @@ def load_group(weight, n, k, G, mask, GROUPING: tl.constexpr):
         scale = value * absmax + tl.load(weight.nested_offset)
     zero = 0.0
     if weight.zeros is not None:
-        zero = tl.load(weight.zeros + index, mask=mask, other=0).to(tl.float32)
+        zero = weight.zero(tl.load(weight.zeros + index, mask=mask, other=0))
     return scale, zero

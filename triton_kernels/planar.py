@@ -23,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .decode import CODE_BITS, DECODE
+from .decode import CODE_BITS, DECODE, decode_raised, zero_as_stored, zero_raised
 from .operands import NESTED_BLOCK, WeightOperand
 
 PLANES = (16, 32, 64)
@@ -105,6 +105,9 @@ class PlanarWeight:
     def operand(self) -> WeightOperand:
         """The weight as a kernel takes it."""
         table, absmax, offset = self.nested if self.nested is not None else (None, None, None)
+        decode, zero = DECODE[self.decode], zero_as_stored
+        if self.decode == "unsigned" and self.zeros is not None and self.zeros.dtype == torch.uint8:
+            decode, zero = decode_raised, zero_raised
         return WeightOperand(
             words=self.words,
             scales=self.scales,
@@ -114,7 +117,8 @@ class PlanarWeight:
             nested_table=table,
             nested_absmax=absmax,
             nested_offset=offset,
-            decode=DECODE[self.decode],
+            decode=decode,
+            zero=zero,
             N=self.n,
             K=self.k,
             group_size=self.group_size,
