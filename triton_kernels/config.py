@@ -167,7 +167,8 @@ def unrolled_fields(
         return 1
     if capability[0] not in (10, 11):
         return values
-    most = max(1, 128 * 128 // (config.block_m * config.block_n))
+    # The sums of a small tile take as much as those of a 64 x 64 one, at most.
+    most = max(1, 128 * 128 // max(64 * 64, config.block_m * config.block_n))
     return max(part for part in range(1, values + 1) if values % part == 0 and part <= most)
 
 

@@ -92,6 +92,7 @@ def test_tensor_memory_limits_what_is_unrolled() -> None:
     assert unrolled_fields(wide, 4, 2, (10, 0)) == 1
     assert unrolled_fields(narrow, 2, 2, (10, 0)) == 4
     assert unrolled_fields(narrow, 3, 2, (10, 3)) == 2  # a divisor of 10
+    assert unrolled_fields(GemmConfig(block_m=16, block_n=64), 2, 2, (10, 0)) == 4
     assert unrolled_fields(narrow, 4, 4, (9, 0)) == 1
     int8 = choose_gemm_config(Problem(1024, 4096, 4096, 4, 32, 64, 1, (10, 0), 132))
     assert (int8.block_m, int8.block_n) == (64, 128)
