@@ -35,6 +35,9 @@ LINTERS := $(STAMPS)/linters
 ORACLES := $(OUT)/oracles
 ORACLES_PY := $(if $(PYTHON),$(PY),$(CURDIR)/$(ORACLES)/bin/python)
 ORACLES_INSTALLED := $(if $(PYTHON),$(STAMPS),$(ORACLES))/oracles
+# The oldest Triton of the extra, and the newest that the kernels were compiled with; with PYTHON, its
+# own alone.
+TRITONS := $(if $(PYTHON),,3.6.0 3.9.0)
 EMULATOR := $(OUT)/emulated/kernels.so
 # What whole models are timed beside; with PYTHON, what is installed.
 NODE := $(OUT)/node
@@ -62,7 +65,8 @@ help:
 	@echo "make bench-generate  time whole models and other engines on this machine; results in $(OUT)/generate"
 	@echo "make quality  measure every method on real models, hours; results in $(OUT)/quality"
 	@echo "make gpu      with PYTHON: build, test and time on the GPU; results in $(OUT)/gpu"
-	@echo "make cubins   compile every configuration of every Triton kernel for every architecture"
+	@echo "make cubins   compile every configuration of every Triton kernel for every architecture,"
+	@echo "              with the oldest and the newest Triton too"
 	@echo "make budgets  compile the CUDA kernels for every architecture, within csrc/cuda/budgets.toml"
 	@echo "make lint     ruff, mypy and clang-format"
 	@echo "make clean    remove .venv and everything built"
@@ -159,6 +163,13 @@ $(LINTERS): $(INSTALLED)
 	@$(call quietly,$(PY) -m pip install -c constraints.txt ruff mypy clang-format,install)
 	@touch $@
 
+# For PYTHONPATH, in front of the Triton that is installed.
+$(OUT)/tritons/%: | $(INSTALLED)
+	@echo "Installing Triton $* ..."
+	@rm -rf $@.part
+	@$(call quietly,$(PY) -m pip install --no-deps --target $@.part triton==$*,triton-install)
+	@mv $@.part $@
+
 # Without npm the benchmark says that llama.cpp is absent, and why. Its package builds nothing then.
 $(STAMPS)/engines: $(INSTALLED)
 	@echo "Installing OpenVINO GenAI and, where npm is, llama.cpp ..."
@@ -222,9 +233,14 @@ oracles: private PY := $(ORACLES_PY)
 oracles: $(INSTALLED) $(BUILT) $(TEST_MODEL) $(ORACLES_INSTALLED)
 	@$(PYTEST) tests/oracles tests/integrations
 
-cubins: $(INSTALLED) $(BUILT)
+cubins: $(INSTALLED) $(BUILT) $(TRITONS:%=$(OUT)/tritons/%)
 	@$(call require,pytest triton)
 	@$(PYTEST) -m full tests/triton_kernels
+	@for version in $(TRITONS); do \
+		echo "With Triton $$version ..."; \
+		PYTHONPATH=$(CURDIR)/$(OUT)/tritons/$$version \
+			$(PYTEST) -m 'full or not full' tests/triton_kernels/test_compile.py; \
+	done
 
 budgets: $(INSTALLED) $(BUILT)
 	@$(call require,pytest triton)

@@ -5,7 +5,8 @@
 Layers are so small that the kernel takes a fraction of the call: 64 x 64, one row of x, one thread.
 The CUDA kernels are run by the code that runs them on a GPU, with a stub in place of each launch:
 by the emulator, which `QKERNELS_EMULATOR` names and `csrc/emulator/build.py` makes (without
---sanitize). What torch takes to allocate on a GPU is not in that.
+--sanitize). The Triton kernels are called as on a GPU, up to Triton's own launcher, in whose place
+is a stub. What torch takes to allocate on a GPU is not in that.
 
 The minimum is the call itself; the median holds what else the machine does.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
+import importlib.util
 import os
 import statistics
 import sys
@@ -31,13 +34,16 @@ CALLS_AT_ONCE = 200
 N = K = 64
 
 CPU_SCHEMES = ("w4a16-g64", "w8a8", "w4a8-g64", "nf4-g64", "fp8-a8", "w4a16-g24")
+TRITON_SCHEMES = ("w4a16-g64", "w2a16-g64", "nf4-g64")
 EMULATED_SCHEMES = ("w4a16-g64", "w8a16", "nf4-g64", "w4a16-g24")
 
 Case = tuple[str, Callable[[], object]]
 
 
-def _layer(scheme: str, backend: str | None = None) -> qk.WQLinear:
-    return qk.WQLinear.from_linear(nn.Linear(K, N), scheme, backend=backend)
+def _layer(scheme: str, backend: str | None = None, *, check_kernels: bool = True) -> qk.WQLinear:
+    return qk.WQLinear.from_linear(
+        nn.Linear(K, N), scheme, backend=backend, check_kernels=check_kernels
+    )
 
 
 def _call(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:
@@ -74,6 +80,19 @@ def emulated_cases(library: str) -> Iterator[Case]:
     yield "CUDA, WQLinear, w4a16-g64, M = 64", _call(layer, torch.randn(64, K).half())
 
 
+def triton_cases() -> Iterator[Case]:
+    """Calls of layers on the Triton kernels, none of which is launched."""
+    function = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
+    function.run = lambda *arguments, **options: None
+    for scheme in TRITON_SCHEMES:
+        # What a check of the kernels would compare is never written.
+        layer = _layer(scheme, "interpreted", check_kernels=False)
+        yield f"Triton, WQLinear, {scheme}, M = 1", _call(layer, torch.randn(1, K).half())
+    for scheme in ("w4a16-g64", "w8a8"):
+        layer = _layer(scheme, "interpreted", check_kernels=False)
+        yield f"Triton, WQLinear, {scheme}, M = 64", _call(layer, torch.randn(64, K).half())
+
+
 def measure(cases: list[Case], repeats: int) -> dict[str, list[float]]:
     """Microseconds of a call, `repeats` times for each case; the cases take turns."""
     samples: dict[str, list[float]] = {name: [] for name, _ in cases}
@@ -96,6 +115,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cases = list(cpu_cases())
+    if importlib.util.find_spec("triton") is None:
+        print("without Triton: it is not installed", file=sys.stderr)
+    else:
+        # Triton reads it when it is first imported, which is at the first call of its kernels.
+        os.environ["TRITON_INTERPRET"] = "1"
+        cases += triton_cases()
     library = os.environ.get("QKERNELS_EMULATOR")
     if library is None:
         print("without CUDA: QKERNELS_EMULATOR names no emulator", file=sys.stderr)

@@ -115,6 +115,7 @@ def _check_device(x: Tensor, name: str, words: Tensor) -> None:
         )
 
 
+@lru_cache(maxsize=4096)
 def _problem(what: PackedSpec, m: int, dtype: torch.dtype, device: torch.device) -> Problem:
     return make_problem(
         what.scheme,

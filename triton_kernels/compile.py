@@ -2,8 +2,8 @@
 
     python -m qkernels.triton_kernels.compile --capability 90
 
-prints registers, spills and shared memory of each specialization. It shows that the kernels build
-for a GPU nobody has at hand, and that they fit: shared memory of a block, no spilled registers.
+prints registers, spills, memory and barriers of each specialization. It shows that the kernels
+build for a GPU nobody has at hand, and that they fit: budgets.toml says what each may use.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ CAPABILITIES = (80, 86, 89, 90, 100, 120)
 
 @dataclass(frozen=True)
 class Record:
-    """What came out of a compilation; sizes in bytes."""
+    """What came out of a compilation; sizes in bytes.
+
+    Attributes:
+        stack: of a lane, to which registers spill.
+        shared: shared memory of a block.
+        tensor_memory: columns of it that a block takes, of 512; 0 where there is none.
+        barriers, loop_barriers: where all warps wait for each other, in the code and in its loops.
+    """
 
     kernel: str
     specialization: str
@@ -40,6 +47,9 @@ class Record:
     registers: int
     stack: int
     shared: int
+    tensor_memory: int
+    barriers: int
+    loop_barriers: int
     assembly: str = field(repr=False)
 
 
@@ -54,10 +64,12 @@ def compile_one(spec: Specialization, capability: int) -> Record:
     source = source_of(spec.launch)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=spec.launch.options)
-    if "trap;" in compiled.asm["ptx"]:
+    assembly = compiled.asm["ptx"]
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    if "trap;" in assembly:
         raise RuntimeError(
             f"{source.name} {spec.name} compiled to a trap for {capability}: Triton found "
-            f"no room for it (tensor memory: {getattr(compiled.metadata, 'tmem_size', 0)} columns)"
+            f"no room for it (tensor memory: {tensor_memory} columns)"
         )
     registers, stack = _resources(compiled.asm["cubin"])
     return Record(
@@ -67,7 +79,9 @@ def compile_one(spec: Specialization, capability: int) -> Record:
         registers,
         stack,
         compiled.metadata.shared,
-        compiled.asm["ptx"],
+        tensor_memory,
+        *count_barriers(assembly),
+        assembly,
     )
 
 
@@ -93,6 +107,25 @@ def source_of(launch: Launch) -> ASTSource:
         for index, param in enumerate(launch.kernel.params)
     }
     return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def count_barriers(assembly: str) -> tuple[int, int]:
+    """(all, those in loops) of the barriers of a block in PTX.
+
+    A loop is what lies between a label and a jump back to it.
+    """
+    labels: dict[str, int] = {}
+    loops: list[range] = []
+    barriers = []
+    for number, line in enumerate(assembly.splitlines()):
+        if label := re.match(r"(\$\w+):", line):
+            labels[label[1]] = number
+        elif jump := re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line):
+            if jump[1] in labels:
+                loops.append(range(labels[jump[1]], number))
+        elif re.search(r"\bbar(?:rier)?\.sync\b", line):
+            barriers.append(number)
+    return len(barriers), sum(any(at in loop for loop in loops) for at in barriers)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -135,12 +168,14 @@ def main() -> None:
     arguments = parser.parse_args()
     records = compile_all(arguments.capability, only_sample=arguments.sample)
     print(
-        f"{'kernel':24} {'specialization':56} {'cubin':>8} {'regs':>4} {'stack':>5} {'shared':>7}"
+        f"{'kernel':24} {'specialization':56} {'cubin':>8} {'regs':>4} {'stack':>5} {'shared':>7} "
+        f"{'tensor':>6} {'barriers':>8} {'in loops':>8}"
     )
     for record in sorted(records, key=lambda record: (-record.stack, -record.registers)):
         print(
             f"{record.kernel:24} {record.specialization:56} {record.cubin_bytes:8} "
-            f"{record.registers:4} {record.stack:5} {record.shared:7}"
+            f"{record.registers:4} {record.stack:5} {record.shared:7} {record.tensor_memory:6} "
+            f"{record.barriers:8} {record.loop_barriers:8}"
         )
 
 

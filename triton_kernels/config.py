@@ -59,7 +59,7 @@ class GemmConfig:
 class GemvConfig:
     """Schedule of a GEMV: see GemmConfig; a program computes `block_n` outputs of one row."""
 
-    block_n: int = 128
+    block_n: int = 64
     block_k: int = 64
     split_k: int = 1
     num_warps: int = 4
@@ -154,34 +154,39 @@ def fields_at_once(bits: int) -> int:
 def unrolled_fields(
     config: GemmConfig, bits: int, x_bytes: int, capability: tuple[int, int]
 ) -> int:
-    """`fields_at_once` of `weight_only_gemm`, which are fewer in two cases.
+    """`fields_at_once` of a GEMM, which are fewer in two cases.
 
     fp32 has no tensor core: a product is thousands of multiply-adds, and V copies of them took
-    minutes to compile. And for 10.x and 11.x Triton 3.6 gives each unrolled product its own
-    accumulator in tensor memory, which has 512 columns of 128 lanes; beyond those it compiles a
-    kernel that only traps. A quarter of them, as their number is rounded up, leaves room for a
-    second block.
+    minutes to compile. And for 10.x and 11.x Triton gives each unrolled product sums of its own in
+    tensor memory, which has 512 columns of 128 lanes: 3.6 those of 16-bit products, 3.8 those of
+    int8 too. Beyond the 512 it compiles a kernel that only traps. A quarter of them leaves room for
+    a second block, as Triton rounds their number up to a power of two.
     """
     values = fields_at_once(bits)
     if x_bytes == 4:
         return 1
     if capability[0] not in (10, 11):
         return values
-    most = max(1, 128 * 128 // (config.block_m * config.block_n))
+    # The sums of a small tile take as much as those of a 64 x 64 one, at most.
+    most = max(1, 128 * 128 // max(64 * 64, config.block_m * config.block_n))
     return max(part for part in range(1, values + 1) if values % part == 0 and part <= most)
 
 
 def choose_gemv_config(problem: Problem) -> GemvConfig:
     """The heuristic schedule of a product with few rows of x."""
-    # A lane loads 16 bytes: 4 words, or 16 bytes of 8-bit codes.
-    # A tile holds 4096 words and as many sums: more than that does not fit the registers.
-    block_n = 256 if problem.bits == 8 else min(128, 4096 // problem.plane)
-    block_k = _block_k(problem.group_size, 32)
+    # Fewer outputs, and columns of K, than the 128 lanes: only then does Triton load scales and x
+    # where they are used, each lane its own; else they pass through shared memory, between two
+    # barriers.
+    block_n, block_k = 64, _block_k(problem.group_size, 64)
     plane, tile = _plane_and_tile(problem, block_k)
     if _crosses_groups(problem.group_size, plane):
-        block_n = 32  # a scale and an address for every weight: what fits the registers
+        # A scale and an address for every weight: what fits the registers.
+        block_n, block_k = 32, 32
+        plane, tile = _plane_and_tile(problem, block_k)
     blocks = problem.m * -(-problem.n // block_n)
-    return GemvConfig(block_n=block_n, block_k=block_k, split_k=_split_k(blocks, problem, tile))
+    # A lane has 4 loads of 16 bytes under way, with 8 bits 2: the fewer, the more programs.
+    split_k = _split_k(blocks, problem, tile, per_processor=8 if problem.bits == 8 else 4)
+    return GemvConfig(block_n=block_n, block_k=block_k, split_k=split_k)
 
 
 def _plane_and_tile(problem: Problem, block_k: int) -> tuple[int, int]:
@@ -205,9 +210,9 @@ def _crosses_groups(group_size: int, plane: int) -> bool:
     return group_size % plane != 0
 
 
-def _split_k(blocks: int, problem: Problem, tile: int) -> int:
-    """Parts of K that give every processor two programs, while each part keeps a tile."""
-    return max(1, min(-(-problem.k // tile), 2 * problem.sm_count // blocks))
+def _split_k(blocks: int, problem: Problem, tile: int, per_processor: int = 2) -> int:
+    """Parts of K that give every processor so many programs, while each part keeps a tile."""
+    return max(1, min(-(-problem.k // tile), per_processor * problem.sm_count // blocks))
 
 
 def gemm_config_for(

@@ -25,13 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GemmConfig, gemm_config_for
-from .launch import Launch, run
+from .config import GemmConfig, gemm_config_for, unrolled_fields
+from .launch import Launch, ceil_div, device_facts, run
 from .numerics import dot
 from .operands import code_of, group_of, load_words, load_x
 from .partition import output_tile, tiles_of
 from .planar import PlanarWeight
-from .product import Product, new_output, plane_of, product_launches
+from .product import Product, fields_of_a_group, new_output, plane_of, product_launches
 from .reduce import ending_of, store_product
 
 
@@ -86,6 +86,8 @@ def int8_gemm_kernel(
     GROUPING: tl.constexpr,
     GROUPS_PER_PLANE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SHARED: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -104,24 +106,29 @@ def int8_gemm_kernel(
         words = load_words(weight, (tile * PLANE + r)[None, :], n, n_mask, BITS, EVEN_K, "")
         if EPILOGUE == "group" and GROUPING == "tile":
             acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
-        for i in tl.static_range(VALUES):
-            k0 = (tile * VALUES + i) * PLANE
-            k = k0 + r
-            g = group_of(weight, n, k[None, :] if GROUPING == "element" else k0, G, GROUPING)
-            w = int8_weight(weight, words, i, n, g, n_mask, SIGNED, BITS, EPILOGUE)
-            # Padded columns: x is 0 there.
-            x_tile = load_x(x, x_rows, k, m_mask, weight.K, EVEN_K)
-            if EPILOGUE != "group" or GROUPING == "tile":
-                acc = dot(w, x_tile, acc)
-            elif GROUPING == "plane":
-                part = dot(w, x_tile, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32))
-                total += scaled(weight, part, n, g, n_mask)
-            else:
-                for j in range(GROUPS_PER_PLANE):
-                    one = k0 // weight.group_size + j
-                    x_one = tl.where((k // weight.group_size == one)[:, None], x_tile, 0)
-                    part = dot(w, x_one, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32))
-                    total += scaled(weight, part, n, tl.minimum(one, G - 1), n_mask)
+        for field in range(0, VALUES, UNROLL):
+            for j in tl.static_range(UNROLL):
+                i = field + j
+                k0 = (tile * VALUES + i) * PLANE
+                k = k0 + r
+                g = group_of(weight, n, k[None, :] if GROUPING == "element" else k0, G, GROUPING)
+                w = int8_weight(weight, words, i, n, g, n_mask, SIGNED, BITS, EPILOGUE)
+                # Padded columns: x is 0 there.
+                x_tile = load_x(x, x_rows, k, m_mask, weight.K, EVEN_K)
+                if EPILOGUE != "group" or GROUPING == "tile":
+                    acc = dot(w, x_tile, acc)
+                elif GROUPING == "plane":
+                    if j % SHARED == 0:
+                        part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+                    part = dot(w, x_tile, part)
+                    if j % SHARED == SHARED - 1:
+                        total += scaled(weight, part, n, g, n_mask)
+                else:
+                    for touched in range(GROUPS_PER_PLANE):
+                        one = k0 // weight.group_size + touched
+                        x_one = tl.where((k // weight.group_size == one)[:, None], x_tile, 0)
+                        part = dot(w, x_one, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32))
+                        total += scaled(weight, part, n, tl.minimum(one, G - 1), n_mask)
         if EPILOGUE == "group" and GROUPING == "tile":
             g = group_of(weight, n, tile * (VALUES * PLANE), G, GROUPING)
             total += scaled(weight, acc, n, g, n_mask)
@@ -157,7 +164,8 @@ def int8_gemm(
     product = int8_product(xq, x_scale, weight, bias, out_dtype)
     if product.m:
         config = config or gemm_config_for("int8_gemm", product.m, weight, xq.device, x_bytes=1)
-        run(*int8_launches(product, config), on=xq)
+        _, capability, _ = device_facts(xq.device)
+        run(*int8_launches(product, config, capability), on=xq)
     return product.out
 
 
@@ -175,8 +183,10 @@ def int8_product(
     )
 
 
-def int8_launches(product: Product, config: GemmConfig) -> list[Launch]:
-    """The launches of an int8 GEMM.
+def int8_launches(
+    product: Product, config: GemmConfig, capability: tuple[int, int]
+) -> list[Launch]:
+    """The launches of an int8 GEMM on a device of that compute capability.
 
     Raises:
         ValueError: for a `config` whose steps are shorter than those of the tensor core.
@@ -185,7 +195,8 @@ def int8_launches(product: Product, config: GemmConfig) -> list[Launch]:
     if plane < 32:
         raise ValueError(f"block_k {plane} is too small for int8 products: use 32 or more")
     epilogue = _epilogue(weight)
-    blocks = triton.cdiv(product.m, config.block_m) * triton.cdiv(weight.n, config.block_n)
+    fields = unrolled_fields(config, weight.bits, 1, capability)
+    blocks = ceil_div(product.m, config.block_m) * ceil_div(weight.n, config.block_n)
     return product_launches(
         int8_gemm_kernel,
         (blocks,),
@@ -196,6 +207,8 @@ def int8_launches(product: Product, config: GemmConfig) -> list[Launch]:
         SIGNED=weight.decode == "signed",
         EPILOGUE=epilogue,
         GROUPS_PER_PLANE=groups_per_plane(plane, weight.group_size),
+        UNROLL=fields,
+        SHARED=fields_of_a_group(fields, plane, weight.group_size),
         BLOCK_M=config.block_m,
         GROUP_M=config.group_m,
     )

@@ -25,6 +25,12 @@ def run(*launches: Launch, on: Tensor) -> None:
             launch.kernel[launch.grid](**launch.arguments, **launch.options)
 
 
+def ceil_div(length: int, part: int) -> int:
+    """Parts that cover a length. triton.cdiv looks for Triton's own constants first, which costs
+    a call some microseconds of the host."""
+    return -(-length // part)
+
+
 @lru_cache(maxsize=64)
 def device_facts(device: torch.device) -> tuple[str, tuple[int, int], int]:
     """(name, compute capability, multiprocessors); a CPU counts as one of capability 8.0."""

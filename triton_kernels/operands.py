@@ -32,7 +32,8 @@ class XOperand(NamedTuple):
 class WeightOperand(NamedTuple):
     """A `PlanarWeight`; the pointers of the scale mode and of the decode that it has not are None.
 
-    `decode` is its decode function, `group_size` 0 where one group covers K.
+    `decode` is its decode function, `zero` that of its zero points, `group_size` 0 where one group
+    covers K.
     """
 
     words: Any
@@ -44,6 +45,7 @@ class WeightOperand(NamedTuple):
     nested_absmax: Any
     nested_offset: Any
     decode: Any
+    zero: Any
     N: Any
     K: Any
     group_size: Any
@@ -89,6 +91,30 @@ def code_of(words, i, BITS: tl.constexpr):
 
 
 @triton.jit
+def load_codebook(weight, places, BITS: tl.constexpr):
+    """The codebook as `weight.decode` takes it: of 1 and 2 bits its values, else its address.
+
+    `places` are zeros, as many as there shall be copies of a value. Where a tensor core reads what
+    is decoded, that is one for each channel, [BLOCK_N, 1]: Triton decodes in the registers that the
+    tensor core reads where all that a weight depends on was loaded as a tile, and a number that is
+    the same for all would send each tile through shared memory.
+    """
+    codebook = weight.codebook
+    if weight.codebook is not None:
+        address = weight.codebook + places
+        if BITS == 1:
+            codebook = tl.load(address), tl.load(address + 1)
+        elif BITS == 2:
+            codebook = (
+                tl.load(address),
+                tl.load(address + 1),
+                tl.load(address + 2),
+                tl.load(address + 3),
+            )
+    return codebook
+
+
+@triton.jit
 def group_of(weight, n, k, G, GROUPING: tl.constexpr):
     """The groups, of G, that columns `k` of channels `n` are in; the last one beyond K."""
     return n * 0 if GROUPING == "channel" else tl.minimum(k // weight.group_size, G - 1)
@@ -96,7 +122,10 @@ def group_of(weight, n, k, G, GROUPING: tl.constexpr):
 
 @triton.jit
 def load_group(weight, n, k, G, mask, GROUPING: tl.constexpr):
-    """fp32 (scale, zero) of channels `n` at columns `k`, that broadcast to each other."""
+    """fp32 (scale, zero) of channels `n` at columns `k`, that broadcast to each other.
+
+    The zero is as `weight.zero` gives it, for values as `weight.decode` does.
+    """
     g = group_of(weight, n, k, G, GROUPING)
     index = g.to(tl.int64) * weight.N + n
     stored = tl.load(weight.scales + index, mask=mask, other=0)
@@ -110,5 +139,5 @@ def load_group(weight, n, k, G, mask, GROUPING: tl.constexpr):
         scale = value * absmax + tl.load(weight.nested_offset)
     zero = 0.0
     if weight.zeros is not None:
-        zero = tl.load(weight.zeros + index, mask=mask, other=0).to(tl.float32)
+        zero = weight.zero(tl.load(weight.zeros + index, mask=mask, other=0))
     return scale, zero

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import fields_at_once
-from .launch import Launch, run
+from .launch import Launch, ceil_div, run
 from .operands import code_of
 from .planar import check_plane, values_per_word, word_rows
 
@@ -189,7 +189,7 @@ def planar_launch(kernel: Any, words: Tensor, codes: Tensor, bits: int, plane: i
         "PLANE": plane,
         "BLOCK_N": _BLOCK,
     }
-    return Launch(kernel, (words.shape[0] // plane, triton.cdiv(n, _BLOCK)), arguments, {})
+    return Launch(kernel, (words.shape[0] // plane, ceil_div(n, _BLOCK)), arguments, {})
 
 
 def pack_dense(codes: Tensor, bits: int) -> Tensor:
@@ -236,7 +236,7 @@ def dense_launch(kernel: Any, words: Tensor, codes: Tensor, bits: int) -> Launch
         "BLOCK_R": _BLOCK_ROWS,
         "BLOCK": _BLOCK,
     }
-    grid = (triton.cdiv(columns, _BLOCK), triton.cdiv(rows, _BLOCK_ROWS))
+    grid = (ceil_div(columns, _BLOCK), ceil_div(rows, _BLOCK_ROWS))
     return Launch(kernel, grid, arguments, {})
 
 

@@ -18,12 +18,13 @@ int8 [K, N], the codes minus 128.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .decode import CODE_BITS, DECODE
-from .operands import NESTED_BLOCK
+from .decode import CODE_BITS, DECODE, decode_raised, zero_as_stored, zero_raised
+from .operands import NESTED_BLOCK, WeightOperand
 
 PLANES = (16, 32, 64)
 SMALLEST_GROUP = 16
@@ -87,17 +88,41 @@ class PlanarWeight:
     def __post_init__(self) -> None:
         _check(self)
 
-    @property
+    # What a launch needs of a weight is the same at every call.
+    @cached_property
     def groups(self) -> int:
         """Number of scales of an output channel."""
         return -(-self.k // self.group_size) if self.group_size else 1
 
-    @property
+    @cached_property
     def scale_mode(self) -> str:
         """How the scales are stored: "float", "two_level" or "nested", see operands.py."""
         if self.nested is not None:
             return "nested"
         return "float" if self.channel_scales is None else "two_level"
+
+    @cached_property
+    def operand(self) -> WeightOperand:
+        """The weight as a kernel takes it."""
+        table, absmax, offset = self.nested if self.nested is not None else (None, None, None)
+        decode, zero = DECODE[self.decode], zero_as_stored
+        if self.decode == "unsigned" and self.zeros is not None and self.zeros.dtype == torch.uint8:
+            decode, zero = decode_raised, zero_raised
+        return WeightOperand(
+            words=self.words,
+            scales=self.scales,
+            zeros=self.zeros,
+            codebook=self.codebook,
+            channel_scales=self.channel_scales,
+            nested_table=table,
+            nested_absmax=absmax,
+            nested_offset=offset,
+            decode=decode,
+            zero=zero,
+            N=self.n,
+            K=self.k,
+            group_size=self.group_size,
+        )
 
 
 def _check(weight: PlanarWeight) -> None:

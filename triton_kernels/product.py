@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .config import GemmConfig, GemvConfig
 from .decode import DECODE
-from .launch import Launch
-from .operands import WeightOperand, XOperand
+from .launch import Launch, ceil_div
+from .operands import XOperand
 from .planar import PlanarWeight, values_per_word
 from .reduce import Ending, ending_of, sum_launch
 
@@ -139,15 +139,15 @@ def product_launches(
     plane = plane_of(weight, config)
     values = values_per_word(weight.bits)
     tile = plane * values
-    tiles = triton.cdiv(weight.k, tile)
-    tiles_per_split = triton.cdiv(tiles, config.split_k)
-    split_k = triton.cdiv(tiles, tiles_per_split)
+    tiles = ceil_div(weight.k, tile)
+    tiles_per_split = ceil_div(tiles, config.split_k)
+    split_k = ceil_div(tiles, tiles_per_split)
     target = out
     if split_k > 1:
         target = torch.empty((split_k, *out.shape), dtype=partials, device=out.device)
     arguments = {
         "x": x_operand(product),
-        "weight": weight_operand(weight),
+        "weight": weight.operand,
         "ending": product.ending,
         "out_ptr": target,
         "M": product.m,
@@ -180,25 +180,6 @@ def x_operand(product: Product) -> XOperand:
     return XOperand(x, x.stride(0), x.stride(1), None if decode is None else DECODE[decode])
 
 
-def weight_operand(weight: PlanarWeight) -> WeightOperand:
-    """`weight` as a kernel takes it."""
-    table, absmax, offset = weight.nested if weight.nested is not None else (None, None, None)
-    return WeightOperand(
-        words=weight.words,
-        scales=weight.scales,
-        zeros=weight.zeros,
-        codebook=weight.codebook,
-        channel_scales=weight.channel_scales,
-        nested_table=table,
-        nested_absmax=absmax,
-        nested_offset=offset,
-        decode=DECODE[weight.decode],
-        N=weight.n,
-        K=weight.k,
-        group_size=weight.group_size,
-    )
-
-
 def grouping(group_size: int, tile: int, plane: int) -> str:
     """How groups lie on the tiles of K: what one vector of scales covers.
 
@@ -210,3 +191,11 @@ def grouping(group_size: int, tile: int, plane: int) -> str:
     if group_size % tile == 0:
         return "tile"
     return "plane" if group_size % plane == 0 else "element"
+
+
+def fields_of_a_group(fields: int, plane: int, group_size: int) -> int:
+    """The most successive fields of `fields` unrolled ones that always have one group in common.
+
+    It divides `fields`, so that a kernel loads scales once for each run of as many.
+    """
+    return math.gcd(fields, group_size // plane) if group_size % plane == 0 else 1

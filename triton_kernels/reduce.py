@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, ceil_div
 from .numerics import round_to
 
 _REDUCE_BLOCK = 512  # 4 warps * 4 elements * 32 lanes: one 16-byte load of a partial per lane
@@ -99,5 +99,5 @@ def sum_launch(partials: Tensor, out: Tensor, ending: Ending) -> Launch:
         "SPLIT_K": split_k,
         "BLOCK": _REDUCE_BLOCK,
     }
-    grid = (m, triton.cdiv(n, _REDUCE_BLOCK))
+    grid = (m, ceil_div(n, _REDUCE_BLOCK))
     return Launch(sum_partials_kernel, grid, arguments, {"enable_fp_fusion": True})

@@ -201,9 +201,10 @@ def _int8(
     weight = _weight("signed", bits, group_size, scale_mode, 32, aligned, words)
     xq, x_scale = _empty(m, weight.k, dtype=torch.int8), _empty(m, dtype=_FP32)
     product = int8_product(xq, x_scale, weight, _empty(weight.n, dtype=_BF16), _BF16)
-    config = choose_gemm_config(_problem(capability, product, 1))
+    problem = _problem(capability, product, 1)
+    config = choose_gemm_config(problem)
     name = f"int{bits} m{m} g{group_size} {ending}" + ("" if aligned else " unaligned")
-    return Specialization(name, int8_launches(product, config)[0])
+    return Specialization(name, int8_launches(product, config, problem.capability)[0])
 
 
 def _problem(capability: int, product: Product, x_bytes: int = 2) -> Problem:

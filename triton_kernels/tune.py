@@ -69,7 +69,7 @@ def gemm_candidates(start: GemmConfig, bits: int) -> Iterator[GemmConfig]:
 def gemv_candidates(start: GemvConfig, bits: int) -> Iterator[GemvConfig]:
     """Schedules around the heuristic's choice."""
     splits = sorted({1, 2, 4, 8, 16, 32, start.split_k})
-    block_ks = (16, 32, 64) if bits == 8 else (start.block_k,)
+    block_ks = (32, 64, 128) if bits == 8 else (start.block_k,)
     for block_n, block_k, split_k, warps in itertools.product(
         (32, 64, 128, 256), block_ks, splits, (2, 4, 8)
     ):

@@ -22,12 +22,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import GemmConfig, gemm_config_for, unrolled_fields
-from .launch import Launch, device_facts, run
+from .launch import Launch, ceil_div, device_facts, run
 from .numerics import dot, round_to
-from .operands import code_of, load_group, load_words, load_x
+from .operands import code_of, load_codebook, load_group, load_words, load_x
 from .partition import output_tile, tiles_of
 from .planar import PlanarWeight
-from .product import FLOAT_TYPES, Product, float_product, product_launches
+from .product import (
+    FLOAT_TYPES,
+    Product,
+    fields_of_a_group,
+    float_product,
+    plane_of,
+    product_launches,
+)
 from .reduce import store_product
 
 
@@ -47,6 +54,7 @@ def weight_only_gemm_kernel(
     GROUPING: tl.constexpr,
     EVEN_K: tl.constexpr,
     UNROLL: tl.constexpr,
+    SHARED: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,6 +66,7 @@ def weight_only_gemm_kernel(
     x_rows = x.ptr + m.to(tl.int64) * x.stride_m
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
 
+    codebook = load_codebook(weight, n * 0, BITS)
     if GROUPING == "channel":
         scale, zero = load_group(weight, n, 0, G, n_mask, GROUPING)
     first, last = tiles_of(split, tiles_per_split, weight.K, VALUES * PLANE)
@@ -70,11 +79,11 @@ def weight_only_gemm_kernel(
                 i = field + j
                 k0 = (tile * VALUES + i) * PLANE
                 k = k0 + r
-                if GROUPING == "plane":
+                if GROUPING == "plane" and j % SHARED == 0:
                     scale, zero = load_group(weight, n, k0, G, n_mask, GROUPING)
                 elif GROUPING == "element":
                     scale, zero = load_group(weight, n, k[None, :], G, n_mask, GROUPING)
-                value = weight.decode(code_of(words, i, BITS), weight.codebook, BITS)
+                value = weight.decode(code_of(words, i, BITS), codebook, BITS)
                 w = round_to(scale * (value - zero), COMPUTE)
                 # Padded columns: x is 0 there, and the weight of code 0 is finite.
                 x_tile = load_x(x, x_rows, k, m_mask, weight.K, EVEN_K)
@@ -123,7 +132,8 @@ def gemm_launches(
 ) -> list[Launch]:
     """The launches of a weight-only GEMM on a device of that compute capability."""
     weight, compute = product.weight, product.compute
-    blocks = triton.cdiv(product.m, config.block_m) * triton.cdiv(weight.n, config.block_n)
+    fields = unrolled_fields(config, weight.bits, compute.itemsize, capability)
+    blocks = ceil_div(product.m, config.block_m) * ceil_div(weight.n, config.block_n)
     return product_launches(
         weight_only_gemm_kernel,
         (blocks,),
@@ -136,7 +146,8 @@ def gemm_launches(
             "enable_fp_fusion": weight.scale_mode != "nested",
         },
         COMPUTE=FLOAT_TYPES[compute],
-        UNROLL=unrolled_fields(config, weight.bits, compute.itemsize, capability),
+        UNROLL=fields,
+        SHARED=fields_of_a_group(fields, plane_of(weight, config), weight.group_size),
         BLOCK_M=config.block_m,
         GROUP_M=config.group_m,
     )

@@ -4,11 +4,14 @@
 
 The weights are read once per row and used once, so nothing is gained by tensor cores: a program
 owns BLOCK_N outputs of one row and one of SPLIT_K parts of K, keeps products in a [P, BLOCK_N] tile
-of fp32 registers and sums the tile over P once, at its end. Where a group covers whole word tiles,
-the scale is applied to the sum instead of the weights. Decoded weights are not rounded.
+of fp32 registers and sums the tile over P once, at its end: only there do its warps, which have
+rows of P each, wait for each other. Where a group covers whole planes, the scale is applied to the
+sum of those that it has in a word tile instead of the weights. Decoded weights are not rounded.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -16,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import GemvConfig, fields_at_once, gemv_config_for
-from .launch import Launch, run
-from .operands import code_of, load_group, load_words
+from .launch import Launch, ceil_div, run
+from .operands import code_of, load_codebook, load_group, load_words
 from .partition import tiles_of
 from .planar import PlanarWeight
-from .product import Product, float_product, product_launches
+from .product import Product, fields_of_a_group, float_product, plane_of, product_launches
 from .reduce import store_product
 
 
@@ -39,6 +42,7 @@ def weight_only_gemv_kernel(
     GROUPING: tl.constexpr,
     EVEN_K: tl.constexpr,
     UNROLL: tl.constexpr,
+    SHARED: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -50,6 +54,7 @@ def weight_only_gemv_kernel(
     x_row = x.ptr + m.to(tl.int64) * x.stride_m
     acc = tl.zeros((PLANE, BLOCK_N), dtype=tl.float32)
 
+    codebook = load_codebook(weight, 0, BITS)
     if GROUPING == "channel":
         scale, zero = load_group(weight, n, 0, G, n_mask, GROUPING)
     first, last = tiles_of(split, tiles_per_split, weight.K, VALUES * PLANE)
@@ -72,13 +77,14 @@ def weight_only_gemv_kernel(
                 i = field + j
                 k0 = (tile * VALUES + i) * PLANE
                 k = k0 + r
-                if GROUPING == "plane":
+                if GROUPING == "plane" and j % SHARED == 0:
                     scale, zero = load_group(weight, n, k0, G, n_mask, GROUPING)
+                    part = tl.zeros((PLANE, BLOCK_N), dtype=tl.float32)
                 elif GROUPING == "element":
                     scale, zero = load_group(
                         weight, n[None, :], k[:, None], G, n_mask[None, :], GROUPING
                     )
-                value = weight.decode(code_of(words, i, BITS), weight.codebook, BITS) - zero
+                value = weight.decode(code_of(words, i, BITS), codebook, BITS) - zero
                 x_mask = None if EVEN_K else k < weight.K
                 x_tile = tl.load(x_row + k.to(tl.int64) * x.stride_k, mask=x_mask)
                 if not EVEN_K:
@@ -89,10 +95,12 @@ def weight_only_gemv_kernel(
                     x_tile = x.decode(x_tile.to(tl.int32), None, 8)
                 if GROUPING == "channel":
                     acc += value * x_tile[:, None]
-                elif GROUPING == "tile":
-                    part += value * x_tile[:, None]
-                else:
+                elif GROUPING == "element":
                     acc += (value * scale) * x_tile[:, None]
+                else:
+                    part += value * x_tile[:, None]
+                if GROUPING == "plane" and j % SHARED == SHARED - 1:
+                    acc += part * scale
         if GROUPING == "tile":
             acc += part * scale
 
@@ -125,11 +133,18 @@ def weight_only_gemv(
 
 def gemv_launches(product: Product, config: GemvConfig) -> list[Launch]:
     """The launches of a weight-only GEMV."""
+    weight = product.weight
+    plane = plane_of(weight, config)
+    fields = fields_at_once(weight.bits)
+    if weight.group_size % plane != 0:
+        # Each weight loads a scale and an address: those of all fields at once spill registers.
+        fields = math.gcd(fields, 4)
     return product_launches(
         weight_only_gemv_kernel,
-        (product.m, triton.cdiv(product.weight.n, config.block_n)),
+        (product.m, ceil_div(weight.n, config.block_n)),
         product,
         config,
         {"enable_fp_fusion": True},  # multiply-adds are what this kernel does
-        UNROLL=fields_at_once(product.weight.bits),
+        UNROLL=fields,
+        SHARED=fields_of_a_group(fields, plane, weight.group_size),
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import weakref
 from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,8 +71,58 @@ def _no_interpreter(problem: Problem) -> str | None:
     return import_problem()
 
 
+class _Held(NamedTuple):
+    """A weight as the kernels take it, and what it was made of, which it does not keep alive.
+
+    Attributes:
+        meaning: scheme, n and k.
+        buffers: each of `_PARTS` that there is, and where its memory was.
+    """
+
+    meaning: tuple[Any, ...]
+    buffers: tuple[tuple[weakref.ref[Tensor], int], ...]
+    weight: Any
+
+    def is_of(self, meaning: tuple[Any, ...], buffers: list[Tensor]) -> bool:
+        """Whether these buffers are those that the weight was made of, where they were."""
+        return (
+            self.meaning == meaning
+            and len(self.buffers) == len(buffers)
+            and all(
+                ref() is buffer and address == buffer.data_ptr()
+                for (ref, address), buffer in zip(self.buffers, buffers, strict=True)
+            )
+        )
+
+
+_PARTS = ("words", "scales", "zeros", "channel_scales", "nested_absmax", "nested_offset")
+
+_held: dict[int, _Held] = {}
+"""By the identity of the words, whose end takes the entry away."""
+
+
 def planar_weight(packed: PackedWeight) -> Any:
-    """`packed`, which is in the planar layout, as the kernels take it."""
+    """`packed`, which is in the planar layout, as the kernels take it.
+
+    Made, and checked, at the first call with these buffers. What is written into them in place is
+    seen; of others in their place, a new one is made.
+    """
+    buffers = [packed.buffers[name] for name in _PARTS if name in packed.buffers]
+    meaning = (packed.scheme, packed.n, packed.k)
+    key = id(buffers[0])
+    held = _held.get(key)
+    if held is None or not held.is_of(meaning, buffers):
+        refs = [weakref.ref(buffer) for buffer in buffers[1:]]
+        # An alias: the table must not keep alive the words that take the entry out of it.
+        words = buffers[0].detach()
+        weight = _new_planar_weight(replace(packed, buffers=packed.buffers | {"words": words}))
+        refs.insert(0, weakref.ref(buffers[0], lambda _: _held.pop(key, None)))
+        addresses = (buffer.data_ptr() for buffer in buffers)
+        _held[key] = held = _Held(meaning, tuple(zip(refs, addresses, strict=True)), weight)
+    return held.weight
+
+
+def _new_planar_weight(packed: PackedWeight) -> Any:
     assert packed.layout is PLANAR, f"the weight is in {packed.layout.name}"
     scheme, buffers = packed.scheme, packed.buffers
     device = packed.device

@@ -18,6 +18,7 @@ from qkernels.triton_kernels import (
 )
 from qkernels.triton_kernels import config as configs
 from qkernels.triton_kernels.config import Problem, unrolled_fields
+from qkernels.triton_kernels.product import fields_of_a_group
 
 
 def test_few_rows_fill_every_processor() -> None:
@@ -91,7 +92,28 @@ def test_tensor_memory_limits_what_is_unrolled() -> None:
     assert unrolled_fields(wide, 4, 2, (10, 0)) == 1
     assert unrolled_fields(narrow, 2, 2, (10, 0)) == 4
     assert unrolled_fields(narrow, 3, 2, (10, 3)) == 2  # a divisor of 10
+    assert unrolled_fields(GemmConfig(block_m=16, block_n=64), 2, 2, (10, 0)) == 4
     assert unrolled_fields(narrow, 4, 4, (9, 0)) == 1
+    int8 = choose_gemm_config(Problem(1024, 4096, 4096, 4, 32, 64, 1, (10, 0), 132))
+    assert (int8.block_m, int8.block_n) == (64, 128)
+    assert unrolled_fields(int8, 4, 1, (10, 0)) == 2
+
+
+def test_a_gemv_has_fewer_outputs_and_columns_of_a_step_than_lanes() -> None:
+    for bits, plane, group_size in itertools.product(
+        (1, 2, 3, 4, 8), (16, 32, 64), (0, 24, 64, 128)
+    ):
+        config = choose_gemv_config(Problem(1, 4096, 4096, bits, plane, group_size, 2, (9, 0), 132))
+        assert config.block_n < config.num_warps * 32
+        assert config.block_k < config.num_warps * 32
+
+
+def test_scales_are_loaded_once_for_the_fields_of_a_group() -> None:
+    assert fields_of_a_group(8, 32, 128) == 4
+    assert fields_of_a_group(10, 32, 128) == 2
+    assert fields_of_a_group(8, 32, 96) == 1  # its third plane begins another group
+    assert fields_of_a_group(8, 32, 0) == 8
+    assert fields_of_a_group(8, 32, 24) == 1
 
 
 def test_a_quarter_of_the_1_bit_fields_is_unrolled() -> None:
