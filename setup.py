@@ -86,10 +86,11 @@ def extension() -> tuple[Extension, type]:
         *sources("csrc/cpu/*.cpp"),
         *sources("csrc/bindings/*.cpp"),
         *sources("csrc/bindings/cpu/*.cpp"),
+        # Schedules, which are functions of numbers.
+        *sources("csrc/cuda/**/*.cpp"),
     ]
     cuda = [
         *sources("csrc/cuda/**/*.cu"),
-        *sources("csrc/cuda/**/*.cpp"),
         *sources("csrc/bindings/cuda/*.cpp"),
     ]
     headers = sources("csrc/**/*.h") + sources("csrc/**/*.cuh")

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch
 
-from bench import children, load, plot, report, results, roofline
+from bench import children, load, plot, report, results, roofline, schedule
 from bench.children import Children
 from bench.driver import INTERRUPTED, Driver, Plan, time_is_up
 from bench.progress import Progress
@@ -22,7 +22,7 @@ from bench.results import Results, ResultsError
 from bench.shapes import M_VALUES, MODELS, Layer, model_layers, parse_shape, without_repeats
 from bench.subjects import SUBJECTS, Problem, Subject
 from bench.subjects.dense import DTYPE_NAMES, baseline_name
-from qkernels import machine
+from qkernels import compiled, machine
 from qkernels.errors import SchemeError
 from qkernels.scheme import QuantScheme
 
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--plot-layers", nargs="+", metavar="NxK", help="columns of the picture")
     add("--commit", help="to record, where the files are not in a git repository")
     add("--list", action="store_true", help="list the subjects, with the reason of each absent one")
+    add("--schedule", action="store_true", help="how GPUs would share out work; needs none of them")
     add("--from", dest="source", metavar="JSON", help="show an earlier run; draw its picture")
     add(children.OPTION, dest="ceilings", help=argparse.SUPPRESS)
     return parser
@@ -90,6 +91,8 @@ def run(argv: Sequence[str]) -> int:
         options = _parser().parse_args(argv)
         if options.source is not None:
             return _show(options)
+        if options.schedule:
+            return _show_schedules(options)
         plan = make_plan(options)
         if options.list:
             return _list(plan)
@@ -220,6 +223,16 @@ def _list(plan: Plan) -> int:
             print(f"  {subject.name}: {'runs' if subject.dense else ', '.join(able)}")
         else:
             print(f"  {subject.name}: absent: {'; '.join(dict.fromkeys(reasons))}")
+    return 0
+
+
+def _show_schedules(options: argparse.Namespace) -> int:
+    problem = compiled.problem()
+    if problem is not None:
+        raise UsageError(f"--schedule needs qkernels._C: {problem}")
+    layers = without_repeats(_layers(options) or list(model_layers("targets")))
+    m_values = sorted({_integer("--m", word) for word in _words(options.m)})
+    schedule.print_schedules(layers, m_values or schedule.M_VALUES)
     return 0
 
 

@@ -25,8 +25,8 @@ const char* name_of(Isa isa);
 // I8MM.
 bool has_bf16_products();
 
-// Whether there are dot products of bytes on 256 bits in the encoding of AVX2, which CPUs have beside
-// it that have no AVX-512: AVX-VNNI.
+// Whether there are dot products of bytes on 256 bits in the encoding of AVX2, which CPUs have
+// beside it that have no AVX-512: AVX-VNNI.
 bool has_avx_vnni();
 
 // The highest level that this machine runs; asks the system for AMX once.

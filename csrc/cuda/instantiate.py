@@ -21,7 +21,7 @@ _TEXT = """\
 namespace qkernels {{
 
 template const char* launch_decoder<{decoder}, {real_zeros}>(const WeightOnlyParameters&, FloatType,
-                                                             int, dim3, int, Stream);
+                                                             int, unsigned, int, Stream);
 
 }}  // namespace qkernels
 """

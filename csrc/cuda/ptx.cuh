@@ -140,6 +140,58 @@ QK_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
 QK_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 
+// The same value, which the compiler cannot compute anew: it would, inside of a loop, where that
+// takes a few instructions from what it knows.
+QK_DEVICE int known_once(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// --- Shared memory
+
+// An address in shared memory, of 32 bits: a pointer takes two registers, and each access with it
+// an instruction or two more.
+struct Shared {
+  uint32_t address;
+
+  Shared() = default;
+  QK_DEVICE Shared(const void* pointer)  // NOLINT: pointers are addresses
+      : address(static_cast<uint32_t>(__cvta_generic_to_shared(pointer))) {}
+  QK_DEVICE Shared operator+(int bytes) const { return Shared(address + bytes); }
+  QK_DEVICE Shared known_once() const { return Shared(ptx::known_once(address)); }
+
+ private:
+  QK_DEVICE explicit Shared(uint32_t known) : address(known) {}
+};
+
+// The block's dynamic shared memory, aligned to 128 bytes.
+QK_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char qkernels_shared_memory[];
+  return qkernels_shared_memory;
+}
+
+// V is a type of 1, 2 or 4 bytes, uint2 or uint4, and the address is aligned to its size.
+template <class V>
+QK_DEVICE V load_shared(Shared from QK_AND_SITE) {
+  return *static_cast<const V*>(__cvta_shared_to_generic(from.address));
+}
+
+// An instruction each: where words are computed one by one, nvcc stores what is assigned as a
+// structure one by one too.
+template <class V>
+QK_DEVICE void store_shared(Shared to, const V& value QK_AND_SITE) {
+  if constexpr (sizeof(V) <= 4) {
+    *static_cast<V*>(__cvta_shared_to_generic(to.address)) = value;
+  } else if constexpr (sizeof(V) == 8) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to.address), "r"(value.x), "r"(value.y)
+                 : "memory");
+  } else {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "r"(value.x),
+                 "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+  }
+}
+
 // --- Tensor cores: called by all 32 lanes of a warp together
 
 // c [16, 8] += a [16, 16] @ b [16, 8], accumulated in fp32. With group = lane / 4 and t = lane % 4:
@@ -169,45 +221,11 @@ QK_DEVICE void mma_m16n8k16<Bfloat16>(float (&c)[4], const uint32_t (&a)[4], uin
 
 // Four 8x8 matrices of 16-bit numbers from shared memory. Lane 8i + j passes the address of row j
 // of matrix i (16 bytes, aligned); r[i] of a lane is columns 2t, 2t + 1 of row lane / 4 of it.
-QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row QK_AND_SITE) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], Shared row QK_AND_SITE) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
+               : "r"(row.address)
                : "memory");
-}
-
-// --- Shared memory
-
-// The block's dynamic shared memory, aligned to 128 bytes.
-QK_DEVICE unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char qkernels_shared_memory[];
-  return qkernels_shared_memory;
-}
-
-// V is a type of 1, 2 or 4 bytes, uint2 or uint4, and the address is aligned to its size.
-template <class V>
-QK_DEVICE V load_shared(const void* address QK_AND_SITE) {
-  return *static_cast<const V*>(address);
-}
-
-// An instruction each: where words are computed one by one, nvcc stores what is assigned as a
-// structure one by one too.
-template <class V>
-QK_DEVICE void store_shared(void* address, const V& value QK_AND_SITE) {
-  if constexpr (sizeof(V) <= 4) {
-    *static_cast<V*>(address) = value;
-  } else {
-    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(address));
-    if constexpr (sizeof(V) == 8) {
-      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(value.x), "r"(value.y)
-                   : "memory");
-    } else {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y),
-                   "r"(value.z), "r"(value.w)
-                   : "memory");
-    }
-  }
 }
 
 // --- Global memory
@@ -245,10 +263,9 @@ QK_DEVICE void store_global(void* address, const V& value QK_AND_SITE) {
 // --- Asynchronous copies of 16 bytes from global to shared memory
 
 // Where `valid` is false, writes 16 zeros and reads nothing.
-QK_DEVICE void copy_async_16(void* shared, const void* global, bool valid QK_AND_SITE) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+QK_DEVICE void copy_async_16(Shared to, const void* global, bool valid QK_AND_SITE) {
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address), "l"(global),
                "r"(bytes)
                : "memory");
 }
@@ -268,17 +285,18 @@ QK_DEVICE void sync_threads(QK_SITE) { __syncthreads(); }
 
 QK_DEVICE void sync_warp(QK_SITE) { __syncwarp(); }
 
-// Makes this thread's writes to global memory visible to other blocks before its later ones.
-QK_DEVICE void thread_fence(QK_SITE) { __threadfence(); }
-
 QK_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value) {
   return atomicAdd(address, value);
 }
 
-// Counts this block as arrived, and returns how many had before it. By this a block tells others
-// that all it has stored is there, so a fence and a barrier stand before it; and after it, before
-// what the others have stored is read.
-QK_DEVICE uint32_t count_block(uint32_t* counter QK_AND_SITE) { return atomic_add(counter, 1); }
+// Counts this block as arrived, and returns how many had before it; releases and acquires. By this
+// a block tells others that what its threads have stored before a barrier is there, and after
+// another barrier they read what the others had stored.
+QK_DEVICE uint32_t count_block(uint32_t* counter QK_AND_SITE) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 
 // --- Bounds
 

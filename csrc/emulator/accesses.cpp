@@ -19,14 +19,13 @@ void check_race(const Site& site, const void* address, int bytes, bool write) {
   }
 }
 
-// By count_block a block tells others that what it has stored is there for them, and learns whether
-// theirs is. So every thread's stores must be fenced and behind a barrier by then, and what the
-// others have stored is read behind a barrier and a fence.
+// By count_block, which releases and acquires, a block tells others that what it has stored is
+// there for them, and learns whether theirs is. For the other threads of the block, barriers do the
+// rest: their stores come before one, and what other blocks have stored is read after one.
 void publishes(const Site& site) {
   for (int t = 0; t < machine.threads; ++t) {
     const Thread& thread = machine.pool[static_cast<size_t>(t)];
     const std::string stores = "a store to global memory by thread " + std::to_string(t);
-    if (!thread.stores_fenced) fail(site, stores + " has no fence behind it");
     if (&thread != running && thread.stored_at == machine.barriers) {
       fail(site, "no barrier orders it with " + stores);
     }
@@ -44,10 +43,10 @@ void check_publication(const Site& site) {
       fail(site, "no barrier orders it with the count_block of another thread");
     }
     running->stored_at = machine.barriers;
-    running->stores_fenced = false;
   } else if (site.kind == Kind::kLoadGlobalWritten) {
-    if (machine.counter != nullptr && running->fenced_at <= machine.counted_at) {
-      fail(site, "no barrier and fence order it with the count_block before it");
+    if (machine.counter != nullptr && machine.counter != running &&
+        machine.counted_at == machine.barriers) {
+      fail(site, "no barrier orders it with the count_block before it");
     }
   }
 }
@@ -163,12 +162,6 @@ void copy_async_wait(int groups, Place place) {
   land(*running, landed);
   for (size_t& end : ends) end -= landed;
   maybe_give_way();
-}
-
-void thread_fence(Place place) {
-  if (pass(Kind::kThreadFence, 0, place).disabled) return;
-  running->stores_fenced = true;
-  running->fenced_at = machine.barriers;
 }
 
 bool within(int64_t index, int64_t limit, Place place) {

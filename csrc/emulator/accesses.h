@@ -25,8 +25,6 @@ void copy_async_16(void* shared, const void* global, bool valid, Place place);
 void copy_async_commit(Place place);
 void copy_async_wait(int groups, Place place);
 
-void thread_fence(Place place);
-
 bool within(int64_t index, int64_t limit, Place place);
 
 }  // namespace qkernels::emulator

@@ -38,8 +38,6 @@ struct Thread {
   std::vector<Copy> copies;       // in the order of their start
   std::deque<size_t> group_ends;  // in `copies`, of the groups that have not landed
   int64_t stored_at = -1;         // barriers before its last store to global memory
-  int64_t fenced_at = -1;         // and before its last fence
-  bool stores_fenced = true;
 };
 
 struct Warp {

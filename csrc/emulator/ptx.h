@@ -112,6 +112,43 @@ QK_DEVICE float as_float(uint32_t bits) { return emulator::bits_to<float>(bits);
 
 QK_DEVICE uint32_t as_bits(float value) { return emulator::bits_to<uint32_t>(value); }
 
+QK_DEVICE int known_once(int value) { return value; }
+
+// --- Shared memory
+
+struct Shared {
+  unsigned char* at;
+
+  Shared() = default;
+  QK_DEVICE Shared(const void* pointer)  // NOLINT: pointers are addresses
+      : at(const_cast<unsigned char*>(static_cast<const unsigned char*>(pointer))) {}
+  QK_DEVICE Shared operator+(int bytes) const { return Shared(at + bytes); }
+  QK_DEVICE Shared known_once() const { return *this; }
+};
+
+QK_DEVICE unsigned char* shared_memory() { return emulator::shared_memory(); }
+
+template <class V>
+constexpr bool kIsAccess = sizeof(V) <= 16 && (sizeof(V) & (sizeof(V) - 1)) == 0;
+
+template <class V>
+QK_DEVICE V load_shared(Shared from QK_AND_SITE) {
+  static_assert(kIsAccess<V>);
+  V value{};
+  if (emulator::before_shared(emulator::Kind::kLoadShared, from.at, sizeof(V), place)) {
+    std::memcpy(&value, from.at, sizeof(V));
+  }
+  return value;
+}
+
+template <class V>
+QK_DEVICE void store_shared(Shared to, const V& value QK_AND_SITE) {
+  static_assert(kIsAccess<V>);
+  if (emulator::before_shared(emulator::Kind::kStoreShared, to.at, sizeof(V), place)) {
+    std::memcpy(to.at, &value, sizeof(V));
+  }
+}
+
 // --- Tensor cores
 
 template <class T>
@@ -121,37 +158,12 @@ QK_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
   emulator::meet_warp(emulator::Kind::kMma, &operands, T::multiply, place);
 }
 
-QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row QK_AND_SITE) {
-  if (!emulator::before_shared(emulator::Kind::kLdmatrix, row, 16, place)) {
+QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], Shared row QK_AND_SITE) {
+  if (!emulator::before_shared(emulator::Kind::kLdmatrix, row.at, 16, place)) {
     for (uint32_t& each : r) each = 0;
   }
-  emulator::LdmatrixOperands operands{r, row};
+  emulator::LdmatrixOperands operands{r, row.at};
   emulator::meet_warp(emulator::Kind::kLdmatrix, &operands, emulator::load_matrices, place);
-}
-
-// --- Shared memory
-
-QK_DEVICE unsigned char* shared_memory() { return emulator::shared_memory(); }
-
-template <class V>
-constexpr bool kIsAccess = sizeof(V) <= 16 && (sizeof(V) & (sizeof(V) - 1)) == 0;
-
-template <class V>
-QK_DEVICE V load_shared(const void* address QK_AND_SITE) {
-  static_assert(kIsAccess<V>);
-  V value{};
-  if (emulator::before_shared(emulator::Kind::kLoadShared, address, sizeof(V), place)) {
-    std::memcpy(&value, address, sizeof(V));
-  }
-  return value;
-}
-
-template <class V>
-QK_DEVICE void store_shared(void* address, const V& value QK_AND_SITE) {
-  static_assert(kIsAccess<V>);
-  if (emulator::before_shared(emulator::Kind::kStoreShared, address, sizeof(V), place)) {
-    std::memcpy(address, &value, sizeof(V));
-  }
 }
 
 // --- Global memory
@@ -186,8 +198,8 @@ QK_DEVICE void store_global(void* address, const V& value QK_AND_SITE) {
 
 // --- Asynchronous copies
 
-QK_DEVICE void copy_async_16(void* shared, const void* global, bool valid QK_AND_SITE) {
-  emulator::copy_async_16(shared, global, valid, place);
+QK_DEVICE void copy_async_16(Shared to, const void* global, bool valid QK_AND_SITE) {
+  emulator::copy_async_16(to.at, global, valid, place);
 }
 
 QK_DEVICE void copy_async_commit(QK_SITE) { emulator::copy_async_commit(place); }
@@ -204,8 +216,6 @@ QK_DEVICE void sync_threads(QK_SITE) { emulator::sync_threads(place); }
 QK_DEVICE void sync_warp(QK_SITE) {
   emulator::meet_warp(emulator::Kind::kSyncWarp, nullptr, nullptr, place);
 }
-
-QK_DEVICE void thread_fence(QK_SITE) { emulator::thread_fence(place); }
 
 QK_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value QK_AND_SITE) {
   if (!emulator::before_global(emulator::Kind::kAtomicAdd, address, sizeof(*address), place)) {

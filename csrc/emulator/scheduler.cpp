@@ -181,8 +181,7 @@ void start_block() {
     Thread& thread = machine.pool[static_cast<size_t>(t)];
     thread.copies.clear();
     thread.group_ends.clear();
-    thread.stored_at = thread.fenced_at = -1;
-    thread.stores_fenced = true;
+    thread.stored_at = -1;
     warp_of(thread).lanes |= lane_bit(thread);
     make_ready(thread);
   }

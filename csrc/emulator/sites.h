@@ -25,7 +25,7 @@ enum class Kind : uint8_t {
   kMma,
   kSyncThreads,
   kSyncWarp,
-  kThreadFence,
+
   kWithin,
 };
 constexpr int kKinds = static_cast<int>(Kind::kWithin) + 1;

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -27,6 +28,23 @@ class Instruction:
     text: str  # with all suffixes, such as LDGSTS.E.BYPASS.128
     target: int | None
     may_pass: bool
+
+
+class NoWay(Exception):
+    """No jump leads from one instruction to another."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A loop over stages: what a warp runs at least, from a barrier to itself.
+
+    The way leads through a copy and every tensor-core instruction; what is not needed each time,
+    such as the scales of a new group, is not on it. `entering`: what a new group adds, where its
+    sums are scaled.
+    """
+
+    way: list[int]
+    entering: int | None
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,8 @@ class KernelCode:
                 (i, None) for i in self._following[start]
             )
             while end not in before:
-                assert waiting, f"{self.name}: no way from instruction {start} to {end}"
+                if not waiting:
+                    raise NoWay(f"{self.name}: no way from instruction {start} to {end}")
                 here, previous = waiting.popleft()
                 if here not in before:
                     before[here] = previous
@@ -104,32 +123,24 @@ class KernelCode:
             found += reversed(part)
         return found
 
-    @cached_property
-    def stage_way(self) -> list[int]:
-        """What a warp runs at least for a stage: from a barrier to itself.
+    def stages(self, tensor: int) -> list[Stage]:
+        """The loops over stages, the shortest first; `tensor`: HMMA that each has.
 
-        The way leads through a copy and every tensor-core instruction; what is not needed each
-        time, such as the scales of a new group, is not on it.
+        There is one for each kind of groups: a warp may have one of its stage, or several.
         """
-        tensor = self.places("HMMA")
-        barrier = max(i for i in self.places("BAR") if i < tensor[0])
-        copy = min(i for i in self.places("LDGSTS") if i > barrier)
-        return self.way([barrier, copy, *tensor, barrier])
-
-    @cached_property
-    def chunk_way(self) -> list[int]:
-        """From the last tensor-core instruction to itself: a chunk's, or a stage's if it has one.
-
-        Where a warp has two chunks a stage, they are a loop of their own.
-        """
-        tensor = self.places("HMMA")
-        return self.way([tensor[-1], *tensor])
-
-    def chunk_instructions(self) -> float:
-        """Instructions that a warp runs at least for a chunk of its weights."""
-        stage, chunk = len(self.stage_way), len(self.chunk_way)
-        has_one = self.stage_way[-1] in self.chunk_way  # the barrier
-        return stage if has_one else (stage + chunk) / 2
+        places = self.places("HMMA")
+        found = []
+        for first in range(0, len(places), tensor):
+            products = places[first : first + tensor]
+            barrier = max(i for i in self.places("BAR") if i < products[0])
+            copy = min(i for i in self.places("LDGSTS") if i > barrier)
+            way = self.way([barrier, copy, *products, barrier])
+            entering = []
+            for scaled in self.places("FFMA"):
+                with suppress(NoWay):
+                    entering.append(len(self.way([barrier, copy, scaled, *products, barrier])))
+            found.append(Stage(way, min(entering) - len(way) if entering else None))
+        return sorted(found, key=lambda stage: len(stage.way))
 
     def count_on(self, way: list[int], operation: str, suffix: str) -> int:
         texts = (self.code[i].text.split(".") for i in way)

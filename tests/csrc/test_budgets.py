@@ -81,15 +81,19 @@ def broken_stores(stores: Counter[int], budget: dict[str, Any]) -> list[str]:
     return problems
 
 
+def chunk_instructions(stages: list[sass.Stage], chunks: int) -> list[float]:
+    """Instructions of a warp for a chunk, where one group, two, and more lie in its stage.
+
+    The loops are those for a group a stage, for two and so on, twice as many each.
+    """
+    return [
+        (len(stage.way) + (stage.entering or 0) * 2**number) / chunks
+        for number, stage in enumerate(stages[:-1])
+    ]
+
+
 def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
     """In what a kernel breaks its budget, in words."""
-    found = {
-        "tensor": lambda: kernel.count("HMMA", "16816", "F32"),
-        "ldmatrix": lambda: kernel.count("LDSM", "4"),
-        "copies": lambda: kernel.count_on(kernel.stage_way, "LDGSTS", "128"),
-        "weight_loads": lambda: kernel.count_on(kernel.chunk_way, "LDS", "128"),
-        "global_loads": lambda: kernel.count("LDG", "128"),
-    }
     spilled = kernel.stack + kernel.local + kernel.count("LDL") + kernel.count("STL")
     is_bfloat16 = "<Bfloat16" in kernel.name
     other_tensor = kernel.count("HMMA") - kernel.count("HMMA", "BF16")
@@ -107,38 +111,65 @@ def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
         )
         if number
     ]
-    for what, count in found.items():
+    found: dict[str, int] = {"global_loads": kernel.count("LDG", "128")}
+    stages: list[sass.Stage] = []
+    of_bits = 0 if has_four_bits(kernel.name) else 1
+    if "loops" in budget:
+        loops = budget["loops"][of_bits]
+        tensor, rest = divmod(kernel.count("HMMA", "16816", "F32"), loops)
+        if rest:
+            return [*problems, f"tensor-core instructions are no multiple of {loops} loops"]
+        stages = kernel.stages(tensor)
+        found |= {"tensor": tensor}
+        for what, operation, suffix in (
+            ("ldmatrix", "LDSM", "4"),
+            ("copies", "LDGSTS", "128"),
+            ("weight_loads", "LDS", "128"),
+        ):
+            numbers = {kernel.count_on(stage.way, operation, suffix) for stage in stages}
+            found[what] = numbers.pop() if len(numbers) == 1 else -1
+    for what, number in found.items():
         if what in budget:
-            allowed, number = budget[what], count()
+            allowed = budget[what]
             if isinstance(allowed, list):
-                allowed = allowed[0 if has_four_bits(kernel.name) else 1]
+                allowed = allowed[of_bits]
             if number != allowed:
                 problems.append(f"{what} {number}, expected {allowed}")
     wide, expected = kernel.count("LDS", "128"), budget.get("shared_loads", 0)
     if wide < expected:
         problems.append(f"shared_loads {wide}, expected {expected} or more")
-    if "global_stores" in budget:
-        problems += broken_stores(kernel.stores("STG"), budget)
     if kernel.registers > budget["registers"]:
         problems.append(f"registers {kernel.registers}, allowed {budget['registers']}")
+    if "global_stores" in budget:
+        problems += broken_stores(kernel.stores("STG"), budget)
     if "chunk_instructions" in budget:
-        number, allowed = kernel.chunk_instructions(), budget["chunk_instructions"]
-        if number > allowed:
-            problems.append(f"instructions a chunk {number:g}, allowed {allowed}")
+        numbers, allowed = (
+            chunk_instructions(stages, budget["chunks"][of_bits]),
+            budget["chunk_instructions"],
+        )
+        if len(numbers) != len(allowed):
+            problems.append(f"chunk_instructions of {len(numbers)} loops, expected {len(allowed)}")
+        elif any(number > most for number, most in zip(numbers, allowed, strict=True)):
+            problems.append(f"instructions a chunk {numbers}, allowed {allowed}")
     return problems
 
 
 def budget_of(name: str) -> dict[str, Any]:
-    rows = [row for row in BUDGETS["budget"] if fnmatch.fnmatchcase(name, row["kernel"])]
+    rows = [
+        row
+        for row in BUDGETS["budget"]
+        for pattern in ([row["kernel"]] if isinstance(row["kernel"], str) else row["kernel"])
+        if fnmatch.fnmatchcase(name, pattern)
+    ]
     assert len(rows) == 1, f"{name} matches {len(rows)} rows of budgets.toml"
     limits = [
         limit
         for pattern, limit in BUDGETS["chunk_instructions"].items()
         if fnmatch.fnmatchcase(name, pattern)
     ]
-    # What decides at few tokens is held for all decoders.
-    least = 1 if fnmatch.fnmatchcase(name, "weight_only_mma_kernel<*, 8>") else 0
-    assert least <= len(limits) <= 1, f"{name} matches {len(limits)} of chunk_instructions"
+    assert len(limits) == (1 if "loops" in rows[0] else 0), (
+        f"{name} matches {len(limits)} of chunk_instructions"
+    )
     return rows[0] | ({"chunk_instructions": limits[0]} if limits else {})
 
 
@@ -254,37 +285,80 @@ LOOP = """
 @pytest.mark.parametrize(("jump", "number"), [("0x90", 7), ("0x10", 6)])
 def test_the_shortest_way_through_a_stage(jump, number):
     (kernel,) = sass.parse(USAGE, LOOP.format(jump=jump), {"_Z1fv": "f(P)"})
-    assert kernel.chunk_instructions() == number
-    assert broken(kernel, {"registers": 40, "chunk_instructions": number - 1})[-1] == (
-        f"instructions a chunk {number}, allowed {number - 1}"
-    )
-    assert len(broken(kernel, {"registers": 40, "chunk_instructions": number})) == 1
+    (stage,) = kernel.stages(1)
+    assert len(stage.way) == number
+    assert stage.entering is None
 
 
-def test_two_chunks_a_stage_are_a_loop_of_their_own():
-    inner = LOOP.replace("@P0 CALL.REL.NOINC {jump}", "@P0 BRA 0x40")
-    (kernel,) = sass.parse(USAGE, inner, {"_Z1fv": "f(P)"})
-    # 7 of the stage, and the branches 4 and 7 with the HMMA for the second chunk.
-    assert kernel.chunk_instructions() == (7 + 3) / 2
+def test_what_a_new_group_adds():
+    code = LOOP.format(jump="0x90").replace("LDS R4", "FFMA R4")
+    (kernel,) = sass.parse(USAGE, code, {"_Z1fv": "f(P)"})
+    (stage,) = kernel.stages(1)
+    assert (len(stage.way), stage.entering) == (7, 1)
+
+
+TWO_LOOPS = """
+		Function : _Z1fv
+        /*0000*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0020*/                   MOV R1, R2 ;
+        /*0030*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0040*/               @P0 BRA 0x0 ;
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0070*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0080*/               @P0 BRA 0x50 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_each_loop_has_its_own_products():
+    (kernel,) = sass.parse(USAGE, TWO_LOOPS, {"_Z1fv": "f(P)"})
+    assert [stage.way for stage in kernel.stages(1)] == [[6, 7, 8, 5], [1, 2, 3, 4, 0]]
+
+
+def test_instructions_of_a_chunk():
+    stages = [sass.Stage(list(range(length)), 2) for length in (10, 12, 20)]
+    assert chunk_instructions(stages, 2) == [(10 + 2) / 2, (12 + 4) / 2]
+    plain = [sass.Stage(list(range(length)), None) for length in (10, 12, 20)]
+    assert chunk_instructions(plain, 1) == [10, 12]
 
 
 def test_what_cannot_be_reached_has_no_way():
     (kernel,) = sass.parse(USAGE, LOOP.format(jump="0x90"), {"_Z1fv": "f(P)"})
-    with pytest.raises(AssertionError, match="no way from instruction 9 to 1"):
+    with pytest.raises(sass.NoWay, match="no way from instruction 9 to 1"):
         kernel.way([9, 1])
 
 
 def test_a_broken_budget_is_named():
     (kernel,) = sass.parse(USAGE, SASS, {"_Z1fv": "f<Bfloat16, Fp8E4M3>(P)"})
-    budget = {"registers": 39, "tensor": 2, "shared_loads": 2, "global_loads": [0, 1]}
+    budget = {"registers": 39, "shared_loads": 2, "global_loads": [0, 1]}
     assert broken(kernel, budget) == [
         "spills or stack 8, none allowed",
         "copies of less than 16 bytes 1, none allowed",
         "tensor-core instructions of another type 1, none allowed",
-        "tensor 1, expected 2",
         "global_loads 0, expected 1",
         "shared_loads 1, expected 2 or more",
         "registers 40, allowed 39",
+    ]
+    (kernel,) = sass.parse(USAGE, LOOP.format(jump="0x90"), {"_Z1fv": "f<Half, Int4>(P)"})
+    budget = {"registers": 40, "loops": [1, 1], "chunks": [2, 1], "tensor": [2, 1], "copies": 0}
+    assert broken(kernel, budget)[1:] == ["tensor 1, expected 2", "copies 1, expected 0"]
+    budget = {"registers": 40, "loops": [2, 1], "chunks": [2, 1]}
+    assert "tensor-core instructions are no multiple of 2 loops" in broken(kernel, budget)
+
+
+def test_too_many_instructions_are_named(monkeypatch):
+    (kernel,) = sass.parse(USAGE, LOOP.format(jump="0x90"), {"_Z1fv": "f<Half, Int4>(P)"})
+    stages = [sass.Stage(list(range(length)), 2) for length in (4, 6, 8)]
+    monkeypatch.setattr(sass.KernelCode, "stages", lambda self, tensor: stages)
+    budget = {"registers": 40, "loops": [1, 1], "chunks": [2, 1]}
+    assert broken(kernel, budget | {"chunk_instructions": [3, 5]})[1:] == []
+    assert broken(kernel, budget | {"chunk_instructions": [3, 4]})[1:] == [
+        "instructions a chunk [3.0, 5.0], allowed [3, 4]"
+    ]
+    assert broken(kernel, budget | {"chunk_instructions": [3]})[1:] == [
+        "chunk_instructions of 2 loops, expected 1"
     ]
 
 
@@ -292,6 +366,6 @@ def test_copies_and_loads_count_where_they_are_needed():
     code = LOOP.format(jump="0x90").replace("P3, 0x60", "0x60").replace("LDS R4", "LDS.128 R4")
     (skipped,) = sass.parse(USAGE, code, {"_Z1fv": "f(P)"})
     (straight,) = sass.parse(USAGE, code.replace("@!P0 BRA", "     MOV"), {"_Z1fv": "f(P)"})
-    loads = [k.count_on(k.chunk_way, "LDS", "128") for k in (skipped, straight)]
-    assert loads == [0, 1]
-    assert [k.count_on(k.stage_way, "LDGSTS", "128") for k in (skipped, straight)] == [1, 1]
+    for operation, numbers in (("LDS", [0, 1]), ("LDGSTS", [1, 1])):
+        ways = [(kernel, kernel.stages(1)[0].way) for kernel in (skipped, straight)]
+        assert [k.count_on(way, operation, "128") for k, way in ways] == numbers

@@ -101,7 +101,7 @@ BLOCK_ROWS = {8: 64, 16: 64, 32: 128, 64: 256}
 """Rows of the weight that a block of weight_only_mma computes, by its tokens."""
 
 STAGE_COLUMNS = {
-    4: {8: 512, 16: 256, 32: 128, 64: 64},
+    4: {8: 512, 16: 512, 32: 128, 64: 64},
     8: {8: 256, 16: 256, 32: 128, 64: 64},
 }
 """Columns that a block brings to shared memory at a time, by the bits of a code and its tokens."""
@@ -132,6 +132,11 @@ def product(
     bias: torch.Tensor | None = None,
     **schedule: int,
 ) -> torch.Tensor:
-    """weight_only_mma in the emulator; `schedule`: tokens, split_k and stages, or none."""
+    """weight_only_mma in the emulator; `schedule`: tokens, blocks, stages and unit, or none.
+
+    With `parts` in place of `blocks` each tile is shared by so many blocks.
+    """
+    if "parts" in schedule:
+        schedule |= {"blocks": schedule.pop("parts"), "each_tile": True}
     tensors, facts = weight_arguments(packed)
     return torch.ops.qkernels_emulated.weight_only_mma(x, *tensors, bias, *facts, **schedule)

@@ -20,14 +20,14 @@ pytestmark = needs_emulator
 N, STAGES = 512, 3
 
 
-def columns(tokens, split_k):
+def columns(tokens, parts):
     """K with which each part of it is twice as long as the pipeline."""
-    return 2 * STAGES * split_k * STAGE_COLUMNS[4][tokens]
+    return 2 * STAGES * parts * STAGE_COLUMNS[4][tokens]
 
 
-def measured(text, m, *, tokens, split_k):
-    schedule = {"tokens": tokens, "split_k": split_k, "stages": STAGES}
-    k = columns(tokens, split_k)
+def measured(text, m, *, tokens, parts):
+    schedule = {"tokens": tokens, "parts": parts, "stages": STAGES}
+    k = columns(tokens, parts)
     packed = pack(rounding.quantize(torch.randn(N, k), text), FRAGMENT)
     x = torch.randn(m, k, dtype=torch.float16)
     regions = {
@@ -38,16 +38,16 @@ def measured(text, m, *, tokens, split_k):
     with counted(x=x, **regions) as counters:
         product(x, packed, **schedule)
     way = Way.of(counters, m, N, tokens)
-    assert way.parts == split_k and way.stages >= 2 * STAGES * split_k, way
+    assert way.parts == parts and way.stages >= 2 * STAGES * parts, way
     return counters
 
 
 @pytest.mark.parametrize("text", ["w4a16-g128", "w4a16-g32-sym", "w8a16-g64", "nf4-g64"])
 @pytest.mark.parametrize(
-    ("m", "tokens", "split_k"), [(1, 8, 1), (1, 8, 2), (13, 16, 2), (32, 32, 4), (64, 64, 2)]
+    ("m", "tokens", "parts"), [(1, 8, 1), (1, 8, 2), (13, 16, 2), (32, 32, 4), (64, 64, 2)]
 )
-def test_weights_and_scales_are_read_exactly_once(text, m, tokens, split_k):
-    counters = measured(text, m, tokens=tokens, split_k=split_k)
+def test_weights_and_scales_are_read_exactly_once(text, m, tokens, parts):
+    counters = measured(text, m, tokens=tokens, parts=parts)
     for name in ("words", "scales", "zeros"):
         if name in counters["regions"]:
             region = counters["regions"][name]
@@ -56,15 +56,15 @@ def test_weights_and_scales_are_read_exactly_once(text, m, tokens, split_k):
 
 
 def test_scales_that_span_all_of_k_are_read_once_for_each_part_of_it():
-    for split_k in (1, 4):
-        counters = measured("w8a16", 8, tokens=8, split_k=split_k)
+    for parts in (1, 4):
+        counters = measured("w8a16", 8, tokens=8, parts=parts)
         read = counters["regions"]["scales"]["read"]
-        assert read["least"] == read["most"] == split_k
+        assert read["least"] == read["most"] == parts
 
 
 @pytest.mark.parametrize(("m", "tokens"), [(8, 8), (16, 16), (32, 32), (64, 64)])
 def test_activations_are_read_once_for_each_block_of_rows(m, tokens):
-    counters = measured("w4a16-g128", m, tokens=tokens, split_k=2)
+    counters = measured("w4a16-g128", m, tokens=tokens, parts=2)
     read = counters["regions"]["x"]["read"]
     assert read["least"] == read["most"] == N // BLOCK_ROWS[tokens]
 
@@ -72,7 +72,7 @@ def test_activations_are_read_once_for_each_block_of_rows(m, tokens):
 @pytest.mark.parametrize("text", ["w4a16-g128", "w8a16-g64"])
 @pytest.mark.parametrize(("m", "tokens"), [(1, 8), (8, 8), (16, 16), (32, 32), (64, 64)])
 def test_every_sector_is_used_and_no_bank_conflicts(text, m, tokens):
-    counters = measured(text, m, tokens=tokens, split_k=2)
+    counters = measured(text, m, tokens=tokens, parts=2)
     assert counters["copy_async"]["bytes"] == 32 * counters["copy_async"]["sectors"]
     # The last block of each tile clears its counter: 4 bytes by one thread.
     tiles = N // BLOCK_ROWS[tokens]
@@ -86,7 +86,7 @@ def test_every_sector_is_used_and_no_bank_conflicts(text, m, tokens):
 @pytest.mark.parametrize(("m", "tokens"), [(8, 8), (16, 16), (32, 32), (64, 64)])
 def test_tensor_core_operations(m, tokens):
     """One mma for 16 rows, 16 columns and 8 tokens; one ldmatrix for 32 columns and 8 tokens."""
-    counters = measured("w4a16-g128", m, tokens=tokens, split_k=1)
+    counters = measured("w4a16-g128", m, tokens=tokens, parts=1)
     k = columns(tokens, 1)
     assert counters["mma"] == N // 16 * (k // 16) * (tokens // 8)
     # Two tiles of 16 rows share each fragment of x.

@@ -16,7 +16,7 @@ from tests.emulated.emulator import (
 
 pytestmark = needs_emulator
 
-SCHEDULES = ({"tokens": 8, "split_k": 1}, {"tokens": 16, "split_k": 3})
+SCHEDULES = ({"tokens": 8, "parts": 1}, {"tokens": 16, "parts": 3})
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 SOURCES = [path for path in CUDA.rglob("*.cu*") if path.name != "ptx.cuh"]
 
 FUNCTIONS = {  # of ptx.cuh, and what the emulator calls them
-    **{name: name for name in ("sync_threads", "sync_warp", "thread_fence", "copy_async_wait")},
+    **{name: name for name in ("sync_threads", "sync_warp", "copy_async_wait")},
     **{name: name for name in ("load_global", "load_global_written", "load_shared")},
     **{name: name for name in ("store_global", "store_shared", "count_block", "within")},
     "ldmatrix_x4": "ldmatrix",
@@ -46,12 +46,15 @@ def exercise(check):
     """
     torch.manual_seed(0)
     for text, m, n, k, schedule in (
-        ("w4a16-g32", 3, 30, 584, {"tokens": 8, "split_k": 2, "stages": 2}),
-        ("w4a16-g32", 5, 90, 1093, {"tokens": 8, "split_k": 1, "stages": 3}),
-        ("w8a16-g64", 9, 97, 1096, {"tokens": 16, "split_k": 3, "stages": 2}),
-        ("w4a16-g64", 9, 97, 1096, {"tokens": 16, "split_k": 1, "stages": 4}),
-        ("nf4-g64", 3, 36, 2600, {"tokens": 8, "split_k": 1, "stages": 5}),
-        ("w4a16-g64", 3, 36, 2600, {"tokens": 8, "split_k": 1, "stages": 6}),
+        ("w4a16-g32", 3, 30, 584, {"tokens": 8, "parts": 2, "stages": 2}),
+        ("w4a16-g32", 5, 90, 1093, {"tokens": 8, "parts": 1, "stages": 3}),
+        ("w8a16-g64", 9, 97, 1096, {"tokens": 16, "parts": 3, "stages": 2}),
+        ("w4a16-g64", 9, 97, 1096, {"tokens": 16, "parts": 1, "stages": 4}),
+        ("nf4-g64", 3, 36, 2600, {"tokens": 8, "parts": 1, "stages": 5}),
+        ("w4a16-g64", 3, 36, 2600, {"tokens": 8, "parts": 1, "stages": 6}),
+        ("w4a16-g64", 9, 140, 200, {"tokens": 32, "parts": 1, "stages": 2}),
+        # The second of three blocks has a piece of either tile.
+        ("w4a16-g64", 3, 100, 1100, {"tokens": 8, "blocks": 3, "stages": 2}),
     ):
         weight = rounding.quantize(torch.randn(n, k), text, bias=torch.randn(n))
         # Heap memory of exactly the right size, so that a sanitizer sees what lies beyond it.

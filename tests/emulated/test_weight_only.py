@@ -24,7 +24,7 @@ from tests.emulated.emulator import (
 
 pytestmark = needs_emulator
 
-SCHEDULES = [  # tokens, split_k, stages
+SCHEDULES = [  # tokens, parts of K, stages
     *itertools.product(("w4a16-g32", "w8a16-g48"), (8, 16, 32, 64), (1, 3), (2, 3)),
     *(("w4a16-g32", *deep) for deep in ((8, 5, 6), (16, 2, 5), (32, 1, 4), (64, 2, 4))),
 ]
@@ -41,24 +41,23 @@ def error(y, x, weight):
     return float((y.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize(("text", "tokens", "split_k", "stages"), SCHEDULES)
-def test_every_schedule(text, tokens, split_k, stages):
+@pytest.mark.parametrize(("text", "tokens", "parts", "stages"), SCHEDULES)
+def test_every_schedule(text, tokens, parts, stages):
     """Tails of rows, tokens and columns; the pipeline starts over, and the last part is shorter."""
-    schedule = {"tokens": tokens, "split_k": split_k, "stages": stages}
-    weight = quantized(33, 72, text)  # one stage: the pipeline never fills, nor is K split
+    weight = quantized(33, 72, text)  # one stage: the pipeline never fills
     x = torch.randn(1, 72, dtype=torch.float16)
-    y = product(x, pack(weight, FRAGMENT), **schedule)
+    y = product(x, pack(weight, FRAGMENT), tokens=tokens, parts=min(parts, 2), stages=stages)
     assert error(y, x, weight) <= FROBENIUS_BOUND[torch.float16]
 
     m, n = tokens + 1, BLOCK_ROWS[tokens] + 33
-    all_stages = (stages + 1) * split_k - (split_k > 1)
-    k = (all_stages - 1) * STAGE_COLUMNS[weight.scheme.bits][tokens] + 40
+    all_stages = (stages + 1) * parts
+    k = all_stages * STAGE_COLUMNS[weight.scheme.bits][tokens] - 64 + 40
     weight = quantized(n, k, text)
     x = torch.randn(m, k, dtype=torch.float16)
-    set_seed(split_k)
+    set_seed(parts)
     with counted() as counters:
-        y = product(x, pack(weight, FRAGMENT), **schedule)
-    assert Way.of(counters, m, n, tokens) == Way(split_k, all_stages)
+        y = product(x, pack(weight, FRAGMENT), tokens=tokens, parts=parts, stages=stages)
+    assert Way.of(counters, m, n, tokens) == Way(parts, all_stages)
     assert error(y, x, weight) <= FROBENIUS_BOUND[torch.float16]
 
 
@@ -121,19 +120,28 @@ def test_any_shape_and_group_through_the_layer(m, n, k, group, bits, dtype, seed
     bits=st.sampled_from([4, 8]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
     tokens=st.sampled_from(list(BLOCK_ROWS)),
-    split_k=st.integers(1, 6),
+    blocks=st.integers(1, 9),
     stages=st.integers(2, 6),
+    unit=st.sampled_from([1, 2]),
+    each_tile=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=60)
-def test_any_shape_in_any_schedule(m, n, k, group, bits, dtype, tokens, split_k, stages, seed):
+@settings(deadline=None, max_examples=100)
+def test_any_shape_in_any_schedule(
+    m, n, k, group, bits, dtype, tokens, blocks, stages, unit, each_tile, seed
+):
+    """Shares of blocks begin and end anywhere: in a tile, in a group, with a tile."""
+    units = -(-k // (64 * unit))
+    if not each_tile:
+        units *= -(-m // tokens) * -(-n // BLOCK_ROWS[tokens])
+    schedule = {"blocks": min(blocks, units), "stages": stages, "unit": unit}
     torch.manual_seed(seed)
     set_seed(seed)
     weight = of_integers(n, k, group, bits)
     x = torch.zeros(m, -(-k // 8) * 8, dtype=dtype)
     x[:, :k] = torch.randint(-2, 3, (m, k))
     exact = x[:, :k].double() @ weight.dequantize().double().t()
-    y = product(x, pack(weight, FRAGMENT), tokens=tokens, split_k=split_k, stages=stages)
+    y = product(x, pack(weight, FRAGMENT), tokens=tokens, each_tile=each_tile, **schedule)
     assert torch.equal(y, exact.float().to(dtype))
 
 
@@ -154,26 +162,31 @@ def test_real_zero_points(dtype, zero_dtype, bits):
         assert error(y, x, weight) <= FROBENIUS_BOUND[dtype], spread
 
 
-@pytest.mark.parametrize("split_k", [1, 3])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("bias_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_bias_of_every_type(bias_dtype, split_k):
+def test_bias_of_every_type(bias_dtype, parts):
     weight = quantized(70, 1536)
     bias = (100 * torch.randn(70)).to(bias_dtype)
     x = torch.zeros(3, 1536, dtype=torch.bfloat16)
     with counted() as counters:
-        y = product(x, pack(weight, FRAGMENT), bias, tokens=8, split_k=split_k)
-    assert Way.of(counters, 3, 70, 8).parts == split_k
+        y = product(x, pack(weight, FRAGMENT), bias, tokens=8, parts=parts)
+    assert Way.of(counters, 3, 70, 8).parts == parts
     assert torch.equal(y, bias.to(torch.bfloat16).expand(3, -1))
 
 
+@pytest.mark.parametrize("each_tile", [True, False])
 @pytest.mark.parametrize("tokens", BLOCK_ROWS)
-def test_the_same_bits_in_every_order_of_blocks_and_threads(tokens):
+def test_the_same_bits_in_every_order_of_blocks_and_threads(tokens, each_tile):
     """Each column comes twice, with x of either sign: the exact result is 0.
 
     So what is left are the roundings of the sums, which another order of adding makes differ. Of
     two parts of K it would not: a + b is b + a.
     """
     m, n, parts = 3, 70, 4
+    tiles = -(-n // BLOCK_ROWS[tokens])
+    # Each tile alone has four parts; shares of the line of all reach into the next tile.
+    blocks = parts * tiles if each_tile else parts * tiles + 1
+    schedule = {"blocks": parts if each_tile else blocks, "each_tile": each_tile}
     half = parts * STAGE_COLUMNS[4][tokens]
     order = torch.randperm(2 * half)
     codes = torch.randint(0, 16, (n, half), dtype=torch.uint8).repeat(1, 2)[:, order]
@@ -187,8 +200,8 @@ def test_the_same_bits_in_every_order_of_blocks_and_threads(tokens):
     for seed in range(16):
         set_seed(seed)
         with counted() as counters:
-            results.append(product(x, packed, tokens=tokens, split_k=parts, stages=3))
-        assert Way.of(counters, m, n, tokens) == Way(parts, 2 * parts)
+            results.append(product(x, packed, tokens=tokens, stages=3, **schedule))
+        assert counters["blocks"] == blocks
     assert results[0].count_nonzero() > results[0].numel() / 2
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -232,7 +245,10 @@ def test_wrong_input_is_named():
     for schedule, message in (
         ({"tokens": 24}, "8, 16, 32 or 64 tokens"),
         ({"tokens": 8, "stages": 7}, "2 to 6 stages"),
-        ({"tokens": 8, "split_k": 0}, "1 part or more"),
+        ({"tokens": 8, "blocks": 0}, "at least one"),
+        ({"tokens": 8, "blocks": 3}, "a block for each unit of work at most"),
+        ({"tokens": 8, "parts": 3}, "a block for each unit of work at most"),
+        ({"tokens": 8, "unit": 3}, "1 or 2 chunks"),
     ):
         with pytest.raises(ValueError, match=message):
             product(x, packed, **schedule)

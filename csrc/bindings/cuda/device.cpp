@@ -30,7 +30,7 @@ class EmulatedCounters final : public CounterDevice<std::nullptr_t> {
 
 // Few processors, so that small problems are split in as many ways as large ones on a GPU.
 const DeviceFacts& DeviceScope::facts() const {
-  static const DeviceFacts emulated = {4, 227 * 1024};
+  static const DeviceFacts emulated = {4, 227 * 1024, 228 * 1024};
   return emulated;
 }
 
@@ -115,6 +115,8 @@ const DeviceFacts& DeviceScope::facts() const {
       cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, index()));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&facts.shared_bytes,
                                         cudaDevAttrMaxSharedMemoryPerBlockOptin, index()));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&facts.multiprocessor_shared_bytes,
+                                        cudaDevAttrMaxSharedMemoryPerMultiprocessor, index()));
   return known.emplace(index(), facts).first->second;
 }
 

@@ -17,7 +17,8 @@ namespace qkernels::bindings {
 
 struct DeviceFacts {
   int multiprocessors;
-  int shared_bytes;  // that a block can have
+  int shared_bytes;                 // that a block can have
+  int multiprocessor_shared_bytes;  // and all blocks of a multiprocessor
 };
 
 // While it lives, the tensor's device is current.

@@ -10,7 +10,6 @@
 #include <limits>
 #include <memory>
 #include <optional>
-#include <tuple>
 
 #include "bindings/cuda/device.h"
 #include "bindings/cuda/fragment.h"
@@ -56,7 +55,7 @@ void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bi
   }
   if (rows.m == 0) return;
   const DeviceScope scope(rows.tensor);
-  WeightOnlyProblem problem;
+  WeightOnlyProblem problem{};
   problem.m = choice.m > 0 ? choice.m : rows.m;
   problem.n = weight.n;
   problem.k = weight.k;
@@ -66,14 +65,15 @@ void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bi
   problem.zero_bytes = bytes_of(weight.zero_type);
   problem.multiprocessors = scope.facts().multiprocessors;
   problem.shared_bytes = scope.facts().shared_bytes;
+  problem.multiprocessor_shared_bytes = scope.facts().multiprocessor_shared_bytes;
+  problem.each_tile = choice.m > 0;
   const WeightOnlyConfig config = choice.config ? *choice.config : choose_config(problem);
   const char* reason = why_not(problem, config);
   TORCH_CHECK_VALUE(reason == nullptr, reason, ": ", to_string(config));
   problem.m = rows.m;
   at::Tensor partials;
-  if (config.split_k > 1) {
-    partials =
-        at::empty({partial_bytes(problem, config) / 4}, rows.tensor.options().dtype(at::kFloat));
+  if (const int64_t bytes = partial_bytes(problem, config); bytes > 0) {
+    partials = at::empty({bytes / 4}, rows.tensor.options().dtype(at::kFloat));
     arguments.partials = partials.mutable_data_ptr<float>();
     arguments.counters = scope.counters(counter_bytes(problem, config) / 4);
   }
@@ -181,12 +181,13 @@ int as_int(const char* name, int64_t value) {
   return static_cast<int>(value);
 }
 
-// tokens, split_k and stages: a schedule, where tokens is not 0.
+// tokens, blocks, stages, unit and each_tile: a schedule, where tokens is not 0.
 at::Tensor weight_only_mma_op(const at::Tensor& x, const at::Tensor& words,
                               const at::Tensor& scales, const Optional& zeros,
                               const Optional& table, const Optional& bias, int64_t n, int64_t k,
                               int64_t group_size, std::string_view code, int64_t schedule_m,
-                              int64_t tokens, int64_t split_k, int64_t stages) {
+                              int64_t tokens, int64_t blocks, int64_t stages, int64_t unit,
+                              bool each_tile) {
   const FragmentWeight weight = fragment_weight(fragment_shape(n, k, group_size, code), words,
                                                 scales, pointer(zeros), pointer(table));
   check_x(x, words);
@@ -200,8 +201,8 @@ at::Tensor weight_only_mma_op(const at::Tensor& x, const at::Tensor& words,
   ScheduleChoice choice;
   choice.m = schedule_m;
   if (tokens > 0) {
-    choice.config = WeightOnlyConfig{as_int("tokens", tokens), as_int("split_k", split_k),
-                                     as_int("stages", stages)};
+    choice.config = WeightOnlyConfig{as_int("tokens", tokens), as_int("blocks", blocks),
+                                     as_int("stages", stages), as_int("unit", unit), each_tile};
   }
   at::Tensor y = empty_output(x, n, x.scalar_type());
   multiply({x, x.size(0), k_read, x.stride(0), std::nullopt}, weight, bias, choice, y);
@@ -216,29 +217,6 @@ at::Tensor dequantize_op(const at::Tensor& words, const at::Tensor& scales, cons
   return dequantized(weight, words, dtype);
 }
 
-// The schedule that weight_only_mma takes for a problem: tokens, split_k, stages, and the bytes of
-// shared memory of a block. zero_bytes is 0 without zero points.
-std::tuple<int64_t, int64_t, int64_t, int64_t> choose_config_op(
-    int64_t m, int64_t n, int64_t k, int64_t group_size, int64_t bits, int64_t scale_bytes,
-    int64_t zero_bytes, int64_t multiprocessors, int64_t shared) {
-  check_size(n, k);
-  require(m > 0 && m <= kMostSize && group_size > 0 && multiprocessors > 0,
-          "m, group_size and multiprocessors must be above 0, and m ", kMostSize, " at most, got ",
-          m, ", ", group_size, " and ", multiprocessors);
-  WeightOnlyProblem problem;
-  problem.m = m;
-  problem.n = n;
-  problem.k = k;
-  problem.group_size = group_size;
-  problem.bits = as_int("bits", bits);
-  problem.scale_bytes = as_int("scale_bytes", scale_bytes);
-  problem.zero_bytes = as_int("zero_bytes", zero_bytes);
-  problem.multiprocessors = as_int("multiprocessors", multiprocessors);
-  problem.shared_bytes = as_int("shared_bytes", shared);
-  const WeightOnlyConfig config = choose_config(problem);
-  return {config.tokens, config.split_k, config.stages, shared_bytes(problem, config)};
-}
-
 }  // namespace
 
 TORCH_LIBRARY(QKERNELS_LIBRARY, m) {
@@ -249,14 +227,10 @@ TORCH_LIBRARY(QKERNELS_LIBRARY, m) {
   m.def(
       "weight_only_mma(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? table, "
       "Tensor? bias, int n, int k, int group_size, str code, int schedule_m=0, int tokens=0, "
-      "int split_k=1, int stages=4) -> Tensor");
+      "int blocks=1, int stages=4, int unit=1, bool each_tile=False) -> Tensor");
   m.def(
       "dequantize(Tensor words, Tensor scales, Tensor? zeros, Tensor? table, int n, int k, "
       "int group_size, str code, ScalarType dtype) -> Tensor");
-  m.def(
-      "choose_config(int m, int n, int k, int group_size, int bits, int scale_bytes, "
-      "int zero_bytes, int multiprocessors, int shared_bytes) -> (int, int, int, int)",
-      &choose_config_op);
 }
 
 TORCH_LIBRARY_IMPL(QKERNELS_LIBRARY, QKERNELS_DISPATCH_KEY, m) {

@@ -13,29 +13,51 @@ struct WeightOnlyProblem {
   int bits;
   int scale_bytes, zero_bytes;  // of one scale or zero point; zero_bytes 0 for none
   int multiprocessors;
-  int shared_bytes;  // that a block can have
+  int shared_bytes;                 // that a block can have
+  int multiprocessor_shared_bytes;  // that all blocks of a multiprocessor can have
+  bool each_tile = false;           // see WeightOnlyConfig
 };
 
-// Schedule of weight_only_mma. A block computes `tokens` columns of Y^T for block_rows() rows of
-// the weight, over a part of K.
+// Schedule of weight_only_mma. A tile is `tokens` columns of Y^T by block_rows() rows of the
+// weight, over all of K. The tiles, one after the other, are a line of work, and each block takes
+// an equal share of it: the end of one tile, perhaps, some whole ones and the beginning of another.
 struct WeightOnlyConfig {
-  int tokens;   // 8, 16, 32 or 64
-  int split_k;  // parts of K, each of another block; at most as many as there are stages
-  int stages;   // of the pipeline that brings weights and activations to shared memory
+  int tokens;  // 8, 16, 32 or 64
+  int blocks;  // that share the work: all of it, or with `each_tile` that of a tile
+  int stages;  // of the pipeline that brings weights and activations to shared memory
+  int unit;    // chunks of 64 columns that shares are whole numbers of: 1 or 2
+  // Every tile is shared out in the same way, so that how a sum is added does not depend on M.
+  bool each_tile = false;
 
   // Warps side by side along N and along K: more along K for few tokens, where a block would
   // otherwise span more rows than small layers have; all along N for many, which share x.
   constexpr int warps_n() const { return tokens <= 16 ? 2 : tokens == 32 ? 4 : 8; }
   constexpr int warps_k() const { return 8 / warps_n(); }
   constexpr int block_rows() const { return 32 * warps_n(); }
-  // Chunks of 64 columns that a warp takes of a stage. Two spread the costs of a stage, where there
-  // is the shared memory for it.
-  constexpr int warp_chunks(int bits) const { return bits == 4 && tokens == 8 ? 2 : 1; }
+  // Chunks of 64 columns that a warp takes of a stage. Two spread the costs of a stage.
+  constexpr int warp_chunks(int bits) const { return bits == 4 && tokens <= 16 ? 2 : 1; }
   constexpr int stage_chunks(int bits) const { return warps_k() * warp_chunks(bits); }
 };
 
+// The work of a product in a schedule.
+struct WeightOnlyWork {
+  int64_t row_tiles, token_tiles;
+  int64_t units;  // of a tile
+
+  int64_t tiles() const { return row_tiles * token_tiles; }
+  int64_t all_units() const { return tiles() * units; }
+};
+
+WeightOnlyWork work_of(const WeightOnlyProblem& problem, const WeightOnlyConfig& config);
+
 // The heuristic schedule: a pure function.
 WeightOnlyConfig choose_config(const WeightOnlyProblem& problem);
+
+// The share of a GPU's multiprocessors that are at work on average until the last one is done.
+double busy_share(const WeightOnlyProblem& problem, const WeightOnlyConfig& config);
+
+// Blocks that a multiprocessor has room for at a time.
+int resident_blocks(const WeightOnlyProblem& problem, const WeightOnlyConfig& config);
 
 // Groups whose scales a block holds at a time.
 int64_t group_slots(const WeightOnlyProblem& problem, const WeightOnlyConfig& config);
@@ -48,8 +70,8 @@ const char* why_not(const WeightOnlyProblem& problem, const WeightOnlyConfig& co
 // Bytes of shared memory of a block.
 int64_t shared_bytes(const WeightOnlyProblem& problem, const WeightOnlyConfig& config);
 
-// Scratch that the product needs: fp32 partial sums, and counters that must be zero before the
-// first call and are zero again after each.
+// Scratch that the product needs: fp32 partial sums, and counters, which must be zero before a call
+// and are zero again after it.
 int64_t partial_bytes(const WeightOnlyProblem& problem, const WeightOnlyConfig& config);
 int64_t counter_bytes(const WeightOnlyProblem& problem, const WeightOnlyConfig& config);
 

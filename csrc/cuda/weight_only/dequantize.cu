@@ -32,7 +32,7 @@ QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) 
   const int64_t tile = tile_number;
   Decoder<T> decoder;
   decoder.start(p.weight.table);
-  Group<T, Decoder, kRealZeros> group;
+  WeightGroup<T, Decoder, kRealZeros> group;
   group.start();
   const auto* words = static_cast<const unsigned char*>(p.weight.words) +
                       (tile * p.chunks + chunk) * kUnits * kUnitBytes + lane * 16;

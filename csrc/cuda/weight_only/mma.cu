@@ -8,10 +8,13 @@ namespace qkernels {
 
 namespace {
 
+// Columns of a group that spans all of K: more than any weight has, and whole chunks.
+constexpr int kOneGroup = 0x7fffff80;
+
 template <template <class> class Decoder, bool kRealZeros>
 const char* run(DecoderTag<Decoder, kRealZeros>, const WeightOnlyParameters& parameters,
-                FloatType x_type, int tokens, dim3 grid, int shared_bytes, Stream stream) {
-  return launch_decoder<Decoder, kRealZeros>(parameters, x_type, tokens, grid, shared_bytes,
+                FloatType x_type, int tokens, unsigned blocks, int shared_bytes, Stream stream) {
+  return launch_decoder<Decoder, kRealZeros>(parameters, x_type, tokens, blocks, shared_bytes,
                                              stream);
 }
 
@@ -21,8 +24,7 @@ const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOn
                             Stream stream) {
   const FragmentWeight& weight = arguments.weight;
   if (arguments.m == 0 || weight.n == 0) return nullptr;
-  const int chunks = static_cast<int>(ceil_div(weight.k, kChunkColumns));
-  WeightOnlyProblem problem;
+  WeightOnlyProblem problem{};
   problem.m = arguments.m;
   problem.n = weight.n;
   problem.k = weight.k;
@@ -33,34 +35,41 @@ const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOn
 
   WeightOnlyParameters p;
   p.weight = weight;
-  p.x = static_cast<const unsigned char*>(arguments.x);
   p.bias = arguments.bias;
-  p.y = static_cast<uint16_t*>(arguments.y);
   p.partials = arguments.partials;
   p.counters = arguments.counters;
   p.x_stride = arguments.x_stride;
-  p.m = arguments.m;
   p.rows = padded_rows(weight.n);
-  p.chunks = chunks;
-  // Whole stages, and no block without any.
-  const int stage = config.stage_chunks(problem.bits);
-  const int stages = static_cast<int>(ceil_div(chunks, stage));
-  p.chunks_per_split = static_cast<int>(ceil_div(stages, config.split_k)) * stage;
-  p.split_k = static_cast<int>(ceil_div(chunks, p.chunks_per_split));
+  p.chunks = static_cast<int>(ceil_div(weight.k, kChunkColumns));
   p.stages = config.stages;
   p.groups = static_cast<int>(ceil_div(weight.k, weight.group_size));
   p.slots = static_cast<int>(group_slots(problem, config));
   p.scale_bytes = problem.scale_bytes;
   p.zero_bytes = problem.zero_bytes;
   p.bias_type = arguments.bias_type;
+  const int stage_columns = config.stage_chunks(problem.bits) * kChunkColumns;
+  p.group_columns = p.groups == 1 ? kOneGroup : static_cast<int>(weight.group_size);
+  p.stage_groups = stage_columns / p.group_columns;
+  p.stage_rest = stage_columns % p.group_columns;
 
-  dim3 grid;
-  grid.x = static_cast<unsigned>(ceil_div(weight.n, config.block_rows()));
-  grid.y = static_cast<unsigned>(p.split_k);
-  grid.z = static_cast<unsigned>(ceil_div(arguments.m, config.tokens));
+  const WeightOnlyWork work = work_of(problem, config);
+  const int64_t tiles = work.tiles(), span = config.each_tile ? work.units : work.all_units();
+  p.x = static_cast<const unsigned char*>(arguments.x);
+  p.y = static_cast<uint16_t*>(arguments.y);
+  p.m = arguments.m;
+  p.units = static_cast<int>(work.units);
+  p.unit_chunks = config.unit;
+  p.token_tiles = static_cast<int>(work.token_tiles);
+  p.span_tiles = static_cast<int>(config.each_tile ? 1 : tiles);
+  p.span_blocks = config.blocks;
+  p.share = static_cast<int>(span / config.blocks);
+  p.longer = static_cast<int>(span % config.blocks);
+
+  const auto blocks =
+      static_cast<unsigned>(config.each_tile ? tiles * config.blocks : config.blocks);
   const int shared = static_cast<int>(shared_bytes(problem, config));
   return visit_decoder(weight, [&](auto decoder) {
-    return run(decoder, p, arguments.x_type, config.tokens, grid, shared, stream);
+    return run(decoder, p, arguments.x_type, config.tokens, blocks, shared, stream);
   });
 }
 

@@ -4,7 +4,8 @@
 // The weight is the A operand of mma.m16n8k16, so that a single token costs eight columns and not
 // sixteen rows, and the tokens fill the N side in tiles of 8.
 //
-//     block      kTokens tokens x (32 * warps_n) rows of the weight, one of split_k parts of K
+//     tile       kTokens tokens x (32 * warps_n) rows of the weight
+//     block      a share of the line of tiles (config.h): pieces of tiles, one after the other
 //     warp       32 rows (two tiles of 16, which share each fragment of x), and one or two of each
 //                stage's chunks of 64 columns
 //     stage      what a block brings to shared memory at a time: the chunks of warps_k warps
@@ -15,16 +16,22 @@
 //
 //     shared memory:  [stages] { x [kTokens][stage columns] | words [8 warps][2 tiles][chunks] }
 //                     scales [slots][block rows] | zeros [slots][block rows]
-//     then, over it:  sums [warps_k][kTokens][block rows + 4] fp32
+//     then, over it:  sums [warps_k][kTokens][block rows + 4] fp32 | whether this block is the last
 //
 // A group's scales are copied once, with the first stage that reaches into the group, to slot
 // g % slots; there are as many slots as groups that the stages under way can touch.
+//
+// For few tokens the sums of a group are scaled, in fp32, where there are fewer of them than
+// weights; for many tokens the weights are.
 //
 // The sums of a block's warps along K, and then of the blocks along K, are added in a fixed order:
 // the last block of a tile to arrive adds what all of them left in global memory. So the same call
 // gives the same bits.
 
 #pragma once
+
+#include <cmath>
+#include <type_traits>
 
 #include "cuda/weight_only/config.h"
 #include "cuda/weight_only/parameters.cuh"
@@ -36,13 +43,13 @@ namespace qkernels {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kTilesPerWarp = 2;
-constexpr int kNoEnd = 0x7fffffff;  // of the last group
-constexpr int kPadding = 4;  // floats: lets the fragments of sums be stored without conflicts
+constexpr int kNone = 0x7fffffff;  // no column, no group, no slot
+constexpr int kPadding = 4;        // floats: lets the fragments of sums be stored without conflicts
 
 template <class T, template <class> class Decoder, bool kRealZeros, int kTokens>
 class WeightOnlyBlock {
  public:
-  static constexpr WeightOnlyConfig kShape = {kTokens, 1, 2};  // any split_k and stages
+  static constexpr WeightOnlyConfig kShape = {kTokens, 1, 2, 1};  // any blocks and stages
   static constexpr int kWarpsN = kShape.warps_n();
   static constexpr int kWarpsK = kShape.warps_k();
   static constexpr int kBlockRows = kShape.block_rows();
@@ -57,69 +64,201 @@ class WeightOnlyBlock {
   static constexpr int kChunkBytes = kUnits * kUnitBytes;             // of a tile
   static constexpr int kXBytes = kTokens * kRowBytes;
   static constexpr int kXCopies = kTokens * kPieces / kThreads;  // of a thread and stage
+  static constexpr int kXTokens = kThreads / kPieces;            // between a thread's copies
+  static_assert(kThreads % kPieces == 0, "a thread copies the same columns of several tokens");
+  // Tokens that are multiples of 8 apart are swizzled alike.
+  static constexpr int kXPlaces = kXTokens % 8 == 0 ? 1 : kXCopies;
   static constexpr int kTileBytes = kWarpChunks * kChunkBytes;
   static constexpr int kStageBytes = kXBytes + kWarps * kTilesPerWarp * kTileBytes;
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kSumRow = kBlockRows + kPadding;
+  static constexpr bool kScalesSums = kTokens <= 16;
 
-  QK_DEVICE WeightOnlyBlock(const WeightOnlyParameters& parameters, unsigned char* shared)
+  QK_DEVICE WeightOnlyBlock(const WeightOnlyParameters& parameters, ptx::Shared shared)
       : p_(parameters), shared_(shared) {
     lane_ = threadIdx.x % kLanes;
     warp_ = threadIdx.x / kLanes;
     warp_n_ = warp_ % kWarpsN;
     warp_k_ = warp_ / kWarpsN;
-    block_row_ = static_cast<int64_t>(blockIdx.x) * kBlockRows;
-    token0_ = static_cast<int64_t>(blockIdx.z) * kTokens;
-    first_chunk_ = blockIdx.y * p_.chunks_per_split;
-    last_chunk_ = min_of(first_chunk_ + p_.chunks_per_split, p_.chunks);
-    end_column_ = last_chunk_ * kChunkColumns;
-    const int64_t warp_row = block_row_ + warp_n_ * kTilesPerWarp * kTileRows;
-    // A warp beyond the last row has no chunks.
-    warp_end_ = warp_row < p_.rows ? last_chunk_ : 0;
-
-    copied_chunk_ = first_chunk_ + warp_k_ * kWarpChunks;
-    chunk_ = copied_chunk_;
-    const int64_t unit = warp_row / kTileRows * p_.chunks + copied_chunk_;
-    weights_ = static_cast<const unsigned char*>(p_.weight.words) + unit * kChunkBytes + lane_ * 16;
-    words_at_ = kXBytes + warp_ * kTilesPerWarp * kTileBytes + lane_ * 16;
+    words_ = shared + (kXBytes + warp_ * kTilesPerWarp * kTileBytes + lane_ * 16);
+    words_ = words_.known_once();
     // Piece lane / 8 of token lane % 8 in the warp's first chunk; the second half of a chunk lies 4
     // pieces on, which the swizzle makes bit 6 of the address.
-    fragment_at_ = lane_ % 8 * kRowBytes + warp_k_ * kWarpChunks * kChunkColumns * 2 +
-                   swizzled(lane_ / 8, lane_ % 8) * 16;
-    fine_groups_ = p_.weight.group_size % kChunkColumns != 0;
-    start_activations();
-    start_groups();
+    const int fragment = lane_ % 8 * kRowBytes + warp_k_ * kWarpChunks * kChunkColumns * 2 +
+                         swizzled(lane_ / 8, lane_ % 8) * 16;
+    fragments_[0] = (shared + fragment).known_once();
+    fragments_[1] = (shared + (fragment ^ 64)).known_once();
+#pragma unroll
+    for (int i = 0; i < kXPlaces; ++i) {
+      const int piece = threadIdx.x % kPieces, token = threadIdx.x / kPieces + i * kXTokens;
+      x_to_[i] = (shared + (token * kRowBytes + swizzled(piece, token) * 16)).known_once();
+    }
+    scales_at_ = ptx::known_once(p_.stages * kStageBytes);
+    const int row = warp_n_ * kTilesPerWarp * kTileRows + lane_ / 4 * 2;
+    const int zeros_at = scales_at_ + p_.slots * kBlockRows * p_.scale_bytes;
+    scales_ = shared + (scales_at_ + row * p_.scale_bytes);
+    zeros_ = shared + (zeros_at + row * p_.zero_bytes);
   }
 
   QK_DEVICE void run() {
-    const int steps = (last_chunk_ - first_chunk_ + kStageChunks - 1) / kStageChunks;
+    // Divisions stand here and where a piece starts and ends: the loop only adds and compares.
+    int block = blockIdx.x, span = 0;
+    if (p_.span_blocks != static_cast<int>(gridDim.x)) {
+      span = block / p_.span_blocks;
+      block -= span * p_.span_blocks;
+    }
+    const int begin = first_unit(block);
+    int left = p_.share + (block < p_.longer ? 1 : 0);
+    int tile = begin / p_.units, unit = begin - tile * p_.units;
     decoder_.start(p_.weight.table);
-    for (auto& group : groups_) group.start();
-    for (int step = 0; step < p_.stages - 1; ++step) {
-      if (step < steps) copy_stage();
-      ptx::copy_async_commit();
+    while (true) {
+      const int end = min_of(p_.units, unit + left);
+      start_piece(span * p_.span_tiles + tile, unit, end);
+      // Every so many columns that a warp takes, from the first one of a stage on, lie in one
+      // group.
+      constexpr int kWarpColumns = kWarpChunks * kChunkColumns;
+      if (kWarpChunks > 1 && (p_.group_columns | piece_column_) % kWarpColumns == 0) {
+        multiply_piece<kWarpColumns>();
+      } else if (p_.group_columns % kChunkColumns == 0) {
+        multiply_piece<kChunkColumns>();
+      } else if (kScalesSums && p_.group_columns % (2 * kStepColumns) == 0) {
+        multiply_piece<2 * kStepColumns>();
+      } else {
+        multiply_piece<kStepColumns>();
+      }
+      finish(block, span, tile, end - unit);
+      left -= end - unit;
+      if (left == 0) return;
+      ++tile;
+      unit = 0;
+      ptx::sync_threads();  // the next stages take the place of the sums
     }
-    int left = steps - (p_.stages - 1);  // stages that are still to be copied
-    for (int step = 0; step < steps; ++step) {
-      wait_for_stage();
-      // Every warp's copies of this stage have landed, and every warp is done with the stage
-      // before, whose place the next copies take.
-      ptx::sync_threads();
-      if (left > 0) copy_stage();
-      --left;
-      ptx::copy_async_commit();
-      multiply();
-    }
-    ptx::sync_threads();  // the sums take the place of the stages, whose copies all have landed
-    finish();
   }
 
  private:
   static QK_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
+  // `value`, below twice `size`, less `size` where it is not below that.
+  static QK_DEVICE uint32_t wrapped(uint32_t value, uint32_t size) {
+    const uint32_t less = value - size;
+    return value < less ? value : less;
+  }
+
   // Where piece `piece` of a row of x lies in it.
   static QK_DEVICE int swizzled(int piece, int token) {
     return (piece & ~7) | ((piece ^ token) & 7);
+  }
+
+  // Of its span, where the share of a block begins; and the block in whose share a unit is.
+  QK_DEVICE int first_unit(int block) const { return block * p_.share + min_of(block, p_.longer); }
+
+  QK_DEVICE int block_of(int unit) const {
+    const int of_longer = p_.longer * (p_.share + 1);
+    return unit < of_longer ? unit / (p_.share + 1) : p_.longer + (unit - of_longer) / p_.share;
+  }
+
+  // Units [unit, end) of a tile.
+  QK_DEVICE void start_piece(int tile, int unit, int end) {
+    const int row_tile = p_.token_tiles == 1 ? tile : tile / p_.token_tiles;
+    tile_ = tile;
+    block_row_ = static_cast<int64_t>(row_tile) * kBlockRows;
+    token0_ = static_cast<int64_t>(tile - row_tile * p_.token_tiles) * kTokens;
+    const int first_chunk = unit * p_.unit_chunks;
+    last_chunk_ = min_of(end * p_.unit_chunks, p_.chunks);
+    stages_ = (last_chunk_ - first_chunk + kStageChunks - 1) / kStageChunks;
+    columns_left_ = min_of(last_chunk_ * kChunkColumns, static_cast<int>(p_.weight.k)) -
+                    first_chunk * kChunkColumns;
+    piece_column_ = first_chunk * kChunkColumns;
+    start_weights(first_chunk);
+    start_activations(first_chunk * kChunkColumns);
+    start_groups(first_chunk * kChunkColumns);
+  }
+
+  QK_DEVICE void start_weights(int first_chunk) {
+    const int64_t warp_row = block_row_ + warp_n_ * kTilesPerWarp * kTileRows;
+    const int chunk = first_chunk + warp_k_ * kWarpChunks;
+    // A warp beyond the last row has nothing to copy.
+#pragma unroll
+    for (int c = 0; c < kWarpChunks; ++c) {
+      const int column = (warp_k_ * kWarpChunks + c) * kChunkColumns;
+      own_columns_[c] = warp_row < p_.rows ? column : kNone;
+    }
+    weights_ = static_cast<const unsigned char*>(p_.weight.words) +
+               (warp_row / kTileRows * p_.chunks + chunk) * kChunkBytes + lane_ * 16;
+  }
+
+  // A thread copies the same 16 bytes of a stage's columns for every kXTokens-th token.
+  QK_DEVICE void start_activations(int column) {
+    const int piece = threadIdx.x % kPieces, token = threadIdx.x / kPieces;
+    x_ = p_.x + ((token0_ + token) * p_.x_stride + column + piece * 8) * 2;
+#pragma unroll
+    for (int i = 0; i < kXCopies; ++i) {
+      const bool is_token = ptx::within(token0_ + token + i * kXTokens, p_.m);
+      x_column_[i] = is_token ? piece * 8 : kNone;
+    }
+  }
+
+  QK_DEVICE void start_groups(int column) {
+    const int size = p_.group_columns, first = column / size;
+    const int own = column + warp_k_ * kWarpChunks * kChunkColumns, own_group = own / size;
+    rest_ = own - own_group * size;
+    slot_ = own_group - first;
+    loaded_slot_ = kNone;
+    next_group_ = first;
+    next_slot_ = 0;
+    gap_ = first * size - column;
+    end_group_ = min_of(p_.groups, (last_chunk_ * kChunkColumns - 1) / size + 1);
+    for (auto& group : groups_) group.start();
+    // Half of the threads copy scales, half zero points; a thread copies the same 16 bytes of every
+    // groups_at_once_-th group.
+    constexpr int kHalf = kThreads / 2;
+    const bool is_scale = threadIdx.x < kHalf;
+    const int bytes = is_scale ? p_.scale_bytes : p_.zero_bytes;
+    const int pieces = kBlockRows * bytes / 16;
+    my_group_ = kNone;
+    if (pieces == 0) return;
+    const int index = threadIdx.x % kHalf, offset = index % pieces * 16;
+    groups_at_once_ = kHalf / pieces;
+    const int64_t from = block_row_ * bytes + offset;
+    if (ptx::within(from, p_.rows * bytes)) my_group_ = index / pieces;
+    group_source_ =
+        static_cast<const unsigned char*>(is_scale ? p_.weight.scales : p_.weight.zeros);
+    group_source_ += from;
+    group_bytes_ = p_.rows * bytes;
+    slot_bytes_ = kBlockRows * bytes;
+    const int zeros_at = scales_at_ + p_.slots * kBlockRows * p_.scale_bytes;
+    group_target_ = shared_ + ((is_scale ? scales_at_ : zeros_at) + offset);
+  }
+
+  // Where a piece begins in the middle of a group: that one. Then `gap_` columns lie between the
+  // next stage and the first group that was not copied, and a stage begins stage_groups_ or one
+  // more.
+  QK_DEVICE void copy_first_group() {
+    if (gap_ == 0) return;
+    gap_ += p_.group_columns;
+    copy_groups(1);
+  }
+
+  template <int kRun>
+  QK_DEVICE void multiply_piece() {
+    copy_first_group();
+    write_ = 0;
+    for (int stage = 0; stage < p_.stages - 1; ++stage, write_ += kStageBytes) copy_stage();
+    read_ = 0;
+    for (int stage = 0; stage < stages_; ++stage) {
+      wait_for_stage();
+      // Every warp's copies of this stage have landed, and every warp is done with the stage
+      // before, whose place the next copies take. Behind the piece they bring zeros, and so nothing
+      // has to be left out: neither they, nor the product of what they brought.
+      ptx::sync_threads();
+      copy_stage();
+      multiply<kRun>();
+      write_ = read_;
+      read_ = read_ + kStageBytes == scales_at_ ? 0 : read_ + kStageBytes;
+    }
+    if constexpr (kScalesSums) scale_sums();
+    ptx::copy_async_wait<0>();
+    ptx::sync_threads();  // the sums take the place of the stages
   }
 
   // The number of groups of copies to leave under way is a constant of the instruction.
@@ -137,135 +276,87 @@ class WeightOnlyBlock {
     }
   }
 
-  // Divisions stand here and in start_groups(), once a block: the loop only adds and compares.
-  QK_DEVICE void start_activations() {
-    column_ = first_chunk_ * kChunkColumns;
-#pragma unroll
-    for (int i = 0; i < kXCopies; ++i) {
-      const int index = i * kThreads + threadIdx.x;
-      const int token = index / kPieces, piece = index % kPieces;
-      x_[i] = p_.x + ((token0_ + token) * p_.x_stride + column_ + piece * 8) * 2;
-      x_at_[i] = token * kRowBytes + swizzled(piece, token) * 16;
-      // A column that a token beyond the last one never reaches.
-      x_limit_[i] = ptx::within(token0_ + token, p_.m)
-                        ? min_of(end_column_, static_cast<int>(p_.weight.k)) - piece * 8
-                        : 0;
-    }
-  }
-
-  QK_DEVICE void start_groups() {
-    const int size = static_cast<int>(p_.weight.group_size);
-    scales_at_ = p_.stages * kStageBytes;
-    zeros_at_ = scales_at_ + p_.slots * kBlockRows * p_.scale_bytes;
-    next_group_ = first_chunk_ * kChunkColumns / size;
-    next_edge_ = next_group_ * size;
-    // Before the first group, so that the first chunk enters it.
-    group_ = next_group_ - 1;
-    group_end_ = next_edge_;
-    // Half of the threads copy scales, half zero points; a thread copies the same 16 bytes of every
-    // groups_at_once_-th group.
-    constexpr int kHalf = kThreads / 2;
-    const bool is_scale = threadIdx.x < kHalf;
-    const int bytes = is_scale ? p_.scale_bytes : p_.zero_bytes;
-    const int pieces = kBlockRows * bytes / 16;
-    if (pieces == 0) return;
-    const int index = threadIdx.x % kHalf, offset = index % pieces * 16;
-    groups_at_once_ = kHalf / pieces;
-    my_group_ = index / pieces;
-    const int64_t from = block_row_ * bytes + offset;
-    copies_groups_ = ptx::within(from, p_.rows * bytes);
-    group_source_ =
-        static_cast<const unsigned char*>(is_scale ? p_.weight.scales : p_.weight.zeros);
-    group_source_ += from;
-    group_bytes_ = p_.rows * bytes;
-    slot_bytes_ = kBlockRows * bytes;
-    group_target_ = (is_scale ? scales_at_ : zeros_at_) + offset;
-  }
-
+  // Ends a group of copies.
   QK_DEVICE void copy_stage() {
     copy_weights();
     copy_activations();
-    copy_groups(min_of(column_ + kStageColumns, end_column_));
-    column_ += kStageColumns;
-    write_ = next_stage(write_);
-  }
-
-  QK_DEVICE int next_stage(int stage) const {
-    return stage + kStageBytes == scales_at_ ? 0 : stage + kStageBytes;
+    const int count = p_.stage_groups + (p_.stage_rest > gap_ ? 1 : 0);
+    gap_ += count * p_.group_columns - kStageColumns;
+    copy_groups(count);
+    columns_left_ -= kStageColumns;
+    ptx::copy_async_commit();
   }
 
   QK_DEVICE void copy_weights() {
     const int64_t row_bytes = static_cast<int64_t>(p_.chunks) * kChunkBytes;  // of a row of tiles
 #pragma unroll
     for (int c = 0; c < kWarpChunks; ++c) {
-      if (copied_chunk_ + c >= warp_end_) break;
 #pragma unroll
       for (int tile = 0; tile < kTilesPerWarp; ++tile) {
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
           const int offset = c * kChunkBytes + u * kUnitBytes;
-          ptx::copy_async_16(shared_ + write_ + words_at_ + tile * kTileBytes + offset,
-                             weights_ + tile * row_bytes + offset, true);
+          ptx::copy_async_16(words_ + write_ + (tile * kTileBytes + offset),
+                             weights_ + tile * row_bytes + offset,
+                             ptx::within(own_columns_[c], columns_left_));
         }
       }
     }
-    copied_chunk_ += kStageChunks;
     weights_ += kStageChunks * kChunkBytes;
   }
 
   QK_DEVICE void copy_activations() {
+    const int64_t token_bytes = p_.x_stride * (2 * kXTokens);
 #pragma unroll
     for (int i = 0; i < kXCopies; ++i) {
-      ptx::copy_async_16(shared_ + write_ + x_at_[i], x_[i], ptx::within(column_, x_limit_[i]));
-      x_[i] += kRowBytes;
+      ptx::copy_async_16(x_to_[i % kXPlaces] + write_ + i / kXPlaces * kXTokens * kRowBytes,
+                         x_ + i * token_bytes, ptx::within(x_column_[i], columns_left_));
     }
+    x_ += kRowBytes;
   }
 
-  // The groups that begin before column `end`, and have not been copied yet.
-  QK_DEVICE void copy_groups(int end) {
-    const int size = static_cast<int>(p_.weight.group_size), first = next_group_;
-    while (next_edge_ < end && next_group_ < p_.groups) {
-      ++next_group_;
-      next_edge_ += size;
+  // The next `count` groups; behind the last one, where K is padded, scales of zero.
+  QK_DEVICE void copy_groups(int count) {
+    for (int i = my_group_; i < count; i += groups_at_once_) {
+      const int slot = static_cast<int>(wrapped(next_slot_ + i, p_.slots));
+      ptx::copy_async_16(group_target_ + slot * slot_bytes_,
+                         group_source_ + (next_group_ + i) * group_bytes_,
+                         ptx::within(next_group_ + i, end_group_));
     }
-    const int count = next_group_ - first;
-    if (copies_groups_) {
-      for (int i = my_group_; i < count; i += groups_at_once_) {
-        const int slot = next_slot_ + i < p_.slots ? next_slot_ + i : next_slot_ + i - p_.slots;
-        ptx::copy_async_16(shared_ + group_target_ + slot * slot_bytes_,
-                           group_source_ + (first + i) * group_bytes_, true);
-      }
-    }
-    next_slot_ += count;
-    if (next_slot_ >= p_.slots) next_slot_ -= p_.slots;
+    next_group_ += count;
+    next_slot_ = wrapped(next_slot_ + count, p_.slots);
   }
 
+  // kRun: the columns that lie in one group at least.
+  template <int kRun>
   QK_DEVICE void multiply() {
-    for (int c = 0; c < kWarpChunks; ++c) {
-      if (chunk_ + c < warp_end_) multiply_chunk((chunk_ + c) * kChunkColumns, c);
-    }
-    chunk_ += kStageChunks;
-    read_ = next_stage(read_);
+    uint32_t rest = rest_, slot = slot_;
+#pragma unroll
+    for (int c = 0; c < kWarpChunks; ++c) multiply_chunk<kRun>(c, rest, slot);
+    const uint32_t passed = rest_ + p_.stage_rest;
+    rest_ = wrapped(passed, p_.group_columns);
+    slot_ = wrapped(slot_ + p_.stage_groups + (rest_ != passed ? 1 : 0), p_.slots);
   }
 
-  // `c`: which of the warp's chunks of the stage.
-  QK_DEVICE void multiply_chunk(int column, int c) {
-    const unsigned char* const stage = shared_ + read_;
+  // `c`: which of the warp's chunks of the stage; its first column is `rest` columns into the group
+  // in `slot`, which are left as those of the chunk behind it.
+  template <int kRun>
+  QK_DEVICE void multiply_chunk(int c, uint32_t& rest, uint32_t& slot) {
     uint4 held[kTilesPerWarp];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // two steps of 16 columns: what one ldmatrix brings
-      uint32_t a[2][kTilesPerWarp][4];
       if (half == 0 || kUnits == 2) {
 #pragma unroll
         for (int tile = 0; tile < kTilesPerWarp; ++tile) {
-          held[tile] = ptx::load_shared<uint4>(stage + words_at_ + tile * kTileBytes +
-                                               c * kChunkBytes + half * (kUnits - 1) * kUnitBytes);
+          const int offset = tile * kTileBytes + c * kChunkBytes + half * (kUnits - 1) * kUnitBytes;
+          held[tile] = ptx::load_shared<uint4>(words_ + read_ + offset);
         }
       }
+      const ptx::Shared x = fragments_[half] + read_ + c * kChunkColumns * 2;
+      uint32_t a[2][kTilesPerWarp][4], b[kTokenTiles][4];
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        const int first_column = (2 * half + s) * kStepColumns;
-        if (first_column == 0 || fine_groups_) enter_group(column + first_column);
+        if ((c * kChunkColumns + (2 * half + s) * kStepColumns) % kRun == 0) enter_group(slot);
 #pragma unroll
         for (int tile = 0; tile < kTilesPerWarp; ++tile) {
           const uint32_t all[4] = {held[tile].x, held[tile].y, held[tile].z, held[tile].w};
@@ -273,94 +364,154 @@ class WeightOnlyBlock {
           const int first = kUnits == 1 ? 2 * half + s : 2 * s;
           groups_[tile].weights(decoder_, all + first, a[s][tile]);
         }
+        if constexpr (kScalesSums) {  // before the next step enters another group
+          if (s == 0) load_x(x, b);
+          multiply_step(s, a[s], b);
+        }
+        if (kRun < kChunkColumns && (2 * half + s + 1) * kStepColumns % kRun == 0) {
+          pass(kRun, rest, slot);
+        }
       }
-      const unsigned char* const row = stage + (fragment_at_ ^ half * 64) + c * kChunkColumns * 2;
+      if constexpr (!kScalesSums) {
 #pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(b, row + t * 8 * kRowBytes);
+        for (int t = 0; t < kTokenTiles; ++t) {
+          uint32_t b[4];
+          ptx::ldmatrix_x4(b, x + t * 8 * kRowBytes);
 #pragma unroll
-        for (int tile = 0; tile < kTilesPerWarp; ++tile) {
-          ptx::mma_m16n8k16<T>(sums_[tile][t], a[0][tile], b[0], b[1]);
-          ptx::mma_m16n8k16<T>(sums_[tile][t], a[1][tile], b[2], b[3]);
+          for (int tile = 0; tile < kTilesPerWarp; ++tile) {
+            ptx::mma_m16n8k16<T>(sums_[tile][t], a[0][tile], b[0], b[1]);
+            ptx::mma_m16n8k16<T>(sums_[tile][t], a[1][tile], b[2], b[3]);
+          }
         }
       }
     }
+    if (c + 1 < kWarpChunks && kRun == kChunkColumns) pass(kChunkColumns, rest, slot);
   }
 
-  // Makes groups_ those of the columns from `column` on.
-  QK_DEVICE void enter_group(int column) {
-    if (column < group_end_) return;
-    do {
-      ++group_;
-      group_end_ =
-          group_ + 1 < p_.groups ? group_end_ + static_cast<int>(p_.weight.group_size) : kNoEnd;
-      if (++group_slot_ == p_.slots) group_slot_ = 0;
-    } while (column >= group_end_);
+  // Two steps of x, of all tokens.
+  QK_DEVICE void load_x(ptx::Shared from, uint32_t (&b)[kTokenTiles][4]) {
 #pragma unroll
-    for (int tile = 0; tile < kTilesPerWarp; ++tile) {
-      const int row = (warp_n_ * kTilesPerWarp + tile) * kTileRows + lane_ / 4 * 2;
-      const int index = group_slot_ * kBlockRows + row;
-      groups_[tile].template load<false>(p_.weight, shared_ + scales_at_ + index * p_.scale_bytes,
-                                         shared_ + zeros_at_ + index * p_.zero_bytes);
+    for (int t = 0; t < kTokenTiles; ++t) ptx::ldmatrix_x4(b[t], from + t * 8 * kRowBytes);
+  }
+
+  QK_DEVICE void multiply_step(int s, const uint32_t (&a)[kTilesPerWarp][4],
+                               const uint32_t (&b)[kTokenTiles][4]) {
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+      for (int tile = 0; tile < kTilesPerWarp; ++tile) {
+        ptx::mma_m16n8k16<T>(sums_[tile][t], a[tile], b[t][2 * s], b[t][2 * s + 1]);
+      }
     }
   }
 
-  // sums [warps_k][kTokens][kSumRow] in shared memory
-  QK_DEVICE float* sum_at(int part, int token, int row) {
-    return reinterpret_cast<float*>(shared_) + (part * kTokens + token) * kSumRow + row;
+  // From `rest` columns into the group in `slot` to so many columns on, at most a group.
+  QK_DEVICE void pass(uint32_t columns, uint32_t& rest, uint32_t& slot) const {
+    const uint32_t passed = rest + columns;
+    rest = wrapped(passed, p_.group_columns);
+    slot = wrapped(slot + (rest != passed ? 1 : 0), p_.slots);
   }
 
-  QK_DEVICE void finish() {
+  // Makes groups_ those in `slot`. Two groups that a warp meets in turn never share one.
+  QK_DEVICE void enter_group(uint32_t slot) {
+    if (slot == loaded_slot_) return;
+    if constexpr (kScalesSums) scale_sums();
+    loaded_slot_ = slot;
+#pragma unroll
+    for (int tile = 0; tile < kTilesPerWarp; ++tile) {
+      const int row = static_cast<int>(slot) * kBlockRows + tile * kTileRows;
+      groups_[tile].template load<false>(p_.weight, scales_ + row * p_.scale_bytes,
+                                         zeros_ + row * p_.zero_bytes);
+    }
+  }
+
+  // Adds the sums of the group that ends to those of all.
+  QK_DEVICE void scale_sums() {
 #pragma unroll
     for (int tile = 0; tile < kTilesPerWarp; ++tile) {
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int row = (warp_n_ * kTilesPerWarp + tile) * kTileRows + i / 2 * 8 + lane_ / 4;
-          const int token = t * 8 + lane_ % 4 * 2 + i % 2;
-          ptx::store_shared<float>(sum_at(warp_k_, token, row), sums_[tile][t][i]);
+          totals_[tile][t][i] =
+              fmaf(sums_[tile][t][i], groups_[tile].scales[i / 2], totals_[tile][t][i]);
+          sums_[tile][t][i] = 0;
+        }
+      }
+    }
+  }
+
+  // The sum of everything, which is then 0 again.
+  QK_DEVICE float take_total(int tile, int t, int i) {
+    float& total = kScalesSums ? totals_[tile][t][i] : sums_[tile][t][i];
+    float value = total;
+    if constexpr (kScalesSums) value = Sums::rescaled(value, i / 2 == 1);
+    total = 0;
+    return value;
+  }
+
+  // sums [warps_k][kTokens][kSumRow] in shared memory
+  QK_DEVICE ptx::Shared sum_at(int part, int token, int row) const {
+    return shared_ + ((part * kTokens + token) * kSumRow + row) * 4;
+  }
+
+  // Writes y, or where other blocks have pieces of the tile, leaves sums for the last one to add.
+  QK_DEVICE void finish(int block, int span, int tile, int units) {
+#pragma unroll
+    for (int i = 0; i < kTilesPerWarp; ++i) {
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int row = (warp_n_ * kTilesPerWarp + i) * kTileRows + j / 2 * 8 + lane_ / 4;
+          const int token = t * 8 + lane_ % 4 * 2 + j % 2;
+          ptx::store_shared<float>(sum_at(warp_k_, token, row), take_total(i, t, j));
         }
       }
     }
     ptx::sync_threads();
-    const int64_t tile = static_cast<int64_t>(blockIdx.z) * gridDim.x + blockIdx.x;
-    float* partials = p_.partials + tile * p_.split_k * kTokens * kBlockRows;
+    const bool is_whole = units == p_.units;
+    float* const partial = partial_of(block, span, tile);
     for (int i = threadIdx.x; i < kTokens * kBlockRows / 4; i += kThreads) {
       const int token = i / (kBlockRows / 4), row = i % (kBlockRows / 4) * 4;
       if (!ptx::within(token0_ + token, p_.m)) continue;
       Four sum = load_four(sum_at(0, token, row));
 #pragma unroll
       for (int part = 1; part < kWarpsK; ++part) sum.add(load_four(sum_at(part, token, row)));
-      if (p_.split_k == 1) {
+      if (is_whole) {
         write(token, row, sum);
       } else {
-        float* target = partials + (blockIdx.y * kTokens + token) * kBlockRows + row;
-        ptx::store_global<uint4>(target, sum.bits());
+        ptx::store_global<uint4>(partial + token * kBlockRows + row, sum.bits());
       }
     }
-    if (p_.split_k > 1) add_partials(tile, partials);
+    if (!is_whole) add_partials(span, tile);
+  }
+
+  // Where a block leaves its sums of a tile of its span: those of the tile that its share begins in
+  // the middle or at the beginning of, and behind them those of another.
+  QK_DEVICE float* partial_of(int block, int span, int tile) const {
+    const int64_t index = 2 * (static_cast<int64_t>(span) * p_.span_blocks + block) +
+                          (first_unit(block) < tile * p_.units ? 1 : 0);
+    return p_.partials + index * kTokens * kBlockRows;
   }
 
   // The last block of the tile to get here adds the sums of all.
-  QK_DEVICE void add_partials(int64_t tile, const float* partials) {
-    ptx::thread_fence();  // this block's sums before its count
-    ptx::sync_threads();
-    auto* arrived = sum_at(kWarpsK, 0, 0);  // behind the sums
+  QK_DEVICE void add_partials(int span, int tile) {
+    const int first = block_of(tile * p_.units), last = block_of((tile + 1) * p_.units - 1);
+    const ptx::Shared arrived = sum_at(kWarpsK, 0, 0);  // behind the sums
+    ptx::sync_threads();                                // this block's sums before its count
     if (threadIdx.x == 0) {
-      ptx::store_shared<uint32_t>(arrived, ptx::count_block(p_.counters + tile));
+      ptx::store_shared<uint32_t>(arrived, ptx::count_block(p_.counters + tile_));
     }
     ptx::sync_threads();
-    if (ptx::load_shared<uint32_t>(arrived) != static_cast<uint32_t>(p_.split_k - 1)) return;
-    ptx::thread_fence();  // the other blocks' counts before their sums
-    if (threadIdx.x == 0) ptx::store_global<uint32_t>(p_.counters + tile, 0);
+    if (ptx::load_shared<uint32_t>(arrived) != static_cast<uint32_t>(last - first)) return;
+    if (threadIdx.x == 0) ptx::store_global<uint32_t>(p_.counters + tile_, 0);
     for (int i = threadIdx.x; i < kTokens * kBlockRows / 4; i += kThreads) {
       const int token = i / (kBlockRows / 4), row = i % (kBlockRows / 4) * 4;
       if (!ptx::within(token0_ + token, p_.m)) continue;
       Four sum = {{0, 0, 0, 0}};
-      for (int split = 0; split < p_.split_k; ++split) {
-        const float* source = partials + (split * kTokens + token) * kBlockRows + row;
+      for (int block = first; block <= last; ++block) {
+        const float* source = partial_of(block, span, tile) + token * kBlockRows + row;
         sum.add(Four::of(ptx::load_global_written<uint4>(source)));
       }
       write(token, row, sum);
@@ -384,7 +535,7 @@ class WeightOnlyBlock {
     }
   };
 
-  static QK_DEVICE Four load_four(const float* sums) {
+  static QK_DEVICE Four load_four(ptx::Shared sums) {
     return Four::of(ptx::load_shared<uint4>(sums));
   }
 
@@ -415,75 +566,87 @@ class WeightOnlyBlock {
     }
   }
 
+  using Sums = SumGroup<T, Decoder, kRealZeros>;
+  using Groups = std::conditional_t<kScalesSums, Sums, WeightGroup<T, Decoder, kRealZeros>>;
+
   const WeightOnlyParameters& p_;
-  unsigned char* shared_;
+  ptx::Shared shared_;
   int lane_, warp_, warp_n_, warp_k_;
+
+  // The piece at work.
+  int tile_;
   int64_t block_row_, token0_;
-  int first_chunk_, last_chunk_, end_column_;
-  int warp_end_;
+  int last_chunk_, stages_, piece_column_;
 
   // What is to be copied next, and where; offsets of shared memory are in bytes.
-  int column_, copied_chunk_, write_ = 0;
+  int write_;
+  int columns_left_;  // of the piece, from the stage on
   const unsigned char* weights_;
-  int words_at_;
-  const unsigned char* x_[kXCopies];
-  int x_at_[kXCopies], x_limit_[kXCopies];
-  int next_group_, next_edge_, next_slot_ = 0;  // next_edge_: its first column
-  int my_group_, groups_at_once_, group_target_, slot_bytes_;
+  int own_columns_[kWarpChunks];  // of the stage, where the warp's chunks begin
+  ptx::Shared words_;
+  const unsigned char* x_;
+  ptx::Shared x_to_[kXPlaces];
+  int x_column_[kXCopies];  // of the stage
+  int next_group_, end_group_, gap_;
+  uint32_t next_slot_;
+  int my_group_, groups_at_once_, slot_bytes_;
+  ptx::Shared group_target_;
   const unsigned char* group_source_;
   int64_t group_bytes_;
-  bool copies_groups_ = false;
 
-  // What is to be multiplied next.
-  int read_ = 0;
-  int scales_at_, zeros_at_;
-  int chunk_, fragment_at_;
-  int group_, group_end_, group_slot_ = -1;
-  bool fine_groups_;
+  // What is to be multiplied next. The warp's first chunk of the stage is `rest_` columns into the
+  // group in `slot_`.
+  int read_;
+  int scales_at_;
+  ptx::Shared fragments_[2], scales_, zeros_;
+  uint32_t rest_, slot_, loaded_slot_;
   Decoder<T> decoder_;
-  Group<T, Decoder, kRealZeros> groups_[kTilesPerWarp];
-  float sums_[kTilesPerWarp][kTokenTiles][4] = {};
+  Groups groups_[kTilesPerWarp];
+  float sums_[kTilesPerWarp][kTokenTiles][4] = {};                      // of a group
+  float totals_[kTilesPerWarp][kScalesSums ? kTokenTiles : 1][4] = {};  // of all groups
 };
 
 // Blocks of a multiprocessor that the registers must suffice for. The sums of 64 tokens take too
-// many for two, and so do those of 32 with what real zero points need.
-template <bool kRealZeros, int kTokens>
-constexpr int kResidentBlocks = kTokens == 64 || (kTokens == 32 && kRealZeros) ? 1 : 2;
+// many for two, and so do those of 32 with what 8-bit weights or real zero points need.
+template <int kBits, bool kRealZeros, int kTokens>
+constexpr int kResidentBlocks =
+    kTokens == 64 || (kTokens == 32 && (kBits == 8 || kRealZeros)) ? 1 : 2;
 
 template <class T, template <class> class Decoder, bool kRealZeros, int kTokens>
-QK_KERNEL void QK_LAUNCH_BOUNDS(kThreads, (kResidentBlocks<kRealZeros, kTokens>))
+QK_KERNEL void QK_LAUNCH_BOUNDS(kThreads, (kResidentBlocks<Decoder<T>::kBits, kRealZeros, kTokens>))
     weight_only_mma_kernel(const QK_GRID_CONSTANT WeightOnlyParameters parameters) {
   WeightOnlyBlock<T, Decoder, kRealZeros, kTokens>(parameters, ptx::shared_memory()).run();
 }
 
 template <class T, template <class> class Decoder, bool kRealZeros, int kTokens>
-const char* launch_tokens(const WeightOnlyParameters& parameters, dim3 grid, int shared_bytes,
+const char* launch_tokens(const WeightOnlyParameters& parameters, unsigned blocks, int shared_bytes,
                           Stream stream) {
-  return launch(weight_only_mma_kernel<T, Decoder, kRealZeros, kTokens>, grid, kThreads,
-                shared_bytes, stream, parameters);
+  return launch(weight_only_mma_kernel<T, Decoder, kRealZeros, kTokens>, dim3{blocks, 1, 1},
+                kThreads, shared_bytes, stream, parameters);
 }
 
 template <class T, template <class> class Decoder, bool kRealZeros>
-const char* launch_type(const WeightOnlyParameters& parameters, int tokens, dim3 grid,
+const char* launch_type(const WeightOnlyParameters& parameters, int tokens, unsigned blocks,
                         int shared_bytes, Stream stream) {
   switch (tokens) {
-    case 8: return launch_tokens<T, Decoder, kRealZeros, 8>(parameters, grid, shared_bytes, stream);
+    case 8:
+      return launch_tokens<T, Decoder, kRealZeros, 8>(parameters, blocks, shared_bytes, stream);
     case 16:
-      return launch_tokens<T, Decoder, kRealZeros, 16>(parameters, grid, shared_bytes, stream);
+      return launch_tokens<T, Decoder, kRealZeros, 16>(parameters, blocks, shared_bytes, stream);
     case 32:
-      return launch_tokens<T, Decoder, kRealZeros, 32>(parameters, grid, shared_bytes, stream);
+      return launch_tokens<T, Decoder, kRealZeros, 32>(parameters, blocks, shared_bytes, stream);
     default:
-      return launch_tokens<T, Decoder, kRealZeros, 64>(parameters, grid, shared_bytes, stream);
+      return launch_tokens<T, Decoder, kRealZeros, 64>(parameters, blocks, shared_bytes, stream);
   }
 }
 
 template <template <class> class Decoder, bool kRealZeros>
 const char* launch_decoder(const WeightOnlyParameters& parameters, FloatType x_type, int tokens,
-                           dim3 grid, int shared_bytes, Stream stream) {
+                           unsigned blocks, int shared_bytes, Stream stream) {
   return x_type == FloatType::kHalf ? launch_type<Half, Decoder, kRealZeros>(
-                                          parameters, tokens, grid, shared_bytes, stream)
+                                          parameters, tokens, blocks, shared_bytes, stream)
                                     : launch_type<Bfloat16, Decoder, kRealZeros>(
-                                          parameters, tokens, grid, shared_bytes, stream);
+                                          parameters, tokens, blocks, shared_bytes, stream);
 }
 
 }  // namespace qkernels

@@ -19,14 +19,22 @@ struct WeightOnlyParameters {
   int64_t x_stride;
   int64_t m;
   int64_t rows;  // padded n
-  int chunks, chunks_per_split, split_k, stages;
+  int chunks;    // of 64 columns
+  // The line of work (config.h). Spans of it are shared out alike, each by `span_blocks` blocks:
+  // all of it, or a tile. A block takes `share` units of its span, and the first `longer` one more.
+  int units, unit_chunks;  // of a tile; of a unit
+  int token_tiles, span_tiles, span_blocks, share, longer;
+  int stages;
+  // Columns of a group; of a single one, more than there are. A stage is so many groups, and the
+  // rest of it.
+  int group_columns, stage_groups, stage_rest;
   int groups, slots, scale_bytes, zero_bytes;
   FloatType bias_type;
 };
 
-// Starts weight_only_mma_kernel for `tokens` tokens a block. Defined in mma.cuh.
+// Starts `blocks` blocks of weight_only_mma_kernel for `tokens` tokens. Defined in mma.cuh.
 template <template <class> class Decoder, bool kRealZeros>
 const char* launch_decoder(const WeightOnlyParameters& parameters, FloatType x_type, int tokens,
-                           dim3 grid, int shared_bytes, Stream stream);
+                           unsigned blocks, int shared_bytes, Stream stream);
 
 }  // namespace qkernels

@@ -23,13 +23,14 @@ struct WeightOnlyArguments {
   FloatType x_type, bias_type;
 };
 
-// y = x @ w.T + bias, accumulated in fp32, the same bits at every call. The scales, and what is
-// left of real zero points after their integer part, are rounded to x's type; the weights once
-// more, as dequantize() rounds them.
+// y = x @ w.T + bias, accumulated in fp32, the same bits at every call. Up to 16 tokens a tile, the
+// sums of a group are scaled, in fp32. With more, the scales are rounded to x's type, and the
+// weights once more, as dequantize() rounds them. What is left of real zero points after their
+// integer part is rounded to x's type in either case.
 const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOnlyConfig& config,
                             Stream stream);
 
-// w [n, k] of out_type from the fragment layout, with the roundings of weight_only_mma.
+// w [n, k] of out_type from the fragment layout: scales are rounded to it, and weights once more.
 const char* dequantize(const FragmentWeight& weight, void* out, FloatType out_type, Stream stream);
 
 }  // namespace qkernels

@@ -9,6 +9,10 @@
 // (q < 1024); in bf16, 0x4300 | q is 128 + q (q < 128). Subtracting 1024 + zero, or 128 + zero,
 // leaves q - zero, with no conversion instruction. Source: Kim et al. 2022, "Who Says Elephants
 // Can't Run"; Marlin (Frantar et al. 2024) for the interleaving.
+//
+// Where a sum is scaled and not its weights, a power of two may be left to that: `decode_scaled`
+// gives the numbers times kLowFactor in row g and kHighFactor in row g + 8, in fewer instructions.
+// In fp16 a code is a subnormal number as it lies, q * 2^-24, or 16 q * 2^-24 four bits higher.
 
 #pragma once
 
@@ -39,6 +43,8 @@ struct Int4 {
   static constexpr int kBits = 4;
   static constexpr int kWords = 1;  // a step
   static constexpr bool kHasOffsets = true;
+  static constexpr bool kScales = kIsHalf<T>;  // whether there is a decode_scaled
+  static constexpr float kLowFactor = 0x1p-24f, kHighFactor = 0x1p-20f;
   static constexpr float kImpliedZero = 8;
 
   QK_DEVICE void start(const float*) {}
@@ -74,6 +80,20 @@ struct Int4 {
       }
     }
   }
+
+  static QK_DEVICE Offsets scaled_offsets(float low, float high) {
+    const float small_low = low * kLowFactor, small_high = high * kHighFactor;
+    return {ptx::pack2<T>(small_low, small_low), ptx::pack2<T>(small_high, small_high)};
+  }
+
+  QK_DEVICE void decode_scaled(const uint32_t* words, const Offsets& offsets,
+                               uint32_t (&pairs)[4]) const {
+    const uint32_t word = words[0], shifted = word >> 8;
+    pairs[0] = ptx::sub2<T>(word & 0x000f000f, offsets.low);
+    pairs[1] = ptx::sub2<T>(word & 0x00f000f0, offsets.high);
+    pairs[2] = ptx::sub2<T>(shifted & 0x000f000f, offsets.low);
+    pairs[3] = ptx::sub2<T>(shifted & 0x00f000f0, offsets.high);
+  }
 };
 
 // WeightCode::kInt8
@@ -82,6 +102,7 @@ struct Int8 {
   static constexpr int kBits = 8;
   static constexpr int kWords = 2;
   static constexpr bool kHasOffsets = true;
+  static constexpr bool kScales = false;
   static constexpr float kImpliedZero = 128;
 
   QK_DEVICE void start(const float*) {}
@@ -119,6 +140,7 @@ struct Table4 {
   static constexpr int kBits = 4;
   static constexpr int kWords = 1;
   static constexpr bool kHasOffsets = false;
+  static constexpr bool kScales = false;
 
   uint32_t low_bytes[4], high_bytes[4];
 
@@ -166,12 +188,21 @@ struct Fp4E2M1 {
   static constexpr int kBits = 4;
   static constexpr int kWords = 1;
   static constexpr bool kHasOffsets = false;
+  // In bf16 it would be 2^-126, and products with x would lose their bits.
+  static constexpr bool kScales = kIsHalf<T>;
+  static constexpr float kLowFactor = 0x1p-14f, kHighFactor = kLowFactor;
 
   QK_DEVICE void start(const float*) {}
 
-  QK_DEVICE void decode(const uint32_t* words, const Offsets&, uint32_t (&pairs)[4]) const {
+  QK_DEVICE void decode(const uint32_t* words, const Offsets& offsets, uint32_t (&pairs)[4]) const {
     // Bias 1 becomes 15 or 127: times 2^14 or 2^126.
     constexpr uint32_t kScale = kIsHalf<T> ? 0x74007400 : 0x7e807e80;
+    decode_scaled(words, offsets, pairs);
+#pragma unroll
+    for (uint32_t& pair : pairs) pair = ptx::mul2<T>(pair, kScale);
+  }
+
+  QK_DEVICE void decode_scaled(const uint32_t* words, const Offsets&, uint32_t (&pairs)[4]) const {
     constexpr int kMantissa = kIsHalf<T> ? 9 : 6;  // where the code's lowest bit goes
     constexpr uint32_t kMagnitude = kIsHalf<T> ? 0x0e000e00 : 0x01c001c0;
 #pragma unroll
@@ -179,7 +210,7 @@ struct Fp4E2M1 {
       const uint32_t sign = (words[0] << (12 - 4 * p)) & 0x80008000;
       const int shift = kMantissa - 4 * p;
       const uint32_t moved = shift >= 0 ? words[0] << (shift & 31) : words[0] >> (-shift & 31);
-      pairs[p] = ptx::mul2<T>(ptx::lop3<kLop3AndOr>(moved, kMagnitude, sign), kScale);
+      pairs[p] = ptx::lop3<kLop3AndOr>(moved, kMagnitude, sign);
     }
   }
 };
@@ -190,16 +221,26 @@ struct Fp8 {
   static constexpr int kBits = 8;
   static constexpr int kWords = 2;
   static constexpr bool kHasOffsets = false;
+  static constexpr int kWiden = (kIsHalf<T> ? 5 : 8) - kExponentBits;  // exponent bits T has more
+  static constexpr int kShift = (kIsHalf<T> ? 16 : 128) - (1 << (kExponentBits - 1));  // of biases
+  static constexpr bool kScales = kIsHalf<T> && kWiden > 0;
+  static constexpr float kLowFactor = 0x1p-8f, kHighFactor = kLowFactor;  // 2^-kShift
+  static_assert(!kScales || kShift == 8);
 
   QK_DEVICE void start(const float*) {}
 
-  QK_DEVICE void decode(const uint32_t* words, const Offsets&, uint32_t (&pairs)[4]) const {
-    constexpr int kWiden = (kIsHalf<T> ? 5 : 8) - kExponentBits;  // exponent bits T has more
-    constexpr int kBias = (1 << (kExponentBits - 1)) - 1;
-    constexpr int kShift = (kIsHalf<T> ? 15 : 127) - kBias;
+  QK_DEVICE void decode(const uint32_t* words, const Offsets& offsets, uint32_t (&pairs)[4]) const {
     // 2^kShift, as a number of type T.
     constexpr uint32_t kPower = kIsHalf<T> ? static_cast<uint32_t>(kShift + 15) << 10
                                            : static_cast<uint32_t>(kShift + 127) << 7;
+    decode_scaled(words, offsets, pairs);
+    if constexpr (kWiden > 0) {
+#pragma unroll
+      for (uint32_t& pair : pairs) pair = ptx::mul2<T>(pair, kPower * 0x10001u);
+    }
+  }
+
+  QK_DEVICE void decode_scaled(const uint32_t* words, const Offsets&, uint32_t (&pairs)[4]) const {
     constexpr uint32_t kMagnitude = (0x7f00u >> kWiden) * 0x10001u;
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
@@ -208,8 +249,7 @@ struct Fp8 {
         pairs[p] = bytes;
       } else {
         const uint32_t sign = bytes & 0x80008000;
-        pairs[p] = ptx::mul2<T>(ptx::lop3<kLop3AndOr>(bytes >> kWiden, kMagnitude, sign),
-                                kPower * 0x10001u);
+        pairs[p] = ptx::lop3<kLop3AndOr>(bytes >> kWiden, kMagnitude, sign);
       }
     }
   }
