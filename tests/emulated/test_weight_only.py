@@ -134,6 +134,8 @@ def test_any_shape_in_any_schedule(
     units = -(-k // (64 * unit))
     if not each_tile:
         units *= -(-m // tokens) * -(-n // BLOCK_ROWS[tokens])
+    if (tokens, bits) == (16, 4):
+        stages = min(stages, 5)  # six, with the scales of groups of 16, are more than a block has
     schedule = {"blocks": min(blocks, units), "stages": stages, "unit": unit}
     torch.manual_seed(seed)
     set_seed(seed)
