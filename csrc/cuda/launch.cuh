@@ -1,4 +1,4 @@
-// How kernels are started: one function, with one body on a GPU and one in the emulator.
+// How kernels are started: two functions, with one body on a GPU and one in the emulator.
 
 #pragma once
 
@@ -8,25 +8,35 @@
 #include "emulator/launch.h"
 #else
 
+#include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 
 namespace qkernels {
 
 using Stream = cudaStream_t;
 
-// Lets `kernel` have as much dynamic shared memory as a block of the current device can, once for
-// each device. What a launch needs depends on the call, and the limit is the kernel's: set to one
-// call's need, it may be too low for another that another thread starts meanwhile.
-inline cudaError_t allow_shared_memory(const void* kernel) {
+// What is known of a kernel on the current device.
+struct KernelFacts {
+  bool starts_early = false;  // it was compiled for sm_90 or later, and so waits where it must
+};
+
+// Found once for each kernel and device, and then the kernel may have as much dynamic shared memory
+// as a block can. What a launch needs depends on the call, and the limit is the kernel's: set to
+// one call's need, it may be too low for another that another thread starts meanwhile.
+inline cudaError_t prepare(const void* kernel, KernelFacts* facts) {
   static std::mutex mutex;
-  static auto& allowed = *new std::set<std::pair<const void*, int> >;
+  static auto& known = *new std::map<std::pair<const void*, int>, KernelFacts>;
+  constexpr int kFirstEarly = 90;
   int device = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device}) != 0) return cudaSuccess;
+  const auto at = known.find({kernel, device});
+  if (at != known.end()) {
+    *facts = at->second;
+    return cudaSuccess;
+  }
   cudaFuncAttributes attributes;
   error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
@@ -34,23 +44,31 @@ inline cudaError_t allow_shared_memory(const void* kernel) {
   if (error != cudaSuccess) return error;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                most - static_cast<int>(attributes.sharedSizeBytes));
-  if (error == cudaSuccess) allowed.emplace(kernel, device);
-  return error;
+  if (error != cudaSuccess) return error;
+  facts->starts_early = attributes.ptxVersion >= kFirstEarly;
+  known.emplace(std::make_pair(kernel, device), *facts);
+  return cudaSuccess;
 }
 
-// Starts `kernel` on `stream` with `shared_bytes` of dynamic shared memory. Returns null, or what
-// went wrong in words.
 template <class Arguments>
-const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes,
-                   Stream stream, Arguments arguments) {
-  constexpr int kBytesWithoutAsking = 48 * 1024;
+const char* start_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes,
+                         Stream stream, Arguments arguments, bool early) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kBytesWithoutAsking) error = allow_shared_memory(function);
+  KernelFacts facts;
+  cudaError_t error = prepare(function, &facts);
   if (error == cudaSuccess) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early && facts.starts_early ? 1 : 0;
     void* pointers[] = {&arguments};
-    error = cudaLaunchKernel(function, grid, dim3(threads), pointers,
-                             static_cast<size_t>(shared_bytes), stream);
+    error = cudaLaunchKernelExC(&config, function, pointers);
   }
   if (error != cudaSuccess) {
     cudaGetLastError();  // the next launch must not find it
@@ -58,6 +76,23 @@ const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared
   }
   const cudaError_t pending = cudaGetLastError();
   return pending == cudaSuccess ? nullptr : cudaGetErrorString(pending);
+}
+
+// Starts `kernel` on `stream` with `shared_bytes` of dynamic shared memory. Returns null, or what
+// went wrong in words.
+template <class Arguments>
+const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes,
+                   Stream stream, Arguments arguments) {
+  return start_kernel(kernel, grid, threads, shared_bytes, stream, arguments, false);
+}
+
+// The same, before the kernel that is before it on the stream has ended, if that lets it
+// (ptx::start_next_kernel): for kernels that call ptx::wait_for_kernels_before. Source: the CUDA
+// programming guide, "Programmatic Dependent Launch".
+template <class Arguments>
+const char* launch_early(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes,
+                         Stream stream, Arguments arguments) {
+  return start_kernel(kernel, grid, threads, shared_bytes, stream, arguments, true);
 }
 
 }  // namespace qkernels

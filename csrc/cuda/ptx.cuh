@@ -270,6 +270,21 @@ QK_DEVICE void copy_async_16(Shared to, const void* global, bool valid QK_AND_SI
                : "memory");
 }
 
+// The same, of memory that is read once: the first to leave the second-level cache. From sm_90 on,
+// where that takes no instruction more.
+QK_DEVICE void copy_async_16_once(Shared to, const void* global, bool valid QK_AND_SITE) {
+#if __CUDA_ARCH__ >= 900
+  const int bytes = valid ? 16 : 0;
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to.address),
+               "l"(global), "r"(bytes), "l"(policy)
+               : "memory");
+#else
+  copy_async_16(to, global, valid);
+#endif
+}
+
 // Ends a group of copies of this thread.
 QK_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -296,6 +311,32 @@ QK_DEVICE uint32_t count_block(uint32_t* counter QK_AND_SITE) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
+}
+
+// --- The kernels before and behind this one in the stream, where it was started by launch_early
+// (launch.cuh): the next one may then begin before this one has ended. From sm_90 on; else nothing.
+
+// The next kernel may begin, as soon as every block has called this or ended.
+QK_DEVICE void start_next_kernel(QK_SITE) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernels before have ended and what they wrote is there. Before it a kernel
+// touches no global memory.
+QK_DEVICE void wait_for_kernels_before(QK_SITE) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Begins to bring memory to the second-level cache, which is right at any time: there it changes
+// with what is written. Address and size are multiples of 16 bytes.
+QK_DEVICE void prefetch(const void* address, uint32_t bytes QK_AND_SITE) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+#endif
 }
 
 // --- Bounds

@@ -67,7 +67,14 @@ uint32_t checked_shared(const Site& site, const void* address, int bytes) {
   return static_cast<uint32_t>(offset);
 }
 
+void check_region(const Site& site, const void* address, size_t bytes) {
+  if (machine.regions_required && !in_a_region(address, bytes)) {
+    fail(site, "an address outside of every registered region");
+  }
+}
+
 void check_global(const Site& site, const void* address, int bytes) {
+  if (!running->has_waited) fail(site, "the kernels before this one may not have ended");
   const uintptr_t at = reinterpret_cast<uintptr_t>(address);
   if (at % static_cast<uintptr_t>(bytes) != 0) {
     fail(site, "global address ..." + std::to_string(at % 4096) + " is not aligned to " +
@@ -77,9 +84,7 @@ void check_global(const Site& site, const void* address, int bytes) {
   if (at >= begin && at < begin + static_cast<uintptr_t>(machine.shared_bytes)) {
     fail(site, "an address of shared memory, where one of global memory is asked for");
   }
-  if (machine.regions_required && !in_a_region(address, static_cast<size_t>(bytes))) {
-    fail(site, "an address outside of every registered region");
-  }
+  check_region(site, address, static_cast<size_t>(bytes));
 }
 
 void record(Site& site, const void* global, uint32_t shared) {
@@ -162,6 +167,25 @@ void copy_async_wait(int groups, Place place) {
   land(*running, landed);
   for (size_t& end : ends) end -= landed;
   maybe_give_way();
+}
+
+void start_next_kernel(Place place) { pass(Kind::kStartNextKernel, 0, place); }
+
+void wait_for_kernels_before(Place place) {
+  if (!pass(Kind::kWaitForKernelsBefore, 0, place).disabled) running->has_waited = true;
+}
+
+void prefetch(const void* global, uint32_t bytes, Place place) {
+  const Site& site = pass(Kind::kPrefetch, 0, place);
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
+    fail(site, "the address and the size are no multiples of 16 bytes");
+  }
+  check_region(site, global, bytes);
+  // Read, so that AddressSanitizer sees what is outside.
+  unsigned char piece[16];
+  for (uint32_t i = 0; i < bytes; i += 16) {
+    std::memcpy(piece, static_cast<const unsigned char*>(global) + i, sizeof(piece));
+  }
 }
 
 bool within(int64_t index, int64_t limit, Place place) {

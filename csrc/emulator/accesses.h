@@ -25,6 +25,10 @@ void copy_async_16(void* shared, const void* global, bool valid, Place place);
 void copy_async_commit(Place place);
 void copy_async_wait(int groups, Place place);
 
+void start_next_kernel(Place place);
+void wait_for_kernels_before(Place place);
+void prefetch(const void* global, uint32_t bytes, Place place);
+
 bool within(int64_t index, int64_t limit, Place place);
 
 }  // namespace qkernels::emulator

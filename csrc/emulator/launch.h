@@ -12,8 +12,8 @@ using Stream = void*;
 // Runs the kernel to its end. Returns null, or what went wrong in words, which the next launch
 // overwrites.
 template <class Arguments>
-const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes, Stream,
-                   Arguments arguments QK_AND_SITE) {
+const char* run_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes,
+                       const Arguments& arguments, bool early, emulator::Place place) {
   struct Call {
     void (*kernel)(Arguments);
     const Arguments& arguments;
@@ -25,7 +25,19 @@ const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared
         const Call& call = *static_cast<const Call*>(pointer);
         call.kernel(call.arguments);
       },
-      &call, place);
+      &call, early, place);
+}
+
+template <class Arguments>
+const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes, Stream,
+                   Arguments arguments QK_AND_SITE) {
+  return run_kernel(kernel, grid, threads, shared_bytes, arguments, false, place);
+}
+
+template <class Arguments>
+const char* launch_early(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes,
+                         Stream, Arguments arguments QK_AND_SITE) {
+  return run_kernel(kernel, grid, threads, shared_bytes, arguments, true, place);
 }
 
 }  // namespace qkernels

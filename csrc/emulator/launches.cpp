@@ -61,7 +61,7 @@ std::string wrong_launch(Index3 grid, int threads, int shared_bytes) {
 }  // namespace
 
 const char* run_grid(Index3 grid, int threads, int shared_bytes, void (*call)(const void*),
-                     const void* arguments, Place place) {
+                     const void* arguments, bool early, Place place) {
   static std::mutex one_at_a_time;
   static std::string last_error;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
@@ -76,6 +76,7 @@ const char* run_grid(Index3 grid, int threads, int shared_bytes, void (*call)(co
   machine.arguments = arguments;
   machine.threads = threads;
   machine.shared_bytes = shared_bytes;
+  machine.early = early;
   gridDim = dim3(grid.x, grid.y, grid.z);
   blockDim = dim3(static_cast<unsigned>(threads));
   if (!machine.cancelled) {

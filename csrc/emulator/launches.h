@@ -16,9 +16,10 @@ struct Index3 {
 };
 
 // Runs `call(arguments)` for every thread of the grid. Returns null, or what went wrong, which the
-// next launch overwrites. `place` is where the kernel is launched.
+// next launch overwrites. `early`: the kernels before it may not have ended, as long as a thread
+// does not wait for them. `place` is where the kernel is launched.
 const char* run_grid(Index3 grid, int threads, int shared_bytes, void (*call)(const void*),
-                     const void* arguments, Place place);
+                     const void* arguments, bool early, Place place);
 
 void set_seed(uint64_t seed);
 void skip_launches(bool skipped);

@@ -38,6 +38,7 @@ struct Thread {
   std::vector<Copy> copies;       // in the order of their start
   std::deque<size_t> group_ends;  // in `copies`, of the groups that have not landed
   int64_t stored_at = -1;         // barriers before its last store to global memory
+  bool has_waited = false;        // for the kernels before this one
 };
 
 struct Warp {
@@ -64,6 +65,7 @@ struct Machine {
 
   unsigned char* shared = nullptr;
   int shared_bytes = 0;
+  bool early = false;  // the kernels before may not have ended
 
   int in_barrier = 0;
   const Site* barrier = nullptr;

@@ -202,6 +202,10 @@ QK_DEVICE void copy_async_16(Shared to, const void* global, bool valid QK_AND_SI
   emulator::copy_async_16(to.at, global, valid, place);
 }
 
+QK_DEVICE void copy_async_16_once(Shared to, const void* global, bool valid QK_AND_SITE) {
+  emulator::copy_async_16(to.at, global, valid, place);
+}
+
 QK_DEVICE void copy_async_commit(QK_SITE) { emulator::copy_async_commit(place); }
 
 template <int kGroups>
@@ -231,6 +235,16 @@ QK_DEVICE uint32_t count_block(uint32_t* counter QK_AND_SITE) {
     return 0;
   }
   return (*counter)++;
+}
+
+// --- The kernels before and behind this one in the stream
+
+QK_DEVICE void start_next_kernel(QK_SITE) { emulator::start_next_kernel(place); }
+
+QK_DEVICE void wait_for_kernels_before(QK_SITE) { emulator::wait_for_kernels_before(place); }
+
+QK_DEVICE void prefetch(const void* address, uint32_t bytes QK_AND_SITE) {
+  emulator::prefetch(address, bytes, place);
 }
 
 // --- Bounds

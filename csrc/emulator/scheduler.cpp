@@ -182,6 +182,7 @@ void start_block() {
     thread.copies.clear();
     thread.group_ends.clear();
     thread.stored_at = -1;
+    thread.has_waited = !machine.early;
     warp_of(thread).lanes |= lane_bit(thread);
     make_ready(thread);
   }

@@ -25,7 +25,9 @@ enum class Kind : uint8_t {
   kMma,
   kSyncThreads,
   kSyncWarp,
-
+  kStartNextKernel,
+  kWaitForKernelsBefore,
+  kPrefetch,
   kWithin,
 };
 constexpr int kKinds = static_cast<int>(Kind::kWithin) + 1;

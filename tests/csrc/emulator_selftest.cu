@@ -143,6 +143,23 @@ QK_KERNEL void deadlock_kernel(Arguments arguments) {
   ptx::store_global<uint32_t>(arguments.out + t, 1);
 }
 
+// Started early, from mode 1 on before it waits.
+QK_KERNEL void early_kernel(Arguments arguments) {
+  uint32_t value = 0;
+  ptx::start_next_kernel();
+  ptx::prefetch(arguments.in + (arguments.mode == 5 ? 8 : 0), arguments.mode == 6 ? 24 : 32);
+  if (arguments.mode == 7) ptx::prefetch(arguments.in, static_cast<uint32_t>(arguments.n));
+  switch (arguments.mode) {
+    case 1: value = ptx::load_global<uint32_t>(arguments.in); break;
+    case 2: ptx::store_global<uint32_t>(arguments.out, 1); break;
+    case 3: ptx::copy_async_16(ptx::shared_memory(), arguments.in, true); break;
+    case 4: value = ptx::count_block(arguments.out); break;
+  }
+  ptx::copy_async_16_once(ptx::shared_memory() + threadIdx.x * 16, arguments.in, false);
+  ptx::wait_for_kernels_before();
+  ptx::store_global<uint32_t>(arguments.out + threadIdx.x, value + 7);
+}
+
 // --- Addresses
 
 QK_KERNEL void address_kernel(Arguments arguments) {
@@ -296,6 +313,7 @@ using Kernel = void (*)(Arguments);
 struct Case {
   const char* name;
   Kernel kernel;
+  bool early = false;
 };
 
 constexpr Case kCases[] = {
@@ -306,6 +324,7 @@ constexpr Case kCases[] = {
     {"barriers", barriers_kernel},
     {"order", order_kernel},
     {"deadlock", deadlock_kernel},
+    {"early", early_kernel, true},
     {"address", address_kernel},
     {"mma_half", mma_kernel<Half>},
     {"mma_bfloat16", mma_kernel<Bfloat16>},
@@ -359,8 +378,11 @@ int run(int argc, char** argv) {
     return std::atoll(text(key, otherwise));
   };
   Kernel kernel = nullptr;
+  bool early = false;
   for (const Case& one : kCases) {
-    if (argc > 1 && std::string(argv[1]) == one.name) kernel = one.kernel;
+    if (argc <= 1 || std::string(argv[1]) != one.name) continue;
+    kernel = one.kernel;
+    early = one.early;
   }
   if (kernel == nullptr) return 2;
 
@@ -396,7 +418,10 @@ int run(int argc, char** argv) {
     qkernels_emulator_run_last_blocks(number("last", "-1") == i ? 1 : 0);
     qkernels_emulator_fail_launches(file, number("fail", "-1") == i ? "no such kernel" : nullptr);
     const auto start = std::chrono::steady_clock::now();
-    const char* error = launch(
+    const auto start_kernel = [early](auto... arguments) {
+      return early ? launch_early(arguments...) : launch(arguments...);
+    };
+    const char* error = start_kernel(
         kernel, dim3(static_cast<unsigned>(number("blocks", "1"))),
         static_cast<int>(number("threads", "32")), static_cast<int>(number("shared", "512")),
         nullptr,

@@ -15,6 +15,7 @@ namespace {
 constexpr int kKilobyte = 1024;
 constexpr int kStatic = 3 * kKilobyte;  // of each kernel
 constexpr int kOptin[] = {99 * kKilobyte, 227 * kKilobyte};
+constexpr int kPtxVersions[] = {80, 90};  // that the devices take of the kernels
 
 thread_local int current = 0;
 thread_local cudaError_t last_error = cudaSuccess;
@@ -23,6 +24,7 @@ std::map<std::pair<const void*, int>, int> allowed;  // by kernel and device
 int times_set = 0;
 bool setting_fails = false;
 int problems = 0;
+thread_local bool started_early = false;
 
 cudaError_t remembered(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -44,7 +46,14 @@ void first_kernel(Arguments) {}
 void second_kernel(Arguments) {}
 
 bool starts(void (*kernel)(Arguments), int shared_bytes) {
-  return qkernels::launch(kernel, dim3(1), 32, shared_bytes, nullptr, Arguments{1}) == nullptr;
+  return qkernels::launch(kernel, dim3(3), 32, shared_bytes, nullptr, Arguments{1}) == nullptr;
+}
+
+bool starts_early(void (*kernel)(Arguments)) {
+  const char* error =
+      qkernels::launch_early(kernel, dim3(3), 32, 50 * kKilobyte, nullptr, Arguments{1});
+  expect(error == nullptr, "an early launch failed");
+  return started_early;
 }
 
 }  // namespace
@@ -61,6 +70,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->sharedSizeBytes = kStatic;
+  attributes->ptxVersion = kPtxVersions[current];
   return cudaSuccess;
 }
 
@@ -72,13 +82,21 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   return cudaSuccess;
 }
 
-cudaError_t cudaLaunchKernel(const void* kernel, dim3, dim3, void** arguments, size_t shared_bytes,
-                             cudaStream_t) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                void** arguments) {
   expect(static_cast<Arguments*>(arguments[0])->number == 1, "the kernel has other arguments");
+  expect(config->gridDim.x == 3 && config->blockDim.x == 32, "the launch has other blocks");
+  started_early = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    started_early =
+        started_early || (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                          attribute.val.programmaticStreamSerializationAllowed == 1);
+  }
   const std::lock_guard<std::mutex> lock(mutex);
   const auto at = allowed.find({kernel, current});
   const int most = at == allowed.end() ? 48 * kKilobyte : at->second;
-  const bool fits = static_cast<int>(shared_bytes) <= most;
+  const bool fits = static_cast<int>(config->dynamicSmemBytes) <= most;
   return remembered(fits ? cudaSuccess : cudaErrorInvalidValue);
 }
 
@@ -87,8 +105,6 @@ cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); 
 const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 
 int main() {
-  expect(starts(first_kernel, 48 * kKilobyte) && times_set == 0, "48 KB must be asked for");
-
   setting_fails = true;
   expect(!starts(first_kernel, 60 * kKilobyte), "a limit that is not set is no error");
   expect(cudaGetLastError() == cudaSuccess, "an error is left for the next launch");
@@ -109,6 +125,12 @@ int main() {
   for (std::thread& thread : threads) thread.join();
   expect(times_set == 4, "the limit is not set once for each kernel and device");
 
+  for (current = 0; current < 2; ++current) {
+    expect(starts_early(first_kernel) == (kPtxVersions[current] >= 90),
+           "code for sm_80 does not wait, and starts early");
+    expect(starts(first_kernel, 0) && !started_early, "an ordinary launch starts early");
+  }
+  current = 0;
   expect(!starts(first_kernel, kOptin[0]), "more than there is can be had");
   expect(starts(first_kernel, 60 * kKilobyte), "an error is left for the next launch");
   return problems == 0 ? 0 : 1;

@@ -116,6 +116,39 @@ def test_a_launch_that_cannot_be(emulator: Emulator) -> None:
     assert "of shared memory; 0 to" in emulator.run("order", shared=1 << 20)["error"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [(1, "load_global"), (2, "store_global"), (3, "copy_async_16"), (4, "count_block")],
+)
+def test_a_kernel_that_starts_early_waits(emulator: Emulator, mode: int, kind: str) -> None:
+    right = emulator.run("early", words=32)
+    assert right["error"] == "" and right["out"] == [7] * 32
+    assert right["sites"]["start_next_kernel"][0]["passes"] == 32
+    error = emulator.run("early", mode=mode, words=32)["error"]
+    assert f"{kind} at " in error and "the kernels before this one may not have ended" in error
+    (site,) = right["sites"]["wait_for_kernels_before"]
+    disabled = {"disable": "wait_for_kernels_before", "line": site["line"]}
+    error = emulator.run("early", words=32, **disabled)["error"]
+    assert "store_global at " in error and "may not have ended" in error
+
+
+@pytest.mark.parametrize("mode", [5, 6])
+def test_a_prefetch_is_of_whole_16_bytes(emulator: Emulator, mode: int) -> None:
+    error = emulator.run("early", mode=mode, words=32)["error"]
+    assert "prefetch at " in error and "no multiples of 16 bytes" in error
+
+
+def test_a_prefetch_stays_inside(emulator: Emulator) -> None:
+    inside = {"mode": 7, "words": 32, "n": 4096}
+    assert emulator.run("early", **inside)["error"] == ""
+    done = emulator.start("early", mode=7, words=32, n=4112)
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    region = {"region": 2048, "require": 1}
+    assert emulator.run("early", mode=7, words=32, n=2048, **region)["error"] == ""
+    error = emulator.run("early", mode=7, words=32, n=2064, **region)["error"]
+    assert "prefetch at " in error and "outside of every registered region" in error
+
+
 # --- Addresses
 
 

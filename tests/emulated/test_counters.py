@@ -13,6 +13,7 @@ from tests.emulated.emulator import (
     counted,
     needs_emulator,
     product,
+    sites,
 )
 
 pytestmark = needs_emulator
@@ -53,6 +54,19 @@ def test_weights_and_scales_are_read_exactly_once(text, m, tokens, parts):
             region = counters["regions"][name]
             assert region["read"]["least"] == region["read"]["most"] == 1, name
             assert region["read"]["bytes"] == region["bytes"], name
+
+
+@pytest.mark.parametrize(("m", "tokens"), [(1, 8), (13, 16), (32, 32), (64, 64)])
+def test_the_next_kernel_may_start_at_once_and_finds_its_weights_in_the_cache(m, tokens):
+    packed = pack(rounding.quantize(torch.randn(N, columns(tokens, 2)), "w4a16-g128"), FRAGMENT)
+    x = torch.randn(m, packed.k, dtype=torch.float16)
+    with sites() as found:
+        product(x, packed, tokens=tokens, parts=2, stages=STAGES)
+    threads = 256 * 2 * N // BLOCK_ROWS[tokens]
+    for kind in ("start_next_kernel", "wait_for_kernels_before"):
+        assert [site["passes"] for site in found[kind]] == [threads]
+    # A lane for each tile of 16 rows.
+    assert [site["passes"] for site in found["prefetch"]] == [2 * N // 16]
 
 
 def test_scales_that_span_all_of_k_are_read_once_for_each_part_of_it():

@@ -30,7 +30,10 @@ CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 SOURCES = [path for path in CUDA.rglob("*.cu*") if path.name != "ptx.cuh"]
 
 FUNCTIONS = {  # of ptx.cuh, and what the emulator calls them
-    **{name: name for name in ("sync_threads", "sync_warp", "copy_async_wait")},
+    **{
+        name: name
+        for name in ("sync_threads", "sync_warp", "copy_async_wait", "wait_for_kernels_before")
+    },
     **{name: name for name in ("load_global", "load_global_written", "load_shared")},
     **{name: name for name in ("store_global", "store_shared", "count_block", "within")},
     "ldmatrix_x4": "ldmatrix",

@@ -64,6 +64,12 @@ const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOn
   p.span_blocks = config.blocks;
   p.share = static_cast<int>(span / config.blocks);
   p.longer = static_cast<int>(span % config.blocks);
+  p.by_units = Divisor(p.units);
+  p.by_token_tiles = Divisor(p.token_tiles);
+  p.by_span_blocks = Divisor(p.span_blocks);
+  p.by_share = Divisor(p.share);
+  p.by_longer_share = Divisor(p.share + 1);
+  p.by_group_columns = Divisor(p.group_columns);
 
   const auto blocks =
       static_cast<unsigned>(config.each_tile ? tiles * config.blocks : config.blocks);

@@ -53,6 +53,8 @@ class WeightOnlyBlock {
   static constexpr int kWarpsN = kShape.warps_n();
   static constexpr int kWarpsK = kShape.warps_k();
   static constexpr int kBlockRows = kShape.block_rows();
+  static constexpr int kLog2BlockRows = kBlockRows == 64 ? 6 : kBlockRows == 128 ? 7 : 8;
+  static_assert(1 << kLog2BlockRows == kBlockRows);
   static_assert(kWarpsN * kWarpsK == kWarps && kBlockRows == kWarpsN * kTilesPerWarp * kTileRows);
   static constexpr int kBits = Decoder<T>::kBits;
   static constexpr int kWarpChunks = kShape.warp_chunks(kBits);
@@ -73,6 +75,8 @@ class WeightOnlyBlock {
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kSumRow = kBlockRows + kPadding;
   static constexpr bool kScalesSums = kTokens <= 16;
+  // Wider tiles may be several along M, which read the same weights.
+  static constexpr bool kReadsOnce = kTokens < 64;
 
   QK_DEVICE WeightOnlyBlock(const WeightOnlyParameters& parameters, ptx::Shared shared)
       : p_(parameters), shared_(shared) {
@@ -101,19 +105,23 @@ class WeightOnlyBlock {
   }
 
   QK_DEVICE void run() {
-    // Divisions stand here and where a piece starts and ends: the loop only adds and compares.
     int block = blockIdx.x, span = 0;
     if (p_.span_blocks != static_cast<int>(gridDim.x)) {
-      span = block / p_.span_blocks;
+      span = p_.by_span_blocks.quotient(block);
       block -= span * p_.span_blocks;
     }
     const int begin = first_unit(block);
     int left = p_.share + (block < p_.longer ? 1 : 0);
-    int tile = begin / p_.units, unit = begin - tile * p_.units;
-    decoder_.start(p_.weight.table);
+    int tile = p_.by_units.quotient(begin), unit = begin - tile * p_.units;
+    bool is_first = true;
     while (true) {
       const int end = min_of(p_.units, unit + left);
-      start_piece(span * p_.span_tiles + tile, unit, end);
+      start_piece(span * p_.span_tiles + tile, unit, end, is_first);
+      if (is_first) {
+        ptx::wait_for_kernels_before();
+        decoder_.start(p_.weight.table);
+        is_first = false;
+      }
       // Every so many columns that a warp takes, from the first one of a stage on, lie in one
       // group.
       constexpr int kWarpColumns = kWarpChunks * kChunkColumns;
@@ -154,12 +162,13 @@ class WeightOnlyBlock {
 
   QK_DEVICE int block_of(int unit) const {
     const int of_longer = p_.longer * (p_.share + 1);
-    return unit < of_longer ? unit / (p_.share + 1) : p_.longer + (unit - of_longer) / p_.share;
+    return unit < of_longer ? p_.by_longer_share.quotient(unit)
+                            : p_.longer + p_.by_share.quotient(unit - of_longer);
   }
 
   // Units [unit, end) of a tile.
-  QK_DEVICE void start_piece(int tile, int unit, int end) {
-    const int row_tile = p_.token_tiles == 1 ? tile : tile / p_.token_tiles;
+  QK_DEVICE void start_piece(int tile, int unit, int end, bool is_first) {
+    const int row_tile = p_.by_token_tiles.quotient(tile);
     tile_ = tile;
     block_row_ = static_cast<int64_t>(row_tile) * kBlockRows;
     token0_ = static_cast<int64_t>(tile - row_tile * p_.token_tiles) * kTokens;
@@ -170,6 +179,7 @@ class WeightOnlyBlock {
                     first_chunk * kChunkColumns;
     piece_column_ = first_chunk * kChunkColumns;
     start_weights(first_chunk);
+    if (is_first) prefetch_weights(first_chunk);
     start_activations(first_chunk * kChunkColumns);
     start_groups(first_chunk * kChunkColumns);
   }
@@ -187,6 +197,15 @@ class WeightOnlyBlock {
                (warp_row / kTileRows * p_.chunks + chunk) * kChunkBytes + lane_ * 16;
   }
 
+  // Of the first stages, by a lane for each tile of the warps that are the first along K.
+  QK_DEVICE void prefetch_weights(int first_chunk) {
+    const int chunks = min_of((p_.stages - 1) * kStageChunks, last_chunk_ - first_chunk);
+    if (warp_k_ == 0 && lane_ < kTilesPerWarp && own_columns_[0] != kNone) {
+      const int64_t row_bytes = static_cast<int64_t>(p_.chunks) * kChunkBytes;
+      ptx::prefetch(weights_ + lane_ * (row_bytes - 16), chunks * kChunkBytes);
+    }
+  }
+
   // A thread copies the same 16 bytes of a stage's columns for every kXTokens-th token.
   QK_DEVICE void start_activations(int column) {
     const int piece = threadIdx.x % kPieces, token = threadIdx.x / kPieces;
@@ -199,28 +218,31 @@ class WeightOnlyBlock {
   }
 
   QK_DEVICE void start_groups(int column) {
-    const int size = p_.group_columns, first = column / size;
-    const int own = column + warp_k_ * kWarpChunks * kChunkColumns, own_group = own / size;
+    const int size = p_.group_columns, first = p_.by_group_columns.quotient(column);
+    const int own = column + warp_k_ * kWarpChunks * kChunkColumns;
+    const int own_group = p_.by_group_columns.quotient(own);
     rest_ = own - own_group * size;
     slot_ = own_group - first;
     loaded_slot_ = kNone;
     next_group_ = first;
     next_slot_ = 0;
     gap_ = first * size - column;
-    end_group_ = min_of(p_.groups, (last_chunk_ * kChunkColumns - 1) / size + 1);
+    const int last_group = p_.by_group_columns.quotient(last_chunk_ * kChunkColumns - 1);
+    end_group_ = min_of(p_.groups, last_group + 1);
     for (auto& group : groups_) group.start();
     // Half of the threads copy scales, half zero points; a thread copies the same 16 bytes of every
     // groups_at_once_-th group.
     constexpr int kHalf = kThreads / 2;
     const bool is_scale = threadIdx.x < kHalf;
     const int bytes = is_scale ? p_.scale_bytes : p_.zero_bytes;
-    const int pieces = kBlockRows * bytes / 16;
     my_group_ = kNone;
-    if (pieces == 0) return;
-    const int index = threadIdx.x % kHalf, offset = index % pieces * 16;
-    groups_at_once_ = kHalf / pieces;
+    if (bytes == 0) return;
+    // Of 16 bytes each: a power of two, for the rows of a block and 1, 2 or 4 bytes are.
+    const int log2_pieces = kLog2BlockRows - 4 + bytes / 2;
+    const int index = threadIdx.x % kHalf, offset = (index & ((1 << log2_pieces) - 1)) * 16;
+    groups_at_once_ = kHalf >> log2_pieces;
     const int64_t from = block_row_ * bytes + offset;
-    if (ptx::within(from, p_.rows * bytes)) my_group_ = index / pieces;
+    if (ptx::within(from, p_.rows * bytes)) my_group_ = index >> log2_pieces;
     group_source_ =
         static_cast<const unsigned char*>(is_scale ? p_.weight.scales : p_.weight.zeros);
     group_source_ += from;
@@ -296,9 +318,14 @@ class WeightOnlyBlock {
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
           const int offset = c * kChunkBytes + u * kUnitBytes;
-          ptx::copy_async_16(words_ + write_ + (tile * kTileBytes + offset),
-                             weights_ + tile * row_bytes + offset,
-                             ptx::within(own_columns_[c], columns_left_));
+          const ptx::Shared to = words_ + write_ + (tile * kTileBytes + offset);
+          const unsigned char* from = weights_ + tile * row_bytes + offset;
+          const bool is_there = ptx::within(own_columns_[c], columns_left_);
+          if constexpr (kReadsOnce) {
+            ptx::copy_async_16_once(to, from, is_there);
+          } else {
+            ptx::copy_async_16(to, from, is_there);
+          }
         }
       }
     }
@@ -615,14 +642,15 @@ constexpr int kResidentBlocks =
 template <class T, template <class> class Decoder, bool kRealZeros, int kTokens>
 QK_KERNEL void QK_LAUNCH_BOUNDS(kThreads, (kResidentBlocks<Decoder<T>::kBits, kRealZeros, kTokens>))
     weight_only_mma_kernel(const QK_GRID_CONSTANT WeightOnlyParameters parameters) {
+  ptx::start_next_kernel();
   WeightOnlyBlock<T, Decoder, kRealZeros, kTokens>(parameters, ptx::shared_memory()).run();
 }
 
 template <class T, template <class> class Decoder, bool kRealZeros, int kTokens>
 const char* launch_tokens(const WeightOnlyParameters& parameters, unsigned blocks, int shared_bytes,
                           Stream stream) {
-  return launch(weight_only_mma_kernel<T, Decoder, kRealZeros, kTokens>, dim3{blocks, 1, 1},
-                kThreads, shared_bytes, stream, parameters);
+  return launch_early(weight_only_mma_kernel<T, Decoder, kRealZeros, kTokens>, dim3{blocks, 1, 1},
+                      kThreads, shared_bytes, stream, parameters);
 }
 
 template <class T, template <class> class Decoder, bool kRealZeros>

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cuda/divisor.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/weights/decode.cuh"
 #include "cuda/weights/types.h"
@@ -30,6 +31,7 @@ struct WeightOnlyParameters {
   int group_columns, stage_groups, stage_rest;
   int groups, slots, scale_bytes, zero_bytes;
   FloatType bias_type;
+  Divisor by_units, by_token_tiles, by_span_blocks, by_share, by_longer_share, by_group_columns;
 };
 
 // Starts `blocks` blocks of weight_only_mma_kernel for `tokens` tokens. Defined in mma.cuh.
