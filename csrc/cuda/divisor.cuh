@@ -17,7 +17,7 @@ struct Divisor {
 
   Divisor() = default;
   // From 1 to 2^31 - 1.
-  explicit Divisor(int divisor) : shift(31) {
+  QK_HOST_DEVICE explicit Divisor(int divisor) : shift(31) {
     while (int64_t{divisor} << 31 > int64_t{1} << shift) ++shift;
     factor = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
   }

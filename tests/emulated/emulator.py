@@ -101,6 +101,8 @@ BLOCK_ROWS = {8: 64, 16: 64, 32: 128, 64: 256}
 """Rows of the weight that a block of weight_only_mma computes, by its tokens."""
 
 STAGE_COLUMNS = {
+    2: {8: 512, 16: 512, 32: 256, 64: 128},
+    3: {8: 512, 16: 512, 32: 256, 64: 128},
     4: {8: 512, 16: 512, 32: 128, 64: 64},
     8: {8: 256, 16: 256, 32: 128, 64: 64},
 }
@@ -136,7 +138,42 @@ def product(
 
     With `parts` in place of `blocks` each tile is shared by so many blocks.
     """
-    if "parts" in schedule:
-        schedule |= {"blocks": schedule.pop("parts"), "each_tile": True}
     tensors, facts = weight_arguments(packed)
-    return torch.ops.qkernels_emulated.weight_only_mma(x, *tensors, bias, *facts, **schedule)
+    return torch.ops.qkernels_emulated.weight_only_mma(
+        x, *tensors, bias, *facts, **_with_parts(schedule)
+    )
+
+
+def grouped_product(
+    x: torch.Tensor, ends: list[int], experts: list[PackedWeight], **schedule: int
+) -> torch.Tensor:
+    """weight_only_mma with a weight for each expert, whose rows of x are up to ends[e]."""
+    return stacked_product(x, ends, stacked(experts), weight_arguments(experts[0])[1], **schedule)
+
+
+def stacked(experts: list[PackedWeight]) -> list[torch.Tensor | None]:
+    """words, scales, zeros, each [E, ...], and the table of all."""
+    *stacks, tables = zip(*(weight_arguments(packed)[0] for packed in experts), strict=True)
+    return [None if each[0] is None else torch.stack(each) for each in stacks] + [tables[0]]
+
+
+def stacked_product(
+    x: torch.Tensor,
+    ends: list[int],
+    stacks: list[torch.Tensor | None],
+    facts: tuple[Any, ...],
+    **schedule: int,
+) -> torch.Tensor:
+    """`grouped_product` of what `stacked` gives, and of what `weight_arguments` says it is."""
+    return torch.ops.qkernels_emulated.weight_only_mma(
+        *(x, *stacks, None, *facts),
+        **_with_parts(schedule),
+        ends=torch.tensor(ends, dtype=torch.int32),
+    )
+
+
+def _with_parts(schedule: dict[str, int]) -> dict[str, int]:
+    if "parts" not in schedule:
+        return schedule
+    rest = {name: value for name, value in schedule.items() if name != "parts"}
+    return rest | {"blocks": schedule["parts"], "each_tile": True}

@@ -36,7 +36,7 @@ def pack(source, n, k, bits, kind, perm=None, slices=None):
     return words
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (33, 65), (64, 128), (100, 200)])
 def test_codes(bits, n, k):
     codes = random_codes(n, k, bits)
@@ -47,10 +47,11 @@ def test_codes(bits, n, k):
         assert torch.equal(got, codes[first:last])
 
 
-def test_slices_leave_the_others_alone():
-    codes = random_codes(100, 72, 4)
-    words = pack(codes, 100, 72, 4, "codes", slices=((64, 100), (0, 32), (32, 64)))
-    assert torch.equal(words, fragment.pack_fragment_torch(codes, 4))
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_slices_leave_the_others_alone(bits):
+    codes = random_codes(100, 72, bits)
+    words = pack(codes, 100, 72, bits, "codes", slices=((64, 100), (0, 32), (32, 64)))
+    assert torch.equal(words, fragment.pack_fragment_torch(codes, bits))
 
 
 def test_awq_words():
@@ -62,11 +63,12 @@ def test_awq_words():
     assert torch.equal(parts, fragment.pack_fragment_torch(codes, 4))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq_words_with_activation_order(bits):
     n, k = 40, 96
     codes = random_codes(n, k, bits)
-    gptq = in_words(codes.t().unflatten(0, (-1, 32 // bits)).transpose(1, 2)).contiguous()
+    each_bit = codes.t()[:, None] >> torch.arange(bits)[:, None] & 1  # [K, bit, N]
+    gptq = in_words(each_bit.reshape(-1, 32, n).transpose(1, 2)).contiguous()
     assert torch.equal(pack(gptq, n, k, bits, "gptq"), fragment.pack_fragment_torch(codes, bits))
     perm = torch.randperm(k)
     words = pack(gptq, n, k, bits, "gptq", perm.int())
@@ -80,7 +82,7 @@ def test_wrong_input_is_named():
     for arguments, message in (
         ((codes[:16], None, words, 64, 64, 16, 16, 4, "codes"), "multiple of 32"),
         ((codes, None, words, 64, 64, 32, 64, 4, "codes"), "multiple of 32"),
-        ((codes, None, words, 64, 64, 0, 64, 3, "codes"), "4 or 8, got 3"),
+        ((codes, None, words, 64, 64, 0, 64, 5, "codes"), "4 or 8, got 5"),
         ((codes.int(), None, words, 64, 64, 0, 64, 4, "codes"), "uint8"),
         ((codes[:, :8], None, words, 64, 64, 0, 64, 4, "codes"), "shape"),
         ((codes, None, words, 96, 64, 0, 64, 4, "codes"), "words must have shape"),

@@ -159,6 +159,29 @@ def test_fragments_are_what_a_tensor_core_takes(bits):
     assert torch.equal(fragment.unpack_fragment_torch(words, bits), padded)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fragments_of_low_bits_lie_in_spans(bits):
+    """32 rows by 128 columns: the low two bits of each tile, then the third ones of both."""
+    n, k = 37, 200
+    codes = random_codes(n, k, bits)
+    words = fragment.pack_fragment_torch(codes, bits)
+    assert words.shape == (2, 2 * bits, 32, 4)
+    padded = torch.zeros(64, 256, dtype=torch.uint8)
+    padded[:n, :k] = codes
+    for rows, span, tile, g, t, step, pair, odd in itertools.product(
+        (0, 1), (0, 1), (0, 1), (0, 5), (0, 3), range(8), range(4), (0, 1)
+    ):
+        units = words[rows, span * bits : (span + 1) * bits, 4 * g + t]
+        low = units[tile, step // 2].item()
+        code = low >> (16 * odd + 8 * (step % 2) + 4 * (pair // 2) + 2 * (pair % 2)) & 3
+        if bits == 3:
+            third = units[2, tile * 2 + step // 4].item()
+            code |= (third >> (16 * odd + 4 * (step % 4) + 2 * (pair % 2) + pair // 2) & 1) << 2
+        row = rows * 32 + tile * 16 + g + 8 * (pair % 2)
+        assert code == padded[row, span * 128 + step * 16 + 2 * t + 8 * (pair // 2) + odd]
+    assert torch.equal(fragment.unpack_fragment_torch(words, bits), padded)
+
+
 def test_the_fragment_layout_refuses_zero_points_it_cannot_subtract_exactly():
     weight = rounding.quantize(torch.randn(8, 64), "w4a16-g32")
     large = QuantizedWeight(

@@ -21,13 +21,16 @@ ZeroType zero_type(const at::Tensor& zeros) {
 }
 
 WeightCode weight_code(std::string_view name) {
+  if (name == "int2") return WeightCode::kInt2;
+  if (name == "int3") return WeightCode::kInt3;
   if (name == "int4") return WeightCode::kInt4;
   if (name == "int8") return WeightCode::kInt8;
   if (name == "table4") return WeightCode::kTable4;
   if (name == "fp4") return WeightCode::kFp4E2M1;
   if (name == "fp8e4m3") return WeightCode::kFp8E4M3;
   if (name == "fp8e5m2") return WeightCode::kFp8E5M2;
-  TORCH_CHECK_VALUE(false, "code must be int4, int8, table4, fp4, fp8e4m3 or fp8e5m2, got ", name);
+  TORCH_CHECK_VALUE(
+      false, "code must be int2, int3, int4, int8, table4, fp4, fp8e4m3 or fp8e5m2, got ", name);
 }
 
 }  // namespace
@@ -52,9 +55,10 @@ void check_size(int64_t n, int64_t k) {
 void check_words(const at::Tensor& words, int64_t n, int64_t k, int bits) {
   check_size(n, k);
   require(words.scalar_type() == at::kInt, "words must be int32, got ", words.scalar_type());
+  const int64_t row_step = words_rows(bits);
   check("words", words, words.device(),
-        {padded_rows(n) / kTileRows, padded_columns(k) * kTileRows * bits / 8 / kUnitBytes, kLanes,
-         4});
+        {padded_rows(n) / row_step, padded_columns(k, bits) * row_step * bits / 8 / kUnitBytes,
+         kLanes, 4});
 }
 
 FragmentShape fragment_shape(int64_t n, int64_t k, int64_t group_size, std::string_view code) {
@@ -75,8 +79,9 @@ FragmentWeight fragment_weight(const FragmentShape& shape, const at::Tensor& wor
   weight.zero_type = ZeroType::kNone;
   if (zeros != nullptr) {
     check("zeros", *zeros, device, {groups, rows});
-    const bool has_zeros = shape.code == WeightCode::kInt4 || shape.code == WeightCode::kInt8;
-    require(has_zeros, "only int4 and int8 codes take zeros");
+    const bool has_zeros = shape.code == WeightCode::kInt2 || shape.code == WeightCode::kInt3 ||
+                           shape.code == WeightCode::kInt4 || shape.code == WeightCode::kInt8;
+    require(has_zeros, "only int2, int3, int4 and int8 codes take zeros");
     weight.zeros = zeros->const_data_ptr();
     weight.zero_type = zero_type(*zeros);
   }

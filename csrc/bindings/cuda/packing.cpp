@@ -16,7 +16,8 @@ namespace {
 // `kind` says: "codes" (uint8 [rows, k]), "awq" or "gptq" (the int32 words of the whole weight).
 void pack_op(const at::Tensor& source, const Optional& perm, at::Tensor words, int64_t n, int64_t k,
              int64_t first_row, int64_t rows, int64_t bits, std::string_view kind) {
-  require(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
+  require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, got ",
+          bits);
   check_words(words, n, k, static_cast<int>(bits));
   require(first_row >= 0 && first_row % kRowMultiple == 0 && rows >= 0 && rows <= n - first_row &&
               (rows == n - first_row || rows % kRowMultiple == 0),
@@ -60,7 +61,8 @@ void pack_op(const at::Tensor& source, const Optional& perm, at::Tensor words, i
 
 at::Tensor unpack_op(const at::Tensor& words, int64_t n, int64_t k, int64_t first_row, int64_t rows,
                      int64_t bits) {
-  require(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
+  require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, got ",
+          bits);
   check_words(words, n, k, static_cast<int>(bits));
   require(first_row >= 0 && rows >= 0 && rows <= n - first_row, rows, " rows from ", first_row,
           " on are not in 0 to ", n);

@@ -42,9 +42,13 @@ struct ScheduleChoice {
   std::optional<WeightOnlyConfig> config;
 };
 
-// Writes y [m, n] for rows of fp16 or bf16, padded to whole 16 bytes.
+// Where rows go to experts: int32 [E], the row behind the last one of each.
+using Ends = const at::Tensor*;
+
+// Writes y [m, n] for rows of fp16 or bf16, padded to whole 16 bytes. With `ends`, `weight` is the
+// first of the experts.
 void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bias,
-              const ScheduleChoice& choice, const at::Tensor& y) {
+              const ScheduleChoice& choice, const at::Tensor& y, Ends ends = nullptr) {
   WeightOnlyArguments arguments{};
   arguments.weight = weight;
   arguments.bias_type = FloatType::kFloat;
@@ -67,6 +71,7 @@ void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bi
   problem.shared_bytes = scope.facts().shared_bytes;
   problem.multiprocessor_shared_bytes = scope.facts().multiprocessor_shared_bytes;
   problem.each_tile = choice.m > 0;
+  problem.experts = ends == nullptr ? 0 : ends->size(0);
   const WeightOnlyConfig config = choice.config ? *choice.config : choose_config(problem);
   const char* reason = why_not(problem, config);
   TORCH_CHECK_VALUE(reason == nullptr, reason, ": ", to_string(config));
@@ -77,12 +82,34 @@ void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bi
     arguments.partials = partials.mutable_data_ptr<float>();
     arguments.counters = scope.counters(counter_bytes(problem, config) / 4);
   }
+  at::Tensor plan;
+  if (ends != nullptr) {
+    plan = at::empty({plan_bytes(problem, config)}, rows.tensor.options().dtype(at::kByte));
+    arguments.plan = plan.mutable_data_ptr();
+    arguments.experts = problem.experts;
+    arguments.ends = ends->const_data_ptr<int32_t>();
+  }
   arguments.x = rows.tensor.const_data_ptr();
   arguments.x_stride = rows.stride;
   arguments.x_type = float_type("x", rows.tensor);
   arguments.y = y.mutable_data_ptr();
   arguments.m = rows.m;
   succeed(weight_only_mma(arguments, config, scope.stream()));
+}
+
+// The first of a stack of weights, each [E, ...], whose others lie behind it.
+FragmentWeight first_expert(const FragmentShape& shape, const at::Tensor& ends,
+                            const at::Tensor& words, const at::Tensor& scales,
+                            const at::Tensor* zeros, const at::Tensor* table) {
+  check("ends", ends, words.device(), {ends.size(0)}, at::kInt);
+  const auto first = [&](const char* name, const at::Tensor& stack) {
+    require(stack.dim() > 0 && stack.size(0) == ends.size(0) && stack.is_contiguous(), name,
+            " must be contiguous, and of ", ends.size(0), " experts, got ", stack.sizes());
+    return stack.select(0, 0);
+  };
+  const Optional first_zeros = zeros == nullptr ? std::nullopt : Optional(first("zeros", *zeros));
+  return fragment_weight(shape, first("words", words), first("scales", scales),
+                         pointer(first_zeros), table);
 }
 
 at::Tensor dequantized(const FragmentWeight& weight, const at::Tensor& words, at::ScalarType type) {
@@ -181,15 +208,19 @@ int as_int(const char* name, int64_t value) {
   return static_cast<int>(value);
 }
 
-// tokens, blocks, stages, unit and each_tile: a schedule, where tokens is not 0.
+// tokens, blocks, stages, unit and each_tile: a schedule, where tokens is not 0; its unit, where
+// that is 0, is the least.
+// With `ends`, there is a weight for each of its numbers.
 at::Tensor weight_only_mma_op(const at::Tensor& x, const at::Tensor& words,
                               const at::Tensor& scales, const Optional& zeros,
                               const Optional& table, const Optional& bias, int64_t n, int64_t k,
                               int64_t group_size, std::string_view code, int64_t schedule_m,
                               int64_t tokens, int64_t blocks, int64_t stages, int64_t unit,
-                              bool each_tile) {
-  const FragmentWeight weight = fragment_weight(fragment_shape(n, k, group_size, code), words,
-                                                scales, pointer(zeros), pointer(table));
+                              bool each_tile, const Optional& ends) {
+  const FragmentShape shape = fragment_shape(n, k, group_size, code);
+  const FragmentWeight weight =
+      ends ? first_expert(shape, *ends, words, scales, pointer(zeros), pointer(table))
+           : fragment_weight(shape, words, scales, pointer(zeros), pointer(table));
   check_x(x, words);
   const int64_t k_read = (k + 7) / 8 * 8;  // whole 16 bytes; beyond k, x is zero
   require(x.dim() == 2 && x.size(1) == k_read, "x must have shape [M, ", k_read, "], got ",
@@ -201,11 +232,13 @@ at::Tensor weight_only_mma_op(const at::Tensor& x, const at::Tensor& words,
   ScheduleChoice choice;
   choice.m = schedule_m;
   if (tokens > 0) {
+    const int chunks = unit == 0 ? least_unit(code_bits(weight.code)) : as_int("unit", unit);
     choice.config = WeightOnlyConfig{as_int("tokens", tokens), as_int("blocks", blocks),
-                                     as_int("stages", stages), as_int("unit", unit), each_tile};
+                                     as_int("stages", stages), chunks, each_tile};
   }
   at::Tensor y = empty_output(x, n, x.scalar_type());
-  multiply({x, x.size(0), k_read, x.stride(0), std::nullopt}, weight, bias, choice, y);
+  multiply({x, x.size(0), k_read, x.stride(0), std::nullopt}, weight, bias, choice, y,
+           pointer(ends));
   return y;
 }
 
@@ -227,7 +260,7 @@ TORCH_LIBRARY(QKERNELS_LIBRARY, m) {
   m.def(
       "weight_only_mma(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? table, "
       "Tensor? bias, int n, int k, int group_size, str code, int schedule_m=0, int tokens=0, "
-      "int blocks=1, int stages=4, int unit=1, bool each_tile=False) -> Tensor");
+      "int blocks=1, int stages=4, int unit=0, bool each_tile=False, Tensor? ends=None) -> Tensor");
   m.def(
       "dequantize(Tensor words, Tensor scales, Tensor? zeros, Tensor? table, int n, int k, "
       "int group_size, str code, ScalarType dtype) -> Tensor");

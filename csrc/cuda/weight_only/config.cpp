@@ -14,6 +14,7 @@ constexpr int kLeastStages = 2, kMostStages = 6;
 constexpr int kMostResident = 2;
 constexpr int64_t kReservedBytes = 1024;  // of shared memory, by the system for each block
 constexpr int64_t kMostColumns = 1 << 30, kMostUnits = 0x7fffffff;
+constexpr int64_t kPlanBytes = 32, kPlannedBytes = 16;  // see parameters.cuh
 
 int64_t stage_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   const int64_t x = c.tokens * kChunk * 2 * c.stage_chunks(p.bits);
@@ -34,9 +35,10 @@ int64_t largest_share(const WeightOnlyWork& work, const WeightOnlyConfig& c) {
   return c.each_tile ? ceil_div(work.units, c.blocks) : ceil_div(work.all_units(), c.blocks);
 }
 
-bool is_split(const WeightOnlyWork& work, const WeightOnlyConfig& c) {
+bool is_split(const WeightOnlyProblem& p, const WeightOnlyWork& work, const WeightOnlyConfig& c) {
   if (c.each_tile) return c.blocks > 1;
-  return work.tiles() % c.blocks != 0;  // else each block has whole tiles
+  // Else each block has whole tiles.
+  return p.experts > 0 || work.tiles() % c.blocks != 0;
 }
 
 // Blocks of the multiprocessor that has most of them, and their units.
@@ -60,7 +62,7 @@ double cost(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   double time = static_cast<double>(longest(p, work, c) * unit_bytes(p, c));
   if (resident == 1 && share * c.unit > 2 * c.stage_chunks(p.bits)) time *= kAlone;
   if (c.unit < c.warp_chunks(p.bits)) time *= kGroupsApart;
-  if (is_split(work, c)) time += kAdding;
+  if (is_split(p, work, c)) time += kAdding;
   if (!c.each_tile) {
     const bool whole =
         work.all_units() % c.blocks == 0 && (share % work.units == 0 || work.units % share == 0);
@@ -74,8 +76,14 @@ double cost(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
 }  // namespace
 
 WeightOnlyWork work_of(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
-  return {ceil_div(p.n, c.block_rows()), ceil_div(p.m, c.tokens),
-          ceil_div(ceil_div(p.k, kChunk), c.unit)};
+  // Each expert that has rows may leave a tile of tokens unfilled.
+  const int64_t token_tiles =
+      p.experts == 0 ? ceil_div(p.m, c.tokens) : p.m / c.tokens + std::min(p.experts, p.m);
+  return {ceil_div(p.n, c.block_rows()), token_tiles, ceil_div(ceil_div(p.k, kChunk), c.unit)};
+}
+
+int64_t plan_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
+  return p.experts == 0 ? 0 : kPlanBytes + work_of(p, c).token_tiles * kPlannedBytes;
 }
 
 int64_t group_slots(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
@@ -97,21 +105,21 @@ int64_t shared_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
 int resident_blocks(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   const int64_t fit = p.multiprocessor_shared_bytes / (shared_bytes(p, c) + kReservedBytes);
   // What the registers suffice for: kResidentBlocks in mma.cuh. Integer zero points are bytes.
-  const bool alone = c.tokens == 64 || (c.tokens == 32 && (p.bits == 8 || p.zero_bytes > 1));
+  const bool alone = c.tokens == 64 || (c.tokens == 32 && (p.bits == 8 || p.bits == 3 || p.zero_bytes > 1));
   const int64_t most = alone ? 1 : kMostResident;
   return static_cast<int>(std::clamp<int64_t>(fit, 1, most));
 }
 
 int64_t partial_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   const WeightOnlyWork work = work_of(p, c);
-  if (!is_split(work, c)) return 0;
+  if (!is_split(p, work, c)) return 0;
   // A block leaves the sums of two tiles at most, its first and its last.
   return 2 * all_blocks(work, c) * c.tokens * c.block_rows() * 4;
 }
 
 int64_t counter_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   const WeightOnlyWork work = work_of(p, c);
-  return is_split(work, c) ? work.tiles() * 4 : 0;
+  return is_split(p, work, c) ? work.tiles() * 4 : 0;
 }
 
 const char* why_not(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
@@ -120,8 +128,10 @@ const char* why_not(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   }
   if (c.stages < kLeastStages || c.stages > kMostStages) return "the pipeline has 2 to 6 stages";
   if (c.unit != 1 && c.unit != 2) return "a unit of work is 1 or 2 chunks of columns";
+  if (c.unit < least_unit(p.bits)) return "a unit of 2 or 3 bits is 2 chunks of columns";
   const WeightOnlyWork work = work_of(p, c);
   if (p.k > kMostColumns) return "K is 2^30 at most";
+  if (p.experts > 0 && p.m > kMostColumns) return "experts take 2^30 rows at most";
   if ((c.each_tile ? all_blocks(work, c) : work.all_units()) > kMostUnits) {
     return "x and the weight have more tiles than a launch can count";
   }
@@ -134,7 +144,9 @@ const char* why_not(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
 
 WeightOnlyConfig choose_config(const WeightOnlyProblem& p) {
   WeightOnlyConfig c;
-  c.tokens = p.m <= 8 ? 8 : p.m <= 16 ? 16 : p.m <= 32 ? 32 : 64;
+  // Of experts that have rows, as many as each has on average.
+  const int64_t m = p.experts == 0 ? p.m : ceil_div(p.m, std::min(p.experts, p.m));
+  c.tokens = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
   c.each_tile = p.each_tile;
   c.unit = c.warp_chunks(p.bits);
   // Four stages hide the latency of memory, and three where two blocks then fit; one block alone
@@ -164,7 +176,12 @@ WeightOnlyConfig choose_config(const WeightOnlyProblem& p) {
       best = c;
     }
   };
-  for (c.unit = widest; c.unit > 0; --c.unit) {
+  if (p.experts > 0 && !c.each_tile) {
+    // How much there is to do is not known, and shares are equal whatever it is.
+    consider(int64_t{resident} * p.multiprocessors);
+    return best;
+  }
+  for (c.unit = widest; c.unit >= least_unit(p.bits); --c.unit) {
     const int64_t tiles = work_of(p, c).tiles(), slots = resident * p.multiprocessors;
     if (c.each_tile) {
       for (int64_t blocks = 1; blocks == 1 || blocks * tiles <= slots; ++blocks) consider(blocks);

@@ -16,6 +16,7 @@ struct WeightOnlyProblem {
   int shared_bytes;                 // that a block can have
   int multiprocessor_shared_bytes;  // that all blocks of a multiprocessor can have
   bool each_tile = false;           // see WeightOnlyConfig
+  int64_t experts = 0;  // that the rows go to, nobody knows how many to which; 0: one weight
 };
 
 // Schedule of weight_only_mma. A tile is `tokens` columns of Y^T by block_rows() rows of the
@@ -25,7 +26,7 @@ struct WeightOnlyConfig {
   int tokens;  // 8, 16, 32 or 64
   int blocks;  // that share the work: all of it, or with `each_tile` that of a tile
   int stages;  // of the pipeline that brings weights and activations to shared memory
-  int unit;    // chunks of 64 columns that shares are whole numbers of: 1 or 2
+  int unit;    // chunks of 64 columns that shares are whole numbers of: 1, or 2
   // Every tile is shared out in the same way, so that how a sum is added does not depend on M.
   bool each_tile = false;
 
@@ -35,11 +36,14 @@ struct WeightOnlyConfig {
   constexpr int warps_k() const { return 8 / warps_n(); }
   constexpr int block_rows() const { return 32 * warps_n(); }
   // Chunks of 64 columns that a warp takes of a stage. Two spread the costs of a stage.
-  constexpr int warp_chunks(int bits) const { return bits == 4 && tokens <= 16 ? 2 : 1; }
+  // Codes of 2 and 3 bits lie in spans of two.
+  constexpr int warp_chunks(int bits) const {
+    return bits < 4 || (bits == 4 && tokens <= 16) ? 2 : 1;
+  }
   constexpr int stage_chunks(int bits) const { return warps_k() * warp_chunks(bits); }
 };
 
-// The work of a product in a schedule.
+// The work of a product in a schedule; with experts, the most that it can be.
 struct WeightOnlyWork {
   int64_t row_tiles, token_tiles;
   int64_t units;  // of a tile
@@ -62,10 +66,16 @@ int resident_blocks(const WeightOnlyProblem& problem, const WeightOnlyConfig& co
 // Groups whose scales a block holds at a time.
 int64_t group_slots(const WeightOnlyProblem& problem, const WeightOnlyConfig& config);
 
+// The least unit for codes of so many bits.
+constexpr int least_unit(int bits) { return bits < 4 ? 2 : 1; }
+
 std::string to_string(const WeightOnlyConfig& config);
 
 // Null where the schedule can run the problem, or the reason why not.
 const char* why_not(const WeightOnlyProblem& problem, const WeightOnlyConfig& config);
+
+// Scratch for what the experts have to do.
+int64_t plan_bytes(const WeightOnlyProblem& problem, const WeightOnlyConfig& config);
 
 // Bytes of shared memory of a block.
 int64_t shared_bytes(const WeightOnlyProblem& problem, const WeightOnlyConfig& config);

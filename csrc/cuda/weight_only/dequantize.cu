@@ -24,7 +24,8 @@ struct DequantizeParameters {
 
 template <class T, template <class> class Decoder, bool kRealZeros>
 QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) {
-  constexpr int kUnits = kChunkColumns / kUnitColumns<Decoder<T>::kBits>;
+  constexpr int kBits = Decoder<T>::kBits;
+  constexpr int kUnits = kLiesInSpans<kBits> ? 1 : kChunkColumns / kUnitColumns<kBits>;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const unsigned tile_number = blockIdx.x / p.chunk_blocks;
   const int chunk = static_cast<int>(blockIdx.x - tile_number * p.chunk_blocks) * kWarps + warp;
@@ -34,8 +35,12 @@ QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) 
   decoder.start(p.weight.table);
   WeightGroup<T, Decoder, kRealZeros> group;
   group.start();
-  const auto* words = static_cast<const unsigned char*>(p.weight.words) +
-                      (tile * p.chunks + chunk) * kUnits * kUnitBytes + lane * 16;
+  const auto* words = static_cast<const unsigned char*>(p.weight.words) + lane * 16;
+  if constexpr (kLiesInSpans<kBits>) {
+    words += (tile / 2 * p.chunks + chunk) / 2 * (kBits * kUnitBytes);
+  } else {
+    words += (tile * p.chunks + chunk) * kUnits * kUnitBytes;
+  }
   // 16 rows of eight pieces of 16 bytes, swizzled so that neither side conflicts.
   unsigned char* shared = ptx::shared_memory() + warp * kTileBytes;
   // A group is a step's columns or more, or the only one: a step enters one at most.
@@ -46,9 +51,17 @@ QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) 
   const auto* scales = static_cast<const unsigned char*>(p.weight.scales) + first * p.scale_bytes;
   const auto* zeros = static_cast<const unsigned char*>(p.weight.zeros) + first * p.zero_bytes;
   uint4 held = {0, 0, 0, 0};
+  uint2 low = {0, 0};
+  uint32_t third = 0;
+  if constexpr (kLiesInSpans<kBits>) {
+    low = ptx::load_global<uint2>(words + tile % 2 * kUnitBytes + chunk % 2 * 8);
+    if (kBits == 3) {
+      third = ptx::load_global<uint32_t>(words + 2 * kUnitBytes + tile % 2 * 8 + chunk % 2 * 4);
+    }
+  }
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    if (step % (4 / kUnits) == 0) {
+    if (!kLiesInSpans<kBits> && step % (4 / kUnits) == 0) {
       held = ptx::load_global<uint4>(words + step * kUnits / 4 * kUnitBytes);
     }
     // Padding behind the last group has its numbers.
@@ -63,7 +76,13 @@ QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) 
     if (step == 0 || enters) group.template load<true>(p.weight, scales, zeros);
     const uint32_t all[4] = {held.x, held.y, held.z, held.w};
     uint32_t pairs[4];
-    group.weights(decoder, all + (kUnits == 1 ? step : step % 2 * 2), pairs);
+    if constexpr (kLiesInSpans<kBits>) {
+      uint32_t of_step[2];
+      span_words(step < 2 ? low.x : low.y, third, step, of_step);
+      group.weights(decoder, of_step, pairs);
+    } else {
+      group.weights(decoder, all + (kUnits == 1 ? step : step % 2 * 2), pairs);
+    }
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       const int row = lane / 4 + pair % 2 * 8, piece = step * 2 + pair / 2;
@@ -116,7 +135,7 @@ const char* dequantize(const FragmentWeight& weight, void* out, FloatType out_ty
   p.weight = weight;
   p.out = static_cast<uint16_t*>(out);
   p.rows = padded_rows(weight.n);
-  p.chunks = static_cast<int>(ceil_div(weight.k, kChunkColumns));
+  p.chunks = static_cast<int>(padded_columns(weight.k, code_bits(weight.code)) / kChunkColumns);
   p.groups = static_cast<int>(ceil_div(weight.k, weight.group_size));
   p.scale_bytes = size_of(weight.scale_type);
   p.zero_bytes = size_of(weight.zero_type);

@@ -32,6 +32,7 @@ const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOn
   problem.bits = code_bits(weight.code);
   problem.scale_bytes = size_of(weight.scale_type);
   problem.zero_bytes = size_of(weight.zero_type);
+  problem.experts = arguments.experts;
 
   WeightOnlyParameters p;
   p.weight = weight;
@@ -40,7 +41,7 @@ const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOn
   p.counters = arguments.counters;
   p.x_stride = arguments.x_stride;
   p.rows = padded_rows(weight.n);
-  p.chunks = static_cast<int>(ceil_div(weight.k, kChunkColumns));
+  p.chunks = static_cast<int>(padded_columns(weight.k, problem.bits) / kChunkColumns);
   p.stages = config.stages;
   p.groups = static_cast<int>(ceil_div(weight.k, weight.group_size));
   p.slots = static_cast<int>(group_slots(problem, config));
@@ -59,21 +60,24 @@ const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOn
   p.m = arguments.m;
   p.units = static_cast<int>(work.units);
   p.unit_chunks = config.unit;
+  p.row_tiles = static_cast<int>(work.row_tiles);
   p.token_tiles = static_cast<int>(work.token_tiles);
   p.span_tiles = static_cast<int>(config.each_tile ? 1 : tiles);
   p.span_blocks = config.blocks;
-  p.share = static_cast<int>(span / config.blocks);
-  p.longer = static_cast<int>(span % config.blocks);
+  p.shares = Shares(static_cast<int>(span), config.blocks);
+  p.plan = arguments.experts == 0 ? nullptr : static_cast<const Plan*>(arguments.plan);
   p.by_units = Divisor(p.units);
+  p.by_row_tiles = Divisor(p.row_tiles);
   p.by_token_tiles = Divisor(p.token_tiles);
   p.by_span_blocks = Divisor(p.span_blocks);
-  p.by_share = Divisor(p.share);
-  p.by_longer_share = Divisor(p.share + 1);
   p.by_group_columns = Divisor(p.group_columns);
 
   const auto blocks =
       static_cast<unsigned>(config.each_tile ? tiles * config.blocks : config.blocks);
   const int shared = static_cast<int>(shared_bytes(problem, config));
+  if (arguments.experts > 0) {
+    if (const char* error = plan_experts(arguments, problem, config, stream)) return error;
+  }
   return visit_decoder(weight, [&](auto decoder) {
     return run(decoder, p, arguments.x_type, config.tokens, blocks, shared, stream);
   });

@@ -62,8 +62,9 @@ class WeightOnlyBlock {
   static constexpr int kStageColumns = kStageChunks * kChunkColumns;
   static constexpr int kRowBytes = kStageColumns * 2;  // of x in shared memory
   static constexpr int kPieces = kRowBytes / 16;
-  static constexpr int kUnits = kChunkColumns / kUnitColumns<kBits>;  // of a chunk
-  static constexpr int kChunkBytes = kUnits * kUnitBytes;             // of a tile
+  static constexpr bool kInSpans = kLiesInSpans<kBits>;
+  static constexpr int kUnits = kInSpans ? 1 : kChunkColumns / kUnitColumns<kBits>;  // of a chunk
+  static constexpr int kChunkBytes = kUnits * kUnitBytes;                            // of a tile
   static constexpr int kXBytes = kTokens * kRowBytes;
   static constexpr int kXCopies = kTokens * kPieces / kThreads;  // of a thread and stage
   static constexpr int kXTokens = kThreads / kPieces;            // between a thread's copies
@@ -71,7 +72,10 @@ class WeightOnlyBlock {
   // Tokens that are multiples of 8 apart are swizzled alike.
   static constexpr int kXPlaces = kXTokens % 8 == 0 ? 1 : kXCopies;
   static constexpr int kTileBytes = kWarpChunks * kChunkBytes;
-  static constexpr int kStageBytes = kXBytes + kWarps * kTilesPerWarp * kTileBytes;
+  static constexpr int kSpanBytes = kBits * kUnitBytes;
+  static constexpr int kHeld = kInSpans ? kBits : kTilesPerWarp;  // units, at a time
+  static constexpr int kWarpBytes = kInSpans ? kSpanBytes : kTilesPerWarp * kTileBytes;
+  static constexpr int kStageBytes = kXBytes + kWarps * kWarpBytes;
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kSumRow = kBlockRows + kPadding;
   static constexpr bool kScalesSums = kTokens <= 16;
@@ -84,7 +88,7 @@ class WeightOnlyBlock {
     warp_ = threadIdx.x / kLanes;
     warp_n_ = warp_ % kWarpsN;
     warp_k_ = warp_ / kWarpsN;
-    words_ = shared + (kXBytes + warp_ * kTilesPerWarp * kTileBytes + lane_ * 16);
+    words_ = shared + (kXBytes + warp_ * kWarpBytes + lane_ * 16);
     words_ = words_.known_once();
     // Piece lane / 8 of token lane % 8 in the warp's first chunk; the second half of a chunk lies 4
     // pieces on, which the swizzle makes bit 6 of the address.
@@ -110,8 +114,14 @@ class WeightOnlyBlock {
       span = p_.by_span_blocks.quotient(block);
       block -= span * p_.span_blocks;
     }
-    const int begin = first_unit(block);
-    int left = p_.share + (block < p_.longer ? 1 : 0);
+    if (p_.plan != nullptr) {
+      ptx::wait_for_kernels_before();  // which the plan is of
+      if (p_.span_tiles == 1 && span >= ptx::load_global<int>(&p_.plan->tiles)) return;
+    }
+    const Shares shares = shares_of();
+    const int begin = first_unit(shares, block);
+    int left = shares.share + (block < shares.longer ? 1 : 0);
+    if (left == 0) return;
     int tile = p_.by_units.quotient(begin), unit = begin - tile * p_.units;
     bool is_first = true;
     while (true) {
@@ -157,21 +167,53 @@ class WeightOnlyBlock {
     return (piece & ~7) | ((piece ^ token) & 7);
   }
 
-  // Of its span, where the share of a block begins; and the block in whose share a unit is.
-  QK_DEVICE int first_unit(int block) const { return block * p_.share + min_of(block, p_.longer); }
+  QK_DEVICE Shares shares_of() const {
+    if (p_.plan == nullptr || p_.span_tiles == 1) return p_.shares;
+    Shares shares;
+    const uint4 first = ptx::load_global<uint4>(p_.plan);
+    const uint2 second = ptx::load_global<uint2>(&p_.plan->shares.by_longer_share);
+    shares.share = static_cast<int>(first.x);
+    shares.longer = static_cast<int>(first.y);
+    shares.by_share.factor = first.z;
+    shares.by_share.shift = static_cast<int>(first.w);
+    shares.by_longer_share.factor = second.x;
+    shares.by_longer_share.shift = static_cast<int>(second.y);
+    return shares;
+  }
 
-  QK_DEVICE int block_of(int unit) const {
-    const int of_longer = p_.longer * (p_.share + 1);
-    return unit < of_longer ? p_.by_longer_share.quotient(unit)
-                            : p_.longer + p_.by_share.quotient(unit - of_longer);
+  // Of its span, where the share of a block begins; and the block in whose share a unit is.
+  static QK_DEVICE int first_unit(const Shares& shares, int block) {
+    return block * shares.share + min_of(block, shares.longer);
+  }
+
+  static QK_DEVICE int block_of(const Shares& shares, int unit) {
+    const int of_longer = shares.longer * (shares.share + 1);
+    return unit < of_longer ? shares.by_longer_share.quotient(unit)
+                            : shares.longer + shares.by_share.quotient(unit - of_longer);
   }
 
   // Units [unit, end) of a tile.
   QK_DEVICE void start_piece(int tile, int unit, int end, bool is_first) {
-    const int row_tile = p_.by_token_tiles.quotient(tile);
     tile_ = tile;
+    int row_tile, expert = 0;
+    int64_t tokens;
+    if (p_.plan == nullptr) {
+      // Tiles that read the same weights are neighbours.
+      row_tile = p_.by_token_tiles.quotient(tile);
+      token0_ = static_cast<int64_t>(tile - row_tile * p_.token_tiles) * kTokens;
+      tokens = p_.m - token0_;
+    } else {
+      const int token_tile = p_.by_row_tiles.quotient(tile);
+      row_tile = tile - token_tile * p_.row_tiles;
+      const auto* planned = reinterpret_cast<const PlannedTokens*>(p_.plan + 1) + token_tile;
+      const uint4 here = ptx::load_global<uint4>(planned);
+      expert = static_cast<int>(here.x);
+      token0_ = here.y;
+      tokens = static_cast<int>(here.z - here.y);
+    }
+    tokens_ = tokens < kTokens ? static_cast<int>(tokens) : kTokens;
     block_row_ = static_cast<int64_t>(row_tile) * kBlockRows;
-    token0_ = static_cast<int64_t>(tile - row_tile * p_.token_tiles) * kTokens;
+    rows_before_ = expert * p_.rows;
     const int first_chunk = unit * p_.unit_chunks;
     last_chunk_ = min_of(end * p_.unit_chunks, p_.chunks);
     stages_ = (last_chunk_ - first_chunk + kStageChunks - 1) / kStageChunks;
@@ -193,17 +235,23 @@ class WeightOnlyBlock {
       const int column = (warp_k_ * kWarpChunks + c) * kChunkColumns;
       own_columns_[c] = warp_row < p_.rows ? column : kNone;
     }
-    weights_ = static_cast<const unsigned char*>(p_.weight.words) +
-               (warp_row / kTileRows * p_.chunks + chunk) * kChunkBytes + lane_ * 16;
+    weights_ = static_cast<const unsigned char*>(p_.weight.words) + lane_ * 16;
+    const int64_t row = rows_before_ + warp_row;
+    if constexpr (kInSpans) {
+      weights_ += (row / kRowMultiple * p_.chunks + chunk) / 2 * kSpanBytes;
+    } else {
+      weights_ += (row / kTileRows * p_.chunks + chunk) * kChunkBytes;
+    }
   }
 
-  // Of the first stages, by a lane for each tile of the warps that are the first along K.
+  // Of the first stages, by a lane for each row of tiles, or of spans, of the warps that are the
+  // first along K.
   QK_DEVICE void prefetch_weights(int first_chunk) {
     const int chunks = min_of((p_.stages - 1) * kStageChunks, last_chunk_ - first_chunk);
-    if (warp_k_ == 0 && lane_ < kTilesPerWarp && own_columns_[0] != kNone) {
-      const int64_t row_bytes = static_cast<int64_t>(p_.chunks) * kChunkBytes;
-      ptx::prefetch(weights_ + lane_ * (row_bytes - 16), chunks * kChunkBytes);
-    }
+    if (warp_k_ != 0 || lane_ >= (kInSpans ? 1 : kTilesPerWarp) || own_columns_[0] == kNone) return;
+    const int64_t row_bytes = static_cast<int64_t>(p_.chunks) * kChunkBytes;
+    ptx::prefetch(weights_ + lane_ * (row_bytes - 16),
+                  kInSpans ? chunks / 2 * kSpanBytes : chunks * kChunkBytes);
   }
 
   // A thread copies the same 16 bytes of a stage's columns for every kXTokens-th token.
@@ -212,8 +260,8 @@ class WeightOnlyBlock {
     x_ = p_.x + ((token0_ + token) * p_.x_stride + column + piece * 8) * 2;
 #pragma unroll
     for (int i = 0; i < kXCopies; ++i) {
-      const bool is_token = ptx::within(token0_ + token + i * kXTokens, p_.m);
-      x_column_[i] = is_token ? piece * 8 : kNone;
+      const bool is_token = ptx::within(token + i * kXTokens, tokens_);
+      x_column_[i] = ptx::known_once(is_token ? piece * 8 : kNone);
     }
   }
 
@@ -245,7 +293,7 @@ class WeightOnlyBlock {
     if (ptx::within(from, p_.rows * bytes)) my_group_ = index >> log2_pieces;
     group_source_ =
         static_cast<const unsigned char*>(is_scale ? p_.weight.scales : p_.weight.zeros);
-    group_source_ += from;
+    group_source_ += rows_before_ * p_.groups * bytes + from;
     group_bytes_ = p_.rows * bytes;
     slot_bytes_ = kBlockRows * bytes;
     const int zeros_at = scales_at_ + p_.slots * kBlockRows * p_.scale_bytes;
@@ -310,26 +358,35 @@ class WeightOnlyBlock {
   }
 
   QK_DEVICE void copy_weights() {
-    const int64_t row_bytes = static_cast<int64_t>(p_.chunks) * kChunkBytes;  // of a row of tiles
+    if constexpr (kInSpans) {
 #pragma unroll
-    for (int c = 0; c < kWarpChunks; ++c) {
+      for (int u = 0; u < kBits; ++u) copy_unit(u * kUnitBytes, u * kUnitBytes, own_columns_[0]);
+      weights_ += kStageChunks / 2 * kSpanBytes;
+    } else {
+      const int64_t row_bytes = static_cast<int64_t>(p_.chunks) * kChunkBytes;  // of a row of tiles
 #pragma unroll
-      for (int tile = 0; tile < kTilesPerWarp; ++tile) {
+      for (int c = 0; c < kWarpChunks; ++c) {
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-          const int offset = c * kChunkBytes + u * kUnitBytes;
-          const ptx::Shared to = words_ + write_ + (tile * kTileBytes + offset);
-          const unsigned char* from = weights_ + tile * row_bytes + offset;
-          const bool is_there = ptx::within(own_columns_[c], columns_left_);
-          if constexpr (kReadsOnce) {
-            ptx::copy_async_16_once(to, from, is_there);
-          } else {
-            ptx::copy_async_16(to, from, is_there);
+        for (int tile = 0; tile < kTilesPerWarp; ++tile) {
+#pragma unroll
+          for (int u = 0; u < kUnits; ++u) {
+            const int offset = c * kChunkBytes + u * kUnitBytes;
+            copy_unit(tile * kTileBytes + offset, tile * row_bytes + offset, own_columns_[c]);
           }
         }
       }
+      weights_ += kStageChunks * kChunkBytes;
     }
-    weights_ += kStageChunks * kChunkBytes;
+  }
+
+  // `column` of the stage is the unit's first.
+  QK_DEVICE void copy_unit(int to, int64_t from, int column) {
+    const bool is_there = ptx::within(column, columns_left_);
+    if constexpr (kReadsOnce) {
+      ptx::copy_async_16_once(words_ + write_ + to, weights_ + from, is_there);
+    } else {
+      ptx::copy_async_16(words_ + write_ + to, weights_ + from, is_there);
+    }
   }
 
   QK_DEVICE void copy_activations() {
@@ -358,8 +415,9 @@ class WeightOnlyBlock {
   template <int kRun>
   QK_DEVICE void multiply() {
     uint32_t rest = rest_, slot = slot_;
+    uint4 held[kHeld];
 #pragma unroll
-    for (int c = 0; c < kWarpChunks; ++c) multiply_chunk<kRun>(c, rest, slot);
+    for (int c = 0; c < kWarpChunks; ++c) multiply_chunk<kRun>(c, held, rest, slot);
     const uint32_t passed = rest_ + p_.stage_rest;
     rest_ = wrapped(passed, p_.group_columns);
     slot_ = wrapped(slot_ + p_.stage_groups + (rest_ != passed ? 1 : 0), p_.slots);
@@ -368,17 +426,10 @@ class WeightOnlyBlock {
   // `c`: which of the warp's chunks of the stage; its first column is `rest` columns into the group
   // in `slot`, which are left as those of the chunk behind it.
   template <int kRun>
-  QK_DEVICE void multiply_chunk(int c, uint32_t& rest, uint32_t& slot) {
-    uint4 held[kTilesPerWarp];
+  QK_DEVICE void multiply_chunk(int c, uint4 (&held)[kHeld], uint32_t& rest, uint32_t& slot) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // two steps of 16 columns: what one ldmatrix brings
-      if (half == 0 || kUnits == 2) {
-#pragma unroll
-        for (int tile = 0; tile < kTilesPerWarp; ++tile) {
-          const int offset = tile * kTileBytes + c * kChunkBytes + half * (kUnits - 1) * kUnitBytes;
-          held[tile] = ptx::load_shared<uint4>(words_ + read_ + offset);
-        }
-      }
+      load_units(c, half, held);
       const ptx::Shared x = fragments_[half] + read_ + c * kChunkColumns * 2;
       uint32_t a[2][kTilesPerWarp][4], b[kTokenTiles][4];
 #pragma unroll
@@ -386,10 +437,7 @@ class WeightOnlyBlock {
         if ((c * kChunkColumns + (2 * half + s) * kStepColumns) % kRun == 0) enter_group(slot);
 #pragma unroll
         for (int tile = 0; tile < kTilesPerWarp; ++tile) {
-          const uint32_t all[4] = {held[tile].x, held[tile].y, held[tile].z, held[tile].w};
-          // 4 bits: word 2 * half + s; 8 bits: words 2s and 2s + 1 of unit `half`.
-          const int first = kUnits == 1 ? 2 * half + s : 2 * s;
-          groups_[tile].weights(decoder_, all + first, a[s][tile]);
+          decode(c, 2 * half + s, tile, held, a[s][tile]);
         }
         if constexpr (kScalesSums) {  // before the next step enters another group
           if (s == 0) load_x(x, b);
@@ -413,6 +461,39 @@ class WeightOnlyBlock {
       }
     }
     if (c + 1 < kWarpChunks && kRun == kChunkColumns) pass(kChunkColumns, rest, slot);
+  }
+
+  // What the lane has of the units that begin with half `half` of chunk c.
+  QK_DEVICE void load_units(int c, int half, uint4 (&held)[kHeld]) {
+    if constexpr (kInSpans) {
+      if (c != 0 || half != 0) return;
+#pragma unroll
+      for (int u = 0; u < kBits; ++u) {
+        held[u] = ptx::load_shared<uint4>(words_ + read_ + u * kUnitBytes);
+      }
+    } else {
+      if (half != 0 && kUnits == 1) return;
+#pragma unroll
+      for (int tile = 0; tile < kTilesPerWarp; ++tile) {
+        const int offset = tile * kTileBytes + c * kChunkBytes + half * (kUnits - 1) * kUnitBytes;
+        held[tile] = ptx::load_shared<uint4>(words_ + read_ + offset);
+      }
+    }
+  }
+
+  // The A operand of step `step` of chunk c.
+  QK_DEVICE void decode(int c, int step, int tile, const uint4 (&held)[kHeld], uint32_t (&a)[4]) {
+    const uint32_t all[4] = {held[tile].x, held[tile].y, held[tile].z, held[tile].w};
+    if constexpr (kInSpans) {
+      const uint4 last = held[kHeld - 1];
+      const uint32_t third[4] = {last.x, last.y, last.z, last.w};
+      uint32_t words[2];
+      span_words(all[2 * c + step / 2], third[2 * tile + c], step, words);
+      groups_[tile].weights(decoder_, words, a);
+    } else {
+      // 4 bits: word `step`; 8 bits: two words of the unit with this step.
+      groups_[tile].weights(decoder_, all + (kUnits == 1 ? step : step % 2 * 2), a);
+    }
   }
 
   // Two steps of x, of all tokens.
@@ -498,10 +579,11 @@ class WeightOnlyBlock {
     }
     ptx::sync_threads();
     const bool is_whole = units == p_.units;
-    float* const partial = partial_of(block, span, tile);
+    const Shares shares = shares_of();
+    float* const partial = partial_of(shares, block, span, tile);
     for (int i = threadIdx.x; i < kTokens * kBlockRows / 4; i += kThreads) {
       const int token = i / (kBlockRows / 4), row = i % (kBlockRows / 4) * 4;
-      if (!ptx::within(token0_ + token, p_.m)) continue;
+      if (!ptx::within(token, tokens_)) continue;
       Four sum = load_four(sum_at(0, token, row));
 #pragma unroll
       for (int part = 1; part < kWarpsK; ++part) sum.add(load_four(sum_at(part, token, row)));
@@ -511,20 +593,21 @@ class WeightOnlyBlock {
         ptx::store_global<uint4>(partial + token * kBlockRows + row, sum.bits());
       }
     }
-    if (!is_whole) add_partials(span, tile);
+    if (!is_whole) add_partials(shares, span, tile);
   }
 
   // Where a block leaves its sums of a tile of its span: those of the tile that its share begins in
   // the middle or at the beginning of, and behind them those of another.
-  QK_DEVICE float* partial_of(int block, int span, int tile) const {
+  QK_DEVICE float* partial_of(const Shares& shares, int block, int span, int tile) const {
     const int64_t index = 2 * (static_cast<int64_t>(span) * p_.span_blocks + block) +
-                          (first_unit(block) < tile * p_.units ? 1 : 0);
+                          (first_unit(shares, block) < tile * p_.units ? 1 : 0);
     return p_.partials + index * kTokens * kBlockRows;
   }
 
   // The last block of the tile to get here adds the sums of all.
-  QK_DEVICE void add_partials(int span, int tile) {
-    const int first = block_of(tile * p_.units), last = block_of((tile + 1) * p_.units - 1);
+  QK_DEVICE void add_partials(const Shares& shares, int span, int tile) {
+    const int first = block_of(shares, tile * p_.units);
+    const int last = block_of(shares, (tile + 1) * p_.units - 1);
     const ptx::Shared arrived = sum_at(kWarpsK, 0, 0);  // behind the sums
     ptx::sync_threads();                                // this block's sums before its count
     if (threadIdx.x == 0) {
@@ -535,10 +618,10 @@ class WeightOnlyBlock {
     if (threadIdx.x == 0) ptx::store_global<uint32_t>(p_.counters + tile_, 0);
     for (int i = threadIdx.x; i < kTokens * kBlockRows / 4; i += kThreads) {
       const int token = i / (kBlockRows / 4), row = i % (kBlockRows / 4) * 4;
-      if (!ptx::within(token0_ + token, p_.m)) continue;
+      if (!ptx::within(token, tokens_)) continue;
       Four sum = {{0, 0, 0, 0}};
       for (int block = first; block <= last; ++block) {
-        const float* source = partial_of(block, span, tile) + token * kBlockRows + row;
+        const float* source = partial_of(shares, block, span, tile) + token * kBlockRows + row;
         sum.add(Four::of(ptx::load_global_written<uint4>(source)));
       }
       write(token, row, sum);
@@ -602,7 +685,8 @@ class WeightOnlyBlock {
 
   // The piece at work.
   int tile_;
-  int64_t block_row_, token0_;
+  int64_t block_row_, token0_, rows_before_;  // rows of the experts before this one
+  int tokens_;                                // at most kTokens
   int last_chunk_, stages_, piece_column_;
 
   // What is to be copied next, and where; offsets of shared memory are in bytes.
@@ -634,10 +718,10 @@ class WeightOnlyBlock {
 };
 
 // Blocks of a multiprocessor that the registers must suffice for. The sums of 64 tokens take too
-// many for two, and so do those of 32 with what 8-bit weights or real zero points need.
+// many for two, and so do those of 32 with what weights of 8 or 3 bits or real zero points need.
 template <int kBits, bool kRealZeros, int kTokens>
 constexpr int kResidentBlocks =
-    kTokens == 64 || (kTokens == 32 && (kBits == 8 || kRealZeros)) ? 1 : 2;
+    kTokens == 64 || (kTokens == 32 && (kBits == 8 || kBits == 3 || kRealZeros)) ? 1 : 2;
 
 template <class T, template <class> class Decoder, bool kRealZeros, int kTokens>
 QK_KERNEL void QK_LAUNCH_BOUNDS(kThreads, (kResidentBlocks<Decoder<T>::kBits, kRealZeros, kTokens>))

@@ -21,6 +21,12 @@ struct WeightOnlyArguments {
   uint32_t* counters;
   int64_t m;
   FloatType x_type, bias_type;
+  // Where rows of x go to experts: so many weights alike, one behind the other, as are their scales
+  // and zero points. Rows ends[e - 1] to ends[e] go to expert e; where the ends are no such numbers
+  // y is not defined. Rows behind the last end are 0 in y.
+  int64_t experts = 0;
+  const int32_t* ends = nullptr;
+  void* plan = nullptr;  // of plan_bytes()
 };
 
 // y = x @ w.T + bias, accumulated in fp32, the same bits at every call. Up to 16 tokens a tile, the
@@ -29,6 +35,10 @@ struct WeightOnlyArguments {
 // integer part is rounded to x's type in either case.
 const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOnlyConfig& config,
                             Stream stream);
+
+// plan.cu: what weight_only_mma does first where there are experts.
+const char* plan_experts(const WeightOnlyArguments& arguments, const WeightOnlyProblem& problem,
+                         const WeightOnlyConfig& config, Stream stream);
 
 // w [n, k] of out_type from the fragment layout: scales are rounded to it, and weights once more.
 const char* dequantize(const FragmentWeight& weight, void* out, FloatType out_type, Stream stream);

@@ -96,6 +96,75 @@ struct Int4 {
   }
 };
 
+// Codes of 2 and 3 bits as span_words gives them: those of row g lie in bits 0 to 2 and, of the
+// pair 8 columns on, 4 bits higher, but for the third bits, which lie one bit higher; those of row
+// g + 8 lie another 2 bits higher.
+template <class T, int kCodeBits>
+struct LowInt {
+  static constexpr int kBits = kCodeBits;
+  static constexpr int kWords = 2;
+  static constexpr bool kHasOffsets = true;
+  static constexpr bool kScales = kIsHalf<T>;
+  static constexpr float kLowFactor = 0x1p-24f, kHighFactor = 0x1p-22f;
+  static constexpr float kImpliedZero = 1 << (kBits - 1);
+
+  QK_DEVICE void start(const float*) {}
+
+  static QK_DEVICE Offsets offsets(float low, float high) {
+    // Row g + 8 has 4 q.
+    constexpr float kBase = kIsHalf<T> ? 1024 : 128;
+    return {ptx::pack2<T>(kBase + low, kBase + low),
+            ptx::pack2<T>(-kBase / 4 - high, -kBase / 4 - high)};
+  }
+
+  QK_DEVICE void decode(const uint32_t* words, const Offsets& offsets, uint32_t (&pairs)[4]) const {
+    constexpr uint32_t kMagic = kIsHalf<T> ? 0x64006400 : 0x43004300;
+    constexpr uint32_t kQuarter = kIsHalf<T> ? 0x34003400 : 0x3e803e80;
+    uint32_t raw[4];
+    take(words, kMagic, raw);
+#pragma unroll
+    for (int p = 0; p < 4; p += 2) {
+      pairs[p] = ptx::sub2<T>(raw[p], offsets.low);
+      pairs[p + 1] = ptx::fma2<T>(raw[p + 1], kQuarter, offsets.high);
+    }
+  }
+
+  static QK_DEVICE Offsets scaled_offsets(float low, float high) {
+    const float small_low = low * kLowFactor, small_high = high * kHighFactor;
+    return {ptx::pack2<T>(small_low, small_low), ptx::pack2<T>(small_high, small_high)};
+  }
+
+  QK_DEVICE void decode_scaled(const uint32_t* words, const Offsets& offsets,
+                               uint32_t (&pairs)[4]) const {
+    uint32_t raw[4];
+    take(words, 0, raw);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      pairs[p] = ptx::sub2<T>(raw[p], p % 2 == 0 ? offsets.low : offsets.high);
+    }
+  }
+
+ private:
+  static QK_DEVICE void take(const uint32_t* words, uint32_t magic, uint32_t (&raw)[4]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t low = words[0] >> (4 * h), third = words[1] >> h;
+      raw[2 * h] = ptx::lop3<kLop3AndOr>(low, 0x00030003, magic);
+      raw[2 * h + 1] = ptx::lop3<kLop3AndOr>(low, 0x000c000c, magic);
+      if constexpr (kBits == 3) {
+        raw[2 * h] = ptx::lop3<kLop3AndOr>(third, 0x00040004, raw[2 * h]);
+        raw[2 * h + 1] = ptx::lop3<kLop3AndOr>(third, 0x00100010, raw[2 * h + 1]);
+      }
+    }
+  }
+};
+
+// WeightCode::kInt2 and kInt3
+template <class T>
+using Int2 = LowInt<T, 2>;
+template <class T>
+using Int3 = LowInt<T, 3>;
+
 // WeightCode::kInt8
 template <class T>
 struct Int8 {
@@ -269,6 +338,10 @@ template <class Visit>
 const char* visit_decoder(const FragmentWeight& weight, Visit visit) {
   const bool real = weight.zero_type != ZeroType::kNone && weight.zero_type != ZeroType::kInteger;
   switch (weight.code) {
+    case WeightCode::kInt2:
+      return real ? visit(DecoderTag<Int2, true>()) : visit(DecoderTag<Int2, false>());
+    case WeightCode::kInt3:
+      return real ? visit(DecoderTag<Int3, true>()) : visit(DecoderTag<Int3, false>());
     case WeightCode::kInt4:
       return real ? visit(DecoderTag<Int4, true>()) : visit(DecoderTag<Int4, false>());
     case WeightCode::kInt8:

@@ -10,7 +10,7 @@ namespace qkernels {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 
 struct PackParameters {
   const unsigned char* source;
@@ -31,18 +31,65 @@ QK_DEVICE uint32_t code_at(const PackParameters& p, int64_t n, int64_t k) {
     const auto* words = reinterpret_cast<const uint32_t*>(p.source);
     return ptx::load_global<uint32_t>(words + k * (p.n / 8) + n / 8) >> (4 * nibble) & kMask;
   } else {
-    constexpr int kValues = 32 / kBits;
+    // Without gaps: of 3 bits a code may begin in one word and end in the next.
+    const int64_t bit = k * kBits, row = bit / 32;
+    const int shift = static_cast<int>(bit % 32);
     const auto* words = reinterpret_cast<const uint32_t*>(p.source);
-    const int shift = static_cast<int>(k % kValues) * kBits;
-    return ptx::load_global<uint32_t>(words + k / kValues * p.n + n) >> shift & kMask;
+    uint32_t value = ptx::load_global<uint32_t>(words + row * p.n + n) >> shift;
+    if (32 % kBits != 0 && shift + kBits > 32) {
+      value |= ptx::load_global<uint32_t>(words + (row + 1) * p.n + n) << (32 - shift);
+    }
+    return value & kMask;
   }
+}
+
+// The same; 0 where there is none. `n` of all rows, k of the layout.
+template <CodeSource kSource, int kBits>
+QK_DEVICE uint32_t padded_code_at(const PackParameters& p, int64_t n, int64_t k) {
+  const bool has_row = ptx::within(n, p.first_row + p.rows), has_column = ptx::within(k, p.k);
+  if (!has_row || !has_column) return 0;
+  const int64_t from = p.perm == nullptr ? k : ptx::load_global<int32_t>(p.perm + k);
+  return code_at<kSource, kBits>(p, n, from);
+}
+
+// Of 2 and 3 bits: a thread's word, as place_in_span places codes.
+template <CodeSource kSource, int kBits>
+QK_DEVICE void pack_in_span(const PackParameters& p, int64_t i) {
+  const int64_t spans = p.k_padded / kSpanColumns;
+  const int64_t word = i + p.first_row / kRowMultiple * spans * (kBits * kLanes * 4);
+  const int lane = static_cast<int>(word / 4 % kLanes), index = static_cast<int>(word % 4);
+  const int64_t all = word / (4 * kLanes), span = all / kBits;
+  const int unit = static_cast<int>(all % kBits);
+  const int64_t row0 = span / spans * kRowMultiple + lane / 4;
+  const int64_t column0 = span % spans * kSpanColumns + lane % 4 * 2;
+  uint32_t value = 0;
+  if (unit < 2) {
+#pragma unroll
+    for (int field = 0; field < 16; ++field) {
+      const int step = index * 2 + field / 4 % 2, odd = field / 8;
+      const int64_t n = row0 + unit * kTileRows + field % 2 * 8;
+      const int64_t k = column0 + step * kStepColumns + field / 2 % 2 * 8 + odd;
+      value |= (padded_code_at<kSource, kBits>(p, n, k) & 3) << (2 * field);
+    }
+  } else {
+#pragma unroll
+    for (int field = 0; field < 32; ++field) {
+      const int step = index % 2 * 4 + field / 4 % 4, odd = field / 16;
+      const int64_t n = row0 + index / 2 * kTileRows + field / 2 % 2 * 8;
+      const int64_t k = column0 + step * kStepColumns + field % 2 * 8 + odd;
+      value |= padded_code_at<kSource, kBits>(p, n, k) >> 2 << field;
+    }
+  }
+  ptx::store_global<uint32_t>(p.words + word, value);
 }
 
 template <CodeSource kSource, int kBits>
 QK_KERNEL void pack_kernel(const QK_GRID_CONSTANT PackParameters p) {
-  constexpr int kColumns = kUnitColumns<kBits>;
-  // Whole blocks: 32 rows by 64 columns are a multiple of kThreads words.
+  // Whole blocks: 32 rows by 64 columns, or by 128 of 2 and 3 bits, are a multiple of kThreads
+  // words.
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if constexpr (kLiesInSpans<kBits>) return pack_in_span<kSource, kBits>(p, i);
+  constexpr int kColumns = kUnitColumns<kBits>;
   // The inverse of fragment_place.
   const int64_t word = i + p.first_row / kTileRows * (p.k_padded / kColumns) * kLanes * 4;
   const int lane = static_cast<int>(word / 4 % kLanes);
@@ -58,12 +105,7 @@ QK_KERNEL void pack_kernel(const QK_GRID_CONSTANT PackParameters p) {
     const int step = kBits == 4 ? index : index / 2;
     const int64_t n = row0 + pair % 2 * 8;
     const int64_t k = column0 + step * kStepColumns + pair / 2 * 8 + odd;
-    const bool has_row = ptx::within(n, p.first_row + p.rows);
-    const bool has_column = ptx::within(k, p.k);
-    if (has_row && has_column) {
-      const int64_t from = p.perm == nullptr ? k : ptx::load_global<int32_t>(p.perm + k);
-      value |= code_at<kSource, kBits>(p, n, from) << (field * kBits);
-    }
+    value |= padded_code_at<kSource, kBits>(p, n, k) << (field * kBits);
   }
   ptx::store_global<uint32_t>(p.words + word, value);
 }
@@ -79,9 +121,12 @@ QK_KERNEL void unpack_kernel(const QK_GRID_CONSTANT UnpackParameters p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (!ptx::within(i, p.count)) return;
   const FragmentPlace place = fragment_place<kBits>(p.first_row + i / p.k, i % p.k, p.k_padded);
-  const uint32_t word = ptx::load_global<uint32_t>(p.words + place.word);
-  ptx::store_global<uint8_t>(p.codes + i,
-                             static_cast<uint8_t>(word >> place.bit & ((1u << kBits) - 1)));
+  constexpr uint32_t kMask = (1u << (kBits == 3 ? 2 : kBits)) - 1;
+  uint32_t code = ptx::load_global<uint32_t>(p.words + place.word) >> place.bit & kMask;
+  if constexpr (kBits == 3) {
+    code |= (ptx::load_global<uint32_t>(p.words + place.third_word) >> place.third_bit & 1) << 2;
+  }
+  ptx::store_global<uint8_t>(p.codes + i, static_cast<uint8_t>(code));
 }
 
 dim3 blocks(int64_t count) {
@@ -101,21 +146,30 @@ const char* pack_fragment(const PackArguments& arguments, Stream stream) {
   p.words = static_cast<uint32_t*>(a.words);
   p.n = a.n;
   p.k = a.k;
-  p.k_padded = padded_columns(a.k);
+  p.k_padded = padded_columns(a.k, a.bits);
   p.first_row = a.first_row;
   p.rows = a.rows;
   const int64_t words = padded_rows(a.rows) * p.k_padded * a.bits / 32;
   static_assert(kRowMultiple * kChunkColumns * 4 / 32 % kThreads == 0);
+  static_assert(kRowMultiple * kSpanColumns * 3 / 32 % kThreads == 0);
   const auto start = [&](void (*kernel)(PackParameters)) {
     return launch(kernel, blocks(words), kThreads, 0, stream, p);
   };
   if (a.kind == CodeSource::kAwq) return start(pack_kernel<CodeSource::kAwq, 4>);
   if (a.kind == CodeSource::kGptq) {
-    return a.bits == 4 ? start(pack_kernel<CodeSource::kGptq, 4>)
-                       : start(pack_kernel<CodeSource::kGptq, 8>);
+    switch (a.bits) {
+      case 2: return start(pack_kernel<CodeSource::kGptq, 2>);
+      case 3: return start(pack_kernel<CodeSource::kGptq, 3>);
+      case 4: return start(pack_kernel<CodeSource::kGptq, 4>);
+      default: return start(pack_kernel<CodeSource::kGptq, 8>);
+    }
   }
-  return a.bits == 4 ? start(pack_kernel<CodeSource::kCodes, 4>)
-                     : start(pack_kernel<CodeSource::kCodes, 8>);
+  switch (a.bits) {
+    case 2: return start(pack_kernel<CodeSource::kCodes, 2>);
+    case 3: return start(pack_kernel<CodeSource::kCodes, 3>);
+    case 4: return start(pack_kernel<CodeSource::kCodes, 4>);
+    default: return start(pack_kernel<CodeSource::kCodes, 8>);
+  }
 }
 
 const char* unpack_fragment(const void* words, uint8_t* codes, int64_t k, int64_t first_row,
@@ -125,11 +179,18 @@ const char* unpack_fragment(const void* words, uint8_t* codes, int64_t k, int64_
   p.words = static_cast<const uint32_t*>(words);
   p.codes = codes;
   p.k = k;
-  p.k_padded = padded_columns(k);
+  p.k_padded = padded_columns(k, bits);
   p.first_row = first_row;
   p.count = rows * k;
-  return bits == 4 ? launch(unpack_kernel<4>, blocks(p.count), kThreads, 0, stream, p)
-                   : launch(unpack_kernel<8>, blocks(p.count), kThreads, 0, stream, p);
+  const auto start = [&](void (*kernel)(UnpackParameters)) {
+    return launch(kernel, blocks(p.count), kThreads, 0, stream, p);
+  };
+  switch (bits) {
+    case 2: return start(unpack_kernel<2>);
+    case 3: return start(unpack_kernel<3>);
+    case 4: return start(unpack_kernel<4>);
+    default: return start(unpack_kernel<8>);
+  }
 }
 
 }  // namespace qkernels

@@ -12,9 +12,11 @@ enum class FloatType : int { kHalf, kBfloat16, kFloat };
 constexpr int size_of(FloatType type) { return type == FloatType::kFloat ? 4 : 2; }
 
 // How a code becomes a number.
-enum class WeightCode : int { kInt4, kInt8, kTable4, kFp4E2M1, kFp8E4M3, kFp8E5M2 };
+enum class WeightCode : int { kInt2, kInt3, kInt4, kInt8, kTable4, kFp4E2M1, kFp8E4M3, kFp8E5M2 };
 
 constexpr int code_bits(WeightCode code) {
+  if (code == WeightCode::kInt2) return 2;
+  if (code == WeightCode::kInt3) return 3;
   return code == WeightCode::kInt4 || code == WeightCode::kTable4 || code == WeightCode::kFp4E2M1
              ? 4
              : 8;
