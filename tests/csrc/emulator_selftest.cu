@@ -1,6 +1,6 @@
-// Kernels that do one thing each, right or wrong, for test_emulator.py: `selftest CASE
-// ARGUMENTS...` prints what the launch returned, what it left in its output, and the emulator's
-// JSON.
+// Kernels that do one thing each, right or wrong, for test_emulator.py, and those of ptx_probe.cu
+// for test_ptx.py: `selftest CASE ARGUMENTS...` prints what the launch returned, what it left in
+// its output, and the emulator's JSON.
 
 #include <chrono>
 #include <cstdio>
@@ -12,16 +12,10 @@
 
 #include "cuda/launch.cuh"
 #include "emulator/emulator.h"
+#include "ptx_probe.cu"
 
 namespace qkernels {
 namespace {
-
-struct Arguments {
-  const unsigned char* in;
-  uint32_t* out;
-  int64_t n;
-  int mode;
-};
 
 QK_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 
@@ -383,6 +377,9 @@ int run(int argc, char** argv) {
     if (argc <= 1 || std::string(argv[1]) != one.name) continue;
     kernel = one.kernel;
     early = one.early;
+  }
+  for (const Probe& one : probes()) {
+    if (argc > 1 && std::string(argv[1]) == one.name) kernel = one.kernel;
   }
   if (kernel == nullptr) return 2;
 
