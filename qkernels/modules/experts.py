@@ -10,14 +10,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from qkernels import ops
+from qkernels.errors import LayerError
+from qkernels.modules.linear import WQLinear
 from qkernels.modules.packed import scale_all
-from qkernels.modules.view import Source, WeightView
+from qkernels.modules.stacks import Stack, why_not_stacked
+from qkernels.modules.view import Source, StackSource, WeightView
+
+_MOST_UNUSED = 4
+"""How many stacks in a row may be made and not found again, as where each call comes with other
+buffers, before layers run one by one."""
 
 
 def expert_name(number: int) -> str:
@@ -32,12 +40,21 @@ class WQExperts(nn.Module):
     """E linear layers [N, K] without biases, quantized or not: expert_0, expert_1, ...
 
     Code that treats it as the parameter it stands for gets a `WeightView`: `experts[e]` in
-    `F.linear` or `@`, and the whole in `torch.bmm` and `F.grouped_mm`, run the layers; an expert
-    that no token reached costs nothing. Whatever else needs values gets them dequantized.
+    `F.linear` or `@`, and the whole, or experts picked by a tensor, in `torch.bmm` and
+    `F.grouped_mm`, run the layers; an expert that no token reached costs nothing. Whatever else
+    needs values gets them dequantized.
+
+    Where all layers are alike, products with several of them are one call of `ops.linear_grouped`:
+    from the first on, the layers' buffers are slices of one tensor each (`stacks.Stack`). Hooks,
+    adapters and whatever else is put on a layer count: then, or where layers differ, each is called
+    as a module with its rows.
 
     Attributes:
         transposed: the parameter is [E, K, N].
     """
+
+    _stack: Stack | None = None
+    _unused = 0
 
     def __init__(self, layers: Iterable[nn.Linear], transposed: bool) -> None:
         super().__init__()
@@ -77,6 +94,60 @@ class WQExperts(nn.Module):
     def view_entry(self, number: int) -> Source:
         """For `WeightView`."""
         return _Expert(self.layers[number])
+
+    def view_grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        """For `WeightView`."""
+        stack = self._find_stack()
+        if stack is not None:
+            ends = ends.to(x.device, torch.int32)
+            return ops.linear_grouped_operator(x, ends, stack.buffers, stack.spec)
+        stops = ends.tolist()
+        layers = self.layers
+        parts = [
+            layers[e](x[start:stop])
+            for e, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True))
+            if stop > start
+        ]
+        beyond = len(x) - stops[-1]
+        return torch.cat([*parts, x.new_zeros(beyond, layers[0].out_features)])
+
+    def view_batched(self, x: Tensor) -> Tensor:
+        """For `WeightView`."""
+        stack = self._find_stack()
+        if stack is None:
+            return torch.stack([layer(rows) for layer, rows in zip(self.layers, x, strict=True)])
+        experts, rows, _ = x.shape
+        ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * rows
+        y = ops.linear_grouped_operator(x.flatten(0, 1), ends, stack.buffers, stack.spec)
+        return y.unflatten(0, (experts, rows))
+
+    def view_gathered(self, numbers: Tensor) -> StackSource:
+        """For `WeightView`."""
+        return _Picked(self, numbers)
+
+    def _find_stack(self) -> Stack | None:
+        """The layers as a stack, made where there is none; None where they do not make one."""
+        layers, stack = self.layers, self._stack
+        if stack is not None and stack.holds(layers):
+            self._unused = 0
+            return stack
+        self._stack = None
+        if self._unused == _MOST_UNUSED or why_not_stacked(layers) is not None:
+            return None
+        self._unused += 1
+        self._stack = Stack(cast(list[WQLinear], layers))
+        return self._stack
+
+    def _apply(self, fn: Any, recurse: bool = True) -> WQExperts:
+        super()._apply(fn, recurse)
+        self._unused = 0
+        if self._stack is not None and not self._stack.holds(self.layers):
+            self._stack = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's layers have memory of their own.
+        return {**vars(self), "_stack": None}
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -134,6 +205,59 @@ class _Expert:
 
     def view_scale(self, factor: float) -> None:
         self.layer.weight.mul_(factor)
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """Experts by numbers [S], of which each may be there several times, or not at all."""
+
+    experts: WQExperts
+    numbers: Tensor
+
+    def view_values(self) -> Tensor:
+        present, places = self._counted().unique(return_inverse=True)
+        values = [self.experts.view_entry(number).view_values() for number in present.tolist()]
+        return torch.stack(values)[places]
+
+    def view_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        raise AssertionError("a stack is multiplied entry by entry")
+
+    def view_entry(self, number: int) -> Source:
+        return self.experts.view_entry(int(self._counted()[number]))
+
+    def view_scale(self, factor: float) -> None:
+        raise LayerError(
+            f"experts picked by a tensor are not multiplied in place by {factor}: multiply what is "
+            "computed with them"
+        )
+
+    def view_grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        stops = ends.tolist()
+        starts = [0, *stops[:-1]]
+        rows = [x.new_zeros(len(x) - stops[-1], self.experts.layers[0].out_features)]
+        for number, start, stop in zip(self._counted().tolist(), starts, stops, strict=True):
+            if stop > start:
+                rows.insert(-1, self.experts.view_entry(number).view_product(x[start:stop], None))
+        return torch.cat(rows)
+
+    def view_batched(self, x: Tensor) -> Tensor:
+        # Sorted without a number that leaves the device.
+        picks, rows, _ = x.shape
+        numbers, order = self._counted().sort(stable=True)
+        each = torch.arange(len(self.experts), device=numbers.device)
+        ends = torch.searchsorted(numbers, each, right=True, out_int32=True) * rows
+        y = self.experts.view_grouped(x[order].flatten(0, 1), ends).unflatten(0, (picks, rows))
+        return y[order.argsort()]
+
+    def view_gathered(self, numbers: Tensor) -> StackSource:
+        return _Picked(self.experts, self.numbers[numbers])
+
+    def _counted(self) -> Tensor:
+        """The numbers, from the first expert on."""
+        experts, numbers = len(self.experts), self.numbers
+        if numbers.device.type == "cpu" and not ((-experts <= numbers) & (numbers < experts)).all():
+            raise IndexError(f"an index is out of range for {experts} experts")
+        return torch.where(numbers < 0, numbers + experts, numbers)
 
 
 @dataclass(frozen=True)

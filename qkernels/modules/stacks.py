@@ -1,0 +1,112 @@
+"""The packed weights of layers that are alike as one tensor a buffer, [E, ...].
+
+Each layer holds its slice as a view, so nothing is held twice, and each stays what it was: its
+buffers, their names, what is saved of it and what is loaded into it. One operator multiplies rows
+with all of them (`ops.linear_grouped`), which kernels can do in one launch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from itertools import chain
+from operator import is_
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.lasting import made_to_last
+from qkernels.modules.linear import WQLinear
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_making = threading.Lock()
+
+
+class Stack:
+    """The weights of layers, as `ops.linear_grouped` takes them.
+
+    Attributes:
+        buffers: [E, ...] each, in the order of the layers' own.
+        spec: of one layer.
+    """
+
+    def __init__(self, layers: Sequence[WQLinear]) -> None:
+        """Puts the layers' buffers behind each other, one kind at a time, and shows each its part.
+
+        They must be alike: see `why_not_stacked`.
+        """
+        assert why_not_stacked(layers) is None
+        self.spec = layers[0]._spec
+        self._layers = list(layers)
+        device = layers[0]._words.device
+        with _making:
+            self.buffers = [
+                made_to_last(lambda name=name: self._stacked(name), device)  # type: ignore[misc]
+                for name in layers[0]._held
+            ]
+        for layer in layers:
+            layer._holds_slices = True
+        # What is asked at each call is asked of these, in loops that are not Python's.
+        self._vars = [vars(layer) for layer in layers]
+        self._sizes = [len(each) for each in self._vars]
+        self._hooks = [each[name] for each in self._vars for name in _HOOKS]
+        self._tables = [layer._buffers for layer in layers]
+        self._held = [*chain.from_iterable(map(dict.values, self._tables))]
+        self._ends = [
+            (cast(Tensor, layer._buffers[name]), stack[number])
+            for number, layer in ((0, layers[0]), (-1, layers[-1]))
+            for name, stack in zip(layer._held, self.buffers, strict=True)
+        ]
+
+    def _stacked(self, name: str) -> Tensor:
+        parts = [cast(Tensor, layer._buffers[name]) for layer in self._layers]
+        stack = torch.stack(parts)
+        for number, layer in enumerate(self._layers):
+            layer._buffers[name] = stack[number]
+        return stack
+
+    def holds(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether `layers` are the stacked ones, hold their slices, and have nothing put on them.
+
+        Buffers are known by their identity. Of those whose memory was replaced (`.data`) the first
+        and the last layer's are seen.
+        """
+        return (
+            layers == self._layers
+            and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), self._held))
+            and [*map(len, self._vars)] == self._sizes
+            and not any(self._hooks)
+            and all(type(layer) is WQLinear for layer in layers)
+            and all(held.data_ptr() == part.data_ptr() for held, part in self._ends)
+            and not _has_global_hooks()
+        )
+
+
+def why_not_stacked(layers: Sequence[nn.Module]) -> str | None:
+    """Why layers cannot be run as a stack, or None."""
+    if any(type(layer) is not WQLinear for layer in layers):
+        return "they are not all WQLinear"
+    parts = cast(Sequence[WQLinear], layers)
+    first = parts[0]
+    if any(part._spec != first._spec for part in parts):
+        return "their weights are not of one kind"
+    if any(part.bias is not None for part in parts):
+        return "some have a bias"
+    if first.scheme.activation.by_position:
+        return "rows that are sorted by their expert have lost their positions"
+    if _has_global_hooks() or any("forward" in vars(part) for part in parts):
+        return "something is put on them"
+    if any(vars(part)[name] for part in parts for name in _HOOKS):
+        return "something is put on them"
+    for buffers in zip(*(part._packed_buffers() for part in parts), strict=True):
+        kinds = {(type(each), each.shape, each.dtype, each.device) for each in buffers}
+        if len(kinds) > 1:
+            return "their buffers differ in shape, type or device"
+        if type(buffers[0]) is not Tensor or buffers[0].device.type == "meta":
+            return "their buffers have no values of their own"
+    return None
+
+
+def _has_global_hooks() -> bool:
+    return bool(nn.modules.module._has_any_global_hook())
