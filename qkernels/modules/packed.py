@@ -45,8 +45,6 @@ class PackedModule(nn.Module):
     # Which of these have values of positions.
     _by_position: tuple[int, ...] = ()
     _spec: str
-    # Whether the buffers are slices of memory that other modules hold too.
-    _holds_slices: bool = False
 
     # Transformers draws weights, and zeros biases, of each layer that lacks this.
     _is_hf_initialized = True
@@ -150,16 +148,6 @@ class PackedModule(nn.Module):
             self._by_position = tuple(own)
         for name, held in zip(self._names, self._held, strict=True):
             self.register_buffer(held, packed.buffers[name])
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(vars(self))
-        if state.pop("_holds_slices", False):
-            # What is pickled is whole memories, of which this module's is a part.
-            state["_buffers"] = {
-                name: None if buffer is None else buffer.clone()
-                for name, buffer in self._buffers.items()
-            }
-        return state
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedModule:
         words = self._words

@@ -1,14 +1,19 @@
 """The packed weights of layers that are alike as one tensor a buffer, [E, ...].
 
-Each layer holds its slice as a view, so nothing is held twice, and each stays what it was: its
+Each layer's buffers are its slices, so nothing is held twice, and each stays what it was: its
 buffers, their names, what is saved of it and what is loaded into it. One operator multiplies rows
 with all of them (`ops.linear_grouped`), which kernels can do in one launch.
+
+A slice is no view: it has a storage of its own, on the memory of the stack, which it keeps alive.
+So pickles and copies of a layer hold that layer alone, and safetensors, which refuses tensors that
+are a part of a storage, saves it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from operator import is_
 from typing import cast
@@ -42,11 +47,9 @@ class Stack:
         device = layers[0]._words.device
         with _making:
             self.buffers = [
-                made_to_last(lambda name=name: self._stacked(name), device)  # type: ignore[misc]
+                made_to_last(partial(_stack, self._layers, name), device)
                 for name in layers[0]._held
             ]
-        for layer in layers:
-            layer._holds_slices = True
         # What is asked at each call is asked of these, in loops that are not Python's.
         self._vars = [vars(layer) for layer in layers]
         self._sizes = [len(each) for each in self._vars]
@@ -54,17 +57,10 @@ class Stack:
         self._tables = [layer._buffers for layer in layers]
         self._held = [*chain.from_iterable(map(dict.values, self._tables))]
         self._ends = [
-            (cast(Tensor, layer._buffers[name]), stack[number])
+            (cast(Tensor, layer._buffers[name]), stack[number].data_ptr())
             for number, layer in ((0, layers[0]), (-1, layers[-1]))
             for name, stack in zip(layer._held, self.buffers, strict=True)
         ]
-
-    def _stacked(self, name: str) -> Tensor:
-        parts = [cast(Tensor, layer._buffers[name]) for layer in self._layers]
-        stack = torch.stack(parts)
-        for number, layer in enumerate(self._layers):
-            layer._buffers[name] = stack[number]
-        return stack
 
     def holds(self, layers: Sequence[nn.Module]) -> bool:
         """Whether `layers` are the stacked ones, hold their slices, and have nothing put on them.
@@ -78,9 +74,23 @@ class Stack:
             and [*map(len, self._vars)] == self._sizes
             and not any(self._hooks)
             and all(type(layer) is WQLinear for layer in layers)
-            and all(held.data_ptr() == part.data_ptr() for held, part in self._ends)
+            and all(held.data_ptr() == address for held, address in self._ends)
             and not _has_global_hooks()
         )
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _stack(layers: Sequence[WQLinear], name: str) -> Tensor:
+    """The buffers of that name as one, whose slices the layers hold from then on."""
+    stack = torch.stack([cast(Tensor, layer._buffers[name]) for layer in layers])
+    memory = stack.untyped_storage()
+    for number, layer in enumerate(layers):
+        part = stack[number]
+        start = part.storage_offset() * part.itemsize
+        own = memory[start : start + part.nbytes]
+        layer._buffers[name] = part.new_empty(0).set_(own, 0, part.shape, part.stride())
+    return stack
 
 
 def why_not_stacked(layers: Sequence[nn.Module]) -> str | None:
