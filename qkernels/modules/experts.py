@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from qkernels import ops
 from qkernels.errors import LayerError
 from qkernels.modules.linear import WQLinear
 from qkernels.modules.packed import scale_all
-from qkernels.modules.stacks import Stack, why_not_stacked
-from qkernels.modules.view import Source, StackSource, WeightView
+from qkernels.modules.stacks import Stack, product_by_number, why_not_stacked
+from qkernels.modules.view import NUMBERS, Source, StackSource, WeightView
 
 _MOST_UNUSED = 4
 """How many stacks in a row may be made and not found again, as where each call comes with other
@@ -69,7 +68,15 @@ class WQExperts(nn.Module):
 
     @property
     def weight(self) -> WeightView:
-        """What stands for the parameter."""
+        """What stands for the parameter.
+
+        While torch.compile traces, and the layers make a stack, something that it can follow.
+        """
+        if torch.compiler.is_compiling() and self._has_stack_while_traced():
+            return cast(WeightView, _Traced(self, self.transposed))
+        return self._view()
+
+    def _view(self) -> WeightView:
         first = self.layers[0]
         shape = (len(self.layers), first.out_features, first.in_features)
         weight = first.weight
@@ -99,8 +106,7 @@ class WQExperts(nn.Module):
         """For `WeightView`."""
         stack = self._find_stack()
         if stack is not None:
-            ends = ends.to(x.device, torch.int32)
-            return ops.linear_grouped_operator(x, ends, stack.buffers, stack.spec)
+            return stack.product(x, ends)
         stops = ends.tolist()
         layers = self.layers
         parts = [
@@ -114,19 +120,27 @@ class WQExperts(nn.Module):
     def view_batched(self, x: Tensor) -> Tensor:
         """For `WeightView`."""
         stack = self._find_stack()
-        if stack is None:
-            return torch.stack([layer(rows) for layer, rows in zip(self.layers, x, strict=True)])
-        experts, rows, _ = x.shape
-        ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * rows
-        y = ops.linear_grouped_operator(x.flatten(0, 1), ends, stack.buffers, stack.spec)
-        return y.unflatten(0, (experts, rows))
+        if stack is not None:
+            return stack.batched(x)
+        return torch.stack([layer(rows) for layer, rows in zip(self.layers, x, strict=True)])
 
     def view_gathered(self, numbers: Tensor) -> StackSource:
         """For `WeightView`."""
         return _Picked(self, numbers)
 
     def _find_stack(self) -> Stack | None:
-        """The layers as a stack, made where there is none; None where they do not make one."""
+        """The layers as a stack, or None where they do not make one."""
+        if torch.compiler.is_compiling():
+            return self._stack if self._has_stack_while_traced() else None
+        return self._held_stack()
+
+    @torch.compiler.assume_constant_result
+    def _has_stack_while_traced(self) -> bool:
+        """Whether there is a stack. It is looked for, or made, while a compiler traces alone."""
+        return self._held_stack() is not None
+
+    def _held_stack(self) -> Stack | None:
+        """The stack, made where there is none, or none that holds."""
         layers, stack = self.layers, self._stack
         if stack is not None and stack.holds(layers):
             self._unused = 0
@@ -137,6 +151,11 @@ class WQExperts(nn.Module):
         self._unused += 1
         self._stack = Stack(cast(list[WQLinear], layers))
         return self._stack
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # Buffers may be replaced, which compiled code does not look for.
+        self._stack = None
+        super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> WQExperts:
         super()._apply(fn, recurse)
@@ -207,6 +226,11 @@ class _Expert:
         self.layer.weight.mul_(factor)
 
 
+def _counted(numbers: Tensor, experts: int) -> Tensor:
+    """Numbers, of which those below 0 count from the end."""
+    return torch.where(numbers < 0, numbers + experts, numbers)
+
+
 @dataclass(frozen=True)
 class _Picked:
     """Experts by numbers [S], of which each may be there several times, or not at all."""
@@ -241,23 +265,100 @@ class _Picked:
         return torch.cat(rows)
 
     def view_batched(self, x: Tensor) -> Tensor:
-        # Sorted without a number that leaves the device.
-        picks, rows, _ = x.shape
-        numbers, order = self._counted().sort(stable=True)
-        each = torch.arange(len(self.experts), device=numbers.device)
-        ends = torch.searchsorted(numbers, each, right=True, out_int32=True) * rows
-        y = self.experts.view_grouped(x[order].flatten(0, 1), ends).unflatten(0, (picks, rows))
-        return y[order.argsort()]
+        numbers = self._counted()
+        return product_by_number(self.experts.view_grouped, x, numbers, len(self.experts))
 
     def view_gathered(self, numbers: Tensor) -> StackSource:
         return _Picked(self.experts, self.numbers[numbers])
 
     def _counted(self) -> Tensor:
-        """The numbers, from the first expert on."""
+        """The numbers, counted from the first expert on."""
         experts, numbers = len(self.experts), self.numbers
         if numbers.device.type == "cpu" and not ((-experts <= numbers) & (numbers < experts)).all():
             raise IndexError(f"an index is out of range for {experts} experts")
-        return torch.where(numbers < 0, numbers + experts, numbers)
+        return _counted(numbers, experts)
+
+
+class _Traced:
+    """A `WeightView` of a stack, or of experts picked of it, as torch.compile can follow it.
+
+    Batched products are calls of the operator, and so are grouped ones where compilers say that
+    they meet one: `F.grouped_mm` is none of those functions, and ends the graph. All else is done
+    by a view, which ends it too.
+    """
+
+    def __init__(self, experts: WQExperts, transposed: bool, numbers: Tensor | None = None) -> None:
+        self.experts, self.transposed, self.numbers = experts, transposed, numbers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(WQLinear, self.experts.layers[0]).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._stack.buffers[0].device
+
+    @property
+    def _stack(self) -> Stack:
+        stack = self.experts._stack
+        assert stack is not None
+        return stack
+
+    @property
+    def mT(self) -> _Traced:
+        return _Traced(self.experts, not self.transposed, self.numbers)
+
+    def transpose(self, dim0: int, dim1: int) -> Any:
+        if {dim0 % 3, dim1 % 3} == {1, 2}:
+            return self.mT
+        return self.view().transpose(dim0, dim1)
+
+    def __getitem__(self, index: Any) -> Any:
+        picks = isinstance(index, Tensor) and index.dim() == 1 and index.dtype in NUMBERS
+        if picks and self.numbers is None:
+            return _Traced(self.experts, self.transposed, index)
+        return self.view()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.view(), name)
+
+    def view(self) -> WeightView:
+        view = self.experts._view()
+        view = view if self.transposed is self.experts.transposed else view.turned()
+        return view if self.numbers is None else view.gathered(self.numbers)
+
+    def batched(self, x: Tensor) -> Tensor:
+        """y [S, T, N] of x [S, T, K]."""
+        if self.numbers is None:
+            return self._stack.batched(x)
+        experts = len(self.experts)
+        numbers = _counted(self.numbers, experts)
+        return product_by_number(self._stack.product, x, numbers, experts)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
+        if len(args) == 2:
+            first, second = args
+            whole = isinstance(second, _Traced) and second.numbers is None
+            if whole and second.transposed and list(kwargs) == ["offs"]:
+                return second._stack.product(first, kwargs["offs"])
+            if func is torch.bmm and not kwargs:
+                if isinstance(second, _Traced) and second.transposed:
+                    return second.batched(first)
+                if isinstance(first, _Traced) and not first.transposed:
+                    return first.batched(second.mT).mT
+        return func(*tree_map(_as_view, args), **tree_map(_as_view, kwargs))
+
+
+def _as_view(argument: Any) -> Any:
+    return argument.view() if isinstance(argument, _Traced) else argument
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ are a part of a storage, saves it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -21,6 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qkernels import ops
 from qkernels.lasting import made_to_last
 from qkernels.modules.linear import WQLinear
 
@@ -62,6 +63,17 @@ class Stack:
             for name, stack in zip(layer._held, self.buffers, strict=True)
         ]
 
+    def product(self, x: Tensor, ends: Tensor) -> Tensor:
+        """y [M, N] of x [M, K]: see `ops.linear_grouped`; ends of any type, anywhere."""
+        ends = ends.to(x.device, torch.int32)
+        return ops.linear_grouped_operator(x, ends, self.buffers, self.spec)
+
+    def batched(self, x: Tensor) -> Tensor:
+        """y [E, T, N] of T rows for each weight: x [E, T, K]."""
+        weights, rows, _ = x.shape
+        ends = torch.arange(1, weights + 1, dtype=torch.int32, device=x.device) * rows
+        return self.product(x.flatten(0, 1), ends).unflatten(0, (weights, rows))
+
     def holds(self, layers: Sequence[nn.Module]) -> bool:
         """Whether `layers` are the stacked ones, hold their slices, and have nothing put on them.
 
@@ -77,6 +89,21 @@ class Stack:
             and all(held.data_ptr() == address for held, address in self._ends)
             and not _has_global_hooks()
         )
+
+
+def product_by_number(
+    product: Callable[[Tensor, Tensor], Tensor], x: Tensor, numbers: Tensor, weights: int
+) -> Tensor:
+    """y [S, T, N] of x [S, T, K], T rows for each of the weights with these numbers [S].
+
+    They are sorted for `product`, which takes rows and ends; nothing is read on the host.
+    """
+    picks, rows, _ = x.shape
+    numbers, order = numbers.sort(stable=True)
+    each = torch.arange(weights, dtype=numbers.dtype, device=numbers.device)
+    ends = torch.searchsorted(numbers, each, right=True, out_int32=True) * rows
+    y = product(x[order].flatten(0, 1), ends).unflatten(0, (picks, rows))
+    return y[order.argsort()]
 
 
 @torch.inference_mode(False)

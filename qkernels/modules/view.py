@@ -224,7 +224,8 @@ _DESCRIPTIONS: frozenset[Any] = frozenset(
 """What is known of a view without its values."""
 
 
-_NUMBERS = (torch.int64, torch.int32)
+NUMBERS = (torch.int64, torch.int32)
+"""Types of tensors that pick weights of a stack."""
 
 
 def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
@@ -278,7 +279,7 @@ def _grouped_mm(input: Any, mat2: Any, *, offs: Tensor | None = None, **options:
 def _getitem(view: Any, index: Any) -> Any:
     if not isinstance(view, WeightView) or view.ndim != 3:
         return NotImplemented
-    if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in _NUMBERS:
+    if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in NUMBERS:
         return view.gathered(index)
     if isinstance(index, Tensor) and index.numel() == 1 and index.dim() == 0:
         index = index.item()
