@@ -134,22 +134,28 @@ class WQExperts(nn.Module):
             return self._stack if self._has_stack_while_traced() else None
         return self._held_stack()
 
-    @torch.compiler.assume_constant_result
     def _has_stack_while_traced(self) -> bool:
         """Whether there is a stack. It is looked for, or made, while a compiler traces alone."""
         return self._held_stack() is not None
 
+    # What torch.compiler.assume_constant_result does, which imports Triton.
+    _has_stack_while_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def _held_stack(self) -> Stack | None:
         """The stack, made where there is none, or none that holds."""
-        layers, stack = self.layers, self._stack
-        if stack is not None and stack.holds(layers):
+        layers = self.layers
+        if self._stack is not None and not self._stack.holds(layers):
+            self._stack = None
+        if self._stack is not None and self._stack.is_bare():
             self._unused = 0
-            return stack
-        self._stack = None
-        if self._unused == _MOST_UNUSED or why_not_stacked(layers) is not None:
+            return self._stack
+        if why_not_stacked(layers) is not None:
             return None
-        self._unused += 1
-        self._stack = Stack(cast(list[WQLinear], layers))
+        if self._stack is not None:
+            self._stack.look_again()
+        elif self._unused < _MOST_UNUSED:
+            self._unused += 1
+            self._stack = Stack(cast(list[WQLinear], layers))
         return self._stack
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -53,7 +53,6 @@ class Stack:
             ]
         # What is asked at each call is asked of these, in loops that are not Python's.
         self._vars = [vars(layer) for layer in layers]
-        self._sizes = [len(each) for each in self._vars]
         self._hooks = [each[name] for each in self._vars for name in _HOOKS]
         self._tables = [layer._buffers for layer in layers]
         self._held = [*chain.from_iterable(map(dict.values, self._tables))]
@@ -62,6 +61,7 @@ class Stack:
             for number, layer in ((0, layers[0]), (-1, layers[-1]))
             for name, stack in zip(layer._held, self.buffers, strict=True)
         ]
+        self.look_again()
 
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
         """y [M, N] of x [M, K]: see `ops.linear_grouped`; ends of any type, anywhere."""
@@ -75,7 +75,7 @@ class Stack:
         return self.product(x.flatten(0, 1), ends).unflatten(0, (weights, rows))
 
     def holds(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether `layers` are the stacked ones, hold their slices, and have nothing put on them.
+        """Whether `layers` are the stacked ones, and hold their slices.
 
         Buffers are known by their identity. Of those whose memory was replaced (`.data`) the first
         and the last layer's are seen.
@@ -83,12 +83,22 @@ class Stack:
         return (
             layers == self._layers
             and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), self._held))
-            and [*map(len, self._vars)] == self._sizes
-            and not any(self._hooks)
-            and all(type(layer) is WQLinear for layer in layers)
             and all(held.data_ptr() == address for held, address in self._ends)
+        )
+
+    def is_bare(self) -> bool:
+        """Whether nothing is put on the layers since they were looked at."""
+        return (
+            not any(self._hooks)
+            and [*map(len, self._vars)] == self._sizes
+            and all(type(layer) is WQLinear for layer in self._layers)
             and not _has_global_hooks()
         )
+
+    def look_again(self) -> None:
+        """Takes the layers as they are for bare."""
+        assert why_not_stacked(self._layers) is None
+        self._sizes = [len(each) for each in self._vars]
 
 
 def product_by_number(

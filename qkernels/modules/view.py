@@ -146,7 +146,7 @@ class WeightView(torch.Tensor):
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        handler = _HANDLERS.get(func)
+        handler = _handler_of(func)
         if handler is not None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
@@ -168,6 +168,13 @@ class WeightView(torch.Tensor):
         if func._schema.is_mutable:
             _check_reads_only(func, args, kwargs or {}, writes=True)
         return func(*_with_values(args), **_with_values(kwargs or {}))
+
+
+def _handler_of(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        # Found by name, since whoever defines it may not be imported.
+        return _grouped_mm if str(func) == "transformers.grouped_mm_fallback" else None
+    return _HANDLERS.get(func)
 
 
 def _with_values(arguments: Any) -> Any:
@@ -265,7 +272,7 @@ def _bmm(input: Any, mat2: Any, **options: Any) -> Any:
     return y.mT if view_first else y
 
 
-def _grouped_mm(input: Any, mat2: Any, *, offs: Tensor | None = None, **options: Any) -> Any:
+def _grouped_mm(input: Any, mat2: Any, offs: Tensor | None = None, **options: Any) -> Any:
     """Rows [offs[e - 1], offs[e]) of [S, K] by weight e of a stack [E, K, N]."""
     if not isinstance(mat2, WeightView) or not mat2.transposed or offs is None:
         return NotImplemented
