@@ -3,6 +3,9 @@
 Its bits are those of `linear` for the rows of each expert alone.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -294,3 +297,70 @@ def test_ends_that_decrease_or_lie_behind_x_are_refused(wrong):
     for operator in (ops.linear_grouped_operator, ops._linear_grouped):
         with pytest.raises(ValueError, match=r"must not decrease, and be 5 at most.*expert [0-2]"):
             operator(x, ends, stacks, spec)
+
+
+@pytest.mark.skipif(compiled.extension() is None, reason="routes are those of qkernels._C")
+def test_a_route_that_takes_groups_is_given_all_of_them():
+    """It is asked for with the mean of the rows, and nobody reads the ends before it does."""
+    layers = experts_of("w4a16-g32", 3, "cpu")
+    x, ends, stacks, spec = arguments(layers, [2, 0, 5], 1)
+    asked, given = [], []
+
+    def answer(x, scale, buffers, spec, dtype):
+        asked.append((len(x), [buffer.shape for buffer in buffers]))
+        return route, 0, None
+
+    def run_grouped(x, ends, buffers):
+        given.append((x, ends, buffers))
+        return x[:, :2] + ends[0]
+
+    route = compiled.extension().PythonRoute(None, None, run_grouped)
+    select.forget_choices()
+    compiled.extension().answer_with(answer)
+    try:
+        wrong = ends.flip(0)  # which only an expert by expert would notice
+        y = ops.linear_grouped_operator(x, wrong, stacks, spec)
+    finally:
+        compiled.extension().answer_with(ops._answer)
+        select.forget_choices()
+    assert asked == [(3, [stack.shape[1:] for stack in stacks])]
+    ((rows, held, buffers),) = given
+    assert torch.equal(y, x[:, :2] + 7) and torch.equal(held, wrong)
+    assert [buffer.data_ptr() for buffer in buffers] == [stack.data_ptr() for stack in stacks]
+    assert rows.data_ptr() == x.data_ptr()
+
+
+WITHOUT = """
+import sys
+sys.modules["qkernels._C"] = None
+import torch
+import qkernels as qk
+
+layers = [qk.WQLinear.from_linear(torch.nn.Linear(64, 8, bias=False), "w4a16-g32") for _ in "abc"]
+ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+
+def one_by_one(x):
+    return torch.cat([layers[0](x[:2]), layers[2](x[2:5])])
+
+def grouped(x):
+    return qk.linear_grouped(x, ends, [layer.packed for layer in layers])
+
+x = torch.randn(5, 64)
+both = []
+for product in (one_by_one, grouped):
+    again = x.clone().requires_grad_()
+    y = product(again)
+    y.square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        both.append((y, again.grad, product(x)))
+assert all(torch.equal(*pair) for pair in zip(*both))
+assert both[0][2].dtype == torch.bfloat16
+assert torch.equal(grouped(torch.cat([x, x]))[5:], torch.zeros(5, 8))
+"""
+
+
+def test_installations_without_their_compiled_part():
+    environment = {**os.environ, "QKERNELS_CPU_ISA": "portable"}
+    command = [sys.executable, "-c", WITHOUT]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -171,10 +171,10 @@ Found ask(const Question& question) {
 }
 
 at::Tensor run(const Found& found, const Question& question, const Optional& bias,
-               const Reader* reader = nullptr) {
+               const Reader* reader = nullptr, const at::Tensor* y = nullptr) {
   const Buffers buffers = found.description->named(question.buffers);
-  return found.route->run(
-      {question.x, question.row_scales, buffers, question.buffers, bias, question.y_type, reader});
+  return found.route->run({question.x, question.row_scales, buffers, question.buffers, bias,
+                           question.y_type, reader, y});
 }
 
 // The route for x in floats.
@@ -244,7 +244,13 @@ at::Tensor linear_grouped(const at::Tensor& x, const at::Tensor& ends, at::Tenso
     const std::vector<at::Tensor> buffers = buffers_of(stacks, e);
     const at::Tensor rows = x.narrow(0, start, values[e] - start);
     const Question question{rows, nullptr, buffers, spec, type};
-    y.narrow(0, start, values[e] - start).copy_(run(found_for(question), question, std::nullopt));
+    const Found found = found_for(question);
+    const at::Tensor part = y.narrow(0, start, values[e] - start);
+    if (found.route->fills_y()) {
+      run(found, question, std::nullopt, nullptr, &part);
+    } else {
+      part.copy_(run(found, question, std::nullopt));
+    }
   }
   const int64_t last = values[experts - 1];
   y.narrow(0, last, m - last).zero_();

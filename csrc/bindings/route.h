@@ -60,6 +60,7 @@ struct Call {
   const Optional& bias;
   at::ScalarType y_type;
   const Reader* reader = nullptr;  // for routes that give int8
+  const at::Tensor* y = nullptr;   // for routes that fill it: where y goes, or null
 };
 
 // A product with a weight for each expert, of one description.
@@ -83,6 +84,9 @@ class Route {
 
   // Whether it gives the int8 numbers that a reader makes of y.
   virtual bool gives_int8() const { return false; }
+
+  // Whether it writes y where a call says, and gives that.
+  virtual bool fills_y() const { return false; }
 
   // Whether it runs all experts of a call at once, without reading `ends` on the host. The others
   // are run expert by expert.

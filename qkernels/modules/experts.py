@@ -326,6 +326,9 @@ class _Traced:
         return self.view()[index]
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("experts", "transposed", "numbers"):
+            # Compilers look at an object before it has attributes.
+            raise AttributeError(name)
         return getattr(self.view(), name)
 
     def view(self) -> WeightView:
