@@ -634,6 +634,14 @@ def linear(
     return linear_operator(x, buffers, bias, str(spec))
 
 
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """[E, ...] of tensors that are alike. Under autocast, `torch.stack` refuses some types."""
+    stack = parts[0].new_empty((len(parts), *parts[0].shape))
+    for number, part in enumerate(parts):
+        stack[number].copy_(part)
+    return stack
+
+
 def linear_grouped(
     x: Tensor,
     ends: Tensor,
@@ -671,5 +679,5 @@ def linear_grouped(
         )
     (spec,) = specs
     names = PackedSpec.parse(spec).names
-    stacks = [torch.stack([each.buffers[name] for each in packed]) for name in names]
+    stacks = [stacked([each.buffers[name] for each in packed]) for name in names]
     return linear_grouped_operator(x, ends, stacks, spec)

@@ -114,8 +114,8 @@ class WQExperts(nn.Module):
             for e, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True))
             if stop > start
         ]
-        beyond = len(x) - stops[-1]
-        return torch.cat([*parts, x.new_zeros(beyond, layers[0].out_features)])
+        like = parts[0] if parts else x  # layers may give another type than they are given
+        return torch.cat([*parts, like.new_zeros(len(x) - stops[-1], layers[0].out_features)])
 
     def view_batched(self, x: Tensor) -> Tensor:
         """For `WeightView`."""

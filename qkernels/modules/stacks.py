@@ -120,7 +120,7 @@ def product_by_number(
 @torch.no_grad()
 def _stack(layers: Sequence[WQLinear], name: str) -> Tensor:
     """The buffers of that name as one, whose slices the layers hold from then on."""
-    stack = torch.stack([cast(Tensor, layer._buffers[name]) for layer in layers])
+    stack = ops.stacked([cast(Tensor, layer._buffers[name]) for layer in layers])
     memory = stack.untyped_storage()
     for number, layer in enumerate(layers):
         part = stack[number]

@@ -180,6 +180,19 @@ def test_gradients_of_x(calls):
     assert torch.equal(*gradients) and calls == [4]
 
 
+@pytest.mark.parametrize("stackable", [True, False])
+def test_under_autocast(stackable, calls):
+    experts, (x, ends) = experts_of(), rows(COUNTS[4], 2)
+    if not stackable:
+        experts.layers[0].register_forward_hook(lambda module, args, y: None)
+    want = one_by_one(experts, x.bfloat16(), ends)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = grouped(experts, x, ends)
+        assert torch.equal(grouped(experts, x, ends), want)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, want)
+    assert len(calls) == 2 * stackable
+
+
 def test_whoever_is_put_on_a_layer_counts(calls):
     experts = experts_of()
     assert_stacked(experts, calls)
