@@ -24,7 +24,7 @@ from qkernels.modules import (
     WQLinear_GEMV,
     WQLinear_GEMVFast,
 )
-from qkernels.ops import linear
+from qkernels.ops import linear, linear_grouped
 from qkernels.quantizers.model import quantize_model
 from qkernels.quantizers.qat import convert_qat, prepare_qat, undo_qat
 from qkernels.quantizers.report import LayerReport, QuantizationReport
@@ -56,6 +56,7 @@ __all__ = [
     "functional",
     "fuse",
     "linear",
+    "linear_grouped",
     "load_model",
     "prepare_decoding",
     "prepare_qat",

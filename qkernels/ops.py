@@ -1,8 +1,8 @@
 """The torch operators, namespace `qkernels`: opaque to torch.compile, with shapes and gradients.
 
-`linear`, `linear_quantized` and `linear_to_int8` are C++ where qkernels._C is built
-(csrc/bindings/operator.h): they ask here for the kernel once, and what is here runs without it. A
-call in Python costs more than a decode GEMV takes.
+`linear`, `linear_grouped`, `linear_quantized` and `linear_to_int8` are C++ where qkernels._C is
+built (csrc/bindings/operator.h): they ask here for the kernel once, and what is here runs without
+it. A call in Python costs more than a decode GEMV takes.
 
 A packed weight crosses the operator boundary as its list of buffers and one string that says what
 they are, so that choosing another kernel for another M recompiles nothing.
@@ -10,7 +10,7 @@ they are, so that choosing another kernel for another M recompiles nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -88,6 +88,10 @@ class PackedSpec:
 _library = torch.library.Library("qkernels", "DEF")
 _library.define("linear(Tensor x, Tensor[] buffers, Tensor? bias, str spec) -> Tensor")
 _library.define("linear_grad_input(Tensor grad, Tensor[] buffers, str spec) -> Tensor")
+_library.define("linear_grouped(Tensor x, Tensor ends, Tensor[] buffers, str spec) -> Tensor")
+_library.define(
+    "linear_grouped_grad_input(Tensor grad, Tensor ends, Tensor[] buffers, str spec) -> Tensor"
+)
 _library.define("dequantize(Tensor[] buffers, str spec) -> Tensor")
 _library.define("embedding(Tensor indices, Tensor[] buffers, str spec, ScalarType dtype) -> Tensor")
 _library.define(
@@ -334,6 +338,76 @@ def _linear_grad_input_fake(grad: Tensor, buffers: list[Tensor], spec: str) -> T
     return grad.new_empty((*grad.shape[:-1], what.k))
 
 
+def _check_grouped(
+    x: Tensor, width: int, name: str, ends: Tensor, buffers: Sequence[Tensor]
+) -> None:
+    """Raises for what is wrong with anything but the values of `ends`."""
+    if x.dim() != 2:
+        raise WeightError(f"{name} must have shape [M, {width}], got {list(x.shape)}")
+    check_input(x, width, name, buffers[0])
+    if ends.dim() != 1 or ends.shape[0] == 0 or ends.dtype != torch.int32:
+        raise WeightError(
+            f"ends must be int32 [E], with a number for each expert, got {ends.dtype} "
+            f"{list(ends.shape)}"
+        )
+    if ends.device != x.device:
+        raise WeightError(f"ends is on {ends.device} and {name} on {x.device}: move one of them")
+    for buffer in buffers:
+        if buffer.dim() == 0 or buffer.shape[0] != ends.shape[0]:
+            raise WeightError(
+                f"ends has {ends.shape[0]} experts, and each buffer must have as many, got "
+                f"{list(buffer.shape)}"
+            )
+
+
+def _rows_of_experts(ends: Tensor, m: int) -> Iterator[tuple[int, slice]]:
+    """Of each expert that has rows, its number and these."""
+    values = ends.tolist()
+    for expert, (start, stop) in enumerate(zip([0, *values[:-1]], values, strict=True)):
+        if not start <= stop <= m:
+            raise WeightError(
+                f"ends must not decrease, and be {m} at most, the rows of x; that of expert "
+                f"{expert} is {stop} behind {start}"
+            )
+    for expert, (start, stop) in enumerate(zip([0, *values[:-1]], values, strict=True)):
+        if start < stop:
+            yield expert, slice(start, stop)
+
+
+def _linear_grouped(x: Tensor, ends: Tensor, buffers: list[Tensor], spec: str) -> Tensor:
+    what = PackedSpec.parse(spec)
+    _check_grouped(x, what.k, "x", ends, buffers)
+    y = x.new_zeros((x.shape[0], what.n))
+    for expert, rows in _rows_of_experts(ends, x.shape[0]):
+        y[rows] = _linear(x[rows], [buffer[expert] for buffer in buffers], None, spec)
+    return y
+
+
+def _linear_grouped_fake(x: Tensor, ends: Tensor, buffers: list[Tensor], spec: str) -> Tensor:
+    what = PackedSpec.parse(spec)
+    _check_grouped(x, what.k, "x", ends, buffers)
+    return x.new_empty((x.shape[0], what.n))
+
+
+def _linear_grouped_grad_input(
+    grad: Tensor, ends: Tensor, buffers: list[Tensor], spec: str
+) -> Tensor:
+    what = PackedSpec.parse(spec)
+    _check_grouped(grad, what.n, "grad", ends, buffers)
+    out = grad.new_zeros((grad.shape[0], what.k))
+    for expert, rows in _rows_of_experts(ends, grad.shape[0]):
+        out[rows] = _linear_grad_input(grad[rows], [buffer[expert] for buffer in buffers], spec)
+    return out
+
+
+def _linear_grouped_grad_input_fake(
+    grad: Tensor, ends: Tensor, buffers: list[Tensor], spec: str
+) -> Tensor:
+    what = PackedSpec.parse(spec)
+    _check_grouped(grad, what.n, "grad", ends, buffers)
+    return grad.new_empty((grad.shape[0], what.k))
+
+
 def _dequantize(buffers: list[Tensor], spec: str) -> Tensor:
     return PackedSpec.parse(spec).packed(buffers).unpack().dequantize()
 
@@ -476,9 +550,20 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None, 
     return grad_x, [None] * len(ctx.buffers), None, None
 
 
+def _save_for_grouped(ctx: Any, inputs: Any, output: Tensor) -> None:
+    _, ctx.ends, ctx.buffers, ctx.spec = inputs
+
+
+def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, list[None], None]:
+    grad_x = torch.ops.qkernels.linear_grouped_grad_input(grad, ctx.ends, ctx.buffers, ctx.spec)
+    return grad_x, None, [None] * len(ctx.buffers), None
+
+
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (_linear, _linear_fake),
     "linear_grad_input": (_linear_grad_input, _linear_grad_input_fake),
+    "linear_grouped": (_linear_grouped, _linear_grouped_fake),
+    "linear_grouped_grad_input": (_linear_grouped_grad_input, _linear_grouped_grad_input_fake),
     "dequantize": (_dequantize, _dequantize_fake),
     "embedding": (_embedding, _embedding_fake),
     "linear_quantized": (_linear_quantized, _linear_quantized_fake),
@@ -486,7 +571,9 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 _compiled = compiled.extension()
-_IN_CPP = () if _compiled is None else ("linear", "linear_quantized", "linear_to_int8")
+_IN_CPP = (
+    () if _compiled is None else ("linear", "linear_grouped", "linear_quantized", "linear_to_int8")
+)
 """Operators of qkernels._C, with their gradients and autocast: csrc/bindings/operator.h."""
 
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
@@ -500,12 +587,21 @@ if _compiled is not None:
 else:
     for _key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl("linear", under_autocast(torch.ops.qkernels.linear.default), _key)
+        _grouped = under_autocast(torch.ops.qkernels.linear_grouped.default)
+        _library.impl("linear_grouped", _grouped, _key)
     torch.library.register_autograd(
         "qkernels::linear", _linear_backward, setup_context=_save_for_linear, lib=_library
+    )
+    torch.library.register_autograd(
+        "qkernels::linear_grouped",
+        _grouped_backward,
+        setup_context=_save_for_grouped,
+        lib=_library,
     )
 
 
 linear_operator = torch.ops.qkernels.linear.default
+linear_grouped_operator = torch.ops.qkernels.linear_grouped.default
 embedding_operator = torch.ops.qkernels.embedding.default
 linear_quantized_operator = torch.ops.qkernels.linear_quantized.default
 linear_to_int8_operator = torch.ops.qkernels.linear_to_int8.default
@@ -536,3 +632,52 @@ def linear(
     spec = PackedSpec.of(packed, backend, batch_invariant)
     buffers = [packed.buffers[name] for name in spec.names]
     return linear_operator(x, buffers, bias, str(spec))
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """[E, ...] of tensors that are alike. Under autocast, `torch.stack` refuses some types."""
+    stack = parts[0].new_empty((len(parts), *parts[0].shape))
+    for number, part in enumerate(parts):
+        stack[number].copy_(part)
+    return stack
+
+
+def linear_grouped(
+    x: Tensor,
+    ends: Tensor,
+    packed: Sequence[PackedWeight],
+    *,
+    backend: str | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """y [M, N] of rows x [M, K] that are sorted by their expert, each times the weight of its own.
+
+    The bits are those of `linear` for each expert's rows. An expert without rows costs nothing.
+    `torch.ops.qkernels.linear_grouped` takes the buffers of all experts stacked, [E, ...], and
+    copies none; here they are stacked first. Where no kernel takes all experts at once, as on the
+    CPU, they run one after the other, and `ends` on a GPU are waited for once.
+
+    Args:
+        x: fp16, bf16 or fp32, on the weights' device.
+        ends: int32 [E], on it too: the row behind the last one of each expert, as `offs` of
+            `torch.nn.functional.grouped_mm`. They do not decrease, and are M at most. Rows behind
+            the last of them get zeros, which `grouped_mm` does not promise, and no gradient.
+        packed: the weight of each expert, alike in all but values. The gradient goes to x alone.
+        backend: name of the backend to use instead of the first that can run this.
+        batch_invariant: make each row's result independent of the other rows and of their number.
+
+    Raises:
+        WeightError: for a wrong shape, dtype or device of x or ends, or weights that differ.
+        ValueError: for `ends` that decrease or lie behind x. On a GPU, where a kernel takes all
+            experts at once, nobody looks: the result is undefined then.
+        NoKernelError: where `backend` cannot run this.
+    """
+    specs = {str(PackedSpec.of(each, backend, batch_invariant)) for each in packed}
+    if len(specs) != 1:
+        raise WeightError(
+            f"experts must have weights of one kind, got {', '.join(sorted(specs)) or 'none'}"
+        )
+    (spec,) = specs
+    names = PackedSpec.parse(spec).names
+    stacks = [stacked([each.buffers[name] for each in packed]) for name in names]
+    return linear_grouped_operator(x, ends, stacks, spec)

@@ -12,7 +12,7 @@ position has a scale, row m of x is at position m.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -303,6 +303,18 @@ def linear(
         if bias is not None:
             part += bias[start:stop].float()
         y[:, start:stop] = part
+    return y
+
+
+def linear_grouped(x: Tensor, ends: Tensor, packed: Sequence[PackedWeight]) -> Tensor:
+    """y [M, N] of rows x [M, K]: those from ends[e - 1] to ends[e] times weight e, zeros behind the
+    last of the ends int32 [E]."""
+    y = x.new_zeros(x.shape[0], packed[0].n)
+    start = 0
+    for weight, stop in zip(packed, ends.tolist(), strict=True):
+        if stop > start:
+            y[start:stop] = linear(x[start:stop], weight, None)
+        start = stop
     return y
 
 

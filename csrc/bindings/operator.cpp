@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "bindings/preparation.h"
+#include "integers.h"
 
 namespace qkernels::bindings {
 
@@ -35,12 +36,14 @@ struct Description {
       rest.remove_prefix(std::min(length + 1, rest.size()));
       return part;
     };
-    for (int skipped = 0; skipped < 3; ++skipped) next('|');
-    const std::string_view columns = next('|');
-    std::from_chars(columns.data(), columns.data() + columns.size(), k);
+    for (int skipped = 0; skipped < 2; ++skipped) next('|');
+    for (int64_t* size : {&n, &k}) {
+      const std::string_view digits = next('|');
+      std::from_chars(digits.data(), digits.data() + digits.size(), *size);
+    }
     rest = next('|');
     while (!rest.empty()) fields.push_back(field_of(next(',')));
-    TORCH_INTERNAL_ASSERT(k > 0 && !fields.empty() && fields[0] == &Buffers::words, spec);
+    TORCH_INTERNAL_ASSERT(n > 0 && k > 0 && !fields.empty() && fields[0] == &Buffers::words, spec);
   }
 
   // Whether a call is what the spec says, as far as that can change from call to call.
@@ -63,7 +66,7 @@ struct Description {
   }
 
   const std::string spec;
-  int64_t k = 0;
+  int64_t n = 0, k = 0;
   std::vector<Field> fields;
 };
 
@@ -168,10 +171,10 @@ Found ask(const Question& question) {
 }
 
 at::Tensor run(const Found& found, const Question& question, const Optional& bias,
-               const Reader* reader = nullptr) {
+               const Reader* reader = nullptr, const at::Tensor* y = nullptr) {
   const Buffers buffers = found.description->named(question.buffers);
-  return found.route->run(
-      {question.x, question.row_scales, buffers, question.buffers, bias, question.y_type, reader});
+  return found.route->run({question.x, question.row_scales, buffers, question.buffers, bias,
+                           question.y_type, reader, y});
 }
 
 // The route for x in floats.
@@ -186,6 +189,75 @@ at::Tensor linear(const at::Tensor& x, at::TensorList buffers, const Optional& b
   const Question question{x, nullptr, buffers, spec, x.scalar_type()};
   return run(found_for(question), question, bias);
 }
+
+// --- A weight for each expert
+
+std::vector<at::Tensor> buffers_of(at::TensorList stacks, int64_t expert) {
+  std::vector<at::Tensor> buffers;
+  buffers.reserve(stacks.size());
+  for (const at::Tensor& stack : stacks) buffers.push_back(stack.select(0, expert));
+  return buffers;
+}
+
+void check_grouped(const at::Tensor& x, const at::Tensor& ends, at::TensorList stacks) {
+  require(x.dim() == 2, "x must have shape [M, K], got ", x.sizes());
+  require(ends.dim() == 1 && ends.size(0) > 0 && ends.scalar_type() == at::kInt,
+          "ends must be int32 [E], with a number for each expert, got ", ends.scalar_type(), " ",
+          ends.sizes());
+  require(ends.device() == x.device(), "ends is on ", ends.device(), " and x on ", x.device(),
+          ": move one of them");
+  for (const at::Tensor& stack : stacks) {
+    require(stack.dim() > 0 && stack.size(0) == ends.size(0), "ends has ", ends.size(0),
+            " experts, and each buffer must have as many, got ", stack.sizes());
+  }
+}
+
+// On the host. Those on a GPU are waited for.
+at::Tensor checked_ends(const at::Tensor& ends, int64_t m) {
+  const at::Tensor held = ends.to(at::kCPU).contiguous();
+  const int32_t* values = held.const_data_ptr<int32_t>();
+  for (int64_t e = 0, before = 0; e < held.size(0); before = values[e++]) {
+    require(before <= values[e] && values[e] <= m, "ends must not decrease, and be ", m,
+            " at most, the rows of x; that of expert ", e, " is ", values[e], " behind ", before);
+  }
+  return held;
+}
+
+at::Tensor linear_grouped(const at::Tensor& x, const at::Tensor& ends, at::TensorList stacks,
+                          std::string_view spec) {
+  check_grouped(x, ends, stacks);
+  const int64_t m = x.size(0), experts = ends.size(0);
+  const at::ScalarType type = x.scalar_type();
+  // Where ends are on a GPU, no number of rows is known here but the mean.
+  const std::vector<at::Tensor> first = buffers_of(stacks, 0);
+  const at::Tensor mean = x.narrow(0, 0, ceil_div(m, experts));
+  const Found common = found_for({mean, nullptr, first, spec, type});
+  if (common.route->takes_groups()) {
+    return common.route->run_grouped({x, ends, common.description->named(stacks), stacks});
+  }
+  const at::Tensor held = checked_ends(ends, m);
+  const int32_t* values = held.const_data_ptr<int32_t>();
+  at::Tensor y = empty_output(x, common.description->n, type);
+  for (int64_t e = 0, start = 0; e < experts; start = values[e++]) {
+    if (start == values[e]) continue;
+    // Each expert's kernel is that for its own rows, as in a layer of its own.
+    const std::vector<at::Tensor> buffers = buffers_of(stacks, e);
+    const at::Tensor rows = x.narrow(0, start, values[e] - start);
+    const Question question{rows, nullptr, buffers, spec, type};
+    const Found found = found_for(question);
+    const at::Tensor part = y.narrow(0, start, values[e] - start);
+    if (found.route->fills_y()) {
+      run(found, question, std::nullopt, nullptr, &part);
+    } else {
+      part.copy_(run(found, question, std::nullopt));
+    }
+  }
+  const int64_t last = values[experts - 1];
+  y.narrow(0, last, m - last).zero_();
+  return y;
+}
+
+// --- x that is quantized
 
 bool are_row_scales(const at::Tensor& scale, const at::Tensor& x) {
   return scale.scalar_type() == at::kFloat && scale.device() == x.device() &&
@@ -254,10 +326,20 @@ Int8Rows linear_to_int8(const at::Tensor& x, const Optional& x_scale, at::Tensor
 
 using Linear = at::Tensor(const at::Tensor&, at::TensorList, const Optional&, std::string_view);
 using GradInput = at::Tensor(const at::Tensor&, at::TensorList, std::string_view);
+using Grouped = at::Tensor(const at::Tensor&, const at::Tensor&, at::TensorList, std::string_view);
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
 
 const c10::TypedOperatorHandle<Linear>& linear_operator() {
-  static const auto found =
-      c10::Dispatcher::singleton().findSchemaOrThrow("qkernels::linear", "").typed<Linear>();
+  static const auto found = find_operator<Linear>("qkernels::linear");
+  return found;
+}
+
+const c10::TypedOperatorHandle<Grouped>& grouped_operator() {
+  static const auto found = find_operator<Grouped>("qkernels::linear_grouped");
   return found;
 }
 
@@ -265,6 +347,31 @@ at::Tensor below_autograd(c10::DispatchKeySet keys, const at::Tensor& x, at::Ten
                           const Optional& bias, std::string_view spec) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   return linear_operator().redispatch(keys & c10::after_autograd_keyset, x, buffers, bias, spec);
+}
+
+at::Tensor grouped_below_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
+                                  const at::Tensor& ends, at::TensorList stacks,
+                                  std::string_view spec) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return grouped_operator().redispatch(keys & c10::after_autograd_keyset, x, ends, stacks, spec);
+}
+
+// One by one: compiled autograd does not look into lists. Not as variables, which inference tensors
+// cannot be.
+void save(torch::autograd::AutogradContext& context, at::TensorList tensors,
+          std::string_view spec) {
+  auto& saved = context.saved_data;
+  for (size_t i = 0; i < tensors.size(); ++i) saved[std::to_string(i)] = tensors[i];
+  saved["spec"] = std::string(spec);
+}
+
+std::vector<at::Tensor> saved_tensors(torch::autograd::AutogradContext& context) {
+  auto& saved = context.saved_data;
+  std::vector<at::Tensor> tensors;
+  while (tensors.size() + 1 < saved.size()) {
+    tensors.push_back(saved[std::to_string(tensors.size())].toTensor());
+  }
+  return tensors;
 }
 
 // All but x, which alone has a gradient: arguments that autograd does not look into.
@@ -281,28 +388,15 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
                             const Constants& constants) {
-    // One by one: compiled autograd does not look into lists. Not as variables, which inference
-    // tensors cannot be.
-    auto& saved = context->saved_data;
-    for (const at::Tensor& buffer : constants.buffers) {
-      const std::string number = std::to_string(saved.size());
-      saved[number] = buffer;
-    }
-    saved["spec"] = std::string(constants.spec);
+    save(*context, constants.buffers, constants.spec);
     return below_autograd(constants.keys, x, constants.buffers, constants.bias, constants.spec);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto grad_input = c10::Dispatcher::singleton()
-                                       .findSchemaOrThrow("qkernels::linear_grad_input", "")
-                                       .typed<GradInput>();
-    auto& saved = context->saved_data;
-    std::vector<at::Tensor> buffers;
-    while (buffers.size() + 1 < saved.size()) {
-      buffers.push_back(saved[std::to_string(buffers.size())].toTensor());
-    }
-    return {grad_input.call(grads[0], buffers, saved["spec"].toStringView()), {}};
+    static const auto grad_input = find_operator<GradInput>("qkernels::linear_grad_input");
+    const std::string_view spec = context->saved_data["spec"].toStringView();
+    return {grad_input.call(grads[0], saved_tensors(*context), spec), {}};
   }
 };
 
@@ -316,11 +410,60 @@ at::Tensor linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, at::Te
   return below_autograd(keys, x, buffers, bias, spec);
 }
 
+struct GroupedConstants {
+  c10::DispatchKeySet keys;
+  const at::Tensor& ends;
+  at::TensorList stacks;
+  std::string_view spec;
+};
+
+struct GroupedFunction : torch::autograd::Function<GroupedFunction> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
+                            const GroupedConstants& constants) {
+    std::vector<at::Tensor> tensors{constants.ends};
+    tensors.insert(tensors.end(), constants.stacks.begin(), constants.stacks.end());
+    save(*context, tensors, constants.spec);
+    return grouped_below_autograd(constants.keys, x, constants.ends, constants.stacks,
+                                  constants.spec);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& grads) {
+    static const auto grad_input = find_operator<Grouped>("qkernels::linear_grouped_grad_input");
+    const std::vector<at::Tensor> tensors = saved_tensors(*context);
+    const std::string_view spec = context->saved_data["spec"].toStringView();
+    return {grad_input.call(grads[0], tensors[0], at::TensorList(tensors).slice(1), spec), {}};
+  }
+};
+
+at::Tensor grouped_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& ends,
+                            at::TensorList stacks, std::string_view spec) {
+  if (x.requires_grad() && at::GradMode::is_enabled()) {
+    return GroupedFunction::apply(x, GroupedConstants{keys, ends, stacks, spec});
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !torch::autograd::isFwGradDefined(x),
+      "qkernels::linear_grouped has no forward-mode gradient: use backward");
+  return grouped_below_autograd(keys, x, ends, stacks, spec);
+}
+
+at::Tensor in_type_of_autocast(const at::Tensor& x) {
+  const at::ScalarType type = at::autocast::get_autocast_dtype(x.device().type());
+  return x.is_floating_point() ? x.to(type) : x;
+}
+
 at::Tensor linear_autocast(const at::Tensor& x, at::TensorList buffers, const Optional& bias,
                            std::string_view spec) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
-  const at::ScalarType type = at::autocast::get_autocast_dtype(x.device().type());
-  return linear_operator().call(x.is_floating_point() ? x.to(type) : x, buffers, bias, spec);
+  return linear_operator().call(in_type_of_autocast(x), buffers, bias, spec);
+}
+
+at::Tensor grouped_autocast(const at::Tensor& x, const at::Tensor& ends, at::TensorList stacks,
+                            std::string_view spec) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+  return grouped_operator().call(in_type_of_autocast(x), ends, stacks, spec);
 }
 
 }  // namespace
@@ -331,20 +474,31 @@ void forget_routes() { table().forget(); }
 
 TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("linear", TORCH_FN(linear));
+  m.impl("linear_grouped", TORCH_FN(linear_grouped));
   m.impl("linear_quantized", TORCH_FN(linear_quantized));
   m.impl("linear_to_int8", TORCH_FN(linear_to_int8));
 }
 
 TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
   m.impl("linear", TORCH_FN(linear));
+  m.impl("linear_grouped", TORCH_FN(linear_grouped));
   m.impl("linear_quantized", TORCH_FN(linear_quantized));
   m.impl("linear_to_int8", TORCH_FN(linear_to_int8));
 }
 
-TORCH_LIBRARY_IMPL(qkernels, Autograd, m) { m.impl("linear", TORCH_FN(linear_autograd)); }
+TORCH_LIBRARY_IMPL(qkernels, Autograd, m) {
+  m.impl("linear", TORCH_FN(linear_autograd));
+  m.impl("linear_grouped", TORCH_FN(grouped_autograd));
+}
 
-TORCH_LIBRARY_IMPL(qkernels, AutocastCPU, m) { m.impl("linear", TORCH_FN(linear_autocast)); }
+TORCH_LIBRARY_IMPL(qkernels, AutocastCPU, m) {
+  m.impl("linear", TORCH_FN(linear_autocast));
+  m.impl("linear_grouped", TORCH_FN(grouped_autocast));
+}
 
-TORCH_LIBRARY_IMPL(qkernels, AutocastCUDA, m) { m.impl("linear", TORCH_FN(linear_autocast)); }
+TORCH_LIBRARY_IMPL(qkernels, AutocastCUDA, m) {
+  m.impl("linear", TORCH_FN(linear_autocast));
+  m.impl("linear_grouped", TORCH_FN(grouped_autocast));
+}
 
 }  // namespace qkernels::bindings

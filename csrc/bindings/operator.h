@@ -1,5 +1,5 @@
-// torch.ops.qkernels.linear, linear_quantized and linear_to_int8 on the CPU and on CUDA: from x to
-// a route.
+// torch.ops.qkernels.linear, linear_grouped, linear_quantized and linear_to_int8 on the CPU and on
+// CUDA: from x to a route.
 //
 // A weight crosses the operator's boundary as its list of buffers and a string, its spec, that says
 // what they are. The route for a spec, a device, a type of y and a range of rows is asked for once.

@@ -21,15 +21,18 @@ std::vector<at::Tensor> listed(at::TensorList tensors) { return {tensors.begin()
 // Calls a kernel of Python, or of Triton.
 class PythonRoute final : public Route {
  public:
-  PythonRoute(py::object run, py::object run_quantized)
+  PythonRoute(py::object run, py::object run_quantized, py::object run_grouped)
       : run_(std::move(run)),
         run_quantized_(std::move(run_quantized)),
-        takes_quantized_(!run_quantized_.is_none()) {}
+        run_grouped_(std::move(run_grouped)),
+        takes_quantized_(!run_quantized_.is_none()),
+        takes_groups_(!run_grouped_.is_none()) {}
 
   ~PythonRoute() override {
     const py::gil_scoped_acquire acquired;
     run_ = py::object();
     run_quantized_ = py::object();
+    run_grouped_ = py::object();
   }
 
   at::Tensor run(const Call& call) const override {
@@ -41,13 +44,20 @@ class PythonRoute final : public Route {
     return y.cast<at::Tensor>();
   }
 
+  at::Tensor run_grouped(const GroupedCall& call) const override {
+    const py::gil_scoped_acquire acquired;
+    return run_grouped_(call.x, call.ends, listed(call.list)).cast<at::Tensor>();
+  }
+
   bool takes_quantized() const override { return takes_quantized_; }
+
+  bool takes_groups() const override { return takes_groups_; }
 
   bool reads_any_field() const override { return true; }
 
  private:
-  py::object run_, run_quantized_;
-  bool takes_quantized_;
+  py::object run_, run_quantized_, run_grouped_;
+  bool takes_quantized_, takes_groups_;
 };
 
 // Never destroyed, since Python may be gone by then.
@@ -105,8 +115,10 @@ void register_routes(py::module_& m) {
            "y [..., N] for x [..., K] and the weight's buffers by name; row_scales fp32 [M] go "
            "with int8 x, dtype is that of y");
   py::class_<PythonRoute, Route, std::shared_ptr<PythonRoute>>(m, "PythonRoute")
-      .def(py::init<py::object, py::object>(), py::arg("run"), py::arg("run_quantized"),
-           "run(x, buffers, bias); run_quantized(x, scale, buffers, bias, dtype) or None");
+      .def(py::init<py::object, py::object, py::object>(), py::arg("run"), py::arg("run_quantized"),
+           py::arg("run_grouped") = py::none(),
+           "run(x, buffers, bias); run_quantized(x, scale, buffers, bias, dtype) or None; "
+           "run_grouped(x, ends, stacked buffers) or None");
   m.def("adopt_route", &adopt, py::arg("handle"), "the route that another library's operator made");
   m.def(
       "answer_with",

@@ -60,6 +60,15 @@ struct Call {
   const Optional& bias;
   at::ScalarType y_type;
   const Reader* reader = nullptr;  // for routes that give int8
+  const at::Tensor* y = nullptr;   // for routes that fill it: where y goes, or null
+};
+
+// A product with a weight for each expert, of one description.
+struct GroupedCall {
+  const at::Tensor& x;     // [M, K], rows sorted by their expert
+  const at::Tensor& ends;  // int32 [E], where x is: the row behind the last one of each expert
+  const Buffers& buffers;  // each [E, ...]
+  at::TensorList list;     // the same in the order of the weight's description
 };
 
 class Route {
@@ -75,6 +84,19 @@ class Route {
 
   // Whether it gives the int8 numbers that a reader makes of y.
   virtual bool gives_int8() const { return false; }
+
+  // Whether it writes y where a call says, and gives that.
+  virtual bool fills_y() const { return false; }
+
+  // Whether it runs all experts of a call at once, without reading `ends` on the host. The others
+  // are run expert by expert.
+  virtual bool takes_groups() const { return false; }
+
+  // y [M, N] of x's type, with zeros behind the last of the ends. What is wrong with x and with the
+  // shape of `ends` was said before. For routes that take groups.
+  virtual at::Tensor run_grouped(const GroupedCall&) const {
+    TORCH_INTERNAL_ASSERT(false, "this route takes no groups");
+  }
 
   // Whether it reads fields of a weight that `Buffers` has no name for.
   virtual bool reads_any_field() const { return false; }

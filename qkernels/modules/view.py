@@ -8,7 +8,7 @@ memory of their own. To write to it is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,20 @@ class Source(Protocol):
 
     def view_scale(self, factor: float) -> None:
         """Multiplies the weight in place."""
+
+
+class StackSource(Source, Protocol):
+    """What a view [E, N, K] is of."""
+
+    def view_grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [M, K], rows sorted by their weight: those up to ends[e] are of weight e and of those
+        before it; zeros behind the last of the ends [E]."""
+
+    def view_batched(self, x: Tensor) -> Tensor:
+        """x [E, T, K], rows of each weight: [E, T, N]."""
+
+    def view_gathered(self, numbers: Tensor) -> StackSource:
+        """The weights of these numbers [S], one after the other."""
 
 
 class WeightView(torch.Tensor):
@@ -92,6 +106,18 @@ class WeightView(torch.Tensor):
         source = self.source.view_entry(number % stack)
         return WeightView(source, (n, k), self.dtype, self.device, self.transposed)
 
+    def gathered(self, numbers: Tensor) -> WeightView:
+        """Weights of a stack, by numbers [S]."""
+        _, n, k = self._stored_shape()
+        source = self.stack.view_gathered(numbers)
+        return WeightView(source, (len(numbers), n, k), self.dtype, self.device, self.transposed)
+
+    @property
+    def stack(self) -> StackSource:
+        """What a view of a stack is of."""
+        assert self.ndim == 3
+        return cast(StackSource, self.source)
+
     def _stored_shape(self) -> tuple[int, ...]:
         *stack, rows, columns = self.shape
         return (*stack, columns, rows) if self.transposed else (*stack, rows, columns)
@@ -120,7 +146,7 @@ class WeightView(torch.Tensor):
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        handler = _HANDLERS.get(func)
+        handler = _handler_of(func)
         if handler is not None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
@@ -142,6 +168,13 @@ class WeightView(torch.Tensor):
         if func._schema.is_mutable:
             _check_reads_only(func, args, kwargs or {}, writes=True)
         return func(*_with_values(args), **_with_values(kwargs or {}))
+
+
+def _handler_of(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        # Found by name, since whoever defines it may not be imported.
+        return _grouped_mm if str(func) == "transformers.grouped_mm_fallback" else None
+    return _HANDLERS.get(func)
 
 
 def _with_values(arguments: Any) -> Any:
@@ -198,6 +231,10 @@ _DESCRIPTIONS: frozenset[Any] = frozenset(
 """What is known of a view without its values."""
 
 
+NUMBERS = (torch.int64, torch.int32)
+"""Types of tensors that pick weights of a stack."""
+
+
 def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, WeightView) or weight.transposed or weight.ndim != 2:
         return NotImplemented
@@ -224,33 +261,33 @@ def _addmm(input: Tensor, mat1: Any, mat2: Any, **options: Any) -> Any:
 
 
 def _bmm(input: Any, mat2: Any, **options: Any) -> Any:
-    """[E, T, K] by a stack [E, K, N]."""
-    if options or not isinstance(mat2, WeightView) or not mat2.transposed or mat2.ndim != 3:
+    """[E, T, K] by a stack [E, K, N], or a stack [E, N, K] by [E, K, T]."""
+    view_first = isinstance(input, WeightView)
+    view, x = (input, mat2.mT) if view_first else (mat2, input)
+    if options or isinstance(x, WeightView) or view.transposed is view_first:
         return NotImplemented
-    if isinstance(input, WeightView) or input.ndim != 3 or len(input) != len(mat2):
+    if view.ndim != 3 or x.ndim != 3 or len(x) != len(view):
         return NotImplemented
-    return torch.stack([mat2.entry(e).product(x) for e, x in enumerate(input)])
+    y = view.stack.view_batched(x)
+    return y.mT if view_first else y
 
 
-def _grouped_mm(input: Any, mat2: Any, *, offs: Tensor | None = None, **options: Any) -> Any:
+def _grouped_mm(input: Any, mat2: Any, offs: Tensor | None = None, **options: Any) -> Any:
     """Rows [offs[e - 1], offs[e]) of [S, K] by weight e of a stack [E, K, N]."""
     if not isinstance(mat2, WeightView) or not mat2.transposed or offs is None:
         return NotImplemented
     if isinstance(input, WeightView) or any(value is not None for value in options.values()):
         return NotImplemented
-    stops = offs.tolist()
-    rows = [
-        mat2.entry(e).product(input[start:stop])
-        for e, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True))
-        if stop > start
-    ]
-    beyond = len(input) - (stops[-1] if stops else 0)
-    return torch.cat([*rows, input.new_zeros(beyond, mat2.shape[-1])])
+    if mat2.ndim != 3 or input.ndim != 2 or offs.shape != mat2.shape[:1]:
+        return NotImplemented
+    return mat2.stack.view_grouped(input, offs)
 
 
 def _getitem(view: Any, index: Any) -> Any:
     if not isinstance(view, WeightView) or view.ndim != 3:
         return NotImplemented
+    if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in NUMBERS:
+        return view.gathered(index)
     if isinstance(index, Tensor) and index.numel() == 1 and index.dim() == 0:
         index = index.item()
     if isinstance(index, bool) or not isinstance(index, int):
