@@ -34,11 +34,11 @@ def prepare_decoding(model: nn.Module, example: Any = None) -> dict[str, Any]:
 
     Quantized layers that read the same become one product (`fuse`). On a CPU, attention of a single
     token is computed by `attention` where it was torch's. Quantized experts are run in
-    Transformers' way `batched_mm`, which compilers can follow. `unfuse`,
-    `model.set_attn_implementation("sdpa")` and `model.set_experts_implementation("grouped_mm")` take
-    that back. After the first call weights, adapters and hooks must stay as they are: compiled code
-    does not look at them again. What changes them calls `torch.compiler.reset()`. The options are
-    for this model and for no other.
+    Transformers' way `batched_mm`, which compilers can follow. What takes that back is `unfuse`,
+    `model.set_attn_implementation("sdpa")` and `model.set_experts_implementation("grouped_mm")`.
+    After the first call weights, adapters and hooks must stay as they are: compiled code does not
+    look at them again. What changes them calls `torch.compiler.reset()`. The options are for this
+    model and for no other.
 
     Args:
         example: for `fuse`.
