@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qkernels.errors import LayerError
 from qkernels.integrations.fuse import fuse
 from qkernels.modules import WQLinear
+from qkernels.modules.experts import WQExperts, fused_experts
 
 ATTENTION = "qkernels"
 """The name of `attention` among those of Transformers."""
@@ -32,10 +33,12 @@ def prepare_decoding(model: nn.Module, example: Any = None) -> dict[str, Any]:
     torch keeps what it compiled on disk.
 
     Quantized layers that read the same become one product (`fuse`). On a CPU, attention of a single
-    token is computed by `attention` where it was torch's. `unfuse` and
-    `model.set_attn_implementation("sdpa")` take that back. After the first call weights, adapters
-    and hooks must stay as they are: compiled code does not look at them again. What changes them
-    calls `torch.compiler.reset()`. The options are for this model and for no other.
+    token is computed by `attention` where it was torch's. Quantized experts are run in
+    Transformers' way `batched_mm`, which compilers can follow. What takes that back is `unfuse`,
+    `model.set_attn_implementation("sdpa")` and `model.set_experts_implementation("grouped_mm")`.
+    After the first call weights, adapters and hooks must stay as they are: compiled code does not
+    look at them again. What changes them calls `torch.compiler.reset()`. The options are for this
+    model and for no other.
 
     Args:
         example: for `fuse`.
@@ -64,6 +67,7 @@ def prepare_decoding(model: nn.Module, example: Any = None) -> dict[str, Any]:
         fuse(model, example)
     if on_cpu:
         _set_attention(model)
+    _set_experts(model)
 
     def compile_step(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         # Checks of what compiled code itself makes take a twentieth of a small model's step.
@@ -152,3 +156,13 @@ def _set_attention(model: Any) -> None:
     _functions().register(ATTENTION, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation({parts[0] if parts else "": ATTENTION})
+
+
+def _set_experts(model: Any) -> None:
+    """Has a model pick the experts of each token, where all of them are quantized.
+
+    Of dense ones it would copy the weights.
+    """
+    quantized = any(isinstance(module, WQExperts) for module in model.modules())
+    if quantized and not fused_experts(model) and model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")

@@ -12,6 +12,7 @@ from qkernels.errors import LayerError
 from qkernels.integrations import decoding
 from qkernels.integrations.decoding import ATTENTION, attention, prepare_decoding
 from tests.bounds import FROBENIUS_BOUND
+from tests.checkpoints.experts import mixture
 from tests.tiny_model import BLOCKS, tiny_config, tiny_model
 
 PROMPT = torch.arange(12).view(2, 6) + 5
@@ -131,3 +132,26 @@ def test_models_that_have_no_such_step_are_refused(monkeypatch):
     model = tiny_model()
     with pytest.raises(LayerError, match="with no-such-compiler, which is not there: install it"):
         prepare_decoding(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_of_experts_is_one_graph(dtype):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = mixture("Olmoe").to(dtype)
+    qk.quantize_model(model, scheme="w4a16-g16")
+    wanted = model.generate(PROMPT, **SETTINGS)
+    options = prepare_decoding(model)
+    assert set(model.get_experts_implementation().values()) == {"batched_mm"}
+    assert torch.equal(model.generate(PROMPT, **SETTINGS, **options), wanted)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_dense_experts_are_run_as_they_were():
+    for options in ({}, {"exclude": ["*.down_proj"]}):
+        model = mixture("Olmoe")
+        model.set_experts_implementation("eager")
+        qk.quantize_model(model, scheme="w4a16-g16", **options)
+        prepare_decoding(model)
+        want = "eager" if options else "batched_mm"
+        assert set(model.get_experts_implementation().values()) == {want}
