@@ -51,7 +51,7 @@ class PythonRoute final : public Route {
 
   bool takes_quantized() const override { return takes_quantized_; }
 
-  bool takes_groups() const override { return takes_groups_; }
+  bool takes_groups(const Buffers&) const override { return takes_groups_; }
 
   bool reads_any_field() const override { return true; }
 

@@ -88,9 +88,9 @@ class Route {
   // Whether it writes y where a call says, and gives that.
   virtual bool fills_y() const { return false; }
 
-  // Whether it runs all experts of a call at once, without reading `ends` on the host. The others
-  // are run expert by expert.
-  virtual bool takes_groups() const { return false; }
+  // Whether it runs all experts of a call at once, without reading `ends` on the host, with stacks
+  // of these buffers. The others are run expert by expert.
+  virtual bool takes_groups(const Buffers&) const { return false; }
 
   // y [M, N] of x's type, with zeros behind the last of the ends. What is wrong with x and with the
   // shape of `ends` was said before. For routes that take groups.

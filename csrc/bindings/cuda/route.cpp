@@ -126,13 +126,24 @@ class FragmentRoute : public Route {
       : shape_(shape), table_(std::move(table)), preparation_(preparation) {}
 
   at::Tensor run(const Call& call) const final {
-    check_x(call.x, *call.buffers.words);
-    require(call.x.size(-1) == preparation_.k, "x must have shape [..., ", preparation_.k,
-            "], got ", call.x.sizes());
     const Buffers& buffers = call.buffers;
+    const Rows rows = prepared(call.x, buffers);
     const FragmentWeight weight =
         fragment_weight(shape_, *buffers.words, *buffers.scales, buffers.zeros, pointer(table_));
-    return run(call, prepare(call.x, buffers, preparation_), weight);
+    return run(call, rows, weight);
+  }
+
+ protected:
+  Rows prepared(const at::Tensor& x, const Buffers& buffers) const {
+    check_x(x, *buffers.words);
+    require(x.size(-1) == preparation_.k, "x must have shape [..., ", preparation_.k, "], got ",
+            x.sizes());
+    return prepare(x, buffers, preparation_);
+  }
+
+  // The first of the experts in stacks.
+  FragmentWeight first_of(const Buffers& stacks, const at::Tensor& ends) const {
+    return first_expert(shape_, ends, *stacks.words, *stacks.scales, stacks.zeros, pointer(table_));
   }
 
  private:
@@ -150,6 +161,19 @@ class FusedRoute final : public FragmentRoute {
   FusedRoute(const FragmentShape& shape, Optional table, const Preparation& preparation,
              int64_t schedule_m)
       : FragmentRoute(shape, std::move(table), preparation), schedule_m_(schedule_m) {}
+
+  // An order of columns or a factor of each expert's own would have to meet its rows alone.
+  bool takes_groups(const Buffers& stacks) const override {
+    return stacks.perm == nullptr && stacks.input_factor == nullptr;
+  }
+
+  at::Tensor run_grouped(const GroupedCall& call) const override {
+    const Rows rows = prepared(call.x, call.buffers);
+    const FragmentWeight first = first_of(call.buffers, call.ends);
+    at::Tensor y = empty_output(call.x, first.n, call.x.scalar_type());
+    multiply(rows, first, std::nullopt, {schedule_m_, std::nullopt}, y, &call.ends);
+    return y;
+  }
 
  private:
   at::Tensor run(const Call& call, const Rows& rows, const FragmentWeight& weight) const override {

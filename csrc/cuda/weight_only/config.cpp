@@ -143,6 +143,12 @@ const char* why_not(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
 }
 
 WeightOnlyConfig choose_config(const WeightOnlyProblem& p) {
+  if (p.experts > 0 && p.each_tile) {
+    // A row is what it would be with the expert's weight alone.
+    WeightOnlyProblem alone = p;
+    alone.experts = 0;
+    return choose_config(alone);
+  }
   WeightOnlyConfig c;
   // Of experts that have rows, as many as each has on average.
   const int64_t m = p.experts == 0 ? p.m : ceil_div(p.m, std::min(p.experts, p.m));
@@ -176,7 +182,7 @@ WeightOnlyConfig choose_config(const WeightOnlyProblem& p) {
       best = c;
     }
   };
-  if (p.experts > 0 && !c.each_tile) {
+  if (p.experts > 0) {
     // How much there is to do is not known, and shares are equal whatever it is.
     consider(int64_t{resident} * p.multiprocessors);
     return best;
