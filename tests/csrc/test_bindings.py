@@ -1,4 +1,5 @@
-"""Host code of the CUDA bindings with a CUDA that is made up: counters of blocks, and launches."""
+"""Host code of the CUDA bindings with a CUDA that is made up: counters of blocks, launches, choices
+that are not made twice."""
 
 import re
 import subprocess
@@ -36,4 +37,10 @@ def test_counters_of_blocks(sanitizer: str, tmp_path: Path):
 @pytest.mark.parametrize("sanitizer", [MEMORY, THREADS])
 def test_launches(sanitizer: str, tmp_path: Path):
     done = build("launch.cpp", sanitizer, tmp_path).run()
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("sanitizer", [MEMORY, THREADS])
+def test_last_choice(sanitizer: str, tmp_path: Path):
+    done = build("last_choice.cpp", sanitizer, tmp_path).run()
     assert done.returncode == 0, done.stderr

@@ -287,7 +287,8 @@ def test_every_function_has_a_kernel() -> None:
 def test_a_function_without_a_kernel_is_named() -> None:
     more = "QK_DEVICE uint32_t quarter(uint32_t a) {\n"
     specialized = "template <>\nQK_DEVICE uint32_t* halve<Half>(uint32_t a) {\n"
-    assert without_kernel(SOURCE + more + specialized) == ["halve", "quarter"]
+    named = set(without_kernel(SOURCE + more + specialized)) - set(without_kernel(SOURCE))
+    assert named == {"halve", "quarter"}
 
 
 @needs_nvcc

@@ -8,7 +8,7 @@ from qkernels import WQLinear, rounding
 from qkernels.errors import WeightError
 from qkernels.layouts import FRAGMENT, pack
 from qkernels.weight import QuantizedWeight
-from tests.emulated.emulator import needs_emulator, product
+from tests.emulated.emulator import counted, needs_emulator, product
 from tests.test_preparation import FORMS
 
 pytestmark = needs_emulator
@@ -61,6 +61,29 @@ def test_as_the_kernels_alone(text, dtype, optional, m):
         want = F.linear(rows, product(identity, packed).t().contiguous(), weight.bias.to(dtype))
     for _ in range(2):
         assert torch.equal(layer(x), want)
+
+
+SCHEDULE = ("blocks", "mma", "sync_threads")
+"""Counters of the emulator that tell schedules apart."""
+
+
+def test_numbers_of_rows_in_turn():
+    """A layer keeps the schedule of its last call, and takes it where that is the right one."""
+    k = 1024
+    weight = weight_of("w4a16-g64", k)
+    packed = pack(weight, FRAGMENT)
+    layers = [WQLinear.from_weight(weight, backend="emulated") for _ in range(2)]
+    schedules = set()
+    for i, m in enumerate([1, 1, 64, 1, 17, 100, 8, 9, 9]):
+        x = torch.randn(m, k, dtype=torch.float16)
+        with counted() as want:
+            y = product(x, packed, weight.bias)
+        with counted() as done:
+            assert torch.equal(layers[i % 2](x), y)
+        schedule, wanted = ([each[key] for key in SCHEDULE] for each in (done, want))
+        assert schedule == wanted
+        schedules.add(tuple(schedule))
+    assert len(schedules) > 3
 
 
 @pytest.mark.parametrize("group", [24, 40, 100])

@@ -35,6 +35,7 @@ class DeviceScope {
   Stream stream() const { return stream_.stream(); }
 #endif
 
+  // The same object for a device at all times.
   const DeviceFacts& facts() const;
 
   // `count` counters or more for a kernel that starts on this stream, which finds zeros and leaves

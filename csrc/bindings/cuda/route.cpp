@@ -10,9 +10,11 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <tuple>
 
 #include "bindings/cuda/device.h"
 #include "bindings/cuda/fragment.h"
+#include "bindings/cuda/last_choice.h"
 #include "bindings/preparation.h"
 #include "cuda/weights/fragment.cuh"
 
@@ -35,11 +37,27 @@ void check_x(const at::Tensor& x, const at::Tensor& words) {
           "x must be fp16 or bf16, got ", x.scalar_type());
 }
 
+// The schedule of the last call, by all that it depends on and that can change from call to call of
+// a shape. Choosing tries every number of blocks that may share a tile: for layers of few rows that
+// would take longer than all else here.
+using LastSchedule =
+    LastChoice<std::tuple<int64_t, const DeviceFacts*, FloatType, ZeroType>, WeightOnlyConfig>;
+
 // The rows that the schedule is chosen for, where they are not those of x: a fixed number of them
-// makes a row's result independent of how many there are. Or the schedule itself.
+// makes a row's result independent of how many there are. Or the schedule itself. `last`, where
+// there is one, is of this shape.
 struct ScheduleChoice {
   int64_t m = 0;
   std::optional<WeightOnlyConfig> config;
+  LastSchedule* last = nullptr;
+
+  WeightOnlyConfig of(const WeightOnlyProblem& problem, const FragmentWeight& weight,
+                      const DeviceFacts& facts) const {
+    if (config) return *config;
+    const auto choose = [&] { return choose_config(problem); };
+    if (last == nullptr) return choose();
+    return last->get({problem.m, &facts, weight.scale_type, weight.zero_type}, choose);
+  }
 };
 
 // Where rows go to experts: int32 [E], the row behind the last one of each.
@@ -67,12 +85,13 @@ void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bi
   problem.bits = code_bits(weight.code);
   problem.scale_bytes = bytes_of(weight.scale_type);
   problem.zero_bytes = bytes_of(weight.zero_type);
-  problem.multiprocessors = scope.facts().multiprocessors;
-  problem.shared_bytes = scope.facts().shared_bytes;
-  problem.multiprocessor_shared_bytes = scope.facts().multiprocessor_shared_bytes;
+  const DeviceFacts& facts = scope.facts();
+  problem.multiprocessors = facts.multiprocessors;
+  problem.shared_bytes = facts.shared_bytes;
+  problem.multiprocessor_shared_bytes = facts.multiprocessor_shared_bytes;
   problem.each_tile = choice.m > 0;
   problem.experts = ends == nullptr ? 0 : ends->size(0);
-  const WeightOnlyConfig config = choice.config ? *choice.config : choose_config(problem);
+  const WeightOnlyConfig config = choice.of(problem, weight, facts);
   const char* reason = why_not(problem, config);
   TORCH_CHECK_VALUE(reason == nullptr, reason, ": ", to_string(config));
   problem.m = rows.m;
@@ -178,11 +197,12 @@ class FusedRoute final : public FragmentRoute {
  private:
   at::Tensor run(const Call& call, const Rows& rows, const FragmentWeight& weight) const override {
     at::Tensor y = empty_output(call.x, weight.n, call.x.scalar_type());
-    multiply(rows, weight, call.bias, {schedule_m_, std::nullopt}, y);
+    multiply(rows, weight, call.bias, {schedule_m_, std::nullopt, &last_}, y);
     return y;
   }
 
   int64_t schedule_m_;
+  mutable LastSchedule last_;
 };
 
 // The weight is dequantized to memory, and cuBLAS multiplies it.
