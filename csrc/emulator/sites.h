@@ -23,9 +23,9 @@ enum class Kind : uint8_t {
   kStoreShared,
   kLdmatrix,
   kMma,
+  kMovmatrix,
   kSyncThreads,
   kSyncWarp,
-
   kWithin,
 };
 constexpr int kKinds = static_cast<int>(Kind::kWithin) + 1;
