@@ -140,3 +140,9 @@ def product(
         schedule |= {"blocks": schedule.pop("parts"), "each_tile": True}
     tensors, facts = weight_arguments(packed)
     return torch.ops.qkernels_emulated.weight_only_mma(x, *tensors, bias, *facts, **schedule)
+
+
+def gradient(dy: torch.Tensor, packed: PackedWeight, **schedule: int) -> torch.Tensor:
+    """weight_only_grad in the emulator; `schedule`: tokens and parts, or none."""
+    tensors, facts = weight_arguments(packed)
+    return torch.ops.qkernels_emulated.weight_only_grad(dy, *tensors, *facts, **schedule)
