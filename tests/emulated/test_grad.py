@@ -210,7 +210,8 @@ def test_a_row_does_not_depend_on_others_where_results_must_not():
         (3, 1024, 256, 4),  # four stages a part at least
         (3, 4096, 512, 8),  # two blocks each on four multiprocessors
         (33, 4096, 512, 4),  # one block of 64 tokens each
-        (33, 4096, 1280, 5),
+        (33, 4096, 1280, 15),  # four waves of a third each, and not two, of which one is short
+        (70, 1024, 1280, 10),  # waves enough
         (3, 255, 256, 1),
     ],
 )
