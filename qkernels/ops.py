@@ -26,7 +26,7 @@ from qkernels.fields import FIELDS
 from qkernels.layouts import LAYOUTS, PackedWeight
 from qkernels.layouts.padding import kernel_group
 from qkernels.scheme import QuantScheme
-from qkernels.select import choose, make_problem, select
+from qkernels.select import choose, make_problem, select, select_grad_input
 from qkernels.weight import code_values, nested_table, row_slices
 
 X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -328,8 +328,16 @@ def _linear_to_int8_fake(
 def _linear_grad_input(grad: Tensor, buffers: list[Tensor], spec: str) -> Tensor:
     what = PackedSpec.parse(spec)
     check_input(grad, what.n, "grad", buffers[0])
-    rows = grad.reshape(-1, what.n)
-    return reference.grad_input(rows, what.packed(buffers)).view(*grad.shape[:-1], what.k)
+    rows, packed = grad.reshape(-1, what.n), what.packed(buffers)
+    problem = _problem(what, rows.shape[0], grad.dtype, grad.device)
+    kernel = select_grad_input(problem, what.backend)
+    if kernel is None:
+        grad_x = reference.grad_input(rows, packed)
+    else:
+        assert kernel.grad_input is not None
+        grad_x = kernel.grad_input(rows, packed, problem)
+        grad_x = preparation.restore_columns(grad_x, packed).to(grad.dtype)
+    return grad_x.view(*grad.shape[:-1], what.k)
 
 
 def _linear_grad_input_fake(grad: Tensor, buffers: list[Tensor], spec: str) -> Tensor:

@@ -28,6 +28,16 @@ def rows_of(x: Tensor, packed: PackedWeight) -> Tensor:
     return rows
 
 
+def restore_columns(rows: Tensor, packed: PackedWeight) -> Tensor:
+    """[M, K] that go with x as the codes of `packed` are multiplied with it, such as its gradient,
+    as they go with x itself: the transpose of `rows_of`."""
+    for name, value in reversed(packed.buffers.items()):
+        restore = None if name == "words" else FIELDS[name].restore_rows
+        if restore is not None:
+            rows = restore(rows, value)
+    return rows
+
+
 def with_row_scales(packed: PackedWeight, shape: Sequence[int]) -> PackedWeight:
     """`packed` as the rows of x [*shape] are multiplied with it: of static activations per
     position, with the scale, and the zero point, of each row."""

@@ -1,8 +1,9 @@
 """A kernel proves itself: before it is trusted on a device, it runs one small problem there.
 
-The problem has tails in M, N and K, zero points and a bias. Its result is compared with the
-reference on the same device; a kernel that differs, or whose launch fails, is kept from being
-chosen for the rest of the process, with one warning, and the next one in order takes its place.
+The problem has tails in M, N and K, zero points and a bias. Its result, and the gradient of x where
+the kernel gives one, are compared with the reference on the same device; a kernel that differs, or
+whose launch fails, is kept from being chosen for the rest of the process, with one warning, and the
+next one in order takes its place.
 """
 
 from __future__ import annotations
@@ -201,16 +202,22 @@ def run_proof(
     errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError, *launch_errors())
     try:
         packed = pack(quantized, layout)
-        y = kernel.run(rows_of(x, packed), packed, bias, problem)
+        y, grad = kernel.run(rows_of(x, packed), packed, bias, problem), None
+        if kernel.grad_input is not None:
+            grad = kernel.grad_input(y, packed, problem)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except errors as failed:
         return proof(None, f"fails ({type(failed).__name__}: {_first_line(failed)})")
-    want = reference.linear(x, pack(quantized, PLAIN), bias).double()
-    error = _relative_error(y, want)
+    plain = pack(quantized, PLAIN)
+    error, what = _relative_error(y, reference.linear(x, plain, bias).double()), ""
+    if grad is not None and error <= BOUNDS[dtype]:
+        # Of y, which was found right: any numbers do.
+        of_grad = _relative_error(grad, reference.grad_input(y, plain).double())
+        error, what = max(error, of_grad), "" if of_grad <= error else "in the gradient of x "
     if error <= BOUNDS[dtype]:
         return proof(error, None)
-    return proof(error, f"is off by {error:.2g} where {BOUNDS[dtype]:.2g} is rounding")
+    return proof(error, f"is off {what}by {error:.2g} where {BOUNDS[dtype]:.2g} is rounding")
 
 
 def prove_all(device: torch.device) -> Iterator[Proof]:

@@ -107,6 +107,7 @@ def choose(problem: Problem, backend: str | None = None) -> Choice:
 def forget_choices() -> None:
     """Has every kernel chosen anew, after one was found to be wrong."""
     select.cache_clear()
+    select_grad_input.cache_clear()
     select_rows.cache_clear()
     extension = compiled.extension()
     if extension is not None:
@@ -133,6 +134,20 @@ def select(problem: Problem, backend: str | None = None) -> Kernel:
         f"no kernel runs {problem.scheme} with m={problem.m}, n={problem.n}, k={problem.k}, "
         f"x {problem.x_dtype} on {problem.device}:\n" + "\n".join(reasons)
     )
+
+
+@lru_cache(maxsize=4096)
+def select_grad_input(problem: Problem, backend: str | None = None) -> Kernel | None:
+    """The kernel that gives the gradient of x: that which `select` gives for the product, where it
+    has one; None where the reference does.
+
+    x_dtype is that of the gradient, which may be one that no kernel of `backend` multiplies.
+    """
+    check_backend(backend)
+    for kernel in KERNELS:
+        if (backend is None or kernel.backend == backend) and kernel.refusal(problem) is None:
+            return kernel if kernel.grad_input is not None else None
+    return None
 
 
 @lru_cache(maxsize=256)

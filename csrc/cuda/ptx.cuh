@@ -219,6 +219,14 @@ QK_DEVICE void mma_m16n8k16<Bfloat16>(float (&c)[4], const uint32_t (&a)[4], uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The transpose of an 8x8 matrix of 16-bit numbers: lane 4i + t passes columns 2t, 2t + 1 of row i,
+// and has those of row i of the transpose.
+QK_DEVICE uint32_t movmatrix_trans(uint32_t a QK_AND_SITE) {
+  uint32_t d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+
 // Four 8x8 matrices of 16-bit numbers from shared memory. Lane 8i + j passes the address of row j
 // of matrix i (16 bytes, aligned); r[i] of a lane is columns 2t, 2t + 1 of row lane / 4 of it.
 QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], Shared row QK_AND_SITE) {

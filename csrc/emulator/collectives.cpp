@@ -88,4 +88,18 @@ void load_matrices(void* const* operands_of_lanes) {
   }
 }
 
+void transpose_matrix(void* const* operands_of_lanes) {
+  uint16_t matrix[8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& operands = *static_cast<const MovmatrixOperands*>(operands_of_lanes[lane]);
+    matrix[lane / 4][lane % 4 * 2] = static_cast<uint16_t>(operands.a & 0xffff);
+    matrix[lane / 4][lane % 4 * 2 + 1] = static_cast<uint16_t>(operands.a >> 16);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& operands = *static_cast<const MovmatrixOperands*>(operands_of_lanes[lane]);
+    const int row = lane / 4, column = lane % 4 * 2;
+    *operands.d = static_cast<uint32_t>(matrix[column + 1][row]) << 16 | matrix[column][row];
+  }
+}
+
 }  // namespace qkernels::emulator

@@ -46,9 +46,9 @@ const char* qkernels_emulator_sites_json();
 
 // Makes the calls of `kind` on line `line` of the file whose path ends in `file_suffix` faulty, and
 // all others right again: sync_threads, sync_warp, copy_async_wait, wait_for_kernels_before, mma
-// and stores do nothing, loads and ldmatrix give zeros, so do atomic_add and count_block, which
-// count nothing, `within` is true, and copy_async_16 copies what is not valid. A null kind makes
-// all calls right.
+// and stores do nothing, loads, ldmatrix and movmatrix give zeros, so do atomic_add and
+// count_block, which count nothing, `within` is true, and copy_async_16 copies what is not valid. A
+// null kind makes all calls right.
 void qkernels_emulator_disable_site(const char* kind, const char* file_suffix, int line);
 
 // Whether the launches that follow do nothing and, where they can be, succeed, so that what is left

@@ -158,6 +158,13 @@ QK_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
   emulator::meet_warp(emulator::Kind::kMma, &operands, T::multiply, place);
 }
 
+QK_DEVICE uint32_t movmatrix_trans(uint32_t a QK_AND_SITE) {
+  uint32_t d = 0;
+  emulator::MovmatrixOperands operands{&d, a};
+  emulator::meet_warp(emulator::Kind::kMovmatrix, &operands, emulator::transpose_matrix, place);
+  return d;
+}
+
 QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], Shared row QK_AND_SITE) {
   if (!emulator::before_shared(emulator::Kind::kLdmatrix, row.at, 16, place)) {
     for (uint32_t& each : r) each = 0;

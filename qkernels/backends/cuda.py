@@ -7,12 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qkernels import compiled
-from qkernels.backends.kernel import Kernel, Problem, RouteOf, by_route, no_gpu
+from qkernels.backends.kernel import GradInput, Kernel, Problem, RouteOf, by_route, no_gpu
 from qkernels.layouts import FRAGMENT, PackedWeight
 from qkernels.layouts.fragment import code_name, padded_rows
-from qkernels.layouts.padding import kernel_columns, kernel_group
+from qkernels.layouts.padding import column_order, kernel_columns, kernel_group
 from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook
 
@@ -131,6 +132,26 @@ def _route(namespace: str, dense: bool) -> RouteOf:
     return route
 
 
+_LEAST_GRAD_BITS = 4
+"""Of weights that weight_only_grad takes."""
+
+
+def _grad_input(namespace: str, dense: bool) -> GradInput:
+    def grad_input(grad: Tensor, packed: PackedWeight, problem: Problem) -> Tensor:
+        tensors, facts = weight_arguments(packed)
+        operators = getattr(torch.ops, namespace)
+        if dense or packed.scheme.bits < _LEAST_GRAD_BITS:
+            # Of 16 bits, and gone after the call.
+            grad_x = grad @ operators.dequantize(*tensors, *facts, grad.dtype)
+        else:
+            schedule_m = _INVARIANT_ROWS if problem.batch_invariant else 0
+            grad_x = operators.weight_only_grad(grad, *tensors, *facts, schedule_m=schedule_m)
+        order = column_order(packed.scheme, packed.k, packed.device)
+        return grad_x if order is None else grad_x.index_select(1, order[1])
+
+    return grad_input
+
+
 def _too_large(problem: Problem) -> str | None:
     # Padded, as packing sees them.
     n, k = padded_rows(problem.n), kernel_columns(problem.scheme, problem.k)
@@ -146,7 +167,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 _VARIES = "multiplies with cuBLAS, which may round a row differently for another M"
 
 # From 257 rows on the weight is dequantized and left to cuBLAS, whose tensor-core instructions are
-# faster on large tiles. Not measured on a GPU.
+# faster on large tiles; likewise for the gradient. Not measured on a GPU.
 KERNELS = (
     Kernel(
         name="cuda_weight_only_mma",
@@ -159,6 +180,7 @@ KERNELS = (
         where=_not_built_for,
         why_not=_too_large,
         **by_route(_route("qkernels_cuda", dense=False)),
+        grad_input=_grad_input("qkernels_cuda", dense=False),
     ),
     Kernel(
         name="cuda_dequantize_matmul",
@@ -171,6 +193,7 @@ KERNELS = (
         where=_not_built_for,
         why_not=_too_large,
         **by_route(_route("qkernels_cuda", dense=True)),
+        grad_input=_grad_input("qkernels_cuda", dense=True),
     ),
 )
 _FUSED, _DENSE = KERNELS
@@ -183,6 +206,7 @@ EMULATED_KERNELS = (
         proves_itself=False,
         where=_no_emulator,
         **by_route(_route("qkernels_emulated", dense=False)),
+        grad_input=_grad_input("qkernels_emulated", dense=False),
     ),
     replace(
         _DENSE,
@@ -192,5 +216,6 @@ EMULATED_KERNELS = (
         proves_itself=False,
         where=_no_emulator,
         **by_route(_route("qkernels_emulated", dense=True)),
+        grad_input=_grad_input("qkernels_emulated", dense=True),
     ),
 )

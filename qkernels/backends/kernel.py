@@ -62,6 +62,7 @@ class Problem:
 Run = Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
 WhyNot = Callable[[Problem], str | None]
 RunQuantized = Callable[[Tensor, Tensor, PackedWeight, Tensor | None, Problem], Tensor]
+GradInput = Callable[[Tensor, PackedWeight, Problem], Tensor]
 RouteOf = Callable[[Problem, torch.device], Any]
 RowLimit = int | Mapping[int, int]
 """A number of rows, or one for groups of so many columns and more: {0: 40, 128: 96}."""
@@ -101,6 +102,9 @@ class Kernel:
             problem, whose x_dtype is that of y) -> y [M, N]; None where x is not quantized.
         route: (problem, device of the weight) -> qkernels._C.Route, by which compiled code runs it
             without Python, for any m; None where there is no such code. See `by_route`.
+        grad_input: (grad [M, N], packed weight, problem) -> grad [M, N] @ W, [M, K] with columns in
+            the order of the codes, in grad's type: the gradient of x where this kernel multiplied
+            it; None where the reference gives that.
     """
 
     name: str
@@ -124,6 +128,7 @@ class Kernel:
     run: Run
     run_quantized: RunQuantized | None = None
     route: RouteOf | None = None
+    grad_input: GradInput | None = None
 
     def __post_init__(self) -> None:
         assert self.weight_rounding in WEIGHT_ROUNDINGS, self.weight_rounding

@@ -209,6 +209,13 @@ QK_KERNEL void mma_kernel(Arguments arguments) {
   }
 }
 
+// in: a matrix [8, 8] of 16-bit numbers; out: its transpose.
+QK_KERNEL void transpose_kernel(Arguments arguments) {
+  const int lane = thread_index();
+  const auto word = ptx::load_global<uint32_t>(arguments.in + lane * 4);
+  ptx::store_global(arguments.out + lane, ptx::movmatrix_trans(word));
+}
+
 // in: n words of a, of b, and of c; out: n words each of fma2, sub2, mul2, pack2(fp32 a, fp32 b),
 // and the fp32 numbers of the low half of a.
 template <class T>
@@ -322,6 +329,7 @@ constexpr Case kCases[] = {
     {"address", address_kernel},
     {"mma_half", mma_kernel<Half>},
     {"mma_bfloat16", mma_kernel<Bfloat16>},
+    {"transpose", transpose_kernel},
     {"arithmetic_half", arithmetic_kernel<Half>},
     {"arithmetic_bfloat16", arithmetic_kernel<Bfloat16>},
     {"integer", integer_kernel},

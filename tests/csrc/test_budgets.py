@@ -151,6 +151,12 @@ def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
             problems.append(f"chunk_instructions of {len(numbers)} loops, expected {len(allowed)}")
         elif any(number > most for number, most in zip(numbers, allowed, strict=True)):
             problems.append(f"instructions a chunk {numbers}, allowed {allowed}")
+    if "stage_instructions" in budget:
+        (number,) = [len(stage.way) for stage in stages]
+        if number > budget["stage_instructions"]:
+            problems.append(
+                f"instructions a stage {number}, allowed {budget['stage_instructions']}"
+            )
     return problems
 
 
@@ -162,15 +168,18 @@ def budget_of(name: str) -> dict[str, Any]:
         if fnmatch.fnmatchcase(name, pattern)
     ]
     assert len(rows) == 1, f"{name} matches {len(rows)} rows of budgets.toml"
-    limits = [
-        limit
-        for pattern, limit in BUDGETS["chunk_instructions"].items()
-        if fnmatch.fnmatchcase(name, pattern)
-    ]
-    assert len(limits) == (1 if "loops" in rows[0] else 0), (
-        f"{name} matches {len(limits)} of chunk_instructions"
-    )
-    return rows[0] | ({"chunk_instructions": limits[0]} if limits else {})
+    (row,) = rows
+    of_chunks = "chunks" in row
+    for what, wanted in (
+        ("chunk_instructions", of_chunks),
+        ("stage_instructions", "loops" in row and not of_chunks),
+    ):
+        limits = [
+            limit for pattern, limit in BUDGETS[what].items() if fnmatch.fnmatchcase(name, pattern)
+        ]
+        assert len(limits) == int(wanted), f"{name} matches {len(limits)} of {what}"
+        row = row | ({what: limits[0]} if limits else {})
+    return row
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -186,10 +195,11 @@ class TestBudgets:
             for problem in broken(kernel, budget_of(kernel.name))
         ]
         assert not problems, "\n".join(problems)
-        # mma.cu only chooses; every other source has kernels.
-        assert bool(kernels) == (source.stem != "mma")
+        # mma.cu and grad.cu only choose; every other source has kernels.
+        assert bool(kernels) == (source.stem not in ("mma", "grad"))
         if source.parent == instantiate.FOLDER:
-            assert len(kernels) == 8, "two types of x, four numbers of tokens"
+            tokens = 4 if source.stem.startswith("mma_") else 2
+            assert len(kernels) == 2 * tokens, "two types of x, so many numbers of tokens"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -359,6 +369,15 @@ def test_too_many_instructions_are_named(monkeypatch):
     ]
     assert broken(kernel, budget | {"chunk_instructions": [3]})[1:] == [
         "chunk_instructions of 2 loops, expected 1"
+    ]
+
+
+def test_too_many_instructions_of_a_stage_are_named():
+    (kernel,) = sass.parse(USAGE, LOOP.format(jump="0x90"), {"_Z1fv": "f<Half, Int4>(P)"})
+    budget = {"registers": 40, "loops": [1, 1]}
+    assert broken(kernel, budget | {"stage_instructions": 7})[1:] == []
+    assert broken(kernel, budget | {"stage_instructions": 6})[1:] == [
+        "instructions a stage 7, allowed 6"
     ]
 
 

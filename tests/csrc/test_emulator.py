@@ -280,6 +280,7 @@ def test_totals(emulator: Emulator) -> None:
         ("store_shared", "neighbour", {}),
         ("store_global", "neighbour", {}),
         ("atomic_add", "order", {"words": 33}),
+        ("movmatrix", "transpose", {}),
     ],
 )
 def test_a_disabled_site_changes_the_result(

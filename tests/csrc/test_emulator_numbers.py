@@ -136,3 +136,13 @@ def test_mma_and_ldmatrix(
     np.testing.assert_array_equal(out, expected.numpy())
     assert launch["counters"]["mma"] == 1
     assert launch["counters"]["ldmatrix"]["instructions"] == 2
+
+
+def test_movmatrix(emulator: Emulator, tmp_path: Path) -> None:
+    matrix = np.random.default_rng(5).integers(0, 1 << 16, size=(8, 8)).astype(np.uint16)
+    path = tmp_path / "in"
+    matrix.tofile(path)
+    launch = emulator.run("transpose", **{"in": path}, words=32)
+    assert launch["error"] == ""
+    out = np.array(launch["out"], dtype=np.uint32).view(np.uint16).reshape(8, 8)
+    np.testing.assert_array_equal(out, matrix.T)

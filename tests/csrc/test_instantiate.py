@@ -8,18 +8,19 @@ from csrc.cuda import instantiate
 DECODE = (instantiate.CUDA / "weights" / "decode.cuh").read_text()
 
 
-def test_each_decoder_that_is_handed_out_has_one_source():
+def test_each_decoder_that_is_handed_out_has_one_source_of_each_kernel():
     visit = DECODE[DECODE.index("const char* visit_decoder(") :]
     handed_out = re.findall(r"visit\(DecoderTag<([^>]+)>", visit)
     assert len(handed_out) == visit.count("visit(") >= 8
     sources = instantiate.sources()
-    instantiated = [
-        found
-        for text in sources.values()
-        for found in re.findall(r"template const char\* launch_decoder<([^>]+)>", text)
-    ]
-    assert instantiated == handed_out
-    assert len(sources) == len(set(handed_out))
+    for launch in ("launch_decoder", "launch_grad"):
+        instantiated = [
+            found
+            for text in sources.values()
+            for found in re.findall(rf"template const char\* {launch}<([^>]+)>", text)
+        ]
+        assert instantiated == handed_out
+    assert len(sources) == 2 * len(set(handed_out))
 
 
 def test_a_source_is_written_where_its_text_changes(tmp_path):

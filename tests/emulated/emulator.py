@@ -177,3 +177,9 @@ def _with_parts(schedule: dict[str, int]) -> dict[str, int]:
         return schedule
     rest = {name: value for name, value in schedule.items() if name != "parts"}
     return rest | {"blocks": schedule["parts"], "each_tile": True}
+
+
+def gradient(dy: torch.Tensor, packed: PackedWeight, **schedule: int) -> torch.Tensor:
+    """weight_only_grad in the emulator; `schedule`: tokens and parts, or none."""
+    tensors, facts = weight_arguments(packed)
+    return torch.ops.qkernels_emulated.weight_only_grad(dy, *tensors, *facts, **schedule)

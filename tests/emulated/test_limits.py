@@ -86,6 +86,27 @@ def test_the_last_weights_that_are_dequantized(bits):
     assert torch.equal(out[-8:, -8:], (last * (16 + order[:8, None])).half())
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_last_gradients_of_large_weights(bits):
+    """More bytes of words than 32 bits count."""
+    n, k, group = 16_440, 524_296, 64
+    tensors, facts = weight_of(n, k, bits, group)
+    words, scales, zeros, _ = tensors
+    assert words.nbytes > 1 << 32
+    codes = torch.randint(1 << bits, (8, 8), dtype=torch.uint8)
+    dy = torch.zeros(1, n, dtype=torch.float16)
+    dy[0, -8:] = torch.randint(-2, 3, (8,))
+    with last_blocks_alone():
+        tail = promised(24, k, dtype=torch.uint8)
+        tail[-8:, -8:] = codes
+        OPERATORS.pack_fragment(tail, None, words, n, k, n - 24, 24, bits, "codes")
+        scales[-1, -32:] = 1
+        zeros[-1, -32:] = 3
+        out = OPERATORS.weight_only_grad(dy, *tensors, *facts)
+    assert out.shape == (1, k)
+    assert torch.equal(out[0, -8:], (dy[0, -8:].float() @ (codes.float() - 3)).half())
+
+
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_a_grid_packs_the_largest_weights(n, k):
     source = promised(n, k, dtype=torch.uint8)

@@ -18,6 +18,7 @@ from qkernels.backends.cuda import weight_arguments
 from qkernels.layouts import FRAGMENT, pack
 from tests.emulated.emulator import (
     disabled,
+    gradient,
     grouped_product,
     needs_emulator,
     product,
@@ -38,6 +39,7 @@ FUNCTIONS = {  # of ptx.cuh, and what the emulator calls them
     **{name: name for name in ("load_global", "load_global_written", "load_shared")},
     **{name: name for name in ("store_global", "store_shared", "count_block", "within")},
     "ldmatrix_x4": "ldmatrix",
+    "movmatrix_trans": "movmatrix",
     "mma_m16n8k16": "mma",
 }
 SEEDS = range(12)
@@ -82,6 +84,14 @@ def exercise(check):
         experts = [packed] * len(ends)
         check("experts", grouped_product(x, ends, experts, tokens=8, blocks=5))
         check("experts", grouped_product(x, ends, experts, tokens=8, parts=2))
+    for text, m, n, k, schedule in (
+        ("w4a16-g32", 3, 200, 300, {"tokens": 16, "parts": 2}),
+        ("w8a16-g48", 3, 88, 328, {"tokens": 64, "parts": 1}),
+        ("nf4-g64", 20, 328, 41, {"tokens": 16, "parts": 1}),
+    ):
+        packed = pack(rounding.quantize(torch.randn(n, k), text), FRAGMENT)
+        dy = torch.randn(m, n, dtype=torch.float16)
+        check("gradient", gradient(dy, packed, **schedule))
     n, k = 40, 96
     any_words = torch.randint(-(2**31), 2**31, (n * k // 8,)).int()
     perm = torch.randperm(k).int()

@@ -13,7 +13,14 @@ import qkernels as qk
 from qkernels import proving, rounding, select
 from qkernels.backends import cuda
 from tests.bounds import FROBENIUS_BOUND
-from tests.emulated.emulator import disabled, failing_launches, needs_emulator, product, sites
+from tests.emulated.emulator import (
+    disabled,
+    failing_launches,
+    gradient,
+    needs_emulator,
+    product,
+    sites,
+)
 
 pytestmark = needs_emulator
 
@@ -78,6 +85,22 @@ def test_a_kernel_without_one_of_its_waits_is_caught_and_passed_over():
             qk.WQLinear.from_weight(quantized)
     reason = next(row.reason for row in qk.explain("w4a16-g64", n=N, k=K) if row.kernel == MMA)
     assert "failed its check on this machine" in reason
+
+
+def test_a_kernel_whose_gradient_is_wrong_is_passed_over():
+    packed = qk.WQLinear.from_weight(weight(), check_kernels=False).packed
+    with sites() as found:
+        gradient(torch.randn(3, N, dtype=torch.float16), packed)
+    (place,) = found["movmatrix"]
+    with disabled("movmatrix", place["file"], place["line"]):
+        with pytest.warns(RuntimeWarning, match=f"{MMA} is off in the gradient of x by") as caught:
+            layer = qk.WQLinear.from_weight(weight())
+        assert len(caught) == 1 and chosen() == DENSE
+        x = torch.randn(5, K, dtype=torch.float16, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+    want = layer.dequantize().double().sum(0).expand(5, -1)
+    assert float((x.grad.double() - want).norm() / want.norm()) <= FROBENIUS_BOUND[torch.float16]
 
 
 def test_launches_that_fail_leave_the_layer_to_another_backend():

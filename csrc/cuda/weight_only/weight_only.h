@@ -7,6 +7,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/weight_only/config.h"
+#include "cuda/weight_only/grad.h"
 #include "cuda/weights/types.h"
 
 namespace qkernels {
@@ -42,5 +43,26 @@ const char* plan_experts(const WeightOnlyArguments& arguments, const WeightOnlyP
 
 // w [n, k] of out_type from the fragment layout: scales are rounded to it, and weights once more.
 const char* dequantize(const FragmentWeight& weight, void* out, FloatType out_type, Stream stream);
+
+struct GradArguments {
+  FragmentWeight weight;
+  // [m, n] of `type`, rows dy_stride elements apart, aligned to 16 bytes. What lies behind n in the
+  // last 16 bytes of a row is zero.
+  const void* dy;
+  int64_t dy_stride;
+  void* dx;            // [m, k] of `type`, contiguous
+  float* partials;     // of grad_partial_bytes, where there are parts of N; else null
+  uint32_t* counters;  // one for each of grad_tiles: zero before the call, and after it
+  int64_t m;
+  FloatType type;
+};
+
+// dx = dy @ w, the gradient of x, accumulated in fp32, the same bits at every call. Scales are
+// rounded to the type of dy, and weights once more, as dequantize() rounds them.
+const char* weight_only_grad(const GradArguments& arguments, const GradSchedule& schedule,
+                             Stream stream);
+
+// Bytes of partial sums that a schedule leaves.
+int64_t grad_partial_bytes(int64_t m, int64_t k, const GradSchedule& schedule);
 
 }  // namespace qkernels
