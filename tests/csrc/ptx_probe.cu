@@ -113,6 +113,8 @@ PROBE(mma_half) { multiply<Half>(p); }
 
 PROBE(mma_bfloat16) { multiply<Bfloat16>(p); }
 
+PROBE(movmatrix) { give(p, 0, ptx::movmatrix_trans(word(p, 0))); }
+
 // Each lane puts 16 bytes into shared memory; word 4 says whose it gives to ldmatrix.
 PROBE(ldmatrix) {
   unsigned char* const shared = ptx::shared_memory();
