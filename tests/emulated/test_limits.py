@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qkernels.backends.cuda import MOST_NUMBERS, MOST_SIZE
+from qkernels.layouts import fragment
 from tests.emulated.emulator import last_blocks_alone, needs_emulator, skipped_launches
 
 pytestmark = needs_emulator
@@ -28,16 +29,14 @@ def promised(*shape, dtype):
 
 
 def words_of(n, k, bits):
-    rows, columns = -(-n // 32) * 32, -(-k // 64) * 64
-    return promised(rows // 16, columns * bits // 256, 32, 4, dtype=torch.int32)
+    return promised(*fragment.words_shape(n, k, bits), dtype=torch.int32)
 
 
 def weight_of(n, k, bits, group):
     groups, rows = -(-k // group), -(-n // 32) * 32
     scales = promised(groups, rows, dtype=torch.float16)
     zeros = promised(groups, rows, dtype=torch.uint8)
-    code = "int4" if bits == 4 else "int8"
-    return (words_of(n, k, bits), scales, zeros, None), (n, k, group, code)
+    return (words_of(n, k, bits), scales, zeros, None), (n, k, group, f"int{bits}")
 
 
 # Numbers of weights, of words and of bytes beyond 2^31 and 2^32; each limit.
@@ -50,7 +49,7 @@ SIZES = (
 )
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_the_last_codes_of_the_largest_weights(n, k, bits):
     words = words_of(n, k, bits)
@@ -65,7 +64,7 @@ def test_the_last_codes_of_the_largest_weights(n, k, bits):
     assert torch.equal(got[0, -40:], codes[-1])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_last_weights_that_are_dequantized(bits):
     """More rows than the y of a grid has blocks, and more numbers than an int."""
     n, k, group = 1_048_600, 2056, 64

@@ -46,7 +46,10 @@ QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) 
   // A group is a step's columns or more, or the only one: a step enters one at most.
   const auto group_size = static_cast<unsigned>(p.weight.group_size);
   const auto first_column = static_cast<unsigned>(chunk) * kChunkColumns;
-  unsigned number = first_column / group_size, next_column = (number + 1) * group_size;
+  const auto last_group = static_cast<unsigned>(p.groups - 1);
+  unsigned number = first_column / group_size;
+  if (number > last_group) number = last_group;  // a chunk that only fills a span up
+  unsigned next_column = (number + 1) * group_size;
   const int64_t first = number * p.rows + tile * kTileRows + lane / 4 * 2;
   const auto* scales = static_cast<const unsigned char*>(p.weight.scales) + first * p.scale_bytes;
   const auto* zeros = static_cast<const unsigned char*>(p.weight.zeros) + first * p.zero_bytes;
@@ -65,8 +68,7 @@ QK_KERNEL void dequantize_kernel(const QK_GRID_CONSTANT DequantizeParameters p) 
       held = ptx::load_global<uint4>(words + step * kUnits / 4 * kUnitBytes);
     }
     // Padding behind the last group has its numbers.
-    const bool enters = first_column + step * kStepColumns >= next_column &&
-                        number + 1 < static_cast<unsigned>(p.groups);
+    const bool enters = first_column + step * kStepColumns >= next_column && number < last_group;
     if (enters) {
       ++number;
       next_column += group_size;

@@ -10,7 +10,14 @@ namespace qkernels {
 
 namespace {
 
-constexpr int kThreads = 128;
+// So that words of 32 rows fill whole blocks: by 64 columns or, of 2 and 3 bits, a span.
+template <int kBits>
+constexpr int kPackThreads = kBits == 3 ? 128 : 256;
+static_assert(kRowMultiple * kChunkColumns * 4 / 32 % kPackThreads<4> == 0);
+static_assert(kRowMultiple * kSpanColumns * 2 / 32 % kPackThreads<2> == 0);
+static_assert(kRowMultiple * kSpanColumns * 3 / 32 % kPackThreads<3> == 0);
+
+constexpr int kUnpackThreads = 256;
 
 struct PackParameters {
   const unsigned char* source;
@@ -85,9 +92,7 @@ QK_DEVICE void pack_in_span(const PackParameters& p, int64_t i) {
 
 template <CodeSource kSource, int kBits>
 QK_KERNEL void pack_kernel(const QK_GRID_CONSTANT PackParameters p) {
-  // Whole blocks: 32 rows by 64 columns, or by 128 of 2 and 3 bits, are a multiple of kThreads
-  // words.
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPackThreads<kBits> + threadIdx.x;
   if constexpr (kLiesInSpans<kBits>) return pack_in_span<kSource, kBits>(p, i);
   constexpr int kColumns = kUnitColumns<kBits>;
   // The inverse of fragment_place.
@@ -118,7 +123,7 @@ struct UnpackParameters {
 
 template <int kBits>
 QK_KERNEL void unpack_kernel(const QK_GRID_CONSTANT UnpackParameters p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kUnpackThreads + threadIdx.x;
   if (!ptx::within(i, p.count)) return;
   const FragmentPlace place = fragment_place<kBits>(p.first_row + i / p.k, i % p.k, p.k_padded);
   constexpr uint32_t kMask = (1u << (kBits == 3 ? 2 : kBits)) - 1;
@@ -129,10 +134,27 @@ QK_KERNEL void unpack_kernel(const QK_GRID_CONSTANT UnpackParameters p) {
   ptx::store_global<uint8_t>(p.codes + i, static_cast<uint8_t>(code));
 }
 
-dim3 blocks(int64_t count) {
+dim3 blocks(int64_t count, int threads) {
   dim3 grid;
-  grid.x = static_cast<unsigned>(ceil_div(count, kThreads));
+  grid.x = static_cast<unsigned>(ceil_div(count, threads));
   return grid;
+}
+
+template <CodeSource kSource, int kBits>
+const char* run(const PackParameters& p, Stream stream) {
+  constexpr int kThreads = kPackThreads<kBits>;
+  const int64_t words = padded_rows(p.rows) * p.k_padded * kBits / 32;
+  return launch(pack_kernel<kSource, kBits>, blocks(words, kThreads), kThreads, 0, stream, p);
+}
+
+template <CodeSource kSource>
+const char* run_bits(const PackParameters& p, int bits, Stream stream) {
+  switch (bits) {
+    case 2: return run<kSource, 2>(p, stream);
+    case 3: return run<kSource, 3>(p, stream);
+    case 4: return run<kSource, 4>(p, stream);
+    default: return run<kSource, 8>(p, stream);
+  }
 }
 
 }  // namespace
@@ -149,27 +171,9 @@ const char* pack_fragment(const PackArguments& arguments, Stream stream) {
   p.k_padded = padded_columns(a.k, a.bits);
   p.first_row = a.first_row;
   p.rows = a.rows;
-  const int64_t words = padded_rows(a.rows) * p.k_padded * a.bits / 32;
-  static_assert(kRowMultiple * kChunkColumns * 4 / 32 % kThreads == 0);
-  static_assert(kRowMultiple * kSpanColumns * 3 / 32 % kThreads == 0);
-  const auto start = [&](void (*kernel)(PackParameters)) {
-    return launch(kernel, blocks(words), kThreads, 0, stream, p);
-  };
-  if (a.kind == CodeSource::kAwq) return start(pack_kernel<CodeSource::kAwq, 4>);
-  if (a.kind == CodeSource::kGptq) {
-    switch (a.bits) {
-      case 2: return start(pack_kernel<CodeSource::kGptq, 2>);
-      case 3: return start(pack_kernel<CodeSource::kGptq, 3>);
-      case 4: return start(pack_kernel<CodeSource::kGptq, 4>);
-      default: return start(pack_kernel<CodeSource::kGptq, 8>);
-    }
-  }
-  switch (a.bits) {
-    case 2: return start(pack_kernel<CodeSource::kCodes, 2>);
-    case 3: return start(pack_kernel<CodeSource::kCodes, 3>);
-    case 4: return start(pack_kernel<CodeSource::kCodes, 4>);
-    default: return start(pack_kernel<CodeSource::kCodes, 8>);
-  }
+  if (a.kind == CodeSource::kAwq) return run<CodeSource::kAwq, 4>(p, stream);
+  if (a.kind == CodeSource::kGptq) return run_bits<CodeSource::kGptq>(p, a.bits, stream);
+  return run_bits<CodeSource::kCodes>(p, a.bits, stream);
 }
 
 const char* unpack_fragment(const void* words, uint8_t* codes, int64_t k, int64_t first_row,
@@ -183,7 +187,7 @@ const char* unpack_fragment(const void* words, uint8_t* codes, int64_t k, int64_
   p.first_row = first_row;
   p.count = rows * k;
   const auto start = [&](void (*kernel)(UnpackParameters)) {
-    return launch(kernel, blocks(p.count), kThreads, 0, stream, p);
+    return launch(kernel, blocks(p.count, kUnpackThreads), kUnpackThreads, 0, stream, p);
   };
   switch (bits) {
     case 2: return start(unpack_kernel<2>);
