@@ -3,6 +3,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/weights/decode.cuh"
+#include "cuda/weights/fragment.cuh"
 
 namespace qkernels {
 
@@ -13,9 +14,10 @@ struct ProbeParameters {
   Offsets offsets;
 };
 
-// 16 bytes of codes are 32 weights of 4 bits or 16 of 8 bits, in steps of 8.
+// 16 bytes of codes are 32 weights of 4 bits or 16 of 8 bits, in steps of 8. Of 2 and 3 bits, two
+// words of low bits and one of third ones are 32.
 template <class D>
-constexpr int kSteps = D::kBits == 4 ? 4 : 2;
+constexpr int kSteps = D::kBits == 8 ? 2 : 4;
 
 template <class D>
 __global__ void decode_kernel(ProbeParameters p) {
@@ -27,7 +29,13 @@ __global__ void decode_kernel(ProbeParameters p) {
 #pragma unroll
   for (int step = 0; step < kSteps<D>; ++step) {
     uint32_t pairs[4];
-    decoder.decode(words + step * D::kWords, p.offsets, pairs);
+    if constexpr (kLiesInSpans<D::kBits>) {
+      uint32_t of_step[2];
+      span_words(words[step / 2], words[2], step, of_step);
+      decoder.decode(of_step, p.offsets, pairs);
+    } else {
+      decoder.decode(words + step * D::kWords, p.offsets, pairs);
+    }
     p.pairs[i * kSteps<D> + step] = {pairs[0], pairs[1], pairs[2], pairs[3]};
   }
 }

@@ -92,6 +92,11 @@ def chunk_instructions(stages: list[sass.Stage], chunks: int) -> list[float]:
     ]
 
 
+def of_bits(kernel: sass.KernelCode, allowed: Any) -> Any:
+    """Of a pair, what holds at the bits of the kernel's weights; else what holds at any."""
+    return allowed[0 if has_four_bits(kernel.name) else 1] if isinstance(allowed, list) else allowed
+
+
 def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
     """In what a kernel breaks its budget, in words."""
     spilled = kernel.stack + kernel.local + kernel.count("LDL") + kernel.count("STL")
@@ -113,9 +118,8 @@ def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
     ]
     found: dict[str, int] = {"global_loads": kernel.count("LDG", "128")}
     stages: list[sass.Stage] = []
-    of_bits = 0 if has_four_bits(kernel.name) else 1
     if "loops" in budget:
-        loops = budget["loops"][of_bits]
+        loops = of_bits(kernel, budget["loops"])
         tensor, rest = divmod(kernel.count("HMMA", "16816", "F32"), loops)
         if rest:
             return [*problems, f"tensor-core instructions are no multiple of {loops} loops"]
@@ -130,9 +134,7 @@ def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
             found[what] = numbers.pop() if len(numbers) == 1 else -1
     for what, number in found.items():
         if what in budget:
-            allowed = budget[what]
-            if isinstance(allowed, list):
-                allowed = allowed[of_bits]
+            allowed = of_bits(kernel, budget[what])
             if number != allowed:
                 problems.append(f"{what} {number}, expected {allowed}")
     wide, expected = kernel.count("LDS", "128"), budget.get("shared_loads", 0)
@@ -144,7 +146,7 @@ def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
         problems += broken_stores(kernel.stores("STG"), budget)
     if "chunk_instructions" in budget:
         numbers, allowed = (
-            chunk_instructions(stages, budget["chunks"][of_bits]),
+            chunk_instructions(stages, of_bits(kernel, budget["chunks"])),
             budget["chunk_instructions"],
         )
         if len(numbers) != len(allowed):
@@ -220,7 +222,7 @@ class TestDecoders:
         for decoder, allowed in budgets.items():
             spent = kernels[f"decode_kernel<{decoder}>"].integer_operations()
             spent -= kernels[f"nothing_kernel<{decoder}>"].integer_operations()
-            weights = 32 if has_four_bits(decoder) else 16
+            weights = 32 if has_four_bits(decoder) or "LowInt" in decoder else 16
             assert spent / weights <= allowed, (
                 f"{decoder} for sm_{architecture}: {spent} of {weights}"
             )

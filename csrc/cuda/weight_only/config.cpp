@@ -105,8 +105,7 @@ int64_t shared_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
 int resident_blocks(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   const int64_t fit = p.multiprocessor_shared_bytes / (shared_bytes(p, c) + kReservedBytes);
   // What the registers suffice for: kResidentBlocks in mma.cuh. Integer zero points are bytes.
-  const bool alone =
-      c.tokens == 64 || (c.tokens == 32 && (p.bits == 8 || p.bits == 3 || p.zero_bytes > 1));
+  const bool alone = c.tokens == 64 || (c.tokens == 32 && (p.bits != 4 || p.zero_bytes > 1));
   const int64_t most = alone ? 1 : kMostResident;
   return static_cast<int>(std::clamp<int64_t>(fit, 1, most));
 }

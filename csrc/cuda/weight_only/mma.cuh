@@ -718,10 +718,11 @@ class WeightOnlyBlock {
 };
 
 // Blocks of a multiprocessor that the registers must suffice for. The sums of 64 tokens take too
-// many for two, and so do those of 32 with what weights of 8 or 3 bits or real zero points need.
+// many for two, and so do those of 32 with what weights of other than 4 bits or real zero
+// points need.
 template <int kBits, bool kRealZeros, int kTokens>
 constexpr int kResidentBlocks =
-    kTokens == 64 || (kTokens == 32 && (kBits == 8 || kBits == 3 || kRealZeros)) ? 1 : 2;
+    kTokens == 64 || (kTokens == 32 && (kBits != 4 || kRealZeros)) ? 1 : 2;
 
 template <class T, template <class> class Decoder, bool kRealZeros, int kTokens>
 QK_KERNEL void QK_LAUNCH_BOUNDS(kThreads, (kResidentBlocks<Decoder<T>::kBits, kRealZeros, kTokens>))
