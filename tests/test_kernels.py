@@ -9,7 +9,7 @@ import contextlib
 import pytest
 import torch
 
-from qkernels import WQLinear, activations, ops, reference, rounding
+from qkernels import WQLinear, activations, ops, preparation, reference, rounding
 from qkernels.errors import NoKernelError, WeightError
 from qkernels.layouts import LAYOUTS, pack
 from qkernels.scheme import QuantScheme
@@ -59,6 +59,9 @@ CASES = [
     for text in schemes.ALL
     if any(runnable_in_some_type(kernel, QuantScheme.parse(text), m) for m in ROWS)
 ]
+NO_GRADIENTS = pytest.mark.skip(reason="no kernel that gives gradients runs here")
+GRADIENT_CASES = [case for case in CASES if case.values[0].grad_input is not None]
+GRADIENT_CASES = GRADIENT_CASES or [pytest.param(None, None, marks=NO_GRADIENTS)]
 FLOAT_CASES = [case for case in CASES if QuantScheme.parse(case.values[1]).weight_only]
 
 
@@ -413,3 +416,20 @@ def test_wrong_input_is_named():
             )
     with pytest.raises(NoKernelError, match="nonesuch"):
         WQLinear.from_linear(torch.nn.Linear(64, 8), "w4a16", backend="nonesuch")
+
+
+@pytest.mark.parametrize(("kernel", "text"), GRADIENT_CASES)
+@pytest.mark.parametrize(("m", "dtype"), [(3, torch.float16), (97, torch.bfloat16)])
+def test_the_gradient_of_x(kernel, text, m, dtype):
+    quantized = make(text, perm=True)
+    packed = pack(quantized, LAYOUTS[kernel.layout])
+    problem = make_problem(
+        quantized.scheme, n=N, k=K, m=m, device=DEVICE, layout=kernel.layout, x_dtype=dtype
+    )
+    dy = torch.randn(m, N, device=DEVICE).to(dtype)
+    dx = kernel.grad_input(dy, packed, problem)
+    assert torch.equal(kernel.grad_input(dy, packed, problem), dx)
+    dx = preparation.restore_columns(dx, packed)
+    assert dx.shape == (m, K) and dx.dtype == dtype
+    exact = dy.cpu().double() @ truth.dense(quantized.to("cpu"))
+    assert truth.error(dx.cpu(), exact) <= FROBENIUS_BOUND[dtype]

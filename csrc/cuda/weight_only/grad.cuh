@@ -57,8 +57,14 @@ class GradBlock {
   static constexpr int kDxRowBytes = kWarpColumns * 2;
   static constexpr int kDxBytes = kTokens * kDxRowBytes;  // of a warp
 
+  // Of a stage, whatever its groups: 16 columns each, with scales and zero points of fp32.
+  static constexpr int kLeastBytes = kDyBytes + kWordBytes;
+  static constexpr int kMostBytes = kLeastBytes + kGradBlockColumns / 16 * kGradStageRows * 8;
+  static_assert(kStages * kMostBytes <= 99 * 1024, "what a block has on sm_86, sm_89 and sm_120");
+  static_assert(kWarps * kDxBytes + 4 <= kStages * kLeastBytes, "dx takes the place of the stages");
+
   static int stage_bytes(const GradParameters& p) {
-    return kDyBytes + kWordBytes + p.slots * kGradStageRows * (p.scale_bytes + p.zero_bytes);
+    return kLeastBytes + p.slots * kGradStageRows * (p.scale_bytes + p.zero_bytes);
   }
 
   QK_DEVICE GradBlock(const GradParameters& parameters, ptx::Shared shared)
@@ -89,6 +95,8 @@ class GradBlock {
   }
 
  private:
+  static constexpr int kNothing = 0x7fffffff;  // the row of a thread that has nothing to copy
+
   // Where piece `piece` of a row of dy lies in it.
   static QK_DEVICE int swizzled(int piece, int token) { return piece ^ (token & 7); }
 
@@ -133,7 +141,7 @@ class GradBlock {
   QK_DEVICE void start_words(int row) {
     const int offset = threadIdx.x % kTileCopies * 16, chunk0 = column0_ / kChunkColumns;
     const bool is_chunk = ptx::within(chunk0 + offset / kChunkBytes, p_.chunks);
-    words_row_ = is_chunk ? static_cast<int>(threadIdx.x) / kTileCopies * kTileRows : 0x7fffffff;
+    words_row_ = is_chunk ? static_cast<int>(threadIdx.x) / kTileCopies * kTileRows : kNothing;
     const int64_t tile = row / kTileRows + threadIdx.x / kTileCopies;
     words_ = static_cast<const unsigned char*>(p_.weight.words) +
              (tile * p_.chunks + chunk0) * kChunkBytes + offset;
@@ -149,7 +157,7 @@ class GradBlock {
     const int first = column0_ / p_.group_columns;
     const int last = (column0_ + kGradBlockColumns - 1) / p_.group_columns;
     const int count = (last < p_.groups ? last + 1 : p_.groups) - first;
-    const int scales_at = kDyBytes + kWordBytes;
+    const int scales_at = kLeastBytes;
     const int zeros_at = scales_at + p_.slots * kGradStageRows * p_.scale_bytes;
     scales_ = start_copies(p_.weight.scales, p_.scale_bytes, first, count, row, scales_at);
     zeros_ = start_copies(p_.weight.zeros, p_.zero_bytes, first, count, row, zeros_at);
@@ -171,13 +179,11 @@ class GradBlock {
   struct GroupCopies {
     const unsigned char* source;
     ptx::Shared target;
-    int row;  // of the stage, where their tile begins, in which rows are in an order of their own;
-              // beyond all where there is nothing to copy
+    int row;  // of the stage, where their tile begins: in it, rows are in an order of their own
   };
 
   QK_DEVICE GroupCopies start_copies(const void* numbers, int bytes, int first, int count, int row,
                                      int at) const {
-    constexpr int kNothing = 0x7fffffff;
     const int pieces = kGradStageRows * bytes / 16;
     const int slot = pieces == 0 ? count : static_cast<int>(threadIdx.x) / pieces;
     if (slot >= count) return {nullptr, shared_, kNothing};
@@ -189,7 +195,7 @@ class GradBlock {
   }
 
   QK_DEVICE void copy_groups(GroupCopies& copies, int bytes, int write) {
-    if (copies.row == 0x7fffffff) return;
+    if (copies.row == kNothing) return;
     ptx::copy_async_16(copies.target + write, copies.source, ptx::within(copies.row, rows_left_));
     copies.source += kGradStageRows * bytes;
   }
