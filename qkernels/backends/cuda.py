@@ -112,7 +112,7 @@ def _made(
     n: int,
     k: int,
     device: torch.device,
-    dense: bool,
+    kind: str,
     schedule_m: int,
 ) -> Any:
     code = code_name(scheme)
@@ -121,13 +121,13 @@ def _made(
     make = getattr(torch.ops, namespace).weight_only_route
     extension = compiled.extension()
     assert extension is not None, "routes are run by qkernels._C"
-    return extension.adopt_route(make(*sizes, code, table, dense, schedule_m))
+    return extension.adopt_route(make(*sizes, code, table, kind, schedule_m))
 
 
-def _route(namespace: str, dense: bool) -> RouteOf:
+def _route(namespace: str, kind: str) -> RouteOf:
     def route(problem: Problem, device: torch.device) -> Any:
         schedule_m = _INVARIANT_ROWS if problem.batch_invariant else 0
-        return _made(namespace, problem.scheme, problem.n, problem.k, device, dense, schedule_m)
+        return _made(namespace, problem.scheme, problem.n, problem.k, device, kind, schedule_m)
 
     return route
 
@@ -163,6 +163,15 @@ def _too_large(problem: Problem) -> str | None:
     )
 
 
+def _no_floats(problem: Problem) -> str | None:
+    if code_name(problem.scheme) == "table4":
+        return (
+            f"multiplies x of fp32 by weights that bf16 holds but for their scales, which those of "
+            f"{problem.scheme} are not"
+        )
+    return _too_large(problem)
+
+
 _HALVES = (torch.float16, torch.bfloat16)
 _VARIES = "multiplies with cuBLAS, which may round a row differently for another M"
 
@@ -179,7 +188,7 @@ KERNELS = (
         weight_rounding="x_dtype",
         where=_not_built_for,
         why_not=_too_large,
-        **by_route(_route("qkernels_cuda", dense=False)),
+        **by_route(_route("qkernels_cuda", "fused")),
         grad_input=_grad_input("qkernels_cuda", dense=False),
     ),
     Kernel(
@@ -192,11 +201,22 @@ KERNELS = (
         weight_rounding="x_dtype",
         where=_not_built_for,
         why_not=_too_large,
-        **by_route(_route("qkernels_cuda", dense=True)),
+        **by_route(_route("qkernels_cuda", "dense")),
         grad_input=_grad_input("qkernels_cuda", dense=True),
     ),
+    # x in three bf16 numbers each, so that a weight is met in all bits of both.
+    Kernel(
+        name="cuda_weight_only_mma_float",
+        backend="cuda",
+        layout="fragment",
+        activations=("none",),
+        x_dtypes=(torch.float32,),
+        where=_not_built_for,
+        why_not=_no_floats,
+        **by_route(_route("qkernels_cuda", "float")),
+    ),
 )
-_FUSED, _DENSE = KERNELS
+_FUSED, _DENSE, _FLOAT = KERNELS
 EMULATED_KERNELS = (
     replace(
         _FUSED,
@@ -205,7 +225,7 @@ EMULATED_KERNELS = (
         is_simulator=True,
         proves_itself=False,
         where=_no_emulator,
-        **by_route(_route("qkernels_emulated", dense=False)),
+        **by_route(_route("qkernels_emulated", "fused")),
         grad_input=_grad_input("qkernels_emulated", dense=False),
     ),
     replace(
@@ -215,7 +235,16 @@ EMULATED_KERNELS = (
         is_simulator=True,
         proves_itself=False,
         where=_no_emulator,
-        **by_route(_route("qkernels_emulated", dense=True)),
+        **by_route(_route("qkernels_emulated", "dense")),
         grad_input=_grad_input("qkernels_emulated", dense=True),
+    ),
+    replace(
+        _FLOAT,
+        name="emulated_weight_only_mma_float",
+        backend="emulated",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_emulator,
+        **by_route(_route("qkernels_emulated", "float")),
     ),
 )

@@ -10,7 +10,7 @@ from qkernels.backends import cuda
 from qkernels.scheme import QuantScheme
 from qkernels.select import make_problem, select
 
-MMA, DENSE = cuda.KERNELS
+MMA, DENSE, FLOAT = cuda.KERNELS
 
 
 def question(text="w4a16-g128", m=1, x_dtype=torch.float16, **changes):
@@ -61,7 +61,7 @@ def test_what_the_kernels_take():
         ({"capability": (12, 0)}, "TORCH_CUDA_ARCH_LIST=12.0"),
         ({"x_dtype": torch.float32}, "fp16 or bf16"),
         ({"m": 257}, "256 rows of x at most, got 257"),
-        ({"text": "w3a16-g64"}, "4 or 8 bits, not of 3"),
+        ({"text": "log3-g64"}, "codebooks of 4 bits, not of 3"),
         ({"text": "w8a8"}, "16-bit activations"),
         ({"text": "nf4-g64-dq"}, "one level of scales"),
         ({"layout": "planar"}, "reads the fragment layout"),
@@ -78,10 +78,16 @@ def test_what_the_kernels_take():
 def test_they_come_first_on_a_gpu():
     select.cache_clear()
     try:
-        for text in ("w4a16-g128", "w8a16", "nf4-g64", "fp8e4m3-a16", "w4a16-g24"):
+        for text in (
+            *("w4a16-g128", "w8a16", "nf4-g64", "fp8e4m3-a16", "w4a16-g24"),
+            *("w2a16-g64", "w3a16-g64"),
+        ):
             assert select(replace(question(text), layout=None)) is MMA
             assert select(replace(question(text, m=257), layout=None)) is DENSE
-        assert select(replace(question("w3a16-g64"), layout=None)).backend != "cuda"
+        assert select(replace(question("log3-g64"), layout=None)).backend != "cuda"
+        floats = {"x_dtype": torch.float32}
+        assert select(replace(question("w3a16-g64", **floats), layout=None)) is FLOAT
+        assert select(replace(question("nf4-g64", **floats), layout=None)).backend != "cuda"
     finally:
         select.cache_clear()
 
@@ -92,6 +98,16 @@ def test_many_rows_go_to_a_dense_product():
     invariant = question(m=4096, batch_invariant=True)
     assert "cuBLAS" in DENSE.refusal(invariant)
     assert MMA.refusal(invariant) is None
+
+
+@pytest.mark.usefixtures("built")
+def test_floats_meet_weights_that_bf16_holds():
+    for text in ("w2a16-g64", "w8a16", "fp4-g32", "fp8e5m2-a16"):
+        for m in (1, 4096):
+            assert FLOAT.refusal(question(text, m=m, x_dtype=torch.float32)) is None
+    assert "takes x of fp32" in FLOAT.refusal(question())
+    refusal = FLOAT.refusal(question("nf4-g64", x_dtype=torch.float32))
+    assert "which those of nf4-g64 are not" in refusal
 
 
 def test_explain_says_why_not():

@@ -75,10 +75,10 @@ def test_orders_of_columns_go_expert_by_expert():
 
 
 def test_a_type_that_no_kernel_takes_is_named():
-    layers = experts_of("w4a16-g16", 2)
+    layers = experts_of("nf4-g16", 2)
     stacks = [
         torch.stack(held) for held in zip(*(e._packed_buffers() for e in layers), strict=True)
     ]
     ends = torch.tensor([1, 2], dtype=torch.int32)
-    with pytest.raises(NoKernelError, match="takes x of fp16 or bf16"):
+    with pytest.raises(NoKernelError, match="which those of nf4-g16 are not"):
         ops.linear_grouped_operator(torch.randn(2, K), ends, stacks, layers[0]._spec)

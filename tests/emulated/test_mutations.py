@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from qkernels import rounding
+from qkernels import WQLinear, rounding
 from qkernels.backends.cuda import weight_arguments
 from qkernels.layouts import FRAGMENT, pack
 from tests.emulated.emulator import (
@@ -76,6 +76,10 @@ def exercise(check):
         operators.pack_fragment(weight.codes, None, words, n, k, 0, n, bits, "codes")
         check("words", words)
         check("codes", operators.unpack_fragment(words, n, k, 0, n, bits))
+    for n in (30, 36):
+        weight = rounding.quantize(torch.randn(n, 200), "w3a16-g32")
+        layer = WQLinear.from_weight(weight, backend="emulated")
+        check("floats", layer(torch.randn(3, 200)))
     # More tiles than ends that do not decrease could make, of one weight, so that it does not
     # matter which expert is the last to write a row; and rows of no expert.
     packed = pack(rounding.quantize(torch.randn(70, 200), "w4a16-g32"), FRAGMENT)

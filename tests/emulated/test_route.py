@@ -111,14 +111,15 @@ def test_batch_invariance_through_the_layer():
 
 def test_what_is_wrong_is_named():
     layer = WQLinear.from_weight(weight_of("w4a16-g64", 200), backend="emulated")
+    codebook = WQLinear.from_weight(weight_of("nf4-g64", 200), backend="emulated")
     x = torch.randn(2, 200, dtype=torch.float16)
     for _ in range(2):
         with pytest.raises(WeightError, match=r"\[..., 200\], got \[2, 199\]"):
             layer(x[:, :199])
         with pytest.raises(WeightError, match="float64"):
             layer(x.double())
-        with pytest.raises(NotImplementedError, match="takes x of fp16 or bf16"):
-            layer(x.float())
+        with pytest.raises(NotImplementedError, match="bf16 holds"):
+            codebook(x.float())
         layer(x)
     buffers = list(layer.packed.buffers.values())
     with pytest.raises(ValueError, match="scales must have shape"):

@@ -3,6 +3,8 @@
 
 #include "bindings/route.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
@@ -17,6 +19,7 @@
 #include "bindings/cuda/last_choice.h"
 #include "bindings/preparation.h"
 #include "cuda/weights/fragment.cuh"
+#include "cuda/weights/pack.h"
 
 namespace qkernels::bindings {
 
@@ -31,10 +34,21 @@ int bytes_of(ZeroType type) {
   return type == ZeroType::kInteger ? 1 : type == ZeroType::kFloat ? 4 : 2;
 }
 
-void check_x(const at::Tensor& x, const at::Tensor& words) {
+void check_x(const at::Tensor& x, const at::Tensor& words, bool is_float = false) {
   require(x.device() == words.device(), "x is on ", x.device(), ", the weight on ", words.device());
-  require(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
-          "x must be fp16 or bf16, got ", x.scalar_type());
+  if (is_float) {
+    require(x.scalar_type() == at::kFloat, "x must be fp32, got ", x.scalar_type());
+  } else {
+    require(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
+            "x must be fp16 or bf16, got ", x.scalar_type());
+  }
+}
+
+// Whether the weight's codes less their zero points are bf16 numbers, so that x of fp32 in three of
+// them meets the weight itself.
+bool multiplies_floats(const FragmentWeight& weight) {
+  return weight.code != WeightCode::kTable4 &&
+         (weight.zero_type == ZeroType::kNone || weight.zero_type == ZeroType::kInteger);
 }
 
 // The schedule of the last call, by all that it depends on and that can change from call to call of
@@ -63,7 +77,8 @@ struct ScheduleChoice {
 // Where rows go to experts: int32 [E], the row behind the last one of each.
 using Ends = const at::Tensor*;
 
-// Writes y [m, n] for rows of fp16 or bf16, padded to whole 16 bytes. With `ends`, `weight` is the
+// Writes y [m, n] for rows of fp16 or bf16, padded to whole 16 bytes; y is of their type, or fp32
+// for rows of bf16 where multiplies_floats() says so. With `ends`, `weight` is the
 // first of the experts.
 void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bias,
               const ScheduleChoice& choice, const at::Tensor& y, Ends ends = nullptr) {
@@ -90,6 +105,7 @@ void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bi
   problem.shared_bytes = facts.shared_bytes;
   problem.multiprocessor_shared_bytes = facts.multiprocessor_shared_bytes;
   problem.each_tile = choice.m > 0;
+  problem.y_is_float = y.scalar_type() == at::kFloat;
   problem.experts = ends == nullptr ? 0 : ends->size(0);
   const WeightOnlyConfig config = choice.of(problem, weight, facts);
   const char* reason = why_not(problem, config);
@@ -111,6 +127,7 @@ void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bi
   arguments.x = rows.tensor.const_data_ptr();
   arguments.x_stride = rows.stride;
   arguments.x_type = float_type("x", rows.tensor);
+  arguments.y_type = float_type("y", y);
   arguments.y = y.mutable_data_ptr();
   arguments.m = rows.m;
   succeed(weight_only_mma(arguments, config, scope.stream()));
@@ -141,8 +158,9 @@ at::Tensor dequantized(const FragmentWeight& weight, const at::Tensor& words, at
 
 class FragmentRoute : public Route {
  public:
-  FragmentRoute(const FragmentShape& shape, Optional table, const Preparation& preparation)
-      : shape_(shape), table_(std::move(table)), preparation_(preparation) {}
+  FragmentRoute(const FragmentShape& shape, Optional table, const Preparation& preparation,
+                bool is_float = false)
+      : shape_(shape), table_(std::move(table)), preparation_(preparation), is_float_(is_float) {}
 
   at::Tensor run(const Call& call) const final {
     const Buffers& buffers = call.buffers;
@@ -154,7 +172,7 @@ class FragmentRoute : public Route {
 
  protected:
   Rows prepared(const at::Tensor& x, const Buffers& buffers) const {
-    check_x(x, *buffers.words);
+    check_x(x, *buffers.words, is_float_);
     require(x.size(-1) == preparation_.k, "x must have shape [..., ", preparation_.k, "], got ",
             x.sizes());
     return prepare(x, buffers, preparation_);
@@ -172,6 +190,7 @@ class FragmentRoute : public Route {
   FragmentShape shape_;
   Optional table_;
   Preparation preparation_;
+  bool is_float_;  // x is of fp32
 };
 
 // Codes are dequantized on their way to the tensor cores.
@@ -205,6 +224,57 @@ class FusedRoute final : public FragmentRoute {
   mutable LastSchedule last_;
 };
 
+// The weight [n, k] in fp32, of integers with real zero points: what torch makes of it.
+at::Tensor dense_floats(const FragmentWeight& weight, const Buffers& buffers) {
+  const DeviceScope scope(*buffers.words);
+  const int64_t n = weight.n, k = weight.k;
+  at::Tensor codes = at::empty({n, k}, buffers.words->options().dtype(at::kByte));
+  succeed(unpack_fragment(weight.words, codes.mutable_data_ptr<uint8_t>(), k, 0, n,
+                          code_bits(weight.code), scope.stream()));
+  // Of every column, from the rows of a tile in the order 0, 8, 1, 9, ...
+  const at::Tensor groups =
+      at::arange(k, codes.options().dtype(at::kLong)).div_(weight.group_size, "floor");
+  const auto spread = [&](const at::Tensor& stored) {
+    const at::Tensor rows = stored.to(at::kFloat).unflatten(1, {-1, 8, 2}).transpose(2, 3);
+    return rows.flatten(1).narrow(1, 0, n).t().index_select(1, groups);
+  };
+  return (codes.to(at::kFloat) - spread(*buffers.zeros)) * spread(*buffers.scales);
+}
+
+// x of fp32 in three bf16 numbers, as three rows each.
+class FloatRoute final : public FragmentRoute {
+ public:
+  FloatRoute(const FragmentShape& shape, const Preparation& preparation, int64_t schedule_m)
+      : FragmentRoute(shape, std::nullopt, preparation, true), schedule_m_(schedule_m) {}
+
+ private:
+  at::Tensor run(const Call& call, const Rows& rows, const FragmentWeight& weight) const override {
+    const Optional bias = call.bias ? Optional(call.bias->to(at::kFloat)) : std::nullopt;
+    at::Tensor y;
+    if (multiplies_floats(weight)) {
+      const at::Tensor parts =
+          at::empty({3 * rows.m, rows.k}, rows.tensor.options().dtype(at::kBFloat16));
+      {
+        const DeviceScope scope(parts);
+        succeed(split_floats(rows.tensor.const_data_ptr<float>(), rows.stride, rows.m, rows.k,
+                             parts.mutable_data_ptr(), scope.stream()));
+      }
+      const at::Tensor sums = at::empty({rows.m, 3, weight.n}, rows.tensor.options());
+      multiply({parts, 3 * rows.m, rows.k, rows.k, std::nullopt}, weight, std::nullopt,
+               {3 * schedule_m_, std::nullopt, &last_}, sums);
+      y = sums.sum(1);
+      if (bias) y += *bias;
+    } else {
+      const at::Tensor x = rows.matrix().narrow(1, 0, weight.k);
+      y = at::linear(x, dense_floats(weight, call.buffers), bias);
+    }
+    return call.x.dim() == 2 ? y : y.view(output_shape(call.x, weight.n));
+  }
+
+  int64_t schedule_m_;
+  mutable LastSchedule last_;
+};
+
 // The weight is dequantized to memory, and cuBLAS multiplies it.
 class DenseRoute final : public FragmentRoute {
  public:
@@ -223,12 +293,15 @@ class DenseRoute final : public FragmentRoute {
 // A route as a number, which qkernels._C adopts: that is another library where this one is the
 // emulator's.
 int64_t route_op(int64_t n, int64_t k, int64_t group, int64_t padded_group, std::string_view code,
-                 const Optional& table, bool dense, int64_t schedule_m) {
+                 const Optional& table, std::string_view kind, int64_t schedule_m) {
+  require(kind == "fused" || kind == "dense" || kind == "float",
+          "kind must be fused, dense or float, got ", kind);
+  require(kind != "float" || !table, "fp32 x takes no table");
   Preparation preparation;
   preparation.k = k;
   preparation.group = group;
   preparation.padded_group = padded_group;
-  if (!dense) {
+  if (kind != "dense") {
     preparation.column_multiple = 8;
     preparation.row_bytes = 16;
   }
@@ -238,8 +311,10 @@ int64_t route_op(int64_t n, int64_t k, int64_t group, int64_t padded_group, std:
           " columns at most, got ", padded_group);
   const FragmentShape shape = fragment_shape(n, preparation.columns(), padded_group, code);
   std::shared_ptr<Route> route;
-  if (dense) {
+  if (kind == "dense") {
     route = std::make_shared<DenseRoute>(shape, table, preparation);
+  } else if (kind == "float") {
+    route = std::make_shared<FloatRoute>(shape, preparation, schedule_m);
   } else {
     route = std::make_shared<FusedRoute>(shape, table, preparation, schedule_m);
   }
@@ -299,7 +374,7 @@ at::Tensor dequantize_op(const at::Tensor& words, const at::Tensor& scales, cons
 TORCH_LIBRARY(QKERNELS_LIBRARY, m) {
   m.def(
       "weight_only_route(int n, int k, int group, int padded_group, str code, Tensor? table, "
-      "bool dense, int schedule_m) -> int",
+      "str kind, int schedule_m) -> int",
       &route_op);
   m.def(
       "weight_only_mma(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? table, "

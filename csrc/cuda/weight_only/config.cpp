@@ -126,6 +126,7 @@ const char* why_not(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   if (c.tokens != 8 && c.tokens != 16 && c.tokens != 32 && c.tokens != 64) {
     return "a block computes 8, 16, 32 or 64 tokens";
   }
+  if (p.y_is_float && c.tokens > 16) return "a block computes 8 or 16 tokens of fp32";
   if (c.stages < kLeastStages || c.stages > kMostStages) return "the pipeline has 2 to 6 stages";
   if (c.unit != 1 && c.unit != 2) return "a unit of work is 1 or 2 chunks of columns";
   if (c.unit < least_unit(p.bits)) return "a unit of 2 or 3 bits is 2 chunks of columns";
@@ -152,7 +153,7 @@ WeightOnlyConfig choose_config(const WeightOnlyProblem& p) {
   WeightOnlyConfig c;
   // Of experts that have rows, as many as each has on average.
   const int64_t m = p.experts == 0 ? p.m : ceil_div(p.m, std::min(p.experts, p.m));
-  c.tokens = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
+  c.tokens = m <= 8 ? 8 : m <= 16 || p.y_is_float ? 16 : m <= 32 ? 32 : 64;
   c.each_tile = p.each_tile;
   c.unit = c.warp_chunks(p.bits);
   // Four stages hide the latency of memory, and three where two blocks then fit; one block alone

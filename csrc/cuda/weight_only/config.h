@@ -16,6 +16,7 @@ struct WeightOnlyProblem {
   int shared_bytes;                 // that a block can have
   int multiprocessor_shared_bytes;  // that all blocks of a multiprocessor can have
   bool each_tile = false;           // see WeightOnlyConfig
+  bool y_is_float = false;          // then a block computes 16 tokens at most
   int64_t experts = 0;  // that the rows go to, nobody knows how many to which; 0: one weight
 };
 

@@ -56,7 +56,8 @@ const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOn
   const WeightOnlyWork work = work_of(problem, config);
   const int64_t tiles = work.tiles(), span = config.each_tile ? work.units : work.all_units();
   p.x = static_cast<const unsigned char*>(arguments.x);
-  p.y = static_cast<uint16_t*>(arguments.y);
+  p.y = arguments.y;
+  p.y_is_float = arguments.y_type == FloatType::kFloat;
   p.m = arguments.m;
   p.units = static_cast<int>(work.units);
   p.unit_chunks = config.unit;

@@ -79,6 +79,9 @@ class WeightOnlyBlock {
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kSumRow = kBlockRows + kPadding;
   static constexpr bool kScalesSums = kTokens <= 16;
+  // For x of fp32, which comes as bf16 numbers (split.cu): where all weights are such numbers.
+  static constexpr bool kGivesFloats =
+      kScalesSums && !kIsHalf<T> && !kRealZeros && Decoder<T>::kIsExact;
   // Wider tiles may be several along M, which read the same weights.
   static constexpr bool kReadsOnce = kTokens < 64;
 
@@ -652,7 +655,7 @@ class WeightOnlyBlock {
   // Four outputs of a token, from row `row` of the block on.
   QK_DEVICE void write(int token, int row, Four sum) {
     const int64_t n = block_row_ + row, limit = p_.weight.n;
-    uint16_t* y = p_.y + (token0_ + token) * limit + n;
+    const int64_t at = (token0_ + token) * limit + n;
     if (p_.bias != nullptr) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -661,6 +664,10 @@ class WeightOnlyBlock {
         }
       }
     }
+    if constexpr (kGivesFloats) {
+      if (p_.y_is_float) return write_floats(static_cast<float*>(p_.y) + at, n, limit, sum);
+    }
+    uint16_t* y = static_cast<uint16_t*>(p_.y) + at;
     const uint2 pairs = {ptx::pack2<T>(sum.values[0], sum.values[1]),
                          ptx::pack2<T>(sum.values[2], sum.values[3])};
     if (limit % 4 == 0) {
@@ -672,6 +679,18 @@ class WeightOnlyBlock {
         if (ptx::within(n + i, limit)) {
           ptx::store_global<uint16_t>(y + i, static_cast<uint16_t>(pair >> (i % 2 * 16)));
         }
+      }
+    }
+  }
+
+  // The same in fp32.
+  static QK_DEVICE void write_floats(float* y, int64_t n, int64_t limit, const Four& sum) {
+    if (limit % 4 == 0) {
+      if (ptx::within(n, limit)) ptx::store_global<uint4>(y, sum.bits());
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (ptx::within(n + i, limit)) ptx::store_global<float>(y + i, sum.values[i]);
       }
     }
   }

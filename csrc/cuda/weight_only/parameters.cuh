@@ -45,7 +45,8 @@ struct WeightOnlyParameters {
   FragmentWeight weight;
   const unsigned char* x;
   const void* bias;
-  uint16_t* y;
+  void* y;  // of x's type, or of fp32
+  bool y_is_float;
   float* partials;
   uint32_t* counters;
   int64_t x_stride;

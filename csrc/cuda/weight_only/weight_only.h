@@ -17,11 +17,12 @@ struct WeightOnlyArguments {
   const void* x;  // [m, k] of x_type, rows x_stride elements apart, aligned to 16 bytes
   int64_t x_stride;
   const void* bias;  // [n] of bias_type, or null
-  void* y;           // [m, n] of x_type, contiguous
+  void* y;           // [m, n] of y_type, contiguous
   float* partials;
   uint32_t* counters;
   int64_t m;
-  FloatType x_type, bias_type;
+  // y_type: x's, or fp32 with x of bf16 and a schedule of up to 16 tokens.
+  FloatType x_type, bias_type, y_type;
   // Where rows of x go to experts: so many weights alike, one behind the other, as are their scales
   // and zero points. Rows ends[e - 1] to ends[e] go to expert e; where the ends are no such numbers
   // y is not defined. Rows behind the last end are 0 in y.
@@ -36,6 +37,12 @@ struct WeightOnlyArguments {
 // integer part is rounded to x's type in either case.
 const char* weight_only_mma(const WeightOnlyArguments& arguments, const WeightOnlyConfig& config,
                             Stream stream);
+
+// Rows 3 i to 3 i + 2 of `out`, bf16 [3 m, columns], add up to row i of x, fp32 [m, columns], whose
+// rows are `stride` numbers apart: all three in all of its bits, where the exponent of the last is
+// one that bf16 has. columns is a multiple of 8, and addresses and strides are of 16 bytes.
+const char* split_floats(const float* x, int64_t stride, int64_t m, int64_t columns, void* out,
+                         Stream stream);
 
 // plan.cu: what weight_only_mma does first where there are experts.
 const char* plan_experts(const WeightOnlyArguments& arguments, const WeightOnlyProblem& problem,

@@ -3,7 +3,7 @@
 // A decoder turns the kWords words of one step of 16 columns into four pairs: `pairs[p]` has the
 // numbers of row g (p even) or g + 8 (p odd), see fragment.cuh. Integer codes come as code - zero,
 // where `offsets` carries the zero points of the two rows, kImpliedZero where none are stored; all
-// results are exact.
+// results are exact, but for numbers of a table that T does not have (kIsExact).
 //
 // Integers go through numbers whose low mantissa bits are the code: in fp16, 0x6400 | q is 1024 + q
 // (q < 1024); in bf16, 0x4300 | q is 128 + q (q < 128). Subtracting 1024 + zero, or 128 + zero,
@@ -43,6 +43,7 @@ struct Int4 {
   static constexpr int kBits = 4;
   static constexpr int kWords = 1;  // a step
   static constexpr bool kHasOffsets = true;
+  static constexpr bool kIsExact = true;
   static constexpr bool kScales = kIsHalf<T>;  // whether there is a decode_scaled
   static constexpr float kLowFactor = 0x1p-24f, kHighFactor = 0x1p-20f;
   static constexpr float kImpliedZero = 8;
@@ -104,6 +105,7 @@ struct LowInt {
   static constexpr int kBits = kCodeBits;
   static constexpr int kWords = 2;
   static constexpr bool kHasOffsets = true;
+  static constexpr bool kIsExact = true;
   static constexpr bool kScales = kIsHalf<T>;
   static constexpr float kLowFactor = 0x1p-24f, kHighFactor = 0x1p-22f;
   static constexpr float kImpliedZero = 1 << (kBits - 1);
@@ -171,6 +173,7 @@ struct Int8 {
   static constexpr int kBits = 8;
   static constexpr int kWords = 2;
   static constexpr bool kHasOffsets = true;
+  static constexpr bool kIsExact = true;
   static constexpr bool kScales = false;
   static constexpr float kImpliedZero = 128;
 
@@ -209,6 +212,7 @@ struct Table4 {
   static constexpr int kBits = 4;
   static constexpr int kWords = 1;
   static constexpr bool kHasOffsets = false;
+  static constexpr bool kIsExact = false;
   static constexpr bool kScales = false;
 
   uint32_t low_bytes[4], high_bytes[4];
@@ -257,6 +261,7 @@ struct Fp4E2M1 {
   static constexpr int kBits = 4;
   static constexpr int kWords = 1;
   static constexpr bool kHasOffsets = false;
+  static constexpr bool kIsExact = true;
   // In bf16 it would be 2^-126, and products with x would lose their bits.
   static constexpr bool kScales = kIsHalf<T>;
   static constexpr float kLowFactor = 0x1p-14f, kHighFactor = kLowFactor;
@@ -290,6 +295,7 @@ struct Fp8 {
   static constexpr int kBits = 8;
   static constexpr int kWords = 2;
   static constexpr bool kHasOffsets = false;
+  static constexpr bool kIsExact = true;
   static constexpr int kWiden = (kIsHalf<T> ? 5 : 8) - kExponentBits;  // exponent bits T has more
   static constexpr int kShift = (kIsHalf<T> ? 16 : 128) - (1 << (kExponentBits - 1));  // of biases
   static constexpr bool kScales = kIsHalf<T> && kWiden > 0;
