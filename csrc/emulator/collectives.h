@@ -17,6 +17,11 @@ struct LdmatrixOperands {
   const void* row;
 };
 
+struct ShuffleOperands {
+  uint32_t value;
+  int mask;
+};
+
 // c [16, 8] += a [16, 16] @ b [16, 8]: each product is exact in fp32, and they are added to c one
 // by one in the order of k, in fp32. (Tensor cores add in an order of their own, with other
 // roundings.)
@@ -25,5 +30,8 @@ void multiply_bfloat16(void* const* operands_of_lanes);
 
 // Four 8x8 matrices; lane 8i + j has the address of row j of matrix i.
 void load_matrices(void* const* operands_of_lanes);
+
+// The value of lane ^ mask, for each lane.
+void shuffle(void* const* operands_of_lanes);
 
 }  // namespace qkernels::emulator

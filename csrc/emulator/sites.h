@@ -23,6 +23,7 @@ enum class Kind : uint8_t {
   kStoreShared,
   kLdmatrix,
   kMma,
+  kShuffle,
   kSyncThreads,
   kSyncWarp,
 
