@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels import reference
-from qkernels.backends.rows import QuantizedRows, RowInputs, RowProblem
+from qkernels.backends.rows import QuantizedRows, RowInputs
 from qkernels.errors import WeightError
 from qkernels.ops import X_DTYPES
-from qkernels.scheme import largest_number
-from qkernels.select import select_rows
+from qkernels.select import make_row_problem, select_rows
 
 _library = torch.library.Library("qkernels", "FRAGMENT")
 _library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
@@ -87,7 +85,7 @@ def _quantize(
     x: Tensor, kind: str = "plain", scale_of: str = "token", **more: Any
 ) -> QuantizedRows:
     """Rows of x [..., K] by the row kernel that is chosen for them; `more` as in `RowInputs`."""
-    problem = RowProblem(kind, scale_of, x.dtype, x.device.type)
+    problem = make_row_problem(kind, scale_of, x)
     return select_rows(problem).run(problem, RowInputs(x=_rows(x), **more))
 
 
@@ -112,7 +110,8 @@ def _quantize_per_tensor(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tenso
     if scale is not None and (scale.dim() or scale.dtype != torch.float32):
         raise WeightError(f"scale must be float32 [], got {scale.dtype} {list(scale.shape)}")
     if scale is None:
-        scale = reference.tensor_scale(x, largest_number(torch.int8))
+        rows = _quantize(x, scale_of="tensor")
+        return rows.values.view(x.shape), rows.scale
     rows = _quantize(x, scale_of="static", scale=scale)
     return rows.values.view(x.shape), scale.clone()
 

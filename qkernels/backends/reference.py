@@ -9,6 +9,7 @@ from qkernels import reference
 from qkernels.backends.kernel import Kernel, Problem
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.layouts import PackedWeight
+from qkernels.scheme import largest_number
 
 
 def _run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -52,12 +53,20 @@ def row_values(problem: RowProblem, inputs: RowInputs) -> tuple[Tensor, Tensor |
     return inputs.x, None
 
 
+def scale_of_rows(problem: RowProblem, values: Tensor, inputs: RowInputs) -> Tensor | None:
+    """The scale that is known before rows of `values` are quantized, or None."""
+    if problem.scale_of == "tensor":
+        return reference.tensor_scale(values, largest_number(torch.int8))
+    return inputs.scale
+
+
 def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
     values, total = row_values(problem, inputs)
     if problem.scale_of == "asymmetric":
         quantized, scale, zero = reference.quantize_rows_asymmetric(values)
         return QuantizedRows(values=quantized, scale=scale, zero=zero, total=total)
-    quantized, scale = reference.quantize_rows(values, torch.int8, inputs.scale)
+    given = scale_of_rows(problem, values, inputs)
+    quantized, scale = reference.quantize_rows(values, torch.int8, given)
     return QuantizedRows(values=quantized, scale=scale, total=total)
 
 

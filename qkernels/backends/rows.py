@@ -11,8 +11,9 @@ from torch import Tensor
 KINDS = ("plain", "rms_norm", "silu_mul")
 """What is quantized: x; x (+ residual) over its root mean square, times a gain; silu(x) * up."""
 
-SCALES = ("token", "asymmetric", "static")
-"""A scale for each row, the same with a zero point, or one that is given for all."""
+SCALES = ("token", "asymmetric", "static", "tensor")
+"""A scale for each row, the same with a zero point, one that is given for all, or one that is found
+for all."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class RowProblem:
         kind: one of `KINDS`.
         scale_of: one of `SCALES`.
         device: "cpu" or "cuda".
+        capability: compute capability of the GPU, None on a CPU.
     """
 
     kind: str
     scale_of: str
     x_dtype: torch.dtype
     device: str
+    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,7 +59,7 @@ class QuantizedRows:
 
     Attributes:
         values: int8 [M, K].
-        scale: fp32 [M]; the given one where it is static.
+        scale: fp32 [M]; the given one where it is static, and fp32 [] where it is of the tensor.
         zero: int32 [M] with asymmetric scales, else None.
         total: x + residual, rounded to x's type, where there is a residual, else None.
     """
@@ -95,3 +98,8 @@ class RowKernel:
             if wanted not in has:
                 return f"{what} {', '.join(has)}, not of {wanted}"
         return self.where(problem)
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """x [M, K] with adjacent columns, as compiled kernels take it."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()

@@ -35,16 +35,20 @@ FUNCTIONS = {  # of ptx.cuh, and what the emulator calls them
     **{name: name for name in ("store_global", "store_shared", "count_block", "within")},
     "ldmatrix_x4": "ldmatrix",
     "mma_m16n8k16": "mma",
+    "shuffle_xor": "shuffle",
 }
 SEEDS = range(12)
 
 
 def exercise(check):
-    """Runs every kernel on shapes with tails, and gives each result to `check(name, result)`.
-
-    Two products of different shapes split K: each counts with what the other left.
-    """
+    """Runs every kernel on shapes with tails, and gives each result to `check(name, result)`."""
     torch.manual_seed(0)
+    exercise_weights(check)
+    exercise_rows(check)
+
+
+def exercise_weights(check):
+    """Two products of different shapes split K: each counts with what the other left."""
     for text, m, n, k, schedule in (
         ("w4a16-g32", 3, 30, 584, {"tokens": 8, "parts": 2, "stages": 2}),
         ("w4a16-g32", 5, 90, 1093, {"tokens": 8, "parts": 1, "stages": 3}),
@@ -77,6 +81,27 @@ def exercise(check):
         words = torch.empty(4, 2, 32, 4, dtype=torch.int32)
         operators.pack_fragment(any_words.view(shape), perm, words, n, k, 0, n, 4, kind)
         check(kind, words)
+
+
+def exercise_rows(check):
+    """Whole pieces and tails, of rows of one warp and of several, in shared memory or a part."""
+    rows = torch.ops.qkernels_emulated.quantize_rows
+    for dtype in (torch.float16, torch.float32):
+        for k, held in ((296, -1), (13, -1), (24, 256), (301, 256 + 32 * 4)):
+            x, other = torch.randn(2, k).to(dtype), torch.randn(2, k).to(dtype)
+            scale = torch.tensor(0.03)
+            for kind, second, gain, scale_of in (
+                ("plain", None, None, "asymmetric"),
+                ("plain", None, None, "tensor"),
+                ("rms_norm", other, torch.rand(k).to(dtype), "token"),
+                ("rms_norm", other, torch.rand(k).bfloat16(), "asymmetric"),
+                ("silu_mul", other, None, "static"),
+            ):
+                given = scale if scale_of == "static" else None
+                results = rows(x, kind, second, gain, 1e-5, scale_of, given, torch.int8, held)
+                for result in results:
+                    if result is not None:
+                        check(kind, result)
 
 
 def short(path):
