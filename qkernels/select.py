@@ -144,9 +144,9 @@ def select_rows(problem: RowProblem) -> RowKernel:
     return next(kernel for kernel in ROW_KERNELS if kernel.refusal(problem) is None)
 
 
-def make_row_problem(kind: str, scale_of: str, x: Tensor) -> RowProblem:
+def make_row_problem(kind: str, scale_of: str, x: Tensor, rounds: bool = False) -> RowProblem:
     """A `RowProblem` of x, for the GPU that it is on."""
-    return RowProblem(kind, scale_of, x.dtype, x.device.type, _capability(x.device))
+    return RowProblem(kind, scale_of, x.dtype, x.device.type, rounds, _capability(x.device))
 
 
 def layout_for(

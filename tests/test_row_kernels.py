@@ -6,14 +6,16 @@ import itertools
 import pytest
 import torch
 
-from qkernels import select
+from qkernels import reference, select
 from qkernels.backends.reference import row_values
 from qkernels.backends.rows import KINDS, SCALES, RowInputs
 from qkernels.select import make_row_problem
+from tests.bounds import FROBENIUS_BOUND
 
 KERNELS = [kernel for kernel in select.ROW_KERNELS if kernel.backend != "reference"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMNS = (1, 7, 64, 576, 4099, 11008)
+NORMS = ("rms_norm", "layer_norm")
 NAN, INF = float("nan"), float("inf")
 REFERENCE = next(kernel for kernel in select.ROW_KERNELS if kernel.backend == "reference")
 
@@ -68,9 +70,9 @@ def close(got, want):
         assert (apart == 0).float().mean() > 0.99
 
 
-def ask(kernel, kind, scale_of, x, **more):
+def ask(kernel, kind, scale_of, x, rounds=False, **more):
     """Skips where the kernel does not run the problem."""
-    problem = make_row_problem(kind, scale_of, x)
+    problem = make_row_problem(kind, scale_of, x, rounds)
     reason = kernel.refusal(problem)
     if reason is not None:
         pytest.skip(reason)
@@ -101,10 +103,11 @@ def test_plain_rows_are_the_reference_bit_for_bit(kernel, scale_of, dtype, k, de
         assert same(got, want), name
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("scale_of", SCALES[:3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", COLUMNS)
-def test_fused_rows_are_close_to_the_reference(kernel, scale_of, dtype, k, device):
+def test_fused_rows_are_close_to_the_reference(kernel, kind, scale_of, dtype, k, device):
     if kernel.backend == "emulated":
         device = torch.device("cpu")
     scale = torch.tensor(0.02, device=device) if scale_of == "static" else None
@@ -113,11 +116,32 @@ def test_fused_rows_are_close_to_the_reference(kernel, scale_of, dtype, k, devic
         x, other = (FORMS[name](torch.randn(5, k, device=device).to(dtype)) for _ in range(2))
         for more in ({}, {"other": other}, *({"gain": gain} for gain in gains)):
             more |= {"epsilon": 1e-5, "scale": scale}
-            got, want, (_, total) = ask(kernel, "rms_norm", scale_of, x, **more)
+            if kind == "layer_norm" and "gain" in more:
+                more |= {"bias": gains[0]}
+            elif kind not in NORMS:
+                more = {"other": other, "scale": scale}
+            got, want, (_, total) = ask(kernel, kind, scale_of, x, **more)
             close(got, want)
             assert (got.total is None) == (total is None)
             assert total is None or torch.equal(got.total, total)
-        close(*ask(kernel, "silu_mul", scale_of, x, other=other, scale=scale)[:2])
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [7, 64, 4099])
+def test_rounded_rows_are_what_is_quantized(kernel, kind, dtype, k, device):
+    if kernel.backend == "emulated":
+        device = torch.device("cpu")
+    x, other = torch.randn(2, 5, k, device=device).to(dtype)
+    gain = torch.rand(k, device=device) if kind in NORMS else None
+    bias = gain if kind == "layer_norm" else None
+    more = {"other": other, "gain": gain, "bias": bias, "epsilon": 1e-5}
+    got, want, _ = ask(kernel, kind, "token", x, rounds=True, **more)
+    assert got.rounded.dtype == dtype
+    error = (got.rounded.double() - want.rounded.double()).norm() / want.rounded.double().norm()
+    assert error <= FROBENIUS_BOUND[dtype]
+    values, scale = reference.quantize_rows(got.rounded, torch.int8)
+    assert torch.equal(got.values, values) and torch.equal(got.scale, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,7 +179,9 @@ def test_rows_do_not_depend_on_each_other(kernel, device):
     if kernel.backend == "emulated":
         device = torch.device("cpu")
     x, other = torch.randn(2, 40, 999, device=device).bfloat16()
-    for kind in ("rms_norm", "silu_mul"):
+    for kind in KINDS[1:]:
+        if kernel.refusal(make_row_problem(kind, "token", x)) is not None:
+            continue
         together = ask(kernel, kind, "token", x, other=other)[0]
         for row in (0, 17, 39):
             alone = ask(kernel, kind, "token", x[row : row + 1], other=other[row : row + 1])[0]

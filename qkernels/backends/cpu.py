@@ -505,6 +505,8 @@ ROW_KERNELS = (
     RowKernel(
         name="cpu_quantize_rows",
         backend="cpu",
+        kinds=("plain", "rms_norm", "silu_mul"),
+        rounds=False,
         where=_where_rows,
         run=_run_rows,
     ),

@@ -214,14 +214,14 @@ def _rows_not_built_for(problem: RowProblem) -> str | None:
 def _run_rows(namespace: str) -> Callable[[RowProblem, RowInputs], QuantizedRows]:
     def run(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
         other = None if inputs.other is None else adjacent(inputs.other)
-        gain = None if inputs.gain is None else inputs.gain.contiguous()
-        values, scale, zero, total = getattr(torch.ops, namespace).quantize_rows(
-            *(adjacent(inputs.x), problem.kind, other, gain, inputs.epsilon),
-            *(problem.scale_of, inputs.scale, torch.int8),
+        gain, bias = (None if t is None else t.contiguous() for t in (inputs.gain, inputs.bias))
+        values, scale, zero, total, rounded = getattr(torch.ops, namespace).quantize_rows(
+            *(adjacent(inputs.x), problem.kind, other, gain, bias, inputs.epsilon),
+            *(problem.scale_of, inputs.scale, torch.int8, problem.rounds),
         )
         if inputs.scale is not None:
             scale = inputs.scale
-        return QuantizedRows(values=values, scale=scale, zero=zero, total=total)
+        return QuantizedRows(values=values, scale=scale, zero=zero, total=total, rounded=rounded)
 
     return run
 

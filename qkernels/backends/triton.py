@@ -306,7 +306,12 @@ def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
     values, total = row_values(problem, inputs)
     given = scale_of_rows(problem, values, inputs)
     quantized, scale = kernels().quantize_rows(values, torch.int8, given)
-    return QuantizedRows(values=quantized, scale=scale if given is None else given, total=total)
+    return QuantizedRows(
+        values=quantized,
+        scale=scale if given is None else given,
+        total=total,
+        rounded=values if problem.rounds else None,
+    )
 
 
 ROW_KERNELS = (

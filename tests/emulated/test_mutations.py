@@ -90,15 +90,19 @@ def exercise_rows(check):
         for k, held in ((296, -1), (13, -1), (24, 256), (301, 256 + 32 * 4)):
             x, other = torch.randn(2, k).to(dtype), torch.randn(2, k).to(dtype)
             scale = torch.tensor(0.03)
-            for kind, second, gain, scale_of in (
-                ("plain", None, None, "asymmetric"),
-                ("plain", None, None, "tensor"),
-                ("rms_norm", other, torch.rand(k).to(dtype), "token"),
-                ("rms_norm", other, torch.rand(k).bfloat16(), "asymmetric"),
-                ("silu_mul", other, None, "static"),
+            same, wide = torch.rand(k).to(dtype), torch.rand(k).bfloat16()
+            for kind, second, gain, bias, scale_of in (
+                ("plain", None, None, None, "asymmetric"),
+                ("plain", None, None, None, "tensor"),
+                ("layer_norm", other, same, wide, "token"),
+                ("rms_norm", other, wide, None, "asymmetric"),
+                ("silu_mul", other, None, None, "static"),
             ):
                 given = scale if scale_of == "static" else None
-                results = rows(x, kind, second, gain, 1e-5, scale_of, given, torch.int8, held)
+                results = rows(
+                    *(x, kind, second, gain, bias, 1e-5, scale_of, given, torch.int8),
+                    *(kind != "plain", held),
+                )
                 for result in results:
                     if result is not None:
                         check(kind, result)

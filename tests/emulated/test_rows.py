@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from qkernels import reference
+from qkernels.backends.rows import KINDS
+from tests.bounds import GATE_BOUND
 from tests.emulated.emulator import (
     counted,
     failing_launches,
@@ -23,9 +25,9 @@ MOST_ROWS, MOST_COLUMNS = (1 << 31) - 1, 1 << 30
 
 
 def rows(x, kind="plain", other=None, gain=None, scale_of="token", scale=None, **more):
-    dtype = more.pop("dtype", torch.int8)
+    bias, dtype = more.pop("bias", None), more.pop("dtype", torch.int8)
     operator = torch.ops.qkernels_emulated.quantize_rows
-    return operator(x, kind, other, gain, 1e-5, scale_of, scale, dtype, **more)
+    return operator(x, kind, other, gain, bias, 1e-5, scale_of, scale, dtype, **more)
 
 
 def equal(got, want):
@@ -88,14 +90,14 @@ def test_rows_at_the_ends_of_fp32(dtype, magnitude):
     want, want_scales = reference.quantize_rows(x, torch.int8)
     assert torch.equal(scales.nan_to_num(-1.0), want_scales.nan_to_num(-1.0))
     assert torch.equal(codes, want)
-    codes, scales, zeros, _ = rows(x, scale_of="asymmetric")
+    codes, scales, zeros, *_ = rows(x, scale_of="asymmetric")
     want, want_scales, want_zeros = reference.quantize_rows_asymmetric(x)
     assert torch.equal(scales.nan_to_num(-1.0), want_scales.nan_to_num(-1.0))
     assert torch.equal(codes, want) and torch.equal(zeros, want_zeros)
 
 
 @pytest.mark.parametrize("k", [7, 64, 1000, 4099])
-@pytest.mark.parametrize("kind", ["plain", "rms_norm", "silu_mul"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale_of", ["token", "asymmetric"])
 def test_what_does_not_fit_shared_memory_is_read_again(k, kind, scale_of):
     x, other = torch.randn(2, 3, k).bfloat16()
@@ -114,14 +116,14 @@ def test_rows_beyond_the_shared_memory_of_any_device():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["plain", "rms_norm", "silu_mul"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_read_once_in_whole_sectors(dtype, kind):
     """Of fp32, a lane reads two halves of a sector after each other."""
     m, k, times = 3, 11008, dtype.itemsize // 2
     x, other = torch.randn(2, m, k).to(dtype)
     second = None if kind == "plain" else other
     with counted(x=x, other=other) as counters:
-        codes, _, _, total = rows(x, kind, second)
+        codes, _, _, total, _ = rows(x, kind, second)
     assert counters["launches"] == 1 and counters["blocks"] == m
     for name in ("x",) if kind == "plain" else ("x", "other"):
         read = counters["regions"][name]["read"]
@@ -134,6 +136,31 @@ def test_memory_is_read_once_in_whole_sectors(dtype, kind):
     assert counters["global_store"]["bytes"] == stored
     for side in ("shared_load", "shared_store"):
         assert counters[side]["wavefronts"] == counters[side]["ideal_wavefronts"]
+
+
+def relative_error(got, exact):
+    return ((got.double() - exact) / exact).abs()
+
+
+def gate_of(kind, x):
+    """What the kernel makes of gates x, from its rounded rows."""
+    return rows(x[None], kind, torch.ones_like(x)[None], rounds=True)[4][0]
+
+
+def test_gates_over_their_whole_range():
+    x = torch.linspace(-13, 20, 20_001)
+    exact = x.double() * torch.special.erfc(-x.double() / 2**0.5) / 2
+    got = gate_of("gelu_mul", x)
+    assert (got.double() - exact).abs().max() <= exact.max() * 2**-23
+    assert relative_error(got, exact)[x != 0].max() <= GATE_BOUND
+    inner = 2 * (2 / torch.pi) ** 0.5 * (x.double() + 0.044715 * x.double() ** 3)
+    exact = x.double() * torch.sigmoid(inner)
+    kept = exact.abs() > 1e-30
+    assert relative_error(gate_of("gelu_tanh_mul", x), exact)[kept].max() <= GATE_BOUND
+    for kind in ("silu_mul", "gelu_mul", "gelu_tanh_mul"):
+        ends = gate_of(kind, torch.tensor([0.0, -0.0, float("inf"), 3e38, -3e38, float("nan")]))
+        assert torch.equal(ends[:5], torch.tensor([0, 0, float("inf"), 3e38, 0])), kind
+        assert ends[5].isnan()
 
 
 def test_scales_of_a_tensor_take_one_more_launch():
@@ -187,7 +214,7 @@ def test_what_is_wrong_is_named():
         (lambda: rows(x.double()), "x must be fp16, bf16 or fp32, got Double"),
         (lambda: rows(x.t()), r"x must have adjacent columns, got strides \[1, 64\]"),
         (lambda: rows(wide), f"and {MOST_COLUMNS} columns, got shape"),
-        (lambda: rows(x, "relu"), "kind must be plain, rms_norm or silu_mul, got relu"),
+        (lambda: rows(x, "relu"), "kind must be plain, rms_norm, silu_mul, .* got relu"),
         (lambda: rows(x, scale_of="block"), "token, asymmetric, static or tensor, got block"),
         (lambda: rows(x, scale_of="static"), "a scale goes with static scales alone"),
         (lambda: rows(x, scale=one), "a scale goes with static scales alone"),
@@ -196,7 +223,10 @@ def test_what_is_wrong_is_named():
         (lambda: rows(x, other=x), "plain takes no other rows"),
         (lambda: rows(x, "silu_mul", x.half()), "up must be like x"),
         (lambda: rows(x, "rms_norm", x[:1]), "residual must be like x"),
-        (lambda: rows(x, gain=x[0]), "a gain goes with rms_norm alone"),
+        (lambda: rows(x, gain=x[0]), "a gain goes with rms_norm and layer_norm alone"),
+        (lambda: rows(x, "rms_norm", bias=x[0]), "a bias goes with layer_norm alone"),
+        (lambda: rows(x, "layer_norm", bias=x), r"bias must have shape \[64\]"),
+        (lambda: rows(x, rounds=True), "plain rows are not rounded"),
         (lambda: rows(x, "rms_norm", gain=x[0, 1:]), r"gain must have shape \[64\]"),
         (lambda: rows(x, dtype=torch.uint8), "int8, or without zero points to float8_e4m3fn"),
         (lambda: rows(x, "rms_norm", dtype=torch.float8_e4m3fn), "is for plain rows"),

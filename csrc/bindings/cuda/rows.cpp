@@ -36,7 +36,13 @@ RowKind row_kind(std::string_view name) {
   if (name == "plain") return RowKind::kPlain;
   if (name == "rms_norm") return RowKind::kRmsNorm;
   if (name == "silu_mul") return RowKind::kSiluMul;
-  TORCH_CHECK_VALUE(false, "kind must be plain, rms_norm or silu_mul, got ", name);
+  if (name == "layer_norm") return RowKind::kLayerNorm;
+  if (name == "gelu_mul") return RowKind::kGeluMul;
+  if (name == "gelu_tanh_mul") return RowKind::kGeluTanhMul;
+  TORCH_CHECK_VALUE(false,
+                    "kind must be plain, rms_norm, silu_mul, layer_norm, gelu_mul or "
+                    "gelu_tanh_mul, got ",
+                    name);
 }
 
 RowCode row_code(at::ScalarType dtype, bool has_zeros) {
@@ -68,14 +74,16 @@ at::Tensor scale_of_tensor(const at::Tensor& x, RowCode code, const DeviceScope&
   return scale;
 }
 
-using Quantized = std::tuple<at::Tensor, at::Tensor, Optional, Optional>;
+// Codes, scales, zero points, x + residual, and the rows in x's type.
+using Quantized = std::tuple<at::Tensor, at::Tensor, Optional, Optional, Optional>;
 
 // scale_of: "token", "asymmetric", "static" with a scale, or "tensor", of plain rows, whose scale
 // is fp32 [] and not one of each row. shared_bytes: what a block may take of its multiprocessor, or
 // -1 for all it can have.
 Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Optional& other,
-                           const Optional& gain, double epsilon, std::string_view scale_of,
-                           const Optional& scale, at::ScalarType dtype, int64_t shared_bytes) {
+                           const Optional& gain, const Optional& bias, double epsilon,
+                           std::string_view scale_of, const Optional& scale, at::ScalarType dtype,
+                           bool rounds, int64_t shared_bytes) {
   check_rows("x", x);
   const int64_t m = x.size(0), k = x.size(1);
   const bool of_tensor = scale_of == "tensor", is_static = scale_of == "static";
@@ -97,24 +105,34 @@ Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Opt
   arguments.k = k;
   arguments.epsilon = static_cast<float>(epsilon);
   const DeviceScope scope(x);
-  Optional zeros, total;
-  require(arguments.kind == RowKind::kSiluMul ? other.has_value()
-                                              : !other || arguments.kind == RowKind::kRmsNorm,
-          kind, other ? " takes no other rows" : " needs the rows that the gate multiplies");
+  Optional zeros, total, rounded;
+  require(is_gate(arguments.kind) ? other.has_value() : !other || is_norm(arguments.kind), kind,
+          other ? " takes no other rows" : " needs the rows that the gate multiplies");
   if (other) {
-    check_like(arguments.kind == RowKind::kSiluMul ? "up" : "residual", *other, x);
+    check_like(is_gate(arguments.kind) ? "up" : "residual", *other, x);
     arguments.other = other->const_data_ptr();
     arguments.other_stride = other->stride(0);
   }
-  if (arguments.kind == RowKind::kRmsNorm && other) {
+  if (is_norm(arguments.kind) && other) {
     total = at::empty({m, k}, x.options());
     arguments.total = total->mutable_data_ptr();
   }
-  require(!gain || arguments.kind == RowKind::kRmsNorm, "a gain goes with rms_norm alone");
+  require(!gain || is_norm(arguments.kind), "a gain goes with rms_norm and layer_norm alone");
   if (gain) {
     check("gain", *gain, x.device(), {k});
     arguments.gain = gain->const_data_ptr();
     arguments.gain_type = float_type("gain", *gain);
+  }
+  require(!bias || arguments.kind == RowKind::kLayerNorm, "a bias goes with layer_norm alone");
+  if (bias) {
+    check("bias", *bias, x.device(), {k});
+    arguments.bias = bias->const_data_ptr();
+    arguments.bias_type = float_type("bias", *bias);
+  }
+  require(!rounds || arguments.kind != RowKind::kPlain, "plain rows are not rounded");
+  if (rounds) {
+    rounded = at::empty({m, k}, x.options());
+    arguments.rounded = rounded->mutable_data_ptr();
   }
   const at::Tensor codes = at::empty({m, k}, x.options().dtype(dtype));
   at::Tensor scales = at::empty({m}, x.options().dtype(at::kFloat));
@@ -133,16 +151,16 @@ Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Opt
   const int64_t most = scope.facts().shared_bytes;
   arguments.shared_bytes = static_cast<int>(shared_bytes < 0 ? most : std::min(shared_bytes, most));
   succeed(quantize_rows(arguments, scope.stream()));
-  return {codes, of_tensor ? found : scales, zeros, total};
+  return {codes, of_tensor ? found : scales, zeros, total, rounded};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(QKERNELS_LIBRARY, m) {
   m.def(
-      "quantize_rows(Tensor x, str kind, Tensor? other, Tensor? gain, float epsilon, str scale_of, "
-      "Tensor? scale, ScalarType dtype, int shared_bytes=-1) -> (Tensor, Tensor, Tensor?, "
-      "Tensor?)");
+      "quantize_rows(Tensor x, str kind, Tensor? other, Tensor? gain, Tensor? bias, "
+      "float epsilon, str scale_of, Tensor? scale, ScalarType dtype, bool rounds=False, "
+      "int shared_bytes=-1) -> (Tensor, Tensor, Tensor?, Tensor?, Tensor?)");
 }
 
 TORCH_LIBRARY_IMPL(QKERNELS_LIBRARY, QKERNELS_DISPATCH_KEY, m) {

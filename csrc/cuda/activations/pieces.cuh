@@ -204,6 +204,31 @@ QK_DEVICE float exponential(float x) {
   return ptx::mul(ptx::mul(sum, first), second);
 }
 
+// x / (1 + e^-x)
+QK_DEVICE float silu(float x) { return ptx::divide(x, ptx::add(1.0f, exponential(-x))); }
+
+// x Phi(x). With z = |x| / sqrt(2) and t = 1 / (1 + z / 2), erfc(z) = t e^(p(t) - z^2), where p was
+// fitted to it on 0 <= z <= 10. Down to e^-88 within 2^-15 of the result, above e^-8 within 2^-19.
+QK_DEVICE float gelu(float x) {
+  const float z = ptx::mul(ptx::as_float(magnitude_bits(x)), 0.70710678f);
+  const float t = ptx::divide(1.0f, ptx::fma(z, 0.5f, 1.0f));
+  float sum = 0.14805983f;
+  constexpr float kFactors[] = {-0.69787419f, 1.19684815f, -0.74962485f, -0.03616848f, -0.02213898f,
+                                0.04254839f,  0.38498244f, 0.99882513f,  -1.26545739f};
+#pragma unroll
+  for (int i = 0; i < 9; ++i) sum = ptx::fma(sum, t, kFactors[i]);
+  const float half = ptx::mul(x, 0.5f);
+  const float erfc = ptx::mul(t, exponential(ptx::fma(-half, x, sum)));
+  return x > 0 ? ptx::mul(x, ptx::fma(-0.5f, erfc, 1.0f)) : ptx::mul(half, erfc);
+}
+
+// x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + e^(-2 u)).
+QK_DEVICE float gelu_tanh(float x) {
+  const float cube = ptx::mul(ptx::mul(x, x), x);
+  const float twice = ptx::mul(ptx::fma(cube, 0.044715f, x), 1.59576912f);
+  return ptx::divide(x, ptx::add(1.0f, exponential(-twice)));
+}
+
 // x / scale, rounded as a division. Where that is sure to be right, by the product with the
 // reciprocal and what it misses (Markstein 1990), in three operations.
 class Quotient {

@@ -16,20 +16,20 @@ namespace qkernels {
 
 namespace {
 
-// Reductions: a sum of squares, and the largest numbers of both signs.
+// Reductions: a sum, one of squares, and the largest numbers of both signs.
 constexpr int kSlotBytes = 256;
-static_assert(kSlotBytes >= 3 * kReductionBytes);
+static_assert(kSlotBytes >= 4 * kReductionBytes);
 constexpr int kHeldBytes = 32;  // of a piece
 
 struct RowParameters {
-  RowsIn x, other;  // `other` of nothing begins at null
-  RowsIn gain;      // one row, or null
-  FloatType gain_type;
+  RowsIn x, other;    // `other` of nothing begins at null
+  RowsIn gain, bias;  // one row, or null
+  FloatType gain_type, bias_type;
   const float* given_scale;
   unsigned char* codes;
   float* scales;
   int32_t* zeros;
-  unsigned char* total;
+  unsigned char *total, *rounded;
   int64_t k;
   int pieces;
   int held;  // pieces in shared memory
@@ -127,6 +127,11 @@ class Coder {
   int zero_ = 0;
 };
 
+template <RowKind kKind>
+constexpr bool kIsNorm = is_norm(kKind);
+template <RowKind kKind>
+constexpr bool kIsGate = is_gate(kKind);
+
 template <class T, RowKind kKind, RowCode kCode>
 class RowBlock {
  public:
@@ -134,37 +139,51 @@ class RowBlock {
       : p_(parameters), shared_(shared), row_(blockIdx.x) {
     x_ = p_.x.first + row_ * p_.x.stride;
     other_ = p_.other.first + row_ * p_.other.stride;
-    total_ = p_.total + row_ * p_.k * kNumberBytes<T>;
   }
 
   QK_DEVICE void run() {
     Tops<Coder<kCode>::kHasZero> tops;
     tops.start();
-    uint32_t squares[1] = {0};
+    uint32_t sums[1] = {0}, squares[1] = {0};
     for_pieces([&](int index) {
       Piece piece = read(index);
       if (index < p_.held) hold(index, piece);
-      if constexpr (kKind == RowKind::kRmsNorm) {
-        if (p_.total != nullptr) store_total(index, piece);
-        float sum = ptx::as_float(squares[0]);
+      if constexpr (kIsNorm<kKind>) {
+        if (p_.total != nullptr) store(p_.total, index, piece);
+      }
+      if constexpr (kKind == RowKind::kLayerNorm) {
+        float sum = ptx::as_float(sums[0]);
 #pragma unroll
-        for (int i = 0; i < kPieceNumbers; ++i)
-          sum = ptx::fma(piece.values[i], piece.values[i], sum);
-        squares[0] = ptx::as_bits(sum);
+        for (int i = 0; i < kPieceNumbers; ++i) sum = ptx::add(sum, piece.values[i]);
+        sums[0] = ptx::as_bits(sum);
+      } else if constexpr (kKind == RowKind::kRmsNorm) {
+        add_squares(squares, piece);
       } else {
         take(tops, piece);
       }
     });
-    if constexpr (kKind == RowKind::kRmsNorm) {
-      reduce(squares, shared_, Sum());
-      const float mean = ptx::divide(ptx::as_float(squares[0]), static_cast<float>(p_.k));
-      factor_ = ptx::divide(1.0f, ptx::sqrt(ptx::add(mean, p_.epsilon)));
+    const auto k = static_cast<float>(p_.k);
+    if constexpr (kKind == RowKind::kLayerNorm) {
+      reduce(sums, shared_, Sum());
+      mean_ = ptx::divide(ptx::as_float(sums[0]), k);
+      for_pieces([&](int index) { add_squares(squares, centered(index)); });
+    }
+    if constexpr (kIsNorm<kKind>) {
+      reduce(squares, shared_ + kReductionBytes, Sum());
+      const float mean_square = ptx::divide(ptx::as_float(squares[0]), k);
+      factor_ = ptx::divide(1.0f, ptx::sqrt(ptx::add(mean_square, p_.epsilon)));
       for_pieces([&](int index) { take(tops, final_piece(index)); });
     }
-    reduce(tops.words, shared_ + kReductionBytes, Largest());
+    reduce(tops.words, shared_ + 2 * kReductionBytes, Largest());
     Coder<kCode> coder;
     coder.start(tops, p_.given_scale);
-    for_pieces([&](int index) { store_codes(index, final_piece(index), coder); });
+    for_pieces([&](int index) {
+      Piece piece = final_piece(index);
+      if constexpr (kKind != RowKind::kPlain) {
+        if (p_.rounded != nullptr) store(p_.rounded, index, piece);
+      }
+      store_codes(index, piece, coder);
+    });
     if (threadIdx.x != 0) return;
     ptx::store_global<float>(p_.scales + row_, coder.scale());
     if constexpr (Coder<kCode>::kHasZero) {
@@ -188,12 +207,25 @@ class RowBlock {
     for (int i = 0; i < kPieceNumbers; ++i) tops.take(piece.values[i]);
   }
 
+  static QK_DEVICE void add_squares(uint32_t (&squares)[1], const Piece& piece) {
+    float sum = ptx::as_float(squares[0]);
+#pragma unroll
+    for (int i = 0; i < kPieceNumbers; ++i) sum = ptx::fma(piece.values[i], piece.values[i], sum);
+    squares[0] = ptx::as_bits(sum);
+  }
+
+  static QK_DEVICE float gate(float x) {
+    if constexpr (kKind == RowKind::kGeluMul) return gelu(x);
+    if constexpr (kKind == RowKind::kGeluTanhMul) return gelu_tanh(x);
+    return silu(x);
+  }
+
   // From global memory: x, x + residual as rounded, or the product with the gate.
   QK_DEVICE Piece read(int index) {
     const int64_t column = column_of(index);
     Piece piece;
     piece.load<T>(x_, p_.x.aligned, column, p_.k);
-    if constexpr (kKind == RowKind::kRmsNorm) {
+    if constexpr (kIsNorm<kKind>) {
       if (p_.total != nullptr) {
         Piece residual;
         residual.load<T>(other_, p_.other.aligned, column, p_.k);
@@ -203,14 +235,14 @@ class RowBlock {
         }
         if constexpr (kNumberBytes<T> == 2) piece.round<T>();
       }
-    } else if constexpr (kKind == RowKind::kSiluMul) {
+    } else if constexpr (kIsGate<kKind>) {
       Piece up;
       up.load<T>(other_, p_.other.aligned, column, p_.k);
 #pragma unroll
       for (int i = 0; i < kPieceNumbers; ++i) {
-        const float below = ptx::add(1.0f, exponential(-piece.values[i]));
-        piece.values[i] = ptx::mul(ptx::divide(piece.values[i], below), up.values[i]);
+        piece.values[i] = ptx::mul(gate(piece.values[i]), up.values[i]);
       }
+      round_if_asked(piece);
     }
     return piece;
   }
@@ -224,12 +256,20 @@ class RowBlock {
     ptx::store_shared<uint4>(held_at(index, 1), piece.half(1));
   }
 
-  QK_DEVICE void store_total(int index, Piece& piece) {
-    piece.store_rounded<T>(total_, p_.whole, column_of(index), p_.k);
+  // Into rows [m][k].
+  QK_DEVICE void store(unsigned char* rows, int index, Piece& piece) {
+    unsigned char* row = rows + row_ * p_.k * kNumberBytes<T>;
+    piece.store_rounded<T>(row, p_.whole, column_of(index), p_.k);
   }
 
-  // What is quantized.
-  QK_DEVICE Piece final_piece(int index) {
+  QK_DEVICE void round_if_asked(Piece& piece) {
+    if constexpr (kNumberBytes<T> == 2) {
+      if (p_.rounded != nullptr) piece.round<T>();
+    }
+  }
+
+  // What `read` has given.
+  QK_DEVICE Piece kept(int index) {
     Piece piece;
     if (index < p_.held) {
       piece.set_half(0, ptx::load_shared<uint4>(held_at(index, 0)));
@@ -237,31 +277,66 @@ class RowBlock {
     } else {
       piece = read(index);
     }
-    if constexpr (kKind == RowKind::kRmsNorm) {
+    return piece;
+  }
+
+  // Without the mean of the row, and zeros behind it.
+  QK_DEVICE Piece centered(int index) {
+    Piece piece = kept(index);
+    const int64_t left = p_.k - column_of(index);
+#pragma unroll
+    for (int i = 0; i < kPieceNumbers; ++i) {
+      piece.values[i] = i < left ? ptx::add(piece.values[i], -mean_) : 0.0f;
+    }
+    return piece;
+  }
+
+  // What is quantized.
+  QK_DEVICE Piece final_piece(int index) {
+    Piece piece;
+    if constexpr (kKind == RowKind::kLayerNorm) {
+      piece = centered(index);
+    } else {
+      piece = kept(index);
+    }
+    if constexpr (kIsNorm<kKind>) {
+      const int64_t column = column_of(index);
 #pragma unroll
       for (int i = 0; i < kPieceNumbers; ++i) {
         piece.values[i] = ptx::mul(piece.values[i], factor_);
       }
       if (p_.gain.first != nullptr) {
-        const Piece gain = load_gain(column_of(index));
+        const Piece gain = load_vector(p_.gain, p_.gain_type, column);
 #pragma unroll
         for (int i = 0; i < kPieceNumbers; ++i) {
           piece.values[i] = ptx::mul(piece.values[i], gain.values[i]);
         }
       }
+      if constexpr (kKind == RowKind::kLayerNorm) {
+        if (p_.bias.first != nullptr) {
+          const Piece bias = load_vector(p_.bias, p_.bias_type, column);
+#pragma unroll
+          for (int i = 0; i < kPieceNumbers; ++i) {
+            piece.values[i] = ptx::add(piece.values[i], bias.values[i]);
+          }
+        }
+      }
+      round_if_asked(piece);
     }
     return piece;
   }
 
-  QK_DEVICE Piece load_gain(int64_t column) const {
-    Piece gain;
-    const RowsIn& from = p_.gain;
-    switch (p_.gain_type) {
-      case FloatType::kHalf: gain.load<Half>(from.first, from.aligned, column, p_.k); break;
-      case FloatType::kBfloat16: gain.load<Bfloat16>(from.first, from.aligned, column, p_.k); break;
-      case FloatType::kFloat: gain.load<Single>(from.first, from.aligned, column, p_.k); break;
+  // Of [k] numbers, zero behind them.
+  QK_DEVICE Piece load_vector(const RowsIn& from, FloatType type, int64_t column) const {
+    Piece piece;
+    switch (type) {
+      case FloatType::kHalf: piece.load<Half>(from.first, from.aligned, column, p_.k); break;
+      case FloatType::kBfloat16:
+        piece.load<Bfloat16>(from.first, from.aligned, column, p_.k);
+        break;
+      case FloatType::kFloat: piece.load<Single>(from.first, from.aligned, column, p_.k); break;
     }
-    return gain;
+    return piece;
   }
 
   QK_DEVICE void store_codes(int index, const Piece& piece, const Coder<kCode>& coder) {
@@ -292,8 +367,7 @@ class RowBlock {
   const ptx::Shared shared_;
   const int64_t row_;
   const unsigned char *x_, *other_;
-  unsigned char* total_;
-  float factor_ = 1.0f;
+  float mean_ = 0.0f, factor_ = 1.0f;
 };
 
 template <class T, RowKind kKind, RowCode kCode>
@@ -389,6 +463,9 @@ const char* start(const RowParameters& p, const RowArguments& arguments, Stream 
     case RowKind::kPlain: return start<T, RowKind::kPlain>(p, arguments, stream);
     case RowKind::kRmsNorm: return start<T, RowKind::kRmsNorm>(p, arguments, stream);
     case RowKind::kSiluMul: return start<T, RowKind::kSiluMul>(p, arguments, stream);
+    case RowKind::kLayerNorm: return start<T, RowKind::kLayerNorm>(p, arguments, stream);
+    case RowKind::kGeluMul: return start<T, RowKind::kGeluMul>(p, arguments, stream);
+    case RowKind::kGeluTanhMul: return start<T, RowKind::kGeluTanhMul>(p, arguments, stream);
   }
   return "no such kind of rows";
 }
@@ -413,11 +490,14 @@ const char* quantize_rows(const RowArguments& arguments, Stream stream) {
   p.other = rows_in(arguments.other, arguments.other_stride, m, arguments.type);
   p.gain = rows_in(arguments.gain, 0, 1, arguments.gain_type);
   p.gain_type = arguments.gain_type;
+  p.bias = rows_in(arguments.bias, 0, 1, arguments.bias_type);
+  p.bias_type = arguments.bias_type;
   p.given_scale = arguments.given_scale;
   p.codes = static_cast<unsigned char*>(arguments.codes);
   p.scales = arguments.scales;
   p.zeros = arguments.zeros;
   p.total = static_cast<unsigned char*>(arguments.total);
+  p.rounded = static_cast<unsigned char*>(arguments.rounded);
   p.k = k;
   p.pieces = static_cast<int>(ceil_div(k, kPieceNumbers));
   p.held = std::clamp((arguments.shared_bytes - kSlotBytes) / kHeldBytes, 0, p.pieces);

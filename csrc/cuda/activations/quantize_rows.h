@@ -10,8 +10,16 @@
 
 namespace qkernels {
 
-// What is quantized: x; x (+ residual) over its root mean square, times a gain; silu(x) * up.
-enum class RowKind : int { kPlain, kRmsNorm, kSiluMul };
+// What is quantized: x; x (+ residual) over its root mean square, times a gain; silu(x) * up;
+// x (+ residual) without its mean, over its standard deviation, times a gain, and a bias;
+// gelu(x) * up, of the error function or of tanh.
+enum class RowKind : int { kPlain, kRmsNorm, kSiluMul, kLayerNorm, kGeluMul, kGeluTanhMul };
+
+constexpr bool is_norm(RowKind kind) {
+  return kind == RowKind::kRmsNorm || kind == RowKind::kLayerNorm;
+}
+
+constexpr bool is_gate(RowKind kind) { return kind != RowKind::kPlain && !is_norm(kind); }
 
 // int8 of -127..127, int8 of -128..127 with a zero point, or fp8 E4M3.
 enum class RowCode : int { kInt8, kInt8WithZero, kFp8E4M3 };
@@ -25,14 +33,17 @@ struct RowArguments {
   const void* other;  // the same: the residual, or null; what the gate multiplies
   int64_t other_stride;
   const void* gain;          // [k] of gain_type, or null
+  const void* bias;          // [k] of bias_type, or null
   const float* given_scale;  // of all rows, or null for one of each
   void* codes;               // [m, k], a byte each
   float* scales;             // [m]
   int32_t* zeros;            // [m] of kInt8WithZero, else null
   void* total;               // [m, k] of `type`: x + residual; null where there is none
+  // [m, k] of `type`: the rows, which are then quantized as rounded; or null, as for plain ones.
+  void* rounded;
   int64_t m, k;
-  float epsilon;  // of the root mean square
-  FloatType type, gain_type;
+  float epsilon;  // of norms
+  FloatType type, gain_type, bias_type;
   RowKind kind;
   RowCode code;
   int shared_bytes;  // that a block can have
