@@ -4,6 +4,8 @@ from qkernels import errors, functional
 from qkernels.activations import (
     QuantizedActivation,
     add_rms_norm_quantize,
+    gelu_mul_quantize,
+    layer_norm_quantize,
     quantize_activation,
     quantize_per_tensor,
     quantize_per_token,
@@ -55,6 +57,8 @@ __all__ = [
     "explain",
     "functional",
     "fuse",
+    "gelu_mul_quantize",
+    "layer_norm_quantize",
     "linear",
     "linear_grouped",
     "load_model",

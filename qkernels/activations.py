@@ -8,28 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkernels import reference
-from qkernels.backends.rows import QuantizedRows, RowInputs, RowProblem
+from qkernels.backends.rows import QuantizedRows, RowInputs
 from qkernels.errors import WeightError
 from qkernels.ops import X_DTYPES
-from qkernels.scheme import largest_number
-from qkernels.select import select_rows
+from qkernels.select import make_row_problem, select_rows
 
 _library = torch.library.Library("qkernels", "FRAGMENT")
 _library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
 _library.define("quantize_per_token_asymmetric(Tensor x) -> (Tensor, Tensor, Tensor)")
 _library.define("quantize_per_tensor(Tensor x, Tensor? scale) -> (Tensor, Tensor)")
-_library.define("rms_norm_quantize(Tensor x, Tensor? gain, float epsilon) -> (Tensor, Tensor)")
-_library.define(
-    "add_rms_norm_quantize(Tensor x, Tensor residual, Tensor? gain, float epsilon) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_library.define("silu_mul_quantize(Tensor gate, Tensor up) -> (Tensor, Tensor)")
+_FUSED = {
+    "rms_norm_quantize": ("Tensor x, Tensor? gain, float epsilon", 2),
+    "add_rms_norm_quantize": ("Tensor x, Tensor residual, Tensor? gain, float epsilon", 3),
+    "layer_norm_quantize": ("Tensor x, Tensor? gain, Tensor? bias, float epsilon", 2),
+    "silu_mul_quantize": ("Tensor gate, Tensor up", 2),
+    "gelu_mul_quantize": ("Tensor gate, Tensor up, str approximate", 2),
+}
+"""What they take, and how many tensors they give. NAME_rounded gives one more, the rows in x's
+type, of which the other results are then made."""
+
+for _name, (_takes, _gives) in _FUSED.items():
+    _library.define(f"{_name}({_takes}) -> ({', '.join(['Tensor'] * _gives)})")
+    _library.define(f"{_name}_rounded({_takes}) -> ({', '.join(['Tensor'] * (_gives + 1))})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,7 @@ class QuantizedActivation:
         static_scale: fp32 [], what `scale` is for all rows but those with NaN or infinity, which
             have NaN; None where each token has its own.
         static_zero: int32 [], or None where there is no zero point.
+        rounded: [..., K] of `dtype`, what was quantized, where that was asked for.
     """
 
     values: Tensor
@@ -53,6 +60,7 @@ class QuantizedActivation:
     dtype: torch.dtype
     static_scale: Tensor | None = None
     static_zero: Tensor | None = None
+    rounded: Tensor | None = None
 
 
 def _check(x: Tensor, name: str = "x") -> None:
@@ -71,12 +79,21 @@ def _check_same(x: Tensor, other: Tensor, name: str) -> None:
         )
 
 
-def _check_gain(x: Tensor, gain: Tensor | None) -> None:
-    if gain is not None and (gain.shape != x.shape[-1:] or gain.dtype not in X_DTYPES):
+def _check_vector(x: Tensor, vector: Tensor | None, name: str) -> None:
+    if vector is not None and (vector.shape != x.shape[-1:] or vector.dtype not in X_DTYPES):
         raise WeightError(
-            f"gain must be {[x.shape[-1]]} of fp16, bf16 or fp32, got {gain.dtype} "
-            f"{list(gain.shape)}"
+            f"{name} must be {[x.shape[-1]]} of fp16, bf16 or fp32, got {vector.dtype} "
+            f"{list(vector.shape)}"
         )
+
+
+_GELUS = {"none": "gelu_mul", "tanh": "gelu_tanh_mul"}
+
+
+def _check_gelu(gate: Tensor, up: Tensor, approximate: str) -> None:
+    _check_same(gate, up, "up")
+    if approximate not in _GELUS:
+        raise WeightError(f"approximate must be one of {', '.join(_GELUS)}, got {approximate!r}")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -84,15 +101,22 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _quantize(
-    x: Tensor, kind: str = "plain", scale_of: str = "token", **more: Any
+    x: Tensor, kind: str = "plain", scale_of: str = "token", rounds: bool = False, **more: Any
 ) -> QuantizedRows:
     """Rows of x [..., K] by the row kernel that is chosen for them; `more` as in `RowInputs`."""
-    problem = RowProblem(kind, scale_of, x.dtype, x.device.type)
+    problem = make_row_problem(kind, scale_of, x, rounds)
     return select_rows(problem).run(problem, RowInputs(x=_rows(x), **more))
 
 
 def _shaped(x: Tensor, rows: QuantizedRows) -> tuple[Tensor, Tensor]:
     return rows.values.view(x.shape), rows.scale.view(*x.shape[:-1], 1)
+
+
+def _fused(x: Tensor, kind: str, rounds: bool, **more: Any) -> tuple[Tensor, ...]:
+    """int8, scales, x + residual where there is one, and rounded rows where they are asked for."""
+    rows = _quantize(x, kind, rounds=rounds, **more)
+    others = (t.view(x.shape) for t in (rows.total, rows.rounded) if t is not None)
+    return *_shaped(x, rows), *others
 
 
 def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,30 +136,47 @@ def _quantize_per_tensor(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tenso
     if scale is not None and (scale.dim() or scale.dtype != torch.float32):
         raise WeightError(f"scale must be float32 [], got {scale.dtype} {list(scale.shape)}")
     if scale is None:
-        scale = reference.tensor_scale(x, largest_number(torch.int8))
+        rows = _quantize(x, scale_of="tensor")
+        return rows.values.view(x.shape), rows.scale
     rows = _quantize(x, scale_of="static", scale=scale)
     return rows.values.view(x.shape), scale.clone()
 
 
-def _rms_norm_quantize(x: Tensor, gain: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+def _rms_norm_quantize(
+    x: Tensor, gain: Tensor | None, epsilon: float, rounds: bool = False
+) -> tuple[Tensor, ...]:
     _check(x)
-    _check_gain(x, gain)
-    return _shaped(x, _quantize(x, "rms_norm", gain=gain, epsilon=epsilon))
+    _check_vector(x, gain, "gain")
+    return _fused(x, "rms_norm", rounds, gain=gain, epsilon=epsilon)
 
 
 def _add_rms_norm_quantize(
-    x: Tensor, residual: Tensor, gain: Tensor | None, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, gain: Tensor | None, epsilon: float, rounds: bool = False
+) -> tuple[Tensor, ...]:
     _check_same(x, residual, "residual")
-    _check_gain(x, gain)
-    rows = _quantize(x, "rms_norm", other=_rows(residual), gain=gain, epsilon=epsilon)
-    assert rows.total is not None
-    return *_shaped(x, rows), rows.total.view(x.shape)
+    _check_vector(x, gain, "gain")
+    return _fused(x, "rms_norm", rounds, other=_rows(residual), gain=gain, epsilon=epsilon)
 
 
-def _silu_mul_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _layer_norm_quantize(
+    x: Tensor, gain: Tensor | None, bias: Tensor | None, epsilon: float, rounds: bool = False
+) -> tuple[Tensor, ...]:
+    _check(x)
+    _check_vector(x, gain, "gain")
+    _check_vector(x, bias, "bias")
+    return _fused(x, "layer_norm", rounds, gain=gain, bias=bias, epsilon=epsilon)
+
+
+def _silu_mul_quantize(gate: Tensor, up: Tensor, rounds: bool = False) -> tuple[Tensor, ...]:
     _check_same(gate, up, "up")
-    return _shaped(gate, _quantize(gate, "silu_mul", other=_rows(up)))
+    return _fused(gate, "silu_mul", rounds, other=_rows(up))
+
+
+def _gelu_mul_quantize(
+    gate: Tensor, up: Tensor, approximate: str, rounds: bool = False
+) -> tuple[Tensor, ...]:
+    _check_gelu(gate, up, approximate)
+    return _fused(gate, _GELUS[approximate], rounds, other=_rows(up))
 
 
 def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,23 +201,46 @@ def _tensor_fake(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return _empty(x)[0], x.new_empty((), dtype=torch.float32)
 
 
-def _rms_norm_fake(x: Tensor, gain: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+def _fused_fake(x: Tensor, rounds: bool, adds: bool = False) -> tuple[Tensor, ...]:
+    others = (x.new_empty(x.shape) for asked in (adds, rounds) if asked)
+    return *_empty(x), *others
+
+
+def _rms_norm_fake(
+    x: Tensor, gain: Tensor | None, epsilon: float, rounds: bool = False
+) -> tuple[Tensor, ...]:
     _check(x)
-    _check_gain(x, gain)
-    return _empty(x)
+    _check_vector(x, gain, "gain")
+    return _fused_fake(x, rounds)
 
 
 def _add_rms_norm_fake(
-    x: Tensor, residual: Tensor, gain: Tensor | None, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, gain: Tensor | None, epsilon: float, rounds: bool = False
+) -> tuple[Tensor, ...]:
     _check_same(x, residual, "residual")
-    _check_gain(x, gain)
-    return *_empty(x), x.new_empty(x.shape)
+    _check_vector(x, gain, "gain")
+    return _fused_fake(x, rounds, adds=True)
 
 
-def _silu_mul_fake(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _layer_norm_fake(
+    x: Tensor, gain: Tensor | None, bias: Tensor | None, epsilon: float, rounds: bool = False
+) -> tuple[Tensor, ...]:
+    _check(x)
+    _check_vector(x, gain, "gain")
+    _check_vector(x, bias, "bias")
+    return _fused_fake(x, rounds)
+
+
+def _silu_mul_fake(gate: Tensor, up: Tensor, rounds: bool = False) -> tuple[Tensor, ...]:
     _check_same(gate, up, "up")
-    return _empty(gate)
+    return _fused_fake(gate, rounds)
+
+
+def _gelu_mul_fake(
+    gate: Tensor, up: Tensor, approximate: str, rounds: bool = False
+) -> tuple[Tensor, ...]:
+    _check_gelu(gate, up, approximate)
+    return _fused_fake(gate, rounds)
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -185,13 +249,27 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize_per_tensor": (_quantize_per_tensor, _tensor_fake),
     "rms_norm_quantize": (_rms_norm_quantize, _rms_norm_fake),
     "add_rms_norm_quantize": (_add_rms_norm_quantize, _add_rms_norm_fake),
+    "layer_norm_quantize": (_layer_norm_quantize, _layer_norm_fake),
     "silu_mul_quantize": (_silu_mul_quantize, _silu_mul_fake),
+    "gelu_mul_quantize": (_gelu_mul_quantize, _gelu_mul_fake),
+}
+_IMPLEMENTATIONS |= {
+    f"{name}_rounded": (partial(run, rounds=True), partial(fake, rounds=True))
+    for name, (run, fake) in _IMPLEMENTATIONS.items()
+    if name in _FUSED
 }
 
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _implementation, _key)
     torch.library.register_fake(f"qkernels::{_name}", _fake, lib=_library)
+
+
+def _call(name: str, rounded: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    """What an operator gives; rounded rows or None at the end."""
+    if rounded:
+        return getattr(torch.ops.qkernels, f"{name}_rounded")(*arguments)
+    return *getattr(torch.ops.qkernels, name)(*arguments), None
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,31 +319,78 @@ def quantize_activation(x: Tensor) -> QuantizedActivation:
     return QuantizedActivation(quantized, scale, x.dtype)
 
 
-def rms_norm_quantize(x: Tensor, gain: Tensor | None, epsilon: float = 1e-6) -> QuantizedActivation:
+def rms_norm_quantize(
+    x: Tensor, gain: Tensor | None, epsilon: float = 1e-6, *, rounded: bool = False
+) -> QuantizedActivation:
     """x / sqrt(mean(x^2) + epsilon) * gain, computed in fp32 and quantized per token in one pass.
 
     Args:
         x: [..., K], fp16, bf16 or fp32.
         gain: [K] of such a type, or None.
+        rounded: whether to give it in x's type too, and quantize it as rounded.
     """
-    quantized, scale = torch.ops.qkernels.rms_norm_quantize(x, gain, epsilon)
-    return QuantizedActivation(quantized, scale, x.dtype)
+    values, scale, y = _call("rms_norm_quantize", rounded, x, gain, epsilon)
+    return QuantizedActivation(values, scale, x.dtype, rounded=y)
 
 
 def add_rms_norm_quantize(
-    x: Tensor, residual: Tensor, gain: Tensor | None, epsilon: float = 1e-6
+    x: Tensor,
+    residual: Tensor,
+    gain: Tensor | None,
+    epsilon: float = 1e-6,
+    *,
+    rounded: bool = False,
 ) -> tuple[QuantizedActivation, Tensor]:
     """`rms_norm_quantize` of x + residual, and that sum, rounded to their type."""
-    operator = torch.ops.qkernels.add_rms_norm_quantize
-    quantized, scale, total = operator(x, residual, gain, epsilon)
-    return QuantizedActivation(quantized, scale, x.dtype), total
+    values, scale, total, y = _call(
+        *("add_rms_norm_quantize", rounded, x, residual, gain, epsilon),
+    )
+    return QuantizedActivation(values, scale, x.dtype, rounded=y), total
 
 
-def silu_mul_quantize(gate: Tensor, up: Tensor) -> QuantizedActivation:
+def layer_norm_quantize(
+    x: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float = 1e-5,
+    *,
+    rounded: bool = False,
+) -> QuantizedActivation:
+    """(x - mean(x)) / sqrt(var(x) + epsilon) * gain + bias, computed in fp32 and quantized per
+    token in one pass; the variance is that of the row, not an estimate from it.
+
+    Args:
+        x: [..., K], fp16, bf16 or fp32.
+        gain, bias: [K] of such a type, or None.
+        rounded: as in `rms_norm_quantize`.
+    """
+    values, scale, y = _call("layer_norm_quantize", rounded, x, gain, bias, epsilon)
+    return QuantizedActivation(values, scale, x.dtype, rounded=y)
+
+
+def silu_mul_quantize(gate: Tensor, up: Tensor, *, rounded: bool = False) -> QuantizedActivation:
     """silu(gate) * up, computed in fp32 and quantized per token in one pass.
 
     Args:
         gate, up: [..., K] of one type, fp16, bf16 or fp32.
+        rounded: as in `rms_norm_quantize`.
     """
-    quantized, scale = torch.ops.qkernels.silu_mul_quantize(gate, up)
-    return QuantizedActivation(quantized, scale, gate.dtype)
+    values, scale, y = _call("silu_mul_quantize", rounded, gate, up)
+    return QuantizedActivation(values, scale, gate.dtype, rounded=y)
+
+
+def gelu_mul_quantize(
+    gate: Tensor, up: Tensor, approximate: str = "none", *, rounded: bool = False
+) -> QuantizedActivation:
+    """gelu(gate) * up, computed in fp32 and quantized per token in one pass.
+
+    Args:
+        gate, up: [..., K] of one type, fp16, bf16 or fp32.
+        approximate: "none" for gate * Phi(gate), or "tanh", as in `torch.nn.functional.gelu`.
+        rounded: as in `rms_norm_quantize`.
+
+    Raises:
+        WeightError: for another approximation.
+    """
+    values, scale, y = _call("gelu_mul_quantize", rounded, gate, up, approximate)
+    return QuantizedActivation(values, scale, gate.dtype, rounded=y)

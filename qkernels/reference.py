@@ -225,6 +225,28 @@ def rms_norm(
     return (values if gain is None else values * gain.float()), total
 
 
+def layer_norm(
+    x: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x (+ residual) without its mean, over its standard deviation, times `gain` [K], and `bias`
+    [K]: fp32 [M, K], and the sum as `rms_norm` gives it."""
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    values = total.float()
+    values = values - values.mean(dim=-1, keepdim=True)
+    values = values * (1 / (values.square().mean(dim=-1, keepdim=True) + epsilon).sqrt())
+    values = values if gain is None else values * gain.float()
+    return (values if bias is None else values + bias.float()), total
+
+
+def gelu_mul(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
+    """gelu(gate) * up, with the error function ("none") or with "tanh": fp32 [M, K]."""
+    return torch.nn.functional.gelu(gate.float(), approximate=approximate) * up.float()
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """gate / (1 + exp(-gate)) * up: fp32 [M, K]."""
     return torch.nn.functional.silu(gate.float()) * up.float()

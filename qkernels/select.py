@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from qkernels import compiled
 from qkernels.backends import cpu as cpu_backend
@@ -33,11 +34,13 @@ KERNELS: list[Kernel] = [
 """In order of priority. Whoever changes it calls `forget_choices`."""
 
 ROW_KERNELS: list[RowKernel] = [
+    *cuda_backend.ROW_KERNELS,
     *triton_backend.ROW_KERNELS,
     *cpu_backend.ROW_KERNELS,
     *reference_backend.ROW_KERNELS,
+    *cuda_backend.EMULATED_ROW_KERNELS,
 ]
-"""The kernels that quantize rows of x, in order of priority; the last one refuses nothing."""
+"""The kernels that quantize rows of x, in order of priority; the reference refuses nothing."""
 
 
 def backends() -> tuple[str, ...]:
@@ -154,6 +157,11 @@ def select_grad_input(problem: Problem, backend: str | None = None) -> Kernel | 
 def select_rows(problem: RowProblem) -> RowKernel:
     """The first row kernel, in order, that can run `problem`."""
     return next(kernel for kernel in ROW_KERNELS if kernel.refusal(problem) is None)
+
+
+def make_row_problem(kind: str, scale_of: str, x: Tensor, rounds: bool = False) -> RowProblem:
+    """A `RowProblem` of x, for the GPU that it is on."""
+    return RowProblem(kind, scale_of, x.dtype, x.device.type, rounds, _capability(x.device))
 
 
 def layout_for(

@@ -5,6 +5,9 @@ import torch
 FROBENIUS_BOUND = {torch.float16: 2**-10, torch.bfloat16: 2**-7.5, torch.float32: 2**-20}
 """|y - exact| / |y| of a kernel against the float64 product with the same dequantized weight."""
 
+GATE_BOUND = 2**-15
+"""|difference| / |exact| of gelu in fp32, down to e^-88: what rounding leaves of e^(-x^2 / 2)."""
+
 DENSE_FACTOR = 2.0
 """How much larger that error may be than that of a dense product of the same dtype."""
 FOREIGN_LOGITS = 2**-6.5

@@ -7,6 +7,7 @@ import qkernels as qk
 from qkernels import reference
 from qkernels.backends import cpu
 from qkernels.errors import WeightError
+from tests.bounds import FROBENIUS_BOUND
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = ((1, 1), (3, 16), (5, 100), (2, 4099))
@@ -95,11 +96,40 @@ def test_fused_forms_are_their_references(dtype):
         values, want = reference.rms_norm(rows, factor, 1e-6, others)
         assert total.shape == x.shape and torch.equal(total.flatten(0, 1), want)
         close(got, values)
+        for bias in (None, gain.float()):
+            got = qk.layer_norm_quantize(x, factor, bias)
+            close(got, reference.layer_norm(rows, factor, bias, 1e-5)[0])
+    for form in ("none", "tanh"):
+        close(qk.gelu_mul_quantize(x, other, form), reference.gelu_mul(rows, others, form))
     got = qk.silu_mul_quantize(x, other)
     close(got, reference.silu_mul(rows, others))
     assert got.dtype == dtype and got.values.shape == x.shape and got.scale.shape == (2, 3, 1)
     strided = torch.stack([x, other], dim=-1)
     assert torch.equal(qk.silu_mul_quantize(strided[..., 0], strided[..., 1]).values, got.values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_was_quantized_is_given_too(dtype):
+    x, other = torch.randn(2, 2, 3, 300).to(dtype)
+    gain, bias = torch.rand(2, 300).to(dtype)
+    F = torch.nn.functional
+    for got, want in (
+        (qk.rms_norm_quantize(x, gain, rounded=True), F.rms_norm(x, (300,), gain, 1e-6)),
+        (qk.layer_norm_quantize(x, gain, bias, rounded=True), F.layer_norm(x, (300,), gain, bias)),
+        (qk.silu_mul_quantize(x, other, rounded=True), F.silu(x) * other),
+        (qk.gelu_mul_quantize(x, other, rounded=True), F.gelu(x) * other),
+        (
+            qk.gelu_mul_quantize(x, other, "tanh", rounded=True),
+            F.gelu(x, approximate="tanh") * other,
+        ),
+    ):
+        assert got.rounded.dtype == dtype and got.rounded.shape == x.shape
+        assert int8_of(got.rounded, got.values, got.scale)
+        error = (got.rounded.double() - want.double()).norm() / want.double().norm()
+        assert error <= 2 * FROBENIUS_BOUND[dtype]
+    got, total = qk.add_rms_norm_quantize(x, other, gain, rounded=True)
+    assert torch.equal(total, x + other) and int8_of(got.rounded, got.values, got.scale)
+    assert qk.rms_norm_quantize(x, gain).rounded is None
 
 
 def test_the_exponential_holds_over_its_whole_range():
@@ -161,6 +191,8 @@ def test_wrong_input_is_named():
         (lambda: qk.rms_norm_quantize(x, torch.ones(3)), r"gain must be \[64\]"),
         (lambda: qk.add_rms_norm_quantize(x, x[:1], None), "residual must be like x"),
         (lambda: qk.silu_mul_quantize(x, x.half()), "up must be like x"),
+        (lambda: qk.layer_norm_quantize(x, None, torch.ones(3)), r"bias must be \[64\]"),
+        (lambda: qk.gelu_mul_quantize(x, x, "sigmoid"), "one of none, tanh, got 'sigmoid'"),
     ):
         with pytest.raises(WeightError, match=message):
             call()

@@ -57,9 +57,15 @@ def test_opcheck_of_activations(device):
     for given in (None, scale):
         opcheck(ops.quantize_per_tensor, (x, given), test_utils=TESTS)
     for factor in (None, gain):
-        opcheck(ops.rms_norm_quantize, (x, factor, 1e-5), test_utils=TESTS)
-        opcheck(ops.add_rms_norm_quantize, (x, other, factor, 1e-5), test_utils=TESTS)
-    opcheck(ops.silu_mul_quantize, (x, other), test_utils=TESTS)
+        for rounded in ("", "_rounded"):
+            for name, arguments in (
+                ("rms_norm_quantize", (x, factor, 1e-5)),
+                ("add_rms_norm_quantize", (x, other, factor, 1e-5)),
+                ("layer_norm_quantize", (x, factor, factor, 1e-5)),
+                ("silu_mul_quantize", (x, other)),
+                ("gelu_mul_quantize", (x, other, "tanh")),
+            ):
+                opcheck(getattr(ops, name + rounded), arguments, test_utils=TESTS)
 
 
 def test_spec_spells_itself():

@@ -147,6 +147,51 @@ QK_DEVICE int known_once(int value) {
   return value;
 }
 
+// --- fp32 numbers: one rounding to nearest even an operation, never two contracted to one
+
+QK_DEVICE float add(float a, float b) {
+  float d;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+QK_DEVICE float mul(float a, float b) {
+  float d;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+QK_DEVICE float fma(float a, float b, float c) {
+  float d;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+  return d;
+}
+
+QK_DEVICE float divide(float a, float b) {
+  float d;
+  asm("div.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+QK_DEVICE float sqrt(float a) {
+  float d;
+  asm("sqrt.rn.f32 %0, %1;" : "=f"(d) : "f"(a));
+  return d;
+}
+
+// Where one of them is NaN, the other one.
+QK_DEVICE float min(float a, float b) {
+  float d;
+  asm("min.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+QK_DEVICE float max(float a, float b) {
+  float d;
+  asm("max.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
 // --- Shared memory
 
 // An address in shared memory, of 32 bits: a pointer takes two registers, and each access with it
@@ -345,6 +390,13 @@ QK_DEVICE void prefetch(const void* address, uint32_t bytes QK_AND_SITE) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
 #endif
+}
+
+// --- Words that lanes exchange: called by all 32 lanes of a warp together
+
+// `value` of lane ^ mask.
+QK_DEVICE uint32_t shuffle_xor(uint32_t value, int mask QK_AND_SITE) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
 // --- Bounds

@@ -102,4 +102,15 @@ void transpose_matrix(void* const* operands_of_lanes) {
   }
 }
 
+void shuffle(void* const* operands_of_lanes) {
+  uint32_t values[32];
+  for (int lane = 0; lane < 32; ++lane) {
+    values[lane] = static_cast<const ShuffleOperands*>(operands_of_lanes[lane])->value;
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& operands = *static_cast<ShuffleOperands*>(operands_of_lanes[lane]);
+    operands.value = values[lane ^ operands.mask];
+  }
+}
+
 }  // namespace qkernels::emulator

@@ -22,6 +22,11 @@ struct MovmatrixOperands {
   uint32_t a;
 };
 
+struct ShuffleOperands {
+  uint32_t value;
+  int mask;
+};
+
 // c [16, 8] += a [16, 16] @ b [16, 8]: each product is exact in fp32, and they are added to c one
 // by one in the order of k, in fp32. (Tensor cores add in an order of their own, with other
 // roundings.)
@@ -33,5 +38,8 @@ void load_matrices(void* const* operands_of_lanes);
 
 // The transpose of an 8x8 matrix, of which each lane has two numbers of a row.
 void transpose_matrix(void* const* operands_of_lanes);
+
+// The value of lane ^ mask, for each lane.
+void shuffle(void* const* operands_of_lanes);
 
 }  // namespace qkernels::emulator

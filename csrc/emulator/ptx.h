@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -113,6 +114,27 @@ QK_DEVICE float as_float(uint32_t bits) { return emulator::bits_to<float>(bits);
 QK_DEVICE uint32_t as_bits(float value) { return emulator::bits_to<uint32_t>(value); }
 
 QK_DEVICE int known_once(int value) { return value; }
+
+// --- fp32 numbers
+
+QK_DEVICE float add(float a, float b) { return a + b; }
+
+QK_DEVICE float mul(float a, float b) { return a * b; }
+
+QK_DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
+
+QK_DEVICE float divide(float a, float b) { return a / b; }
+
+QK_DEVICE float sqrt(float a) { return std::sqrt(a); }
+
+// Not std::fmin, which gives NaN for signaling ones.
+QK_DEVICE float min(float a, float b) {
+  if (a != a) return b;
+  if (a == b) return std::signbit(a) ? a : b;
+  return b < a ? b : a;
+}
+
+QK_DEVICE float max(float a, float b) { return -min(-a, -b); }
 
 // --- Shared memory
 
@@ -252,6 +274,14 @@ QK_DEVICE void wait_for_kernels_before(QK_SITE) { emulator::wait_for_kernels_bef
 
 QK_DEVICE void prefetch(const void* address, uint32_t bytes QK_AND_SITE) {
   emulator::prefetch(address, bytes, place);
+}
+
+// --- Words that lanes exchange
+
+QK_DEVICE uint32_t shuffle_xor(uint32_t value, int mask QK_AND_SITE) {
+  emulator::ShuffleOperands operands{value, mask};
+  emulator::meet_warp(emulator::Kind::kShuffle, &operands, emulator::shuffle, place);
+  return operands.value;
 }
 
 // --- Bounds

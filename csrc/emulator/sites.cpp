@@ -56,25 +56,17 @@ Site& find_slowly(Kind kind, int bytes, Place place) {
 }  // namespace
 
 const char* name_of(Kind kind) {
-  static constexpr std::array<const char*, kKinds> kNames = {"load_global",
-                                                             "load_global_written",
-                                                             "store_global",
-                                                             "atomic_add",
-                                                             "count_block",
-                                                             "copy_async_16",
-                                                             "copy_async_commit",
-                                                             "copy_async_wait",
-                                                             "load_shared",
-                                                             "store_shared",
-                                                             "ldmatrix",
-                                                             "mma",
-                                                             "movmatrix",
-                                                             "sync_threads",
-                                                             "sync_warp",
-                                                             "start_next_kernel",
-                                                             "wait_for_kernels_before",
-                                                             "prefetch",
-                                                             "within"};
+  static constexpr std::array<const char*, kKinds> kNames = {
+      "load_global",       "load_global_written",
+      "store_global",      "atomic_add",
+      "count_block",       "copy_async_16",
+      "copy_async_commit", "copy_async_wait",
+      "load_shared",       "store_shared",
+      "ldmatrix",          "mma",
+      "movmatrix",         "shuffle",
+      "sync_threads",      "sync_warp",
+      "start_next_kernel", "wait_for_kernels_before",
+      "prefetch",          "within"};
   return kNames[static_cast<size_t>(kind)];
 }
 

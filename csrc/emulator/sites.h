@@ -24,6 +24,7 @@ enum class Kind : uint8_t {
   kLdmatrix,
   kMma,
   kMovmatrix,
+  kShuffle,
   kSyncThreads,
   kSyncWarp,
   kStartNextKernel,

@@ -17,7 +17,7 @@ from torch import Tensor
 from qkernels import compiled, reference
 from qkernels.backends.beside import BESIDE, has_beside, kernel_for, run_beside, run_by
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, RouteOf, WhyNot, by_route
-from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
+from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem, adjacent
 from qkernels.errors import NoKernelError
 from qkernels.layouts import PackedWeight
 from qkernels.layouts.padding import kernel_group
@@ -458,11 +458,6 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    """x [M, K] with adjacent columns, as the kernels take it."""
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
-
-
 def _where_rows(problem: RowProblem) -> str | None:
     if problem.device != "cpu":
         return f"runs on the CPU, and x is on {problem.device}"
@@ -470,7 +465,7 @@ def _where_rows(problem: RowProblem) -> str | None:
 
 
 def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
-    x, other = (None if t is None else _adjacent(t) for t in (inputs.x, inputs.other))
+    x, other = (None if t is None else adjacent(t) for t in (inputs.x, inputs.other))
     if problem.kind == "rms_norm" and other is not None:
         other = other.contiguous()
     gain = None if inputs.gain is None else inputs.gain.contiguous()
@@ -480,6 +475,8 @@ def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
     )
     if inputs.scale is not None:
         scale = inputs.scale
+    elif problem.scale_of == "tensor":
+        scale = scale[0].clone() if scale.numel() else scale.new_ones(())
     return QuantizedRows(values=values, scale=scale, zero=zero, total=total)
 
 
@@ -508,6 +505,8 @@ ROW_KERNELS = (
     RowKernel(
         name="cpu_quantize_rows",
         backend="cpu",
+        kinds=("plain", "rms_norm", "silu_mul"),
+        rounds=False,
         where=_where_rows,
         run=_run_rows,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qkernels import compiled
 from qkernels.backends.kernel import GradInput, Kernel, Problem, RouteOf, by_route, no_gpu
+from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem, adjacent
 from qkernels.layouts import FRAGMENT, PackedWeight
 from qkernels.layouts.fragment import code_name, padded_rows
 from qkernels.layouts.padding import column_order, kernel_columns, kernel_group
@@ -86,12 +88,16 @@ def _not_built_for(problem: Problem) -> str | None:
     return reason
 
 
-def _no_emulator(problem: Problem) -> str | None:
-    if problem.device != "cpu":
+def _why_no_emulator(device: str) -> str | None:
+    if device != "cpu":
         return "is the emulator of the CUDA kernels, which runs on the CPU"
     if not emulator_is_loaded():
         return "is the emulator of the CUDA kernels, for tests: see CONTRIBUTING.md"
     return None
+
+
+def _no_emulator(problem: Problem) -> str | None:
+    return _why_no_emulator(problem.device)
 
 
 def weight_arguments(packed: PackedWeight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -246,5 +252,53 @@ EMULATED_KERNELS = (
         proves_itself=False,
         where=_no_emulator,
         **by_route(_route("qkernels_emulated", "float")),
+    ),
+)
+
+
+def _rows_not_built_for(problem: RowProblem) -> str | None:
+    if problem.device != "cuda":
+        return f"needs a CUDA GPU, and x is on {problem.device}"
+    reason = build_problem()
+    if reason is None and problem.capability is not None:
+        reason = missing_architecture(problem.capability, built_architectures())
+    return reason
+
+
+def _run_rows(namespace: str) -> Callable[[RowProblem, RowInputs], QuantizedRows]:
+    def run(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
+        other = None if inputs.other is None else adjacent(inputs.other)
+        gain, bias = (None if t is None else t.contiguous() for t in (inputs.gain, inputs.bias))
+        values, scale, zero, total, rounded = getattr(torch.ops, namespace).quantize_rows(
+            *(adjacent(inputs.x), problem.kind, other, gain, bias, inputs.epsilon),
+            *(problem.scale_of, inputs.scale, torch.int8, problem.rounds),
+        )
+        if inputs.scale is not None:
+            scale = inputs.scale
+        return QuantizedRows(values=values, scale=scale, zero=zero, total=total, rounded=rounded)
+
+    return run
+
+
+def _no_tensor_scale(problem: RowProblem) -> str | None:
+    if problem.scale_of == "tensor" and problem.kind != "plain":
+        return f"finds the scale of a tensor for plain rows, not for {problem.kind}"
+    return None
+
+
+ROW_KERNELS = (
+    RowKernel(
+        name="cuda_quantize_rows",
+        backend="cuda",
+        where=lambda problem: _no_tensor_scale(problem) or _rows_not_built_for(problem),
+        run=_run_rows("qkernels_cuda"),
+    ),
+)
+EMULATED_ROW_KERNELS = (
+    RowKernel(
+        name="emulated_quantize_rows",
+        backend="emulated",
+        where=lambda problem: _no_tensor_scale(problem) or _why_no_emulator(problem.device),
+        run=_run_rows("qkernels_emulated"),
     ),
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from qkernels import reference
 from qkernels.backends.kernel import Kernel, Problem
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.layouts import PackedWeight
+from qkernels.scheme import largest_number
 
 
 def _run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -41,24 +45,46 @@ KERNELS = (
 )
 
 
+_GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu_mul": reference.silu_mul,
+    "gelu_mul": partial(reference.gelu_mul, approximate="none"),
+    "gelu_tanh_mul": partial(reference.gelu_mul, approximate="tanh"),
+}
+
+
 def row_values(problem: RowProblem, inputs: RowInputs) -> tuple[Tensor, Tensor | None]:
     """The rows that are quantized, and x + residual where there is one."""
+    x, other, total = inputs.x, inputs.other, None
+    if problem.kind == "plain":
+        return x, None
     if problem.kind == "rms_norm":
-        values, total = reference.rms_norm(inputs.x, inputs.gain, inputs.epsilon, inputs.other)
-        return values, None if inputs.other is None else total
-    if problem.kind == "silu_mul":
-        assert inputs.other is not None
-        return reference.silu_mul(inputs.x, inputs.other), None
-    return inputs.x, None
+        values, total = reference.rms_norm(x, inputs.gain, inputs.epsilon, other)
+    elif problem.kind == "layer_norm":
+        values, total = reference.layer_norm(x, inputs.gain, inputs.bias, inputs.epsilon, other)
+    else:
+        assert other is not None
+        values = _GATES[problem.kind](x, other)
+    if problem.rounds:
+        values = values.to(x.dtype)
+    return values, None if other is None else total
+
+
+def scale_of_rows(problem: RowProblem, values: Tensor, inputs: RowInputs) -> Tensor | None:
+    """The scale that is known before rows of `values` are quantized, or None."""
+    if problem.scale_of == "tensor":
+        return reference.tensor_scale(values, largest_number(torch.int8))
+    return inputs.scale
 
 
 def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
     values, total = row_values(problem, inputs)
+    rounded = values if problem.rounds else None
     if problem.scale_of == "asymmetric":
         quantized, scale, zero = reference.quantize_rows_asymmetric(values)
-        return QuantizedRows(values=quantized, scale=scale, zero=zero, total=total)
-    quantized, scale = reference.quantize_rows(values, torch.int8, inputs.scale)
-    return QuantizedRows(values=quantized, scale=scale, total=total)
+        return QuantizedRows(values=quantized, scale=scale, zero=zero, total=total, rounded=rounded)
+    given = scale_of_rows(problem, values, inputs)
+    quantized, scale = reference.quantize_rows(values, torch.int8, given)
+    return QuantizedRows(values=quantized, scale=scale, total=total, rounded=rounded)
 
 
 ROW_KERNELS = (RowKernel(name="reference_quantize_rows", backend="reference", run=_run_rows),)

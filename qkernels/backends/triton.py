@@ -20,7 +20,7 @@ from torch import Tensor
 from qkernels import reference
 from qkernels.backends.beside import BESIDE, has_beside, run_beside
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, Run, no_gpu
-from qkernels.backends.reference import row_values
+from qkernels.backends.reference import row_values, scale_of_rows
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.layouts import PLANAR, PackedWeight, plane_height
 from qkernels.weight import codebook, nested_table
@@ -304,15 +304,21 @@ def _where_rows(problem: RowProblem) -> str | None:
 
 def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
     values, total = row_values(problem, inputs)
-    quantized, scale = kernels().quantize_rows(values, torch.int8, inputs.scale)
-    return QuantizedRows(values=quantized, scale=scale, total=total)
+    given = scale_of_rows(problem, values, inputs)
+    quantized, scale = kernels().quantize_rows(values, torch.int8, given)
+    return QuantizedRows(
+        values=quantized,
+        scale=scale if given is None else given,
+        total=total,
+        rounded=values if problem.rounds else None,
+    )
 
 
 ROW_KERNELS = (
     RowKernel(
         name="triton_quantize_rows",
         backend="triton",
-        scales=("token", "static"),
+        scales=("token", "static", "tensor"),
         where=_where_rows,
         run=_run_rows,
     ),

@@ -235,6 +235,24 @@ QK_KERNEL void arithmetic_kernel(Arguments arguments) {
   }
 }
 
+// The same words as fp32; out: add, mul, fma, divide, sqrt, min and max of them.
+QK_KERNEL void singles_kernel(Arguments arguments) {
+  const int64_t n = arguments.n;
+  const auto* in = reinterpret_cast<const uint32_t*>(arguments.in);
+  for (int64_t i = thread_index(); i < n; i += blockDim.x) {
+    const float a = ptx::as_float(ptx::load_global<uint32_t>(in + i));
+    const float b = ptx::as_float(ptx::load_global<uint32_t>(in + n + i));
+    const float c = ptx::as_float(ptx::load_global<uint32_t>(in + 2 * n + i));
+    ptx::store_global(arguments.out + i, ptx::add(a, b));
+    ptx::store_global(arguments.out + n + i, ptx::mul(a, b));
+    ptx::store_global(arguments.out + 2 * n + i, ptx::fma(a, b, c));
+    ptx::store_global(arguments.out + 3 * n + i, ptx::divide(a, b));
+    ptx::store_global(arguments.out + 4 * n + i, ptx::sqrt(a));
+    ptx::store_global(arguments.out + 5 * n + i, ptx::min(a, b));
+    ptx::store_global(arguments.out + 6 * n + i, ptx::max(a, b));
+  }
+}
+
 // The same words; out: lop3 of (a & b) | c, of a ^ b ^ c, of ~a & ~b & ~c, and prmt(a, b, c).
 QK_KERNEL void integer_kernel(Arguments arguments) {
   const int64_t n = arguments.n;
@@ -248,6 +266,12 @@ QK_KERNEL void integer_kernel(Arguments arguments) {
     ptx::store_global(arguments.out + 2 * n + i, ptx::lop3<0x01>(a, b, c));
     ptx::store_global(arguments.out + 3 * n + i, ptx::prmt(a, b, c));
   }
+}
+
+// Each thread's number from lane ^ n.
+QK_KERNEL void shuffle_kernel(Arguments arguments) {
+  const uint32_t got = ptx::shuffle_xor(threadIdx.x, static_cast<int>(arguments.n));
+  ptx::store_global(arguments.out + threadIdx.x, got);
 }
 
 // --- Counters: each mode one pattern of one warp
@@ -332,7 +356,9 @@ constexpr Case kCases[] = {
     {"transpose", transpose_kernel},
     {"arithmetic_half", arithmetic_kernel<Half>},
     {"arithmetic_bfloat16", arithmetic_kernel<Bfloat16>},
+    {"singles", singles_kernel},
     {"integer", integer_kernel},
+    {"shuffle", shuffle_kernel},
     {"pattern", pattern_kernel},
     {"speed", speed_kernel},
     {"mma_speed", mma_speed_kernel},

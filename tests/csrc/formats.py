@@ -1,4 +1,4 @@
-"""fp16 and bf16 in plain arithmetic: their bits, and the number nearest to an exact one."""
+"""fp16, bf16 and fp32 in plain arithmetic: their bits, and the number nearest to an exact one."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ class Format:
     def number(self, bits: int) -> float:
         if self.name == "half":
             return float(np.uint16(bits).view(np.float16))
+        if self.name == "single":
+            return float(np.uint32(bits).view(np.float32))
         return float(np.uint32(bits << 16).view(np.float32))
 
     def bits(self, value: float) -> int:
-        """Those of a number of this format; 0x7fff for every NaN, as arithmetic in pairs has it."""
+        """Those of a number of this format; of NaN, all but the sign, as arithmetic has it."""
         if np.isnan(value):
-            return 0x7FFF
+            return 0x7FFFFFFF if self.name == "single" else 0x7FFF
+        if self.name == "single":
+            return int(np.float32(value).view(np.uint32))
         if self.name == "half":
             return int(np.float16(value).view(np.uint16))
         return int(np.float32(value).view(np.uint32)) >> 16
@@ -56,3 +60,5 @@ FORMATS = [
         (0, 0x3F80, 0x3F90, 0x3F84, 0x7F7F, 0x0080, 0x0001, 0x0D80, 0x7F80, 0x7FC0),
     ),
 ]
+
+SINGLE = Format("single", 24, -149, 2.0**128, 0x3F800000, ())

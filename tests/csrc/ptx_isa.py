@@ -18,7 +18,7 @@ from functools import cache
 
 import numpy as np
 
-from tests.csrc.formats import FORMATS, Format
+from tests.csrc.formats import FORMATS, SINGLE, Format
 
 LANES = 32
 HALF, BFLOAT16 = FORMATS
@@ -354,6 +354,45 @@ arithmetic(r"cvt\.rn\.bf16x2\.f32", 32, 32, 32)(
 arithmetic(r"cvt\.f32\.f16", 32, 16)(lambda a: bits_of(HALF.number(a)))
 
 
+def in_single(exact: Callable[..., Fraction | float], *words: int) -> int:
+    return rounded(SINGLE, exact, *map(float_of, words))
+
+
+arithmetic(r"add\.rn\.f32", 32, 32, 32)(lambda a, b: in_single(operator.add, a, b))
+arithmetic(r"mul\.rn\.f32", 32, 32, 32)(lambda a, b: in_single(operator.mul, a, b))
+arithmetic(r"fma\.rn\.f32", 32, 32, 32, 32)(
+    lambda a, b, c: in_single(lambda x, y, z: x * y + z, a, b, c)
+)
+
+
+@arithmetic(r"div\.rn\.f32", 32, 32, 32)
+def divide(a: int, b: int) -> int:
+    if float_of(b) == 0:  # which a fraction cannot be divided by
+        with np.errstate(all="ignore"):
+            return SINGLE.bits(float(np.float32(float_of(a)) / np.float32(float_of(b))))
+    return in_single(operator.truediv, a, b)
+
+
+@arithmetic(r"sqrt\.rn\.f32", 32, 32)
+def square_root(a: int) -> int:
+    """fp64 has more than twice the digits, so that rounding its root again changes nothing."""
+    with np.errstate(all="ignore"):
+        return SINGLE.bits(float(np.float32(np.sqrt(np.float64(float_of(a))))))
+
+
+def extreme(is_least: bool, a: int, b: int) -> int:
+    x, y = float_of(a), float_of(b)
+    if np.isnan(x) or np.isnan(y):
+        return SINGLE.bits(y if np.isnan(x) else x)
+    if x == y:  # -0 is below +0
+        return a | b if is_least else a & b
+    return a if (x < y) is is_least else b
+
+
+arithmetic(r"min\.f32", 32, 32, 32)(lambda a, b: extreme(True, a, b))
+arithmetic(r"max\.f32", 32, 32, 32)(lambda a, b: extreme(False, a, b))
+
+
 # --- What a warp computes together; the layouts are those of the ISA's chapters of each
 
 
@@ -386,6 +425,17 @@ def mma(warp: Warp, found: re.Match[str], *operands: tuple[str, ...]) -> None:
             sums[group + (0 if i < 2 else 8), thread * 2 + (i & 1)] for group, thread in lanes
         ]
         warp.write(name, 32, [bits_of(value) for value in values])
+
+
+@instruction(r"shfl\.sync\.bfly\.b32", 5, kind="shuffle", has_effects=True)
+def shuffle(warp: Warp, _: re.Match[str], d: str, a: str, b: str, c: str, lanes: str) -> None:
+    """`d` may be a register, and a predicate behind a bar. c: the last lane, of no parts of a
+    warp."""
+    everyone = [0xFFFFFFFF] * LANES, [LANES - 1] * LANES
+    if (warp.read(lanes, 32), warp.read(c, 32)) != everyone:
+        raise PtxError(f"shfl of lanes {lanes} up to {c}, expected all")
+    values, masks = warp.read(a, 32), warp.read(b, 32)
+    warp.write(d.split("|")[0], 32, [values[lane ^ masks[lane]] for lane in range(LANES)])
 
 
 @instruction(r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16", 2, kind="movmatrix")

@@ -98,7 +98,32 @@ PROBE(to_float_bfloat16) {
   give(p, 0, ptx::to_float<Bfloat16>(ptx::load_global<uint16_t>(p.in + lane() * 2)));
 }
 
+// --- fp32 numbers
+
+PROBE(add_single) { give(p, 0, ptx::add(number(p, 0), number(p, 1))); }
+
+PROBE(mul_single) { give(p, 0, ptx::mul(number(p, 0), number(p, 1))); }
+
+PROBE(fma_single) { give(p, 0, ptx::fma(number(p, 0), number(p, 1), number(p, 2))); }
+
+PROBE(divide) { give(p, 0, ptx::divide(number(p, 0), number(p, 1))); }
+
+PROBE(sqrt) { give(p, 0, ptx::sqrt(number(p, 0))); }
+
+// Row 3 has NaN in every other lane.
+PROBE(extremes) {
+  give(p, 0, ptx::min(number(p, 0), number(p, 1)));
+  give(p, 1, ptx::max(number(p, 0), number(p, 1)));
+  give(p, 2, ptx::min(number(p, 0), number(p, 3)));
+  give(p, 3, ptx::max(number(p, 3), number(p, 0)));
+}
+
 // --- What a warp computes together
+
+PROBE(shuffle) {
+  give(p, 0, ptx::shuffle_xor(word(p, 0), 1));
+  give(p, 1, ptx::shuffle_xor(word(p, 1), 16));
+}
 
 // in: a, b, c
 template <class T>

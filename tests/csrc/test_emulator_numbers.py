@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.csrc.formats import FORMATS, Format
+from tests.csrc.formats import FORMATS, SINGLE, Format
 from tests.csrc.selftest import Emulator
 
 
@@ -96,6 +96,39 @@ def test_pack2_rounds_as_torch(emulator: Emulator, form: Format, tmp_path: Path)
     expected = numbers.to(dtype).view(torch.int16).numpy().view(np.uint16)
     expected = np.where(np.isnan(bits.view(np.float32)), 0x7FFF, expected)
     np.testing.assert_array_equal(halves(packed), expected)
+
+
+def test_fp32_rounds_once_to_nearest_even(emulator: Emulator, tmp_path: Path) -> None:
+    generator = np.random.default_rng(5)
+    special = np.array(
+        [0, 0x3F800000, 0x7F7FFFFF, 0x00800000, 1, 0x007FFFFF, 0x7F800000, 0x7FC00000, 0x3F800001],
+        dtype=np.uint32,
+    )
+    signed = np.concatenate([special, special | np.uint32(1 << 31)])
+    threes = np.array(list(product(signed, signed, signed[:9])), dtype=np.uint32).T
+    near = generator.integers(0, 1 << 24, size=(3, 2000), dtype=np.uint32) + np.uint32(0x3F000000)
+    any_bits = generator.integers(0, 1 << 32, size=(3, 2000), dtype=np.uint32)
+    words = np.ascontiguousarray(np.concatenate([threes, near, any_bits], axis=1))
+    got = run_words(emulator, "singles", words, tmp_path / "in", 7).view(np.float32)
+    a, b, c = words.view(np.float32)
+    with np.errstate(all="ignore"):
+        expected = [a + b, a * b, None, a / b, np.sqrt(a), np.fmin(a, b), np.fmax(a, b)]
+    for number, want in enumerate(expected):
+        if want is not None:
+            np.testing.assert_array_equal(got[number], want)
+    with np.errstate(all="ignore"):
+        sums = a.astype(np.float64) * b + c  # right but for the last places
+    for i in np.flatnonzero(np.isfinite(a) & np.isfinite(b) & np.isfinite(c)):
+        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
+        sums[i] = SINGLE.nearest(exact, sums[i])
+    np.testing.assert_array_equal(got[2], sums.astype(np.float32))
+
+
+@pytest.mark.parametrize("mask", [1, 16, 31])
+def test_lanes_exchange_words(emulator: Emulator, mask: int) -> None:
+    launch = emulator.run("shuffle", n=mask, threads=64)
+    assert launch["error"] == ""
+    assert launch["out"][:64] == [thread ^ mask for thread in range(64)]
 
 
 def test_integers(emulator: Emulator, tmp_path: Path) -> None:

@@ -82,6 +82,22 @@ def floats(generator: np.random.Generator) -> np.ndarray:
     return numbers.astype(np.float32).view(np.uint32)
 
 
+def singles(generator: np.random.Generator) -> np.ndarray:
+    """Near 1 or any finite ones, as `halves`; in row 3, every other one NaN."""
+    near = 0x3F800000 + generator.integers(-1 << 20, 1 << 20, size=(24, 32))
+    any_finite = generator.integers(0, 0x7F800000, size=near.shape)
+    numbers = np.where(np.arange(32) % 2 == 0, near, any_finite)
+    numbers |= generator.integers(0, 2, size=near.shape) << 31
+    numbers[:2, :4] = [[0, 1 << 31] * 2, [0x3F800000, 0xBF800000] * 2]
+    numbers[0, 4:6], numbers[1, 4:6] = [0, 1 << 31], [1 << 31, 0]
+    numbers[3, ::2] = 0x7FC00000
+    return numbers.astype(np.uint32)
+
+
+def magnitudes(generator: np.random.Generator) -> np.ndarray:
+    return singles(generator) & 0x7FFFFFFF
+
+
 def small_integers(form: Format) -> Callable[[np.random.Generator], np.ndarray]:
     """Whose products have exact sums: six rows of pairs, and fp32 from there on."""
 
@@ -108,6 +124,9 @@ INPUTS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     **{f"pack2_{form.name}": floats for form in FORMATS},
     **{f"mma_{form.name}": small_integers(form) for form in FORMATS},
     "ldmatrix": places,
+    **dict.fromkeys(("add_single", "mul_single", "fma_single", "extremes"), singles),
+    "divide": lambda generator: singles(generator) | 1,
+    "sqrt": magnitudes,
 }
 
 
@@ -304,7 +323,7 @@ def test_every_statement_is_compiled() -> None:
 
 # --- Changes to the PTX of one statement, which must be noticed
 
-COMMUTATIVE = {"fma": (1, 2), "mul": (1, 2)}
+COMMUTATIVE = dict.fromkeys(("add", "fma", "max", "min", "mul"), (1, 2))
 """Operands that make no difference."""
 
 OTHER_SUFFIXES = ("rz", "ftz", "ca", "x2", "m16n8k8", "v2", "relaxed", "cta", "sys", "s32", "b64")

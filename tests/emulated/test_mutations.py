@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from qkernels import WQLinear, rounding
 from qkernels.backends.cuda import weight_arguments
-from qkernels.layouts import FRAGMENT, pack
+from qkernels.layouts import FRAGMENT, fragment, pack
 from tests.emulated.emulator import (
     disabled,
     gradient,
@@ -41,16 +41,20 @@ FUNCTIONS = {  # of ptx.cuh, and what the emulator calls them
     "ldmatrix_x4": "ldmatrix",
     "movmatrix_trans": "movmatrix",
     "mma_m16n8k16": "mma",
+    "shuffle_xor": "shuffle",
 }
 SEEDS = range(12)
 
 
 def exercise(check):
-    """Runs every kernel on shapes with tails, and gives each result to `check(name, result)`.
-
-    Two products of different shapes split K: each counts with what the other left.
-    """
+    """Runs every kernel on shapes with tails, and gives each result to `check(name, result)`."""
     torch.manual_seed(0)
+    exercise_weights(check)
+    exercise_rows(check)
+
+
+def exercise_weights(check):
+    """Two products of different shapes split K: each counts with what the other left."""
     for text, m, n, k, schedule in (
         ("w4a16-g32", 3, 30, 584, {"tokens": 8, "parts": 2, "stages": 2}),
         ("w4a16-g32", 5, 90, 1093, {"tokens": 8, "parts": 1, "stages": 3}),
@@ -59,6 +63,8 @@ def exercise(check):
         ("nf4-g64", 3, 36, 2600, {"tokens": 8, "parts": 1, "stages": 5}),
         ("w4a16-g64", 3, 36, 2600, {"tokens": 8, "parts": 1, "stages": 6}),
         ("w4a16-g64", 9, 140, 200, {"tokens": 32, "parts": 1, "stages": 2}),
+        ("w3a16-g64", 9, 36, 1300, {"tokens": 16, "parts": 1, "stages": 3}),
+        ("w2a16-g32", 3, 300, 520, {"tokens": 64, "parts": 2, "stages": 2}),
         # The second of three blocks has a piece of either tile.
         ("w4a16-g64", 3, 100, 1100, {"tokens": 8, "blocks": 3, "stages": 2}),
     ):
@@ -97,12 +103,41 @@ def exercise(check):
         dy = torch.randn(m, n, dtype=torch.float16)
         check("gradient", gradient(dy, packed, **schedule))
     n, k = 40, 96
-    any_words = torch.randint(-(2**31), 2**31, (n * k // 8,)).int()
     perm = torch.randperm(k).int()
-    for kind, shape in (("awq", (k, n // 8)), ("gptq", (k // 8, n))):
-        words = torch.empty(4, 2, 32, 4, dtype=torch.int32)
-        operators.pack_fragment(any_words.view(shape), perm, words, n, k, 0, n, 4, kind)
+    for kind, bits, shape in (
+        ("awq", 4, (k, n // 8)),
+        ("gptq", 4, (k // 8, n)),
+        ("gptq", 3, (k * 3 // 32, n)),
+    ):
+        any_words = torch.randint(-(2**31), 2**31, shape).int()
+        words = torch.empty(fragment.words_shape(n, k, bits), dtype=torch.int32)
+        operators.pack_fragment(any_words, perm, words, n, k, 0, n, bits, kind)
         check(kind, words)
+
+
+def exercise_rows(check):
+    """Whole pieces and tails, of rows of one warp and of several, in shared memory or a part."""
+    rows = torch.ops.qkernels_emulated.quantize_rows
+    for dtype in (torch.float16, torch.float32):
+        for k, held in ((296, -1), (13, -1), (24, 256), (301, 256 + 32 * 4)):
+            x, other = torch.randn(2, k).to(dtype), torch.randn(2, k).to(dtype)
+            scale = torch.tensor(0.03)
+            same, wide = torch.rand(k).to(dtype), torch.rand(k).bfloat16()
+            for kind, second, gain, bias, scale_of in (
+                ("plain", None, None, None, "asymmetric"),
+                ("plain", None, None, None, "tensor"),
+                ("layer_norm", other, same, wide, "token"),
+                ("rms_norm", other, wide, None, "asymmetric"),
+                ("silu_mul", other, None, None, "static"),
+            ):
+                given = scale if scale_of == "static" else None
+                results = rows(
+                    *(x, kind, second, gain, bias, 1e-5, scale_of, given, torch.int8),
+                    *(kind != "plain", held),
+                )
+                for result in results:
+                    if result is not None:
+                        check(kind, result)
 
 
 def short(path):
