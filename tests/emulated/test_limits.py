@@ -123,7 +123,7 @@ def test_larger_weights_are_refused(n, k):
         partial(OPERATORS.dequantize, small, small, None, None, n, k, 64, "int4", torch.half),
         partial(OPERATORS.pack_fragment, small, None, small, n, k, 0, 32, 4, "codes"),
         partial(OPERATORS.unpack_fragment, small, n, k, 0, 32, 4),
-        partial(OPERATORS.weight_only_route, n, k, 64, 64, "int4", None, False, 0),
+        partial(OPERATORS.weight_only_route, n, k, 64, 64, "int4", None, "fused", 0),
     )
     for call in calls:
         with pytest.raises(ValueError, match=message):
@@ -143,7 +143,7 @@ def test_schedules_are_not_cut_to_32_bits(name, value):
 def test_routes_of_groups_that_overflow_are_refused():
     make = partial(OPERATORS.weight_only_route, 64, 1 << 30, 1)
     with pytest.raises(ValueError, match=f"filled up to {MOST_SIZE} columns at most"):
-        make(1 << 40, "int4", None, False, 0)
+        make(1 << 40, "int4", None, "fused", 0)
 
 
 def test_ranges_of_rows_do_not_overflow():

@@ -86,12 +86,16 @@ def exercise_weights(check):
         weight = rounding.quantize(torch.randn(n, 200), "w3a16-g32")
         layer = WQLinear.from_weight(weight, backend="emulated")
         check("floats", layer(torch.randn(3, 200)))
-    # More tiles than ends that do not decrease could make, of one weight, so that it does not
+    # More tiles than ends that do not decrease could make, then of one weight, so that it does not
     # matter which expert is the last to write a row; and rows of no expert.
-    packed = pack(rounding.quantize(torch.randn(70, 200), "w4a16-g32"), FRAGMENT)
-    for ends in ([3, 3, 12], [20, 0, 20, 0, 20, 0, 20, 0, 18]):
+    one, other = (
+        pack(rounding.quantize(torch.randn(70, 200), "w4a16-g32"), FRAGMENT) for _ in range(2)
+    )
+    for ends, experts in (
+        ([3, 3, 12], [one, other, other]),
+        ([20, 0, 20, 0, 20, 0, 20, 0, 18], [one] * 9),
+    ):
         x = torch.randn(20, 200, dtype=torch.float16)
-        experts = [packed] * len(ends)
         check("experts", grouped_product(x, ends, experts, tokens=8, blocks=5))
         check("experts", grouped_product(x, ends, experts, tokens=8, parts=2))
     for text, m, n, k, schedule in (
