@@ -8,6 +8,9 @@ FROBENIUS_BOUND = {torch.float16: 2**-10, torch.bfloat16: 2**-7.5, torch.float32
 GATE_BOUND = 2**-15
 """|difference| / |exact| of gelu in fp32, down to e^-88: what rounding leaves of e^(-x^2 / 2)."""
 
+GATE_NEAR_BOUND = 2**-19
+"""The same down to e^-8."""
+
 DENSE_FACTOR = 2.0
 """How much larger that error may be than that of a dense product of the same dtype."""
 FOREIGN_LOGITS = 2**-6.5
