@@ -23,10 +23,21 @@ SOURCES = [
     *sorted(CUDA.rglob("*.cu")),
     *(instantiate.FOLDER / name for name in instantiate.sources()),
 ]
+ALL = ("80", "86", "89", "90a", "100", "120")
 DEFAULT = ("80", "90a")
 ARCHITECTURES = [
-    pytest.param(each, marks=() if each in DEFAULT else pytest.mark.full)
-    for each in ("80", "86", "89", "90a", "100", "120")
+    pytest.param(each, marks=() if each in DEFAULT else pytest.mark.full) for each in ALL
+]
+# Each source for one of these two, in turn: compiling them for both takes minutes.
+CASES = [
+    pytest.param(
+        source,
+        each,
+        marks=() if each == DEFAULT[number % 2] else pytest.mark.full,
+        id=f"{source.stem}-{each}",
+    )
+    for number, source in enumerate(SOURCES)
+    for each in ALL
 ]
 
 RESERVED_SHARED = 1024
@@ -184,8 +195,7 @@ def budget_of(name: str) -> dict[str, Any]:
     return row
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("source", "architecture"), CASES)
 class TestBudgets:
     pytestmark = needs_tools
 
