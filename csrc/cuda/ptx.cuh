@@ -323,10 +323,10 @@ QK_DEVICE void copy_async_16(Shared to, const void* global, bool valid QK_AND_SI
                : "memory");
 }
 
-// The same, of memory that is read once: the first to leave the second-level cache. From sm_90 on,
-// where that takes no instruction more.
+// The same, of memory that is read once: the first to leave the second-level cache. On sm_90, where
+// that takes no instruction; elsewhere it takes one a copy or two.
 QK_DEVICE void copy_async_16_once(Shared to, const void* global, bool valid QK_AND_SITE) {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
   const int bytes = valid ? 16 : 0;
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
