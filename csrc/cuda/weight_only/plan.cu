@@ -82,6 +82,7 @@ QK_KERNEL void plan_kernel(const QK_GRID_CONSTANT PlanParameters p) {
   }
   // Rows of no expert. Who sorts rows has none of them, so that a block is enough.
   const int64_t from = rows_of(p, p.experts - 1).end * p.n, to = p.m * p.n;
+#pragma unroll 1
   for (int64_t i = from + thread; ptx::within(i, to); i += kThreads) {
     ptx::store_global<uint16_t>(p.y + i, 0);
   }
