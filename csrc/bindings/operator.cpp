@@ -232,9 +232,9 @@ at::Tensor linear_grouped(const at::Tensor& x, const at::Tensor& ends, at::Tenso
   const std::vector<at::Tensor> first = buffers_of(stacks, 0);
   const at::Tensor mean = x.narrow(0, 0, ceil_div(m, experts));
   const Found common = found_for({mean, nullptr, first, spec, type});
-  const Buffers buffers = common.description->named(stacks);
-  if (common.route->takes_groups(buffers)) {
-    return common.route->run_grouped({x, ends, buffers, stacks});
+  const Buffers named = common.description->named(stacks);
+  if (common.route->takes_groups(named)) {
+    return common.route->run_grouped({x, ends, named, stacks});
   }
   const at::Tensor held = checked_ends(ends, m);
   const int32_t* values = held.const_data_ptr<int32_t>();

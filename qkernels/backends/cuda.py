@@ -81,11 +81,15 @@ def emulator_is_loaded() -> bool:
     return hasattr(torch.ops.qkernels_emulated, "weight_only_mma")
 
 
-def _not_built_for(problem: Problem) -> str | None:
-    reason = no_gpu(problem) or build_problem()
-    if reason is None and problem.capability is not None:
-        reason = missing_architecture(problem.capability, built_architectures())
+def _not_built(capability: tuple[int, int] | None) -> str | None:
+    reason = build_problem()
+    if reason is None and capability is not None:
+        reason = missing_architecture(capability, built_architectures())
     return reason
+
+
+def _not_built_for(problem: Problem) -> str | None:
+    return no_gpu(problem) or _not_built(problem.capability)
 
 
 def _why_no_emulator(device: str) -> str | None:
@@ -223,46 +227,33 @@ KERNELS = (
     ),
 )
 _FUSED, _DENSE, _FLOAT = KERNELS
+
+
+def _emulated(kernel: Kernel, kind: str, name: str) -> Kernel:
+    namespace, gives_grad = "qkernels_emulated", kernel.grad_input is not None
+    return replace(
+        kernel,
+        name=name,
+        backend="emulated",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_emulator,
+        **by_route(_route(namespace, kind)),
+        grad_input=_grad_input(namespace, dense=kind == "dense") if gives_grad else None,
+    )
+
+
 EMULATED_KERNELS = (
-    replace(
-        _FUSED,
-        name="emulated_weight_only_mma",
-        backend="emulated",
-        is_simulator=True,
-        proves_itself=False,
-        where=_no_emulator,
-        **by_route(_route("qkernels_emulated", "fused")),
-        grad_input=_grad_input("qkernels_emulated", dense=False),
-    ),
-    replace(
-        _DENSE,
-        name="emulated_dequantize_matmul",
-        backend="emulated",
-        is_simulator=True,
-        proves_itself=False,
-        where=_no_emulator,
-        **by_route(_route("qkernels_emulated", "dense")),
-        grad_input=_grad_input("qkernels_emulated", dense=True),
-    ),
-    replace(
-        _FLOAT,
-        name="emulated_weight_only_mma_float",
-        backend="emulated",
-        is_simulator=True,
-        proves_itself=False,
-        where=_no_emulator,
-        **by_route(_route("qkernels_emulated", "float")),
-    ),
+    _emulated(_FUSED, "fused", name="emulated_weight_only_mma"),
+    _emulated(_DENSE, "dense", name="emulated_dequantize_matmul"),
+    _emulated(_FLOAT, "float", name="emulated_weight_only_mma_float"),
 )
 
 
 def _rows_not_built_for(problem: RowProblem) -> str | None:
     if problem.device != "cuda":
         return f"needs a CUDA GPU, and x is on {problem.device}"
-    reason = build_problem()
-    if reason is None and problem.capability is not None:
-        reason = missing_architecture(problem.capability, built_architectures())
-    return reason
+    return _not_built(problem.capability)
 
 
 def _run_rows(namespace: str) -> Callable[[RowProblem, RowInputs], QuantizedRows]:

@@ -43,6 +43,9 @@ void check_words(const at::Tensor& words, int64_t n, int64_t k, int bits);
 
 FloatType float_type(const char* name, const at::Tensor& tensor);
 
+// Null where there is none.
+inline const at::Tensor* pointer(const Optional& tensor) { return tensor ? &*tensor : nullptr; }
+
 // Throws where a kernel says what went wrong.
 inline void succeed(const char* problem) { TORCH_CHECK(problem == nullptr, problem); }
 

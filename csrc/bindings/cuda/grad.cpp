@@ -11,8 +11,6 @@ namespace qkernels::bindings {
 
 namespace {
 
-const at::Tensor* pointer(const Optional& tensor) { return tensor ? &*tensor : nullptr; }
-
 // Rows of dy as the kernel reads them: whole 16 bytes, aligned.
 Rows rows_of(const at::Tensor& dy, int64_t n) {
   Preparation wanted;

@@ -25,15 +25,6 @@ namespace qkernels::bindings {
 
 namespace {
 
-const at::Tensor* pointer(const Optional& tensor) { return tensor ? &*tensor : nullptr; }
-
-int bytes_of(FloatType type) { return type == FloatType::kFloat ? 4 : 2; }
-
-int bytes_of(ZeroType type) {
-  if (type == ZeroType::kNone) return 0;
-  return type == ZeroType::kInteger ? 1 : type == ZeroType::kFloat ? 4 : 2;
-}
-
 void check_x(const at::Tensor& x, const at::Tensor& words, bool is_float = false) {
   require(x.device() == words.device(), "x is on ", x.device(), ", the weight on ", words.device());
   if (is_float) {
@@ -98,8 +89,8 @@ void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bi
   problem.k = weight.k;
   problem.group_size = weight.group_size;
   problem.bits = code_bits(weight.code);
-  problem.scale_bytes = bytes_of(weight.scale_type);
-  problem.zero_bytes = bytes_of(weight.zero_type);
+  problem.scale_bytes = size_of(weight.scale_type);
+  problem.zero_bytes = size_of(weight.zero_type);
   const DeviceFacts& facts = scope.facts();
   problem.multiprocessors = facts.multiprocessors;
   problem.shared_bytes = facts.shared_bytes;
