@@ -75,7 +75,7 @@ struct Four {
 //     start()              once, when the kernels before have ended
 //     start_groups()       before a piece
 //     multiply_piece()     calls multiply_stages<kRun>() for what it takes of kRun
-//     multiply_chunks<kRun>(stage, rest, slot)
+//     multiply_chunks<kRun>(rest, slot)
 //                          adds what the warp has of a stage to its sums; its first column is
 //                          `rest` columns into the group in `slot`
 //     end_sums()           behind the last stage of a piece
@@ -191,6 +191,11 @@ class Walk {
     const uint32_t passed = rest + columns;
     rest = wrapped(passed, p_.group_columns);
     slot = wrapped(slot + (rest != passed ? 1 : 0), p_.slots);
+  }
+
+  // Columns of the piece, from the first one of the stage at work on.
+  QK_DEVICE int columns_left_of_stage() const {
+    return columns_left_ + p_.stages * kStageColumns;  // as many stages on are copied
   }
 
  private:
@@ -366,7 +371,7 @@ class Walk {
       // has to be left out: neither they, nor the product of what they brought.
       ptx::sync_threads();
       copy_stage();
-      multiply<kRun>(stage);
+      multiply<kRun>();
       write_ = read_;
       read_ = read_ + kStageBytes == scales_at_ ? 0 : read_ + kStageBytes;
     }
@@ -459,9 +464,8 @@ class Walk {
   }
 
   template <int kRun>
-  QK_DEVICE void multiply(int stage) {
-    uint32_t rest = rest_, slot = slot_;
-    product().template multiply_chunks<kRun>(stage, rest, slot);
+  QK_DEVICE void multiply() {
+    product().template multiply_chunks<kRun>(rest_, slot_);
     const uint32_t passed = rest_ + p_.stage_rest;
     rest_ = wrapped(passed, p_.group_columns);
     slot_ = wrapped(slot_ + p_.stage_groups + (rest_ != passed ? 1 : 0), p_.slots);

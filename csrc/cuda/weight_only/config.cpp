@@ -105,9 +105,10 @@ int64_t shared_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
 
 int resident_blocks(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   const int64_t fit = p.multiprocessor_shared_bytes / (shared_bytes(p, c) + kReservedBytes);
-  // What the registers suffice for: kResidentBlocks in mma.cuh. Integer zero points are bytes.
-  // Of int8, groups of floating scales have sums of their own.
-  const bool wide = p.x_bytes == 1 ? p.scale_bytes > 1 : p.bits != 4 || p.zero_bytes > 1;
+  // What the registers suffice for: kResidentBlocks in mma.cuh, kInt8Blocks in
+  // int8/mma.cuh. Integer zero points are bytes.
+  const bool wide =
+      p.x_bytes == 1 ? p.scale_bytes + p.zero_bytes > 0 : p.bits != 4 || p.zero_bytes > 1;
   const bool alone = c.tokens == 64 || (c.tokens == 32 && wide);
   const int64_t most = alone ? 1 : kMostResident;
   return static_cast<int>(std::clamp<int64_t>(fit, 1, most));

@@ -55,7 +55,7 @@ class WeightOnlyBlock : public Walk<WeightOnlyBlock<T, Decoder, kRealZeros, kTok
   }
 
   template <int kRun>
-  QK_DEVICE void multiply_chunks(int, uint32_t rest, uint32_t slot) {
+  QK_DEVICE void multiply_chunks(uint32_t rest, uint32_t slot) {
     uint4 held[kHeld];
 #pragma unroll
     for (int c = 0; c < kWarpChunks; ++c) multiply_chunk<kRun>(c, held, rest, slot);
