@@ -60,10 +60,12 @@ def _starts(ends: Tensor) -> Tensor:
     return torch.cat([ends.new_zeros(1), ends[:-1]])
 
 
-def _rows_of_entries(ends: Tensor) -> Tensor:
+def _rows_of_entries(ends: Tensor, entries: int) -> Tensor:
     """The row of each entry, int64 [entries]."""
     counts = (ends - _starts(ends)).long()
-    return torch.arange(len(ends), device=ends.device).repeat_interleave(counts)
+    rows = torch.arange(len(ends), device=ends.device)
+    # With their number given, nothing waits for a GPU.
+    return rows.repeat_interleave(counts, output_size=entries)
 
 
 def take_rows(values: _Values, rows: Tensor) -> dict[str, Tensor]:
@@ -86,7 +88,7 @@ def take_columns(values: _Values, start: int, stop: int) -> dict[str, Tensor]:
     """The fields of columns [start, stop)."""
     ends, columns = values["sparse_ends"], values["sparse_columns"]
     kept = (columns >= start) & (columns < stop)
-    counts = torch.bincount(_rows_of_entries(ends)[kept], minlength=len(ends))
+    counts = torch.bincount(_rows_of_entries(ends, len(columns))[kept], minlength=len(ends))
     return {
         "sparse_ends": counts.cumsum(0).to(torch.int32),
         "sparse_columns": columns[kept] - start,
@@ -99,18 +101,23 @@ def add_to_rows(rows: Tensor, start: int, group: int, values: _Values) -> None:
     ends = values["sparse_ends"][start : start + len(rows)].long()
     first = int(values["sparse_ends"][start - 1]) if start else 0
     entries = slice(first, int(ends[-1]) if len(ends) else first)
-    index = _rows_of_entries(ends - first), values["sparse_columns"][entries].long()
+    index = (
+        _rows_of_entries(ends - first, entries.stop - first),
+        values["sparse_columns"][entries].long(),
+    )
     rows.index_put_(index, values["sparse_values"][entries].to(rows.dtype), accumulate=True)
 
 
 def product(x: Tensor, values: _Values) -> Tensor:
-    """What the entries add to y: x [M, K] times them, fp32 [M, N]."""
-    rows, columns = _rows_of_entries(values["sparse_ends"]), values["sparse_columns"].int()
-    y = torch.zeros(len(values["sparse_ends"]), len(x), dtype=torch.float32, device=x.device)
+    """What the entries add to y: x [M, K] times them, fp32 [M, N], in the order of the entries."""
+    ends, columns = values["sparse_ends"], values["sparse_columns"].int()
+    offsets, numbers = torch.cat([ends.new_zeros(1), ends]), values["sparse_values"].float()
+    y = torch.empty(len(ends), len(x), dtype=torch.float32, device=x.device)
     turned = x.float().t()
-    step = max(1, _AT_ONCE // max(1, len(x)))
-    for start in range(0, len(rows), step):
+    step = max(1, _AT_ONCE // max(1, len(columns)))
+    for start in range(0, len(x), step):
         part = slice(start, start + step)
-        numbers = values["sparse_values"][part, None].float() * turned[columns[part]]
-        y = y.index_add(0, rows[part], numbers)
+        products = numbers[:, None] * turned[:, part][columns]
+        # Unsafe is what looks at no offsets, which were checked: looking would wait for a GPU.
+        y[:, part] = torch.segment_reduce(products, "sum", offsets=offsets, unsafe=True)
     return y.t()

@@ -5,6 +5,7 @@ import torch
 
 import qkernels as qk
 from qkernels import rounding, sparse
+from qkernels.backends.cuda import emulator_is_loaded
 from qkernels.errors import WeightError
 from qkernels.fields import FIELDS
 from qkernels.layouts import LAYOUTS, pack
@@ -94,20 +95,71 @@ def test_kernels_that_do_not_know_a_field_say_so():
     assert any("does not know outlier_columns, outlier_values" in reason for reason in others)
 
 
+def needs(backend):
+    if backend == "interpreted":
+        pytest.importorskip("triton")
+    if backend == "emulated" and not emulator_is_loaded():
+        pytest.skip("the emulator is not loaded: run make emulated")
+
+
+def chosen_for(weight, m, dtype, backend):
+    options = {"x_dtype": dtype, "fields": NOTHING_BESIDE, "backend": backend}
+    rows = qk.explain(weight.scheme, m=m, n=N, k=K, **options)
+    return next(row.kernel for row in rows if row.chosen)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("m", [1, 5, 20])
-@pytest.mark.parametrize("text", ["w4a16-g64", "nf4-g64-dq"])
-def test_what_is_beside_the_codes_is_added_to_tritons_products(text, m, dtype):
-    pytest.importorskip("triton")
+@pytest.mark.parametrize("m", [1, 5, 20, 260])
+@pytest.mark.parametrize(
+    ("text", "backend"),
+    [
+        *(("w4a16-g64", "cpu"), ("nf4-g64-dq", "cpu"), ("w8a16-g20", "cpu")),
+        *(("w4a16-g64", "interpreted"), ("nf4-g64-dq", "interpreted")),
+        *(("w4a16-g64", "emulated"), ("w3a16-g20", "emulated"), ("fp8e4m3-a16", "emulated")),
+    ],
+)
+def test_what_is_beside_the_codes_is_added_to_products(text, backend, m, dtype):
+    needs(backend)
+    if backend == "interpreted" and m > 20:
+        pytest.skip("the interpreter takes a minute for it")
     weight = with_everything(text)
-    layer = qk.WQLinear.from_weight(weight, dtype=dtype, backend="interpreted")
-    rows = qk.explain(
-        text, n=N, k=K, m=m, x_dtype=dtype, fields=NOTHING_BESIDE, backend="interpreted"
-    )
-    assert next(row.kernel for row in rows if row.chosen) == "interpreted_float_beside"
+    layer = qk.WQLinear.from_weight(weight, dtype=dtype, backend=backend)
+    assert chosen_for(weight, m, dtype, backend) == f"{backend}_float_beside"
     x = torch.randn(m, K).to(dtype)
     exact = x.double() @ weight.dequantize().double().t() + weight.bias.double()
     assert error(layer(x), exact) <= FROBENIUS_BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("backend", ["cpu", "interpreted"])
+@pytest.mark.parametrize(
+    "text", ["w8a8", "w4a8-g64-asym", "w4a8-g64-flat", "w8a8-static", "w8a8-tensor", "w4a4-g64"]
+)
+def test_what_is_beside_the_codes_meets_quantized_x(text, backend, m, dtype):
+    needs(backend)
+    weight = with_everything(text)
+    assert chosen_for(weight, m, dtype, backend) == f"{backend}_int8_beside"
+    x = torch.randn(m, K).to(dtype)
+    # x that is quantized already takes no order of columns and no factor.
+    inputs = {x: weight}
+    if text == "w8a8":
+        inputs[qk.quantize_activation(x)] = weight.replace(perm=None, input_factor=None)
+    for given, part in inputs.items():
+        layer, reference = (
+            qk.WQLinear.from_weight(part, dtype=dtype, backend=name)
+            for name in (backend, "reference")
+        )
+        assert error(layer(given), reference(given).double()) <= FROBENIUS_BOUND[dtype]
+
+
+@pytest.mark.parametrize("text", ["w8a8-position", "w4a4-g64-position"])
+def test_what_is_beside_the_codes_meets_x_with_scales_per_position(text):
+    weight = with_everything(text)
+    assert chosen_for(weight, 5, torch.float32, None) == "cpu_int8_beside"
+    x = torch.randn(2, 5, K)
+    want = qk.WQLinear.from_weight(weight, backend="reference")(x).double()
+    assert error(qk.WQLinear.from_weight(weight)(x), want) <= FROBENIUS_BOUND[torch.float32]
 
 
 def test_gradients_pass_through_the_input_factor_and_the_column_order():

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from qkernels import compiled, reference
-from qkernels.backends.beside import BESIDE, has_beside, kernel_for, run_beside, run_by
+from qkernels.backends.beside import (
+    BESIDE,
+    has_beside,
+    kernel_for,
+    run_beside,
+    run_by,
+    run_int8_beside,
+)
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, RouteOf, WhyNot, by_route
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem, adjacent
 from qkernels.errors import NoKernelError
@@ -185,6 +192,15 @@ def _run_rounded(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: 
     return kernel.run_quantized(quantized, scale, weight, bias, inner)
 
 
+def _quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_rows` to int8."""
+    scale_of = "token" if scale is None else "static"
+    values, scales, _, _ = _compiled().quantize_rows_cpu(
+        *(adjacent(x), "plain", None, None, 0.0, scale_of, scale, best_isa())
+    )
+    return values, scales if scale is None else scale
+
+
 def _has_positions(problem: Problem) -> str | None:
     if problem.scheme.activation.by_position:
         return None
@@ -204,17 +220,17 @@ def _run_apart(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Pr
     scheme = replace(problem.scheme, activation=replace(problem.scheme.activation, outliers=0.0))
     inner = replace(problem, scheme=scheme, x_dtype=torch.float32)
     weight = PackedWeight(scheme, packed.layout, packed.n, packed.k, packed.buffers)
-    y = run_by((*_of_rows(), _INT4), left.float(), weight, bias, inner)
+    y = run_by((*_of_rows(), _INT4, _INT8_BESIDE), left.float(), weight, bias, inner)
     if columns.numel():
         with reference.full_precision():
             y += x[:, columns].float() @ packed.columns(columns).t()
     return y.to(x.dtype)
 
 
+_VARIES = "rounds unlike the kernels for few rows, and batch_invariant wants one for every M"
+
 _FLOAT_ROWS = PREPARED | {"offsets"}
 """The optional fields that kernels for few rows know; tiles leave offsets to them."""
-
-_VARIES = "rounds unlike the kernels for few rows, and batch_invariant wants one for every M"
 
 _INT4 = Kernel(
     name="cpu_int4_activations",
@@ -226,6 +242,20 @@ _INT4 = Kernel(
     weight_rounding="integers",
     where=_with("portable"),
     run=_run_rounded,
+)
+
+_INT8_BESIDE = Kernel(
+    name="cpu_int8_beside",
+    backend="cpu",
+    layout="vnni",
+    activations=("int8", "int4"),
+    activation_positions=True,
+    fields=PREPARED | BESIDE,
+    varies=_VARIES,
+    weight_rounding="integers",
+    where=_with("portable"),
+    why_not=has_beside,
+    **run_int8_beside(_of_rows, _quantize),
 )
 
 # The numbers of rows were measured, each against the rows below it and the reference, which
@@ -241,6 +271,7 @@ COMPOSED = (
         layout="vnni",
         activations=("int8", "int4"),
         activation_outliers=True,
+        fields=PREPARED | BESIDE,
         varies="finds columns with outliers in all rows of x, and batch_invariant wants each alone",
         weight_rounding="integers",
         where=_with("portable"),
@@ -258,6 +289,7 @@ COMPOSED = (
         why_not=has_beside,
         run=run_beside(_of_rows),
     ),
+    _INT8_BESIDE,
 )
 """Kernels that call one of the others for most of their product."""
 

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from qkernels import compiled
-from qkernels.backends.kernel import GradInput, Kernel, Problem, RouteOf, by_route, no_gpu
+from qkernels.backends.beside import BESIDE, add_by_kernel, has_beside, run_beside
+from qkernels.backends.kernel import (
+    FLOATS,
+    PREPARED,
+    GradInput,
+    Kernel,
+    Problem,
+    RouteOf,
+    by_route,
+    no_gpu,
+)
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem, adjacent
 from qkernels.layouts import FRAGMENT, PackedWeight
 from qkernels.layouts.fragment import code_name, padded_rows
@@ -81,7 +91,8 @@ def emulator_is_loaded() -> bool:
     return hasattr(torch.ops.qkernels_emulated, "weight_only_mma")
 
 
-def _not_built(capability: tuple[int, int] | None) -> str | None:
+def not_built(capability: tuple[int, int] | None) -> str | None:
+    """Why there are no kernels for a GPU of that capability in this installation, or None."""
     reason = build_problem()
     if reason is None and capability is not None:
         reason = missing_architecture(capability, built_architectures())
@@ -89,7 +100,7 @@ def _not_built(capability: tuple[int, int] | None) -> str | None:
 
 
 def _not_built_for(problem: Problem) -> str | None:
-    return no_gpu(problem) or _not_built(problem.capability)
+    return no_gpu(problem) or not_built(problem.capability)
 
 
 def _why_no_emulator(device: str) -> str | None:
@@ -182,6 +193,24 @@ def _no_floats(problem: Problem) -> str | None:
     return _too_large(problem)
 
 
+def _no_beside(problem: Problem) -> str | None:
+    reason = has_beside(problem)
+    if reason is not None or problem.x_dtype != torch.float32:
+        return reason or _too_large(problem)
+    return _no_floats(problem)
+
+
+def _of_codes() -> tuple[Kernel, ...]:
+    return KERNELS[:_OF_CODES]
+
+
+def _of_codes_emulated() -> tuple[Kernel, ...]:
+    return EMULATED_KERNELS[:_OF_CODES]
+
+
+_OF_CODES = 3
+"""Kernels before the one that calls one of them."""
+
 _HALVES = (torch.float16, torch.bfloat16)
 _VARIES = "multiplies with cuBLAS, which may round a row differently for another M"
 
@@ -225,8 +254,28 @@ KERNELS = (
         why_not=_no_floats,
         **by_route(_route("qkernels_cuda", "float")),
     ),
+    Kernel(
+        name="cuda_float_beside",
+        backend="cuda",
+        layout="fragment",
+        activations=("none",),
+        x_dtypes=FLOATS,
+        fields=PREPARED | BESIDE,
+        weight_rounding="x_dtype",
+        where=_not_built_for,
+        why_not=_no_beside,
+        run=run_beside(_of_codes, add_by_kernel("qkernels_cuda")),
+    ),
 )
-_FUSED, _DENSE, _FLOAT = KERNELS
+_FUSED, _DENSE, _FLOAT, _BESIDE = KERNELS
+
+
+_EMULATED: dict[str, Any] = {
+    "backend": "emulated",
+    "is_simulator": True,
+    "proves_itself": False,
+    "where": _no_emulator,
+}
 
 
 def _emulated(kernel: Kernel, kind: str, name: str) -> Kernel:
@@ -234,10 +283,7 @@ def _emulated(kernel: Kernel, kind: str, name: str) -> Kernel:
     return replace(
         kernel,
         name=name,
-        backend="emulated",
-        is_simulator=True,
-        proves_itself=False,
-        where=_no_emulator,
+        **_EMULATED,
         **by_route(_route(namespace, kind)),
         grad_input=_grad_input(namespace, dense=kind == "dense") if gives_grad else None,
     )
@@ -247,13 +293,19 @@ EMULATED_KERNELS = (
     _emulated(_FUSED, "fused", name="emulated_weight_only_mma"),
     _emulated(_DENSE, "dense", name="emulated_dequantize_matmul"),
     _emulated(_FLOAT, "float", name="emulated_weight_only_mma_float"),
+    replace(
+        _BESIDE,
+        name="emulated_float_beside",
+        **_EMULATED,
+        run=run_beside(_of_codes_emulated, add_by_kernel("qkernels_emulated")),
+    ),
 )
 
 
 def _rows_not_built_for(problem: RowProblem) -> str | None:
     if problem.device != "cuda":
         return f"needs a CUDA GPU, and x is on {problem.device}"
-    return _not_built(problem.capability)
+    return not_built(problem.capability)
 
 
 def _run_rows(namespace: str) -> Callable[[RowProblem, RowInputs], QuantizedRows]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from qkernels import reference
-from qkernels.backends.beside import BESIDE, has_beside, run_beside
+from qkernels.backends import beside, cuda
+from qkernels.backends.beside import BESIDE, has_beside, run_beside, run_int8_beside
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, Run, no_gpu
 from qkernels.backends.reference import row_values, scale_of_rows
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
@@ -205,11 +206,33 @@ _VARIES = "rounds unlike the GEMM, and batch_invariant wants one kernel for ever
 
 
 def _of_codes() -> tuple[Kernel, ...]:
-    return KERNELS[:-1]
+    return KERNELS[:_OF_CODES]
 
 
 def _of_codes_interpreted() -> tuple[Kernel, ...]:
-    return INTERPRETED_KERNELS[:-1]
+    return INTERPRETED_KERNELS[:_OF_CODES]
+
+
+_OF_CODES = 3
+"""Kernels before those that call one of them."""
+
+
+def _quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    quantized: tuple[Tensor, Tensor] = kernels().quantize_rows(x, dtype, scale)
+    return quantized
+
+
+def _add_beside(
+    y: Tensor, x: Tensor, packed: PackedWeight, dtype: torch.dtype, scale: Tensor | None
+) -> Tensor:
+    """By the CUDA kernel where there is one for this GPU."""
+    if cuda.not_built(torch.cuda.get_device_capability(y.device)) is not None:
+        return beside.add(y, x, packed, dtype, scale)
+    return beside.add_by_kernel("qkernels_cuda")(y, x, packed, dtype, scale)
+
+
+def _has_beside(problem: Problem) -> str | None:
+    return has_beside(problem) or _why_not_groups(problem)
 
 
 # The GEMV reads the weight once a row, the GEMM once for all of them: where the one is faster was
@@ -254,11 +277,23 @@ KERNELS = (
         fields=PREPARED | BESIDE,
         varies=_VARIES,
         where=_not_compiled,
-        why_not=lambda problem: has_beside(problem) or _why_not_groups(problem),
-        run=run_beside(_of_codes),
+        why_not=_has_beside,
+        run=run_beside(_of_codes, _add_beside),
+    ),
+    Kernel(
+        name="triton_int8_beside",
+        backend="triton",
+        layout="planar",
+        activations=("int8", "int4"),
+        fields=PREPARED | BESIDE,
+        varies=_VARIES,
+        weight_rounding="integers",
+        where=_not_compiled,
+        why_not=_has_beside,
+        **run_int8_beside(_of_codes, _quantize, _add_beside),
     ),
 )
-_GEMV, _GEMM, _INT8, _BESIDE = KERNELS
+_GEMV, _GEMM, _INT8, _BESIDE, _INT8_BESIDE = KERNELS
 INTERPRETED_KERNELS = (
     replace(
         _GEMV,
@@ -292,6 +327,15 @@ INTERPRETED_KERNELS = (
         proves_itself=False,
         where=_no_interpreter,
         run=run_beside(_of_codes_interpreted),
+    ),
+    replace(
+        _INT8_BESIDE,
+        name="interpreted_int8_beside",
+        backend="interpreted",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_interpreter,
+        **run_int8_beside(_of_codes_interpreted, _quantize),
     ),
 )
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qkernels import WQLinear, rounding
+from qkernels import WQLinear, rounding, sparse
 from qkernels.backends.cuda import weight_arguments
 from qkernels.layouts import FRAGMENT, fragment, pack
 from tests.emulated.emulator import (
@@ -52,6 +52,7 @@ def exercise(check):
     torch.manual_seed(0)
     exercise_weights(check)
     exercise_rows(check)
+    exercise_beside(check)
 
 
 def exercise_weights(check):
@@ -83,6 +84,12 @@ def exercise_weights(check):
         operators.pack_fragment(weight.codes, None, words, n, k, 0, n, bits, "codes")
         check("words", words)
         check("codes", operators.unpack_fragment(words, n, k, 0, n, bits))
+    for bits in (4, 8):
+        codes = torch.randint(1 << bits, (30, 72), dtype=torch.uint8)
+        words = torch.empty(fragment.words_shape(30, 72, bits), dtype=torch.int32)
+        operators.pack_fragment_int8(codes, words, 30, 72, 0, 30, bits)
+        check("words", words)
+        check("codes", operators.unpack_fragment_int8(words, 30, 72, 0, 30, bits))
     for n in (30, 36):
         weight = rounding.quantize(torch.randn(n, 200), "w3a16-g32")
         layer = WQLinear.from_weight(weight, backend="emulated")
@@ -143,6 +150,30 @@ def exercise_rows(check):
                 for result in results:
                     if result is not None:
                         check(kind, result)
+
+
+def exercise_beside(check):
+    """Numbers beside the codes: more of a row than lanes, and none, of each type that is read."""
+    m, n, k = 9, 33, 50
+    mask = torch.rand(n, k) < 0.4
+    mask[0], mask[3] = True, False
+    for dtype, kind in (
+        (torch.float16, torch.int16),
+        (torch.float32, torch.int32),
+        (torch.int8, torch.int32),
+    ):
+        held = sparse.fields_of(torch.randn(n, k), mask, torch.bfloat16)
+        held["sparse_columns"] = held["sparse_columns"].to(kind)
+        is_int8 = dtype == torch.int8
+        x = (torch.randn(m, k) * (30 if is_int8 else 1)).to(dtype)
+        y = torch.randn(m, n).to(torch.float16 if dtype == torch.float32 else torch.float32)
+        rows = (torch.rand(m), torch.randint(-9, 9, (m,)).int()) if is_int8 else (None, None)
+        columns = torch.tensor([7, 49, 0])
+        result = torch.ops.qkernels_emulated.add_beside(
+            *(y, x, columns, torch.randn(n, 3).half(), *held.values(), *rows),
+            torch.float32 if is_int8 else torch.bfloat16,
+        )
+        check("beside", result)
 
 
 def short(path):
