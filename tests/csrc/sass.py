@@ -147,7 +147,8 @@ class KernelCode:
 
         There is one for each kind of groups: a warp may have one of its stage, or several.
         """
-        places, scaled = self.places("HMMA"), self.places("FFMA")
+        places = self.places("HMMA") or self.places("IMMA")
+        scaled = self.places("FFMA")
         found = []
         for first in range(0, len(places), tensor):
             products = places[first : first + tensor]

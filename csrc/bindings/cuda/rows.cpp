@@ -1,5 +1,7 @@
 // The operators that quantize rows of activations, alone or behind a normalization or a gate.
 
+#include "bindings/cuda/rows.h"
+
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -7,11 +9,35 @@
 #include <limits>
 #include <tuple>
 
-#include "bindings/cuda/device.h"
 #include "bindings/cuda/fragment.h"
-#include "cuda/activations/quantize_rows.h"
 
 namespace qkernels::bindings {
+
+namespace {
+
+// Blocks a multiprocessor that look for the scale of a tensor: as many as may run there at a time.
+constexpr int kScaleBlocks = 4;
+
+}  // namespace
+
+at::Tensor scale_of_tensor(const at::Tensor& x, RowCode code, const DeviceScope& scope) {
+  TensorScaleArguments arguments{};
+  arguments.x = x.const_data_ptr();
+  arguments.x_stride = x.stride(0);
+  arguments.m = x.size(0);
+  arguments.k = x.size(1);
+  arguments.type = float_type("x", x);
+  arguments.largest = code == RowCode::kFp8E4M3 ? 448.0f : 127.0f;
+  const int64_t most = int64_t{kScaleBlocks} * scope.facts().multiprocessors;
+  arguments.blocks = static_cast<int>(std::clamp<int64_t>(arguments.m, 1, most));
+  at::Tensor scale = at::empty({}, x.options().dtype(at::kFloat));
+  const at::Tensor tops = at::empty({arguments.blocks}, x.options().dtype(at::kInt));
+  arguments.scale = scale.mutable_data_ptr<float>();
+  arguments.tops = reinterpret_cast<uint32_t*>(tops.mutable_data_ptr<int32_t>());
+  arguments.counter = scope.counters(1);
+  succeed(tensor_scale(arguments, scope.stream()));
+  return scale;
+}
 
 namespace {
 
@@ -50,28 +76,6 @@ RowCode row_code(at::ScalarType dtype, bool has_zeros) {
   require(dtype == at::kFloat8_e4m3fn && !has_zeros,
           "rows are quantized to int8, or without zero points to float8_e4m3fn, got ", dtype);
   return RowCode::kFp8E4M3;
-}
-
-// Blocks a multiprocessor that look for the scale of a tensor: as many as may run there at a time.
-constexpr int kScaleBlocks = 4;
-
-at::Tensor scale_of_tensor(const at::Tensor& x, RowCode code, const DeviceScope& scope) {
-  TensorScaleArguments arguments{};
-  arguments.x = x.const_data_ptr();
-  arguments.x_stride = x.stride(0);
-  arguments.m = x.size(0);
-  arguments.k = x.size(1);
-  arguments.type = float_type("x", x);
-  arguments.largest = code == RowCode::kFp8E4M3 ? 448.0f : 127.0f;
-  const int64_t most = int64_t{kScaleBlocks} * scope.facts().multiprocessors;
-  arguments.blocks = static_cast<int>(std::clamp<int64_t>(arguments.m, 1, most));
-  at::Tensor scale = at::empty({}, x.options().dtype(at::kFloat));
-  const at::Tensor tops = at::empty({arguments.blocks}, x.options().dtype(at::kInt));
-  arguments.scale = scale.mutable_data_ptr<float>();
-  arguments.tops = reinterpret_cast<uint32_t*>(tops.mutable_data_ptr<int32_t>());
-  arguments.counter = scope.counters(1);
-  succeed(tensor_scale(arguments, scope.stream()));
-  return scale;
 }
 
 // Codes, scales, zero points, x + residual, and the rows in x's type.
@@ -141,6 +145,7 @@ Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Opt
     arguments.zeros = zeros->mutable_data_ptr<int32_t>();
   }
   arguments.codes = codes.mutable_data_ptr();
+  arguments.codes_stride = k;
   arguments.scales = scales.mutable_data_ptr<float>();
   if (scale) arguments.given_scale = scale->const_data_ptr<float>();
   at::Tensor found;
