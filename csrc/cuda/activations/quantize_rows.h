@@ -21,7 +21,7 @@ constexpr bool is_norm(RowKind kind) {
 
 constexpr bool is_gate(RowKind kind) { return kind != RowKind::kPlain && !is_norm(kind); }
 
-// int8 of -127..127, int8 of -128..127 with a zero point, or fp8 E4M3.
+// int8 of -largest..largest, int8 of -128..127 with a zero point, or fp8 E4M3.
 enum class RowCode : int { kInt8, kInt8WithZero, kFp8E4M3 };
 
 constexpr int64_t kMostRowColumns = int64_t{1} << 30;
@@ -35,14 +35,18 @@ struct RowArguments {
   const void* gain;          // [k] of gain_type, or null
   const void* bias;          // [k] of bias_type, or null
   const float* given_scale;  // of all rows, or null for one of each
-  void* codes;               // [m, k], a byte each
-  float* scales;             // [m]
-  int32_t* zeros;            // [m] of kInt8WithZero, else null
-  void* total;               // [m, k] of `type`: x + residual; null where there is none
+  // Of plain rows to kInt8: columns that are zeros, a bit each as find_outliers gives them; or
+  // null.
+  const uint8_t* left_out;
+  void* codes;     // [m, k], a byte each
+  float* scales;   // [m]
+  int32_t* zeros;  // [m] of kInt8WithZero, else null
+  void* total;     // [m, k] of `type`: x + residual; null where there is none
   // [m, k] of `type`: the rows, which are then quantized as rounded; or null, as for plain ones.
   void* rounded;
   int64_t m, k;
   float epsilon;  // of norms
+  float largest;  // number of kInt8: 127, or 7 for 4 bits
   FloatType type, gain_type, bias_type;
   RowKind kind;
   RowCode code;
