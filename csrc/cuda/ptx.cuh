@@ -264,6 +264,18 @@ QK_DEVICE void mma_m16n8k16<Bfloat16>(float (&c)[4], const uint32_t (&a)[4], uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c [16, 8] += a [16, 32] @ b [32, 8] of signed bytes, in int32, which wraps around. With group and
+// t as above, byte i of
+//   a[0], a[1]; a[2], a[3]   is column 4t + i of row group, group + 8; column 4t + 16 + i of these
+//   b[0], b[1]               is row 4t + i, 4t + 16 + i of column `group`
+// and c is as above.
+QK_DEVICE void mma_m16n8k32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // The transpose of an 8x8 matrix of 16-bit numbers: lane 4i + t passes columns 2t, 2t + 1 of row i,
 // and has those of row i of the transpose.
 QK_DEVICE uint32_t movmatrix_trans(uint32_t a QK_AND_SITE) {

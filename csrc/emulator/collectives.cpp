@@ -76,6 +76,27 @@ void multiply_half(void* const* operands_of_lanes) {
 
 void multiply_bfloat16(void* const* operands_of_lanes) { multiply(operands_of_lanes, nullptr); }
 
+QK_FAST void multiply_bytes(void* const* operands_of_lanes) {
+  int8_t a[16][32], b[8][32];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* operands = static_cast<const IntegerMmaOperands*>(operands_of_lanes[lane]);
+    const int group = lane / 4, column = lane % 4 * 4;
+    for (int i = 0; i < 4; ++i) {
+      std::memcpy(&a[group + i % 2 * 8][column + i / 2 * 16], &operands->a[i], 4);
+    }
+    for (int i = 0; i < 2; ++i) std::memcpy(&b[group][column + i * 16], &operands->b[i], 4);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* operands = static_cast<const IntegerMmaOperands*>(operands_of_lanes[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      auto sum = static_cast<uint32_t>(operands->c[i]);
+      for (int k = 0; k < 32; ++k) sum += static_cast<uint32_t>(a[row][k] * b[column][k]);
+      operands->c[i] = static_cast<int32_t>(sum);
+    }
+  }
+}
+
 void load_matrices(void* const* operands_of_lanes) {
   uint32_t words[4][8][4];
   for (int lane = 0; lane < 32; ++lane) {

@@ -12,6 +12,12 @@ struct MmaOperands {
   uint32_t b[2];
 };
 
+struct IntegerMmaOperands {
+  int32_t* c;         // [4]
+  const uint32_t* a;  // [4]
+  uint32_t b[2];
+};
+
 struct LdmatrixOperands {
   uint32_t* r;  // [4]
   const void* row;
@@ -32,6 +38,9 @@ struct ShuffleOperands {
 // roundings.)
 void multiply_half(void* const* operands_of_lanes);
 void multiply_bfloat16(void* const* operands_of_lanes);
+
+// c [16, 8] += a [16, 32] @ b [32, 8] of signed bytes, modulo 2^32.
+void multiply_bytes(void* const* operands_of_lanes);
 
 // Four 8x8 matrices; lane 8i + j has the address of row j of matrix i.
 void load_matrices(void* const* operands_of_lanes);

@@ -180,6 +180,12 @@ QK_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
   emulator::meet_warp(emulator::Kind::kMma, &operands, T::multiply, place);
 }
 
+QK_DEVICE void mma_m16n8k32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                            uint32_t b1 QK_AND_SITE) {
+  emulator::IntegerMmaOperands operands{c, a, {b0, b1}};
+  emulator::meet_warp(emulator::Kind::kMma, &operands, emulator::multiply_bytes, place);
+}
+
 QK_DEVICE uint32_t movmatrix_trans(uint32_t a QK_AND_SITE) {
   uint32_t d = 0;
   emulator::MovmatrixOperands operands{&d, a};

@@ -15,20 +15,14 @@ import torch
 from torch import Tensor
 
 from qkernels import compiled, reference
-from qkernels.backends.beside import (
-    BESIDE,
-    has_beside,
-    kernel_for,
-    run_beside,
-    run_by,
-    run_int8_beside,
-)
+from qkernels.backends.beside import BESIDE, has_beside, run_beside, run_by, run_int8_beside
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, RouteOf, WhyNot, by_route
+from qkernels.backends.rounded import has_positions, run_rounded
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem, adjacent
 from qkernels.errors import NoKernelError
 from qkernels.layouts import PackedWeight
 from qkernels.layouts.padding import kernel_group
-from qkernels.scheme import Activation, QuantScheme
+from qkernels.scheme import QuantScheme
 from qkernels.weight import codebook, nested_table
 
 ISAS = ("amx", "avx512", "avx2", "neon_i8mm", "neon_dot", "neon", "portable")
@@ -178,20 +172,6 @@ def _of_rows() -> tuple[Kernel, ...]:
     return tuple(kernel for kernel in KERNELS if kernel not in COMPOSED)
 
 
-def _run_rounded(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x rounded by torch's operations, and multiplied as int8 rows."""
-    quantized, scale = reference.quantize_activations(x, packed)
-    # What x was quantized with stays here: as rows of int8 have them, scales are one a row.
-    buffers = {name: held for name, held in packed.buffers.items() if name != "activation_scale"}
-    scheme = replace(problem.scheme, activation=Activation("int8"))
-    inner = replace(problem, scheme=scheme)
-    weight = PackedWeight(scheme, packed.layout, packed.n, packed.k, buffers)
-    kernel = kernel_for(inner, _of_rows())
-    if kernel is None or kernel.run_quantized is None:
-        return reference.linear_quantized(quantized, scale, weight, bias, problem.x_dtype)
-    return kernel.run_quantized(quantized, scale, weight, bias, inner)
-
-
 def _quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`reference.quantize_rows` to int8."""
     scale_of = "token" if scale is None else "static"
@@ -199,12 +179,6 @@ def _quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tup
         *(adjacent(x), "plain", None, None, 0.0, scale_of, scale, best_isa())
     )
     return values, scales if scale is None else scale
-
-
-def _has_positions(problem: Problem) -> str | None:
-    if problem.scheme.activation.by_position:
-        return None
-    return "is for schemes with scales of activations per position"
 
 
 def _keeps_outliers(problem: Problem) -> str | None:
@@ -241,7 +215,7 @@ _INT4 = Kernel(
     exact=True,
     weight_rounding="integers",
     where=_with("portable"),
-    run=_run_rounded,
+    run=run_rounded(_of_rows),
 )
 
 _INT8_BESIDE = Kernel(
@@ -264,7 +238,7 @@ _INT8_BESIDE = Kernel(
 # of int8. Those of NEON are not measured: docs/cpu.md counts instructions.
 COMPOSED = (
     _INT4,
-    replace(_INT4, name="cpu_int8_positions", activations=("int8",), why_not=_has_positions),
+    replace(_INT4, name="cpu_int8_positions", activations=("int8",), why_not=has_positions),
     Kernel(
         name="cpu_int8_outliers",
         backend="cpu",

@@ -1,6 +1,7 @@
 """Memory orders of kernels. Nothing outside of this package knows bit order."""
 
 from qkernels.layouts.fragment import FRAGMENT, pack_words
+from qkernels.layouts.fragment_int8 import FRAGMENT_INT8
 from qkernels.layouts.packed import (
     Layout,
     PackedWeight,
@@ -13,10 +14,13 @@ from qkernels.layouts.plain import PLAIN
 from qkernels.layouts.planar import PLANAR, plane_height
 from qkernels.layouts.vnni import VNNI
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PLAIN, PLANAR, FRAGMENT, VNNI)}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (PLAIN, PLANAR, FRAGMENT, FRAGMENT_INT8, VNNI)
+}
 
 __all__ = [
     "FRAGMENT",
+    "FRAGMENT_INT8",
     "LAYOUTS",
     "PLAIN",
     "PLANAR",

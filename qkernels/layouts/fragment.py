@@ -36,7 +36,8 @@ CHUNK_COLUMNS = 64
 ROW_MULTIPLE = 32
 
 _LARGEST_ZERO = 128
-"""Up to which code - zero is exact in bf16, where a 4-bit code is held as 128 + code."""
+"""Up to which code - zero is exact in bf16, where a 4-bit code is held as 128 + code, and a number
+of int8."""
 
 
 def code_name(scheme: QuantScheme) -> str:
@@ -81,7 +82,8 @@ def _cuda_operators() -> Any:
     return operators if hasattr(operators, "pack_fragment") else None
 
 
-def _operators(tensor: Tensor) -> Any:
+def packing_operators(tensor: Tensor) -> Any:
+    """The operators that pack words such as `tensor` where they are, or None."""
     return _cuda_operators() if tensor.device.type == "cuda" else None
 
 
@@ -96,7 +98,7 @@ def _row_step(bits: int) -> int:
 
 
 def _pack_rows(scheme: QuantScheme, words: Tensor, start: int, codes: Tensor) -> None:
-    operators = _operators(words)
+    operators = packing_operators(words)
     order = column_order(scheme, codes.shape[1], codes.device)
     if order is not None:
         codes = F.pad(codes, (0, 1)).index_select(1, order[0])
@@ -111,7 +113,7 @@ def _pack_rows(scheme: QuantScheme, words: Tensor, start: int, codes: Tensor) ->
 
 
 def _unpack_rows(scheme: QuantScheme, words: Tensor, start: int, stop: int, k: int) -> Tensor:
-    operators, width = _operators(words), kernel_columns(scheme, k)
+    operators, width = packing_operators(words), kernel_columns(scheme, k)
     step = _row_step(scheme.bits)
     if operators is not None:
         n = words.shape[0] * step
@@ -187,7 +189,7 @@ def pack_words(packed: PackedWeight, source: Tensor, kind: str, perm: Tensor | N
         ValueError: for words of another shape, dtype or device.
     """
     words = packed.buffers["words"]
-    operators = _operators(words)
+    operators = packing_operators(words)
     assert operators is not None and packed.layout is FRAGMENT
     if column_order(packed.scheme, packed.k, words.device) is not None:
         raise WeightError(
@@ -218,10 +220,10 @@ def pack_fragment_torch(codes: Tensor, bits: int) -> Tensor:
     else:
         # A word is a step's column half; byte = row half + 2 * odd.
         fields = parts.permute(0, 3, 2, 6, 4, 5, 7, 1).flatten(6).flatten(4, 5)
-    return _in_words(fields, bits).flatten(2, 3)
+    return in_words(fields, bits).flatten(2, 3)
 
 
-def _in_words(fields: Tensor, bits: int) -> Tensor:
+def in_words(fields: Tensor, bits: int) -> Tensor:
     """[..., 32 / bits] small numbers -> int32 [...], the first in the lowest bits."""
     words = torch.zeros(fields.shape[:-1], dtype=torch.int32, device=fields.device)
     for i in range(32 // bits):
@@ -229,7 +231,7 @@ def _in_words(fields: Tensor, bits: int) -> Tensor:
     return words
 
 
-def _in_fields(words: Tensor, bits: int) -> Tensor:
+def in_fields(words: Tensor, bits: int) -> Tensor:
     """The reverse: uint8 [..., 32 / bits]."""
     shifts = range(0, 32, bits)
     return torch.stack([(words >> i) & ((1 << bits) - 1) for i in shifts], dim=-1).to(torch.uint8)
@@ -241,13 +243,13 @@ def _pack_low(codes: Tensor, bits: int) -> Tensor:
     low = (codes & 3).view(-1, 2, 2, 8, codes.shape[1] // 128, 4, 2, 2, 4, 2)
     # Bit 16 * odd + 8 * step + 4 * column half + 2 * row half.
     low = low.permute(0, 4, 1, 3, 8, 5, 9, 6, 7, 2).flatten(6)
-    units = _in_words(low, 2).flatten(3, 4)
+    units = in_words(low, 2).flatten(3, 4)
     if bits == 3:
         # [32 rows, tile, row half, g, span, word, step, column half, t, odd], of 4 steps a word
         third = (codes >> 2).view(-1, 2, 2, 8, codes.shape[1] // 128, 2, 4, 2, 4, 2)
         # Bit 16 * odd + 4 * step + 2 * row half + column half; words of either tile.
         third = third.permute(0, 4, 3, 8, 1, 5, 9, 6, 2, 7).flatten(6)
-        unit = _in_words(third, 1).flatten(4, 5).flatten(2, 3)
+        unit = in_words(third, 1).flatten(4, 5).flatten(2, 3)
         units = torch.cat([units, unit[:, :, None]], dim=2)
     return units.flatten(1, 2)
 
@@ -257,11 +259,11 @@ def _unpack_low(words: Tensor, bits: int) -> Tensor:
     rows, spans = words.shape[0], words.shape[1] // bits
     units = words.unflatten(1, (spans, bits))
     # [32 rows, span, tile, g, t, word, odd, step, column half, row half]
-    low = _in_fields(units[:, :, :2], 2).view(rows, spans, 2, 8, 4, 4, 2, 2, 2, 2)
+    low = in_fields(units[:, :, :2], 2).view(rows, spans, 2, 8, 4, 4, 2, 2, 2, 2)
     codes = low.permute(0, 2, 9, 3, 1, 5, 7, 8, 4, 6).reshape(rows * ROW_MULTIPLE, -1)
     if bits == 3:
         # [32 rows, span, g, t, tile, word, odd, step, row half, column half]
-        third = _in_fields(units[:, :, 2], 1).view(rows, spans, 8, 4, 2, 2, 2, 4, 2, 2)
+        third = in_fields(units[:, :, 2], 1).view(rows, spans, 8, 4, 2, 2, 2, 4, 2, 2)
         top = third.permute(0, 4, 8, 2, 1, 5, 7, 9, 3, 6).reshape(codes.shape)
         codes = codes | top << 2
     return codes
@@ -272,7 +274,7 @@ def unpack_fragment_torch(words: Tensor, bits: int) -> Tensor:
     if bits < 4:
         return _unpack_low(words, bits)
     tiles, units = words.shape[:2]
-    fields = _in_fields(words, bits)
+    fields = in_fields(words, bits)
     if bits == 4:
         parts = fields.view(tiles, units, 8, 4, 4, 2, 2, 2)  # unit, g, t, step, odd, columns, rows
         codes = parts.permute(0, 7, 2, 1, 4, 6, 3, 5)
@@ -282,24 +284,32 @@ def unpack_fragment_torch(words: Tensor, bits: int) -> Tensor:
     return codes.reshape(tiles * TILE_ROWS, -1)
 
 
-def _store_groups(scheme: QuantScheme, n: int, values: Tensor) -> Tensor:
+def store_groups(scheme: QuantScheme, n: int, values: Tensor) -> Tensor:
+    """Scales or zero points of the hub: see `Layout`."""
     is_zeros = values.dtype == torch.uint8
     if is_zeros and scheme.bits <= 4 and values.numel() and int(values.max()) > _LARGEST_ZERO:
         raise WeightError(
             f"zero points of weights of up to 4 bits go up to {_LARGEST_ZERO}, got "
             f"{int(values.max())}"
         )
+    return in_tile_order(scheme, n, values)
+
+
+def in_tile_order(scheme: QuantScheme, n: int, values: Tensor) -> Tensor:
+    """[N, G], or [1, 1] of a whole weight -> [G, N padded], rows in the order of tiles."""
     rows = values.expand(n, -1) if scheme.per_tensor else values
     rows = F.pad(rows, (0, 0, 0, padded_rows(n) - n))
     return rows.t().unflatten(1, (-1, 2, 8)).transpose(2, 3).flatten(1).contiguous()
 
 
-def _load_groups(scheme: QuantScheme, n: int, stored: Tensor) -> Tensor:
+def load_groups(scheme: QuantScheme, n: int, stored: Tensor) -> Tensor:
+    """The reverse."""
     rows = stored.unflatten(1, (-1, 8, 2)).transpose(2, 3).flatten(1).t()
     return rows[:1, :1].contiguous() if scheme.per_tensor else rows[:n].contiguous()
 
 
-def _take_groups(stored: Tensor, rows: Tensor) -> Tensor:
+def take_groups(stored: Tensor, rows: Tensor) -> Tensor:
+    """Those of some rows: see `Layout`."""
     return stored.index_select(1, rows // 16 * 16 + rows % 8 * 2 + rows // 8 % 2).t()
 
 
@@ -309,8 +319,8 @@ FRAGMENT = Layout(
     allocate=_allocate,
     pack_rows=_pack_rows,
     unpack_rows=_unpack_rows,
-    store_groups=_store_groups,
-    load_groups=_load_groups,
+    store_groups=store_groups,
+    load_groups=load_groups,
     take_rows=_take_rows,
-    take_groups=_take_groups,
+    take_groups=take_groups,
 )

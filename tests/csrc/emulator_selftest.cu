@@ -209,6 +209,31 @@ QK_KERNEL void mma_kernel(Arguments arguments) {
   }
 }
 
+// in: a [16, 32], b [8, 32] of bytes, c [16, 8] of int32; out: c. Both operands come through
+// ldmatrix.
+QK_KERNEL void mma_bytes_kernel(Arguments arguments) {
+  const int lane = thread_index(), group = lane / 4, t = lane % 4;
+  auto* shared = ptx::shared_memory();
+  const unsigned char* c_in = arguments.in + 512 + 256;
+  ptx::store_shared(shared + lane * 16, ptx::load_global<uint4>(arguments.in + lane * 16));
+  ptx::store_shared(shared + 512 + lane * 8,
+                    ptx::load_global<uint2>(arguments.in + 512 + lane * 8));
+  ptx::sync_warp();
+  uint32_t a[4], b[4];
+  int32_t c[4];
+  ptx::ldmatrix_x4(a, shared + (lane % 16) * 32 + lane / 16 * 16);
+  ptx::ldmatrix_x4(b, shared + 512 + lane % 8 * 32 + lane / 8 % 2 * 16);
+  for (int i = 0; i < 4; ++i) {
+    const int at = (group + i / 2 * 8) * 8 + 2 * t + i % 2;
+    c[i] = ptx::load_global<int32_t>(c_in + at * 4);
+  }
+  ptx::mma_m16n8k32(c, a, b[0], b[1]);
+  for (int i = 0; i < 4; ++i) {
+    const int at = (group + i / 2 * 8) * 8 + 2 * t + i % 2;
+    ptx::store_global(arguments.out + at, c[i]);
+  }
+}
+
 // in: a matrix [8, 8] of 16-bit numbers; out: its transpose.
 QK_KERNEL void transpose_kernel(Arguments arguments) {
   const int lane = thread_index();
@@ -353,6 +378,7 @@ constexpr Case kCases[] = {
     {"address", address_kernel},
     {"mma_half", mma_kernel<Half>},
     {"mma_bfloat16", mma_kernel<Bfloat16>},
+    {"mma_bytes", mma_bytes_kernel},
     {"transpose", transpose_kernel},
     {"arithmetic_half", arithmetic_kernel<Half>},
     {"arithmetic_bfloat16", arithmetic_kernel<Bfloat16>},

@@ -427,6 +427,35 @@ def mma(warp: Warp, found: re.Match[str], *operands: tuple[str, ...]) -> None:
         warp.write(name, 32, [bits_of(value) for value in values])
 
 
+@instruction(r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.s8\.s8\.s32", 4, kind="mma")
+def mma_of_bytes(warp: Warp, _: re.Match[str], *operands: tuple[str, ...]) -> None:
+    """Sums wrap around, as without .satfinite."""
+    d_names, *names = (
+        vector(each, size) for each, size in zip(operands, (4, 4, 2, 4), strict=True)
+    )
+    a_words, b_words, c_words = ([warp.read(name, 32) for name in each] for each in names)
+    a, b = np.zeros((16, 32), dtype=np.int64), np.zeros((32, 8), dtype=np.int64)
+    for lane in range(LANES):
+        group, thread = lane >> 2, lane % 4
+        for i in range(16):
+            row = group if i < 4 or 8 <= i < 12 else group + 8
+            column = thread * 4 + (i & 3) + (0 if i < 8 else 16)
+            a[row, column] = signed(a_words[i // 4][lane] >> i % 4 * 8 & 0xFF, 8)
+        for i in range(8):
+            row = thread * 4 + (i & 3) + (0 if i < 4 else 16)
+            b[row, group] = signed(b_words[i // 4][lane] >> i % 4 * 8 & 0xFF, 8)
+    sums = a @ b
+    for i, name in enumerate(d_names):
+        places = [
+            ((lane >> 2) + (0 if i < 2 else 8), lane % 4 * 2 + (i & 1)) for lane in range(LANES)
+        ]
+        values = [
+            (int(sums[at]) + before) % (1 << 32)
+            for at, before in zip(places, c_words[i], strict=True)
+        ]
+        warp.write(name, 32, values)
+
+
 @instruction(r"shfl\.sync\.bfly\.b32", 5, kind="shuffle", has_effects=True)
 def shuffle(warp: Warp, _: re.Match[str], d: str, a: str, b: str, c: str, lanes: str) -> None:
     """`d` may be a register, and a predicate behind a bar. c: the last lane, of no parts of a

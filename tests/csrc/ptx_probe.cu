@@ -138,6 +138,15 @@ PROBE(mma_half) { multiply<Half>(p); }
 
 PROBE(mma_bfloat16) { multiply<Bfloat16>(p); }
 
+// Any bytes, and sums that wrap around.
+PROBE(mma_bytes) {
+  const uint32_t a[4] = {word(p, 0), word(p, 1), word(p, 2), word(p, 3)};
+  int32_t c[4];
+  for (int i = 0; i < 4; ++i) c[i] = static_cast<int32_t>(word(p, 6 + i));
+  ptx::mma_m16n8k32(c, a, word(p, 4), word(p, 5));
+  for (int i = 0; i < 4; ++i) give(p, i, static_cast<uint32_t>(c[i]));
+}
+
 PROBE(movmatrix) { give(p, 0, ptx::movmatrix_trans(word(p, 0))); }
 
 // Each lane puts 16 bytes into shared memory; word 4 says whose it gives to ldmatrix.

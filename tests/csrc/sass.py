@@ -128,7 +128,7 @@ class KernelCode:
 
         There is one for each kind of groups: a warp may have one of its stage, or several.
         """
-        places = self.places("HMMA")
+        places = self.places("HMMA") or self.places("IMMA")
         found = []
         for first in range(0, len(places), tensor):
             products = places[first : first + tensor]

@@ -171,6 +171,20 @@ def test_mma_and_ldmatrix(
     assert launch["counters"]["ldmatrix"]["instructions"] == 2
 
 
+def test_mma_of_bytes(emulator: Emulator, tmp_path: Path) -> None:
+    generator = np.random.default_rng(6)
+    a, b = (generator.integers(-128, 128, size=(rows, 32), dtype=np.int8) for rows in (16, 8))
+    c = generator.integers(-(2**31), 2**31, size=(16, 8), dtype=np.int32)
+    path = tmp_path / "in"
+    path.write_bytes(b"".join(each.tobytes() for each in (a, b, c)))
+    launch = emulator.run("mma_bytes", **{"in": path}, words=128, shared=1024)
+    assert launch["error"] == ""
+    out = np.array(launch["out"], dtype=np.uint32).reshape(16, 8)
+    exact = a.astype(np.int64) @ b.astype(np.int64).T + c
+    np.testing.assert_array_equal(out, exact % 2**32)
+    assert launch["counters"]["mma"] == 1
+
+
 def test_movmatrix(emulator: Emulator, tmp_path: Path) -> None:
     matrix = np.random.default_rng(5).integers(0, 1 << 16, size=(8, 8)).astype(np.uint16)
     path = tmp_path / "in"

@@ -84,6 +84,12 @@ def exercise_weights(check):
         operators.pack_fragment(weight.codes, None, words, n, k, 0, n, bits, "codes")
         check("words", words)
         check("codes", operators.unpack_fragment(words, n, k, 0, n, bits))
+    for bits in (4, 8):
+        codes = torch.randint(1 << bits, (30, 72), dtype=torch.uint8)
+        words = torch.empty(fragment.words_shape(30, 72, bits), dtype=torch.int32)
+        operators.pack_fragment_int8(codes, words, 30, 72, 0, 30, bits)
+        check("words", words)
+        check("codes", operators.unpack_fragment_int8(words, 30, 72, 0, 30, bits))
     for n in (30, 36):
         weight = rounding.quantize(torch.randn(n, 200), "w3a16-g32")
         layer = WQLinear.from_weight(weight, backend="emulated")

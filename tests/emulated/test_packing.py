@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qkernels import WQLinear, WQLinear_GEMM
-from qkernels.layouts import FRAGMENT, fragment
+from qkernels.layouts import FRAGMENT, FRAGMENT_INT8, fragment, fragment_int8
+from qkernels.scheme import QuantScheme
 from tests.emulated.emulator import needs_emulator
 
 pytestmark = needs_emulator
@@ -54,6 +55,46 @@ def test_slices_leave_the_others_alone(bits):
     assert torch.equal(words, fragment.pack_fragment_torch(codes, bits))
 
 
+def pack_int8(codes, bits, slices=None):
+    n, k = codes.shape
+    words = torch.full(fragment.words_shape(n, k, bits), -1, dtype=torch.int32)
+    for first, last in slices or ((0, n),):
+        torch.ops.qkernels_emulated.pack_fragment_int8(
+            codes[first:last], words, n, k, first, last - first, bits
+        )
+    return words
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (33, 65), (64, 128), (100, 200)])
+def test_codes_of_integer_products(bits, n, k):
+    codes = random_codes(n, k, bits)
+    words = pack_int8(codes, bits)
+    assert torch.equal(words, fragment_int8.pack_fragment_int8_torch(codes, bits))
+    for first, last in ((0, n), (n // 2, n), (0, 1)):
+        got = torch.ops.qkernels_emulated.unpack_fragment_int8(
+            words, n, k, first, last - first, bits
+        )
+        assert torch.equal(got, codes[first:last])
+    if n == 100:
+        assert torch.equal(pack_int8(codes, bits, ((64, 100), (0, 32), (32, 64))), words)
+
+
+@pytest.mark.parametrize("text", ["w4a8-g24-flat", "w8a8-g6", "w4a8"])
+def test_the_layout_of_integer_products_packs_where_its_words_are(monkeypatch, text):
+    scheme, codes = QuantScheme.parse(text), random_codes(70, 100, int(text[1]))
+    made = []
+    for operators in (None, torch.ops.qkernels_emulated):
+        monkeypatch.setattr(fragment_int8, "packing_operators", lambda words, o=operators: o)
+        words = FRAGMENT_INT8.allocate(scheme, 70, 100, codes.device).fill_(-1)
+        FRAGMENT_INT8.pack_rows(scheme, words, 0, codes[:32])
+        FRAGMENT_INT8.pack_rows(scheme, words, 32, codes[32:])
+        made.append(words)
+        assert torch.equal(FRAGMENT_INT8.unpack_rows(scheme, words, 0, 70, 100), codes)
+        assert torch.equal(FRAGMENT_INT8.unpack_rows(scheme, words, 33, 50, 100), codes[33:50])
+    assert torch.equal(*made)
+
+
 def test_awq_words():
     n, k = 48, 80
     codes = random_codes(n, k, 4)
@@ -94,6 +135,20 @@ def test_wrong_input_is_named():
             call(*arguments)
     with pytest.raises(ValueError, match="10 rows from 60 on are not in 0 to 64"):
         torch.ops.qkernels_emulated.unpack_fragment(words, 64, 64, 60, 10, 4)
+    call = torch.ops.qkernels_emulated.pack_fragment_int8
+    for arguments, message in (
+        ((codes[:16], words, 64, 64, 16, 16, 4), "multiple of 32"),
+        ((codes, words, 64, 64, 0, 64, 3), "bits must be 4 or 8, got 3"),
+        ((codes.int(), words, 64, 64, 0, 64, 4), "uint8"),
+        ((codes[:, :8], words, 64, 64, 0, 64, 4), "shape"),
+        ((codes, words, 64, 64, 0, 64, 8), "words must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(*arguments)
+    with pytest.raises(ValueError, match="bits must be 4 or 8, got 2"):
+        torch.ops.qkernels_emulated.unpack_fragment_int8(words, 64, 64, 0, 64, 2)
+    with pytest.raises(ValueError, match="10 rows from 60 on are not in 0 to 64"):
+        torch.ops.qkernels_emulated.unpack_fragment_int8(words, 64, 64, 60, 10, 4)
 
 
 def test_awq_layers_go_to_the_kernels_without_being_unpacked(monkeypatch):
@@ -104,7 +159,7 @@ def test_awq_layers_go_to_the_kernels_without_being_unpacked(monkeypatch):
     expected = WQLinear.from_weight(want, backend="reference")(x)
     # As on a GPU: the CUDA kernels come first, and their operators pack.
     monkeypatch.setattr("qkernels.modules.awq.layout_for", lambda *arguments: FRAGMENT)
-    monkeypatch.setattr(fragment, "_operators", lambda tensor: torch.ops.qkernels_emulated)
+    monkeypatch.setattr(fragment, "packing_operators", lambda tensor: torch.ops.qkernels_emulated)
     monkeypatch.setattr(layer, "_load", None)
     packed = layer.packed_layer()
     assert "layout=fragment" in repr(packed)

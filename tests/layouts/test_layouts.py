@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from qkernels import compiled, rounding
 from qkernels.bits import planar
 from qkernels.errors import WeightError
-from qkernels.layouts import FRAGMENT, LAYOUTS, fragment, pack, plane_height, vnni
+from qkernels.layouts import (
+    FRAGMENT,
+    FRAGMENT_INT8,
+    LAYOUTS,
+    fragment,
+    fragment_int8,
+    pack,
+    padding,
+    plane_height,
+    vnni,
+)
 from qkernels.scheme import QuantScheme
 from qkernels.weight import QuantizedWeight, row_slices
 from tests import schemes
@@ -88,7 +98,7 @@ def test_a_weight_of_several_slices(monkeypatch):
         quantized = rounding.quantize(weight, text)
         for layout in LAYOUTS.values():
             if layout.why_not(quantized.scheme) is not None:
-                assert layout is FRAGMENT
+                assert layout in (FRAGMENT, FRAGMENT_INT8)
                 continue
             assert torch.equal(pack(quantized, layout).unpack().codes, quantized.codes)
         error = (quantized.dequantize() - weight).norm() / weight.norm()
@@ -192,6 +202,85 @@ def test_the_fragment_layout_refuses_zero_points_it_cannot_subtract_exactly():
     )
     with pytest.raises(WeightError, match="up to 128, got 129"):
         pack(large, FRAGMENT)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_int8_fragments_are_what_a_tensor_core_takes(bits):
+    """Lane 4g + t of a step of 32 columns: rows g, g + 8, columns 4t and 4t + 16 and behind."""
+    n, k = 37, 200
+    codes = random_codes(n, k, bits)
+    words = fragment_int8.pack_fragment_int8_torch(codes, bits)
+    columns = 256 // bits  # of a unit
+    assert words.shape == (4, 256 // columns, 32, 4)
+    padded = torch.zeros(64, 256, dtype=torch.uint8)
+    padded[:n, :k] = codes
+    padded[:n, k:] = codes[:, -1:]
+    for tile, unit, g, t, word, byte, step in itertools.product(
+        range(4), range(words.shape[1]), (0, 5), (0, 3), range(4), range(4), range(8 // bits)
+    ):
+        held = words[tile, unit, 4 * g + t, word].item() >> (8 * byte)
+        row = tile * 16 + g + 8 * (word % 2)
+        column = unit * columns + 32 * step + 4 * t + 16 * (word // 2) + byte
+        if bits == 4:
+            assert held >> (4 * step) & 15 == padded[row, column]
+        else:
+            signed = (held & 255) - (held & 128) * 2
+            assert signed == padded[row, column].item() - 128
+    assert torch.equal(fragment_int8.unpack_fragment_int8_torch(words, bits), padded)
+
+
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 150),
+    group=st.integers(1, 150),
+    bits=st.sampled_from([4, 8]),
+    s=st.integers(0),
+)
+@settings(deadline=None)
+def test_padding_of_int8_fragments_repeats_the_last_column_of_its_group(n, k, group, bits, s):
+    torch.manual_seed(s % 2**63)
+    scheme, codes = QuantScheme.parse(f"w{bits}a8-g{group}-flat"), random_codes(n, k, bits)
+    words = FRAGMENT_INT8.allocate(scheme, n, k, codes.device).fill_(-1)
+    FRAGMENT_INT8.pack_rows(scheme, words, 0, codes)
+    held = fragment_int8.unpack_fragment_int8_torch(words, bits)
+    assert held.shape[0] % 32 == 0 and held.shape[1] % 64 == 0 and not held[n:].any()
+    length = padding.kernel_group(scheme, k, 32)
+    assert length % 32 == 0 or length >= k
+    for column in range(held.shape[1]):
+        g = min(column // length, scheme.groups(k) - 1)
+        own = min(column - g * length, min(group, k - g * group) - 1)
+        assert torch.equal(held[:n, column], codes[:, g * group + own])
+    assert torch.equal(FRAGMENT_INT8.unpack_rows(scheme, words, 0, n, k), codes)
+    columns = torch.randint(k, (7,))
+    taken = FRAGMENT_INT8.take_columns(scheme, words, columns, n, k)
+    assert torch.equal(taken, codes[:, columns])
+
+
+def test_what_int8_fragments_hold():
+    for text, reason in (
+        ("w8a16", "is for int8 and int4 activations, and the scheme has 16-bit ones"),
+        ("fp8-a8", "is for int8 and int4 activations, and the scheme has fp8 ones"),
+        ("w3a8-g64", "holds weights of 4 and 8 bits, not of 3"),
+        ("w2a4", "holds weights of 4 and 8 bits, not of 2"),
+        ("w8a8-static", None),
+        ("w4a4-g64-asym", None),
+    ):
+        assert FRAGMENT_INT8.why_not(QuantScheme.parse(text)) == reason
+
+
+def test_int8_fragments_refuse_zero_points_that_leave_int8():
+    one = rounding.quantize(torch.randn(8, 64), "w4a8-g32-asym-flat")
+    with pytest.raises(WeightError, match="up to 128, got 129"):
+        pack(one.replace(zeros=torch.full_like(one.zeros, 129)), FRAGMENT_INT8)
+    # Of two levels it is the products that fit, whatever their factors are.
+    two = rounding.quantize(torch.randn(8, 64), "w4a8-g32-asym")
+    scales = torch.tensor([0, 1]).repeat(8, 1).to(torch.uint8)
+    zeros = torch.tensor([200, 130]).repeat(8, 1).to(torch.uint8)
+    codes = torch.full_like(two.codes, 7)
+    held = pack(two.replace(scales=scales, zeros=zeros, codes=codes), FRAGMENT_INT8).unpack()
+    assert torch.equal(held.zeros, zeros) and torch.equal(held.scales, scales)
+    wide = two.replace(scales=torch.full_like(scales, 255), zeros=codes[:, :2], codes=codes)
+    assert torch.equal(pack(wide, FRAGMENT_INT8).unpack().scales, wide.scales)
 
 
 @given(n=st.integers(1, 40), k=st.integers(1, 150), nibbles=st.booleans(), s=st.integers(0))

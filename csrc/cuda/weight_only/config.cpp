@@ -17,8 +17,8 @@ constexpr int64_t kMostColumns = 1 << 30, kMostUnits = 0x7fffffff;
 constexpr int64_t kPlanBytes = 32, kPlannedBytes = 16;  // see parameters.cuh
 
 int64_t stage_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
-  const int64_t x = c.tokens * kChunk * 2 * c.stage_chunks(p.bits);
-  return x + kWarps * 32 * kChunk * p.bits / 8 * c.warp_chunks(p.bits);
+  const int64_t x = c.tokens * kChunk * p.x_bytes * c.stage_chunks(p.bits, p.x_bytes);
+  return x + kWarps * 32 * kChunk * p.bits / 8 * c.warp_chunks(p.bits, p.x_bytes);
 }
 
 int64_t unit_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
@@ -60,8 +60,8 @@ double cost(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   const int64_t blocks = all_blocks(work, c), share = largest_share(work, c);
   const int64_t resident = ceil_div(blocks, p.multiprocessors);
   double time = static_cast<double>(longest(p, work, c) * unit_bytes(p, c));
-  if (resident == 1 && share * c.unit > 2 * c.stage_chunks(p.bits)) time *= kAlone;
-  if (c.unit < c.warp_chunks(p.bits)) time *= kGroupsApart;
+  if (resident == 1 && share * c.unit > 2 * c.stage_chunks(p.bits, p.x_bytes)) time *= kAlone;
+  if (c.unit < c.warp_chunks(p.bits, p.x_bytes)) time *= kGroupsApart;
   if (is_split(p, work, c)) time += kAdding;
   if (!c.each_tile) {
     const bool whole =
@@ -88,7 +88,8 @@ int64_t plan_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
 
 int64_t group_slots(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   if (p.group_size >= p.k) return 1;
-  const int64_t touched = ceil_div(c.stages * kChunk * c.stage_chunks(p.bits), p.group_size) + 1;
+  const int64_t touched =
+      ceil_div(c.stages * kChunk * c.stage_chunks(p.bits, p.x_bytes), p.group_size) + 1;
   // An even number: integer zero points of 64 rows fill half of the banks, and those of two groups
   // that are copied together must not fall on the same half where the slots start over.
   return ceil_div(touched, 2) * 2;
@@ -104,8 +105,11 @@ int64_t shared_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
 
 int resident_blocks(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   const int64_t fit = p.multiprocessor_shared_bytes / (shared_bytes(p, c) + kReservedBytes);
-  // What the registers suffice for: kResidentBlocks in mma.cuh. Integer zero points are bytes.
-  const bool alone = c.tokens == 64 || (c.tokens == 32 && (p.bits != 4 || p.zero_bytes > 1));
+  // What the registers suffice for: kResidentBlocks in mma.cuh, kInt8Blocks in
+  // int8/mma.cuh. Integer zero points are bytes.
+  const bool wide =
+      p.x_bytes == 1 ? p.scale_bytes + p.zero_bytes > 0 : p.bits != 4 || p.zero_bytes > 1;
+  const bool alone = c.tokens == 64 || (c.tokens == 32 && wide);
   const int64_t most = alone ? 1 : kMostResident;
   return static_cast<int>(std::clamp<int64_t>(fit, 1, most));
 }
@@ -155,7 +159,7 @@ WeightOnlyConfig choose_config(const WeightOnlyProblem& p) {
   const int64_t m = p.experts == 0 ? p.m : ceil_div(p.m, std::min(p.experts, p.m));
   c.tokens = m <= 8 ? 8 : m <= 16 || p.y_is_float ? 16 : m <= 32 ? 32 : 64;
   c.each_tile = p.each_tile;
-  c.unit = c.warp_chunks(p.bits);
+  c.unit = c.warp_chunks(p.bits, p.x_bytes);
   // Four stages hide the latency of memory, and three where two blocks then fit; one block alone
   // takes as many as there is room for.
   const auto fits = [&](int stages, int resident) {
@@ -167,7 +171,7 @@ WeightOnlyConfig choose_config(const WeightOnlyProblem& p) {
     while (shared_bytes(p, c) > p.shared_bytes && c.stages > kLeastStages) --c.stages;
     while (shared_bytes(p, c) > p.shared_bytes && c.tokens > 8) {
       c.tokens /= 2;
-      c.unit = c.warp_chunks(p.bits);
+      c.unit = c.warp_chunks(p.bits, p.x_bytes);
     }
   }
   const int resident = resident_blocks(p, c), widest = c.unit;

@@ -1,4 +1,5 @@
-// The schedule of weight_only_mma, chosen by pure functions that need no GPU and no CUDA header.
+// The schedule of weight_only_mma and int8_mma, chosen by pure functions that need no GPU and no
+// CUDA header.
 
 #pragma once
 
@@ -18,9 +19,10 @@ struct WeightOnlyProblem {
   bool each_tile = false;           // see WeightOnlyConfig
   bool y_is_float = false;          // then a block computes 16 tokens at most
   int64_t experts = 0;  // that the rows go to, nobody knows how many to which; 0: one weight
+  int x_bytes = 2;      // of a number of x: 1 for int8_mma
 };
 
-// Schedule of weight_only_mma. A tile is `tokens` columns of Y^T by block_rows() rows of the
+// Schedule of a product. A tile is `tokens` columns of Y^T by block_rows() rows of the
 // weight, over all of K. The tiles, one after the other, are a line of work, and each block takes
 // an equal share of it: the end of one tile, perhaps, some whole ones and the beginning of another.
 struct WeightOnlyConfig {
@@ -36,12 +38,15 @@ struct WeightOnlyConfig {
   constexpr int warps_n() const { return tokens <= 16 ? 2 : tokens == 32 ? 4 : 8; }
   constexpr int warps_k() const { return 8 / warps_n(); }
   constexpr int block_rows() const { return 32 * warps_n(); }
-  // Chunks of 64 columns that a warp takes of a stage. Two spread the costs of a stage.
-  // Codes of 2 and 3 bits lie in spans of two.
-  constexpr int warp_chunks(int bits) const {
+  // Chunks of 64 columns that a warp takes of a stage. Two spread the costs of a stage, and fill
+  // 128 bytes of a row of int8. Codes of 2 and 3 bits lie in spans of two.
+  constexpr int warp_chunks(int bits, int x_bytes) const {
+    if (x_bytes == 1) return bits == 4 || tokens == 64 ? 2 : 1;
     return bits < 4 || (bits == 4 && tokens <= 16) ? 2 : 1;
   }
-  constexpr int stage_chunks(int bits) const { return warps_k() * warp_chunks(bits); }
+  constexpr int stage_chunks(int bits, int x_bytes) const {
+    return warps_k() * warp_chunks(bits, x_bytes);
+  }
 };
 
 // The work of a product in a schedule; with experts, the most that it can be.

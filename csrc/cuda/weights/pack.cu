@@ -1,9 +1,10 @@
-// Codes, AWQ words and GPTQ words into the fragment layout, and back to codes.
+// Codes, AWQ words and GPTQ words into the fragment layout, codes into that of integer products,
+// and both back to codes.
 //
 // A thread writes one word of the layout, or one code: packing happens once, when a model is
 // loaded.
 
-#include "cuda/weights/fragment.cuh"
+#include "cuda/weights/fragment_int8.cuh"
 #include "cuda/weights/pack.h"
 
 namespace qkernels {
@@ -115,6 +116,30 @@ QK_KERNEL void pack_kernel(const QK_GRID_CONSTANT PackParameters p) {
   ptx::store_global<uint32_t>(p.words + word, value);
 }
 
+// A word of fragment_int8, from codes.
+template <int kBits>
+QK_KERNEL void pack_int8_kernel(const QK_GRID_CONSTANT PackParameters p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPackThreads<kBits> + threadIdx.x;
+  constexpr int kColumns = kUnitColumns<kBits>;
+  // The inverse of fragment_int8_place.
+  const int64_t word = i + p.first_row / kTileRows * (p.k_padded / kColumns) * kLanes * 4;
+  const int lane = static_cast<int>(word / 4 % kLanes), index = static_cast<int>(word % 4);
+  const int64_t unit = word / (4 * kLanes), units = p.k_padded / kColumns;
+  const int64_t n = unit / units * kTileRows + lane / 4 + index % 2 * 8;
+  const int64_t column0 = unit % units * kColumns + lane % 4 * 4 + index / 2 * 16;
+  uint32_t value = 0;
+  if (ptx::within(n, p.first_row + p.rows)) {
+#pragma unroll
+    for (int field = 0; field < 32 / kBits; ++field) {
+      const int byte = field % 4, step = field / 4;
+      const int64_t k = column0 + step * kInt8StepColumns + byte;
+      const int64_t column = ptx::within(k, p.k) ? k : p.k - 1;
+      value |= code_at<CodeSource::kCodes, kBits>(p, n, column) << (byte * 8 + step * 4);
+    }
+  }
+  ptx::store_global<uint32_t>(p.words + word, kBits == 8 ? value ^ kInt8Sign : value);
+}
+
 struct UnpackParameters {
   const uint32_t* words;
   uint8_t* codes;
@@ -134,17 +159,34 @@ QK_KERNEL void unpack_kernel(const QK_GRID_CONSTANT UnpackParameters p) {
   ptx::store_global<uint8_t>(p.codes + i, static_cast<uint8_t>(code));
 }
 
+template <int kBits>
+QK_KERNEL void unpack_int8_kernel(const QK_GRID_CONSTANT UnpackParameters p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kUnpackThreads + threadIdx.x;
+  if (!ptx::within(i, p.count)) return;
+  const FragmentPlace place =
+      fragment_int8_place<kBits>(p.first_row + i / p.k, i % p.k, p.k_padded);
+  const uint32_t held = ptx::load_global<uint32_t>(p.words + place.word);
+  const uint32_t codes = kBits == 8 ? held ^ kInt8Sign : held;
+  constexpr uint32_t kMask = (1u << kBits) - 1;
+  ptx::store_global<uint8_t>(p.codes + i, static_cast<uint8_t>(codes >> place.bit & kMask));
+}
+
 dim3 blocks(int64_t count, int threads) {
   dim3 grid;
   grid.x = static_cast<unsigned>(ceil_div(count, threads));
   return grid;
 }
 
-template <CodeSource kSource, int kBits>
-const char* run(const PackParameters& p, Stream stream) {
+template <int kBits>
+const char* start(void (*kernel)(PackParameters), const PackParameters& p, Stream stream) {
   constexpr int kThreads = kPackThreads<kBits>;
   const int64_t words = padded_rows(p.rows) * p.k_padded * kBits / 32;
-  return launch(pack_kernel<kSource, kBits>, blocks(words, kThreads), kThreads, 0, stream, p);
+  return launch(kernel, blocks(words, kThreads), kThreads, 0, stream, p);
+}
+
+template <CodeSource kSource, int kBits>
+const char* run(const PackParameters& p, Stream stream) {
+  return start<kBits>(pack_kernel<kSource, kBits>, p, stream);
 }
 
 template <CodeSource kSource>
@@ -157,11 +199,7 @@ const char* run_bits(const PackParameters& p, int bits, Stream stream) {
   }
 }
 
-}  // namespace
-
-const char* pack_fragment(const PackArguments& arguments, Stream stream) {
-  const PackArguments& a = arguments;
-  if (a.rows == 0) return nullptr;
+PackParameters pack_parameters(const PackArguments& a) {
   PackParameters p;
   p.source = static_cast<const unsigned char*>(a.source);
   p.perm = a.perm;
@@ -171,6 +209,31 @@ const char* pack_fragment(const PackArguments& arguments, Stream stream) {
   p.k_padded = padded_columns(a.k, a.bits);
   p.first_row = a.first_row;
   p.rows = a.rows;
+  return p;
+}
+
+UnpackParameters unpack_parameters(const void* words, uint8_t* codes, int64_t k, int64_t first_row,
+                                   int64_t rows, int bits) {
+  UnpackParameters p;
+  p.words = static_cast<const uint32_t*>(words);
+  p.codes = codes;
+  p.k = k;
+  p.k_padded = padded_columns(k, bits);
+  p.first_row = first_row;
+  p.count = rows * k;
+  return p;
+}
+
+const char* start(void (*kernel)(UnpackParameters), const UnpackParameters& p, Stream stream) {
+  return launch(kernel, blocks(p.count, kUnpackThreads), kUnpackThreads, 0, stream, p);
+}
+
+}  // namespace
+
+const char* pack_fragment(const PackArguments& arguments, Stream stream) {
+  const PackArguments& a = arguments;
+  if (a.rows == 0) return nullptr;
+  const PackParameters p = pack_parameters(a);
   if (a.kind == CodeSource::kAwq) return run<CodeSource::kAwq, 4>(p, stream);
   if (a.kind == CodeSource::kGptq) return run_bits<CodeSource::kGptq>(p, a.bits, stream);
   return run_bits<CodeSource::kCodes>(p, a.bits, stream);
@@ -179,22 +242,28 @@ const char* pack_fragment(const PackArguments& arguments, Stream stream) {
 const char* unpack_fragment(const void* words, uint8_t* codes, int64_t k, int64_t first_row,
                             int64_t rows, int bits, Stream stream) {
   if (rows == 0) return nullptr;
-  UnpackParameters p;
-  p.words = static_cast<const uint32_t*>(words);
-  p.codes = codes;
-  p.k = k;
-  p.k_padded = padded_columns(k, bits);
-  p.first_row = first_row;
-  p.count = rows * k;
-  const auto start = [&](void (*kernel)(UnpackParameters)) {
-    return launch(kernel, blocks(p.count, kUnpackThreads), kUnpackThreads, 0, stream, p);
-  };
+  const UnpackParameters p = unpack_parameters(words, codes, k, first_row, rows, bits);
   switch (bits) {
-    case 2: return start(unpack_kernel<2>);
-    case 3: return start(unpack_kernel<3>);
-    case 4: return start(unpack_kernel<4>);
-    default: return start(unpack_kernel<8>);
+    case 2: return start(unpack_kernel<2>, p, stream);
+    case 3: return start(unpack_kernel<3>, p, stream);
+    case 4: return start(unpack_kernel<4>, p, stream);
+    default: return start(unpack_kernel<8>, p, stream);
   }
+}
+
+const char* pack_fragment_int8(const PackArguments& arguments, Stream stream) {
+  const PackArguments& a = arguments;
+  if (a.rows == 0) return nullptr;
+  const PackParameters p = pack_parameters(a);
+  return a.bits == 4 ? start<4>(pack_int8_kernel<4>, p, stream)
+                     : start<8>(pack_int8_kernel<8>, p, stream);
+}
+
+const char* unpack_fragment_int8(const void* words, uint8_t* codes, int64_t k, int64_t first_row,
+                                 int64_t rows, int bits, Stream stream) {
+  if (rows == 0) return nullptr;
+  const UnpackParameters p = unpack_parameters(words, codes, k, first_row, rows, bits);
+  return start(bits == 4 ? unpack_int8_kernel<4> : unpack_int8_kernel<8>, p, stream);
 }
 
 }  // namespace qkernels

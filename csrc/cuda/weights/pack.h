@@ -1,5 +1,5 @@
-// Codes, AWQ words and GPTQ words into the fragment layout, and back to codes. Both functions
-// return null, or what went wrong in words.
+// Codes, AWQ words and GPTQ words into the fragment layout, codes into fragment_int8, and both back
+// to codes. All functions return null, or what went wrong in words.
 
 #pragma once
 
@@ -28,8 +28,14 @@ struct PackArguments {
 
 const char* pack_fragment(const PackArguments& arguments, Stream stream);
 
+// Into fragment_int8: kCodes alone, of 4 or 8 bits, without perm; padding columns repeat the last.
+const char* pack_fragment_int8(const PackArguments& arguments, Stream stream);
+
 // codes uint8 [rows, k] of the rows from first_row on, any row.
 const char* unpack_fragment(const void* words, uint8_t* codes, int64_t k, int64_t first_row,
                             int64_t rows, int bits, Stream stream);
+
+const char* unpack_fragment_int8(const void* words, uint8_t* codes, int64_t k, int64_t first_row,
+                                 int64_t rows, int bits, Stream stream);
 
 }  // namespace qkernels
