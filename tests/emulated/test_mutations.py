@@ -151,7 +151,7 @@ def exercise_rows(check):
                     if result is not None:
                         check(kind, result)
     for dtype in (torch.float16, torch.float32):
-        # Columns in the first piece and in the last, of the last row, in two blocks and by hundreds.
+        # In the first piece and in the last, of the last row; in two blocks, and by hundreds.
         for m, k, threshold, parts in ((19, 301, 2.9, 2), (3, 2700, 1.0, 1)):
             x = torch.randn(m, k).to(dtype)
             x[-1, 0] = x[-1, k - 1] = 5
