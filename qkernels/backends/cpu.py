@@ -17,7 +17,14 @@ from torch import Tensor
 from qkernels import compiled, reference
 from qkernels.backends.beside import BESIDE, has_beside, kernel_for, run_beside, run_by
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, RouteOf, WhyNot, by_route
-from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem, adjacent
+from qkernels.backends.rows import (
+    QuantizedRows,
+    RowInputs,
+    RowKernel,
+    RowProblem,
+    adjacent,
+    quantize_activations,
+)
 from qkernels.errors import NoKernelError
 from qkernels.layouts import PackedWeight
 from qkernels.layouts.padding import kernel_group
@@ -173,7 +180,7 @@ def _of_rows() -> tuple[Kernel, ...]:
 
 def _run_rounded(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x rounded by torch's operations, and multiplied as int8 rows."""
-    quantized, scale = reference.quantize_activations(x, packed)
+    quantized, scale = quantize_activations(x, packed)
     # What x was quantized with stays here: as rows of int8 have them, scales are one a row.
     buffers = {name: held for name, held in packed.buffers.items() if name != "activation_scale"}
     scheme = replace(problem.scheme, activation=Activation("int8"))
@@ -473,9 +480,7 @@ def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
         *(x, problem.kind, other, gain, bias, inputs.epsilon, problem.scale_of, inputs.scale),
         *(problem.rounds, best_isa()),
     )
-    if inputs.scale is not None:
-        scale = inputs.scale
-    elif problem.scale_of == "tensor":
+    if problem.scale_of == "tensor":
         scale = scale[0].clone() if scale.numel() else scale.new_ones(())
     return QuantizedRows(values=values, scale=scale, zero=zero, total=total, rounded=rounded)
 

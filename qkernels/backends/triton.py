@@ -14,14 +14,19 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from qkernels import reference
 from qkernels.backends.beside import BESIDE, has_beside, run_beside
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, Run, no_gpu
-from qkernels.backends.reference import row_values, scale_of_rows
-from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
+from qkernels.backends.reference import scale_of_rows
+from qkernels.backends.rows import (
+    CODES,
+    QuantizedRows,
+    RowInputs,
+    RowKernel,
+    RowProblem,
+    quantize_activations,
+)
 from qkernels.layouts import PLANAR, PackedWeight, plane_height
 from qkernels.weight import codebook, nested_table
 
@@ -64,7 +69,11 @@ def _not_compiled(problem: Problem) -> str | None:
 
 
 def _no_interpreter(problem: Problem) -> str | None:
-    if problem.device != "cpu":
+    return _no_interpreter_on(problem.device)
+
+
+def _no_interpreter_on(device: str) -> str | None:
+    if device != "cpu":
         return "is Triton's interpreter, which runs on the CPU"
     if not interpreter_is_on():
         return "is Triton's interpreter, for tests: set TRITON_INTERPRET=1 before starting Python"
@@ -157,7 +166,7 @@ def _run_float(launcher: str) -> Run:
     def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
         weight, out_dtype, x_scale = planar_weight(packed), x.dtype, None
         if not packed.scheme.weight_only:
-            x, x_scale = reference.quantize_activations(x, packed, kernels().quantize_rows)
+            x, x_scale = quantize_activations(x, packed)
         config = _invariant_config(launcher, weight, problem)
         run_kernel = getattr(kernels(), launcher)
         y: Tensor = run_kernel(x, weight, bias, x_scale=x_scale, out_dtype=out_dtype, config=config)
@@ -167,7 +176,7 @@ def _run_float(launcher: str) -> Run:
 
 
 def _run_int8(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    quantized, scale = reference.quantize_activations(x, packed, kernels().quantize_rows)
+    quantized, scale = quantize_activations(x, packed)
     return _run_quantized(quantized, scale, packed, bias, problem)
 
 
@@ -299,18 +308,37 @@ INTERPRETED_KERNELS = (
 def _where_rows(problem: RowProblem) -> str | None:
     if problem.device != "cuda":
         return f"needs a CUDA GPU, and x is on {problem.device}"
-    return import_problem()
+    return _why_not_rows(problem) or import_problem()
+
+
+def _where_rows_interpreted(problem: RowProblem) -> str | None:
+    return _why_not_rows(problem) or _no_interpreter_on(problem.device)
+
+
+def _why_not_rows(problem: RowProblem) -> str | None:
+    if problem.scale_of == "tensor" and problem.kind != "plain":
+        return f"takes the scale of a tensor for plain rows, not for {problem.kind}"
+    return None
 
 
 def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
-    values, total = row_values(problem, inputs)
-    given = scale_of_rows(problem, values, inputs)
-    quantized, scale = kernels().quantize_rows(values, torch.int8, given)
+    given = scale_of_rows(problem, inputs.x, inputs)
+    rows = kernels().quantize_rows_of(
+        *(inputs.x, problem.kind, problem.codes),
+        other=inputs.other,
+        gain=inputs.gain,
+        bias=inputs.bias,
+        epsilon=inputs.epsilon,
+        scale=given,
+        has_zeros=problem.scale_of == "asymmetric",
+        rounds=problem.rounds,
+    )
+    scale = rows.scales
+    if problem.scale_of == "tensor":
+        assert given is not None
+        scale = given
     return QuantizedRows(
-        values=quantized,
-        scale=scale if given is None else given,
-        total=total,
-        rounded=values if problem.rounds else None,
+        values=rows.codes, scale=scale, zero=rows.zeros, total=rows.total, rounded=rows.rounded
     )
 
 
@@ -318,8 +346,16 @@ ROW_KERNELS = (
     RowKernel(
         name="triton_quantize_rows",
         backend="triton",
-        scales=("token", "static", "tensor"),
+        codes=CODES,
         where=_where_rows,
         run=_run_rows,
+    ),
+)
+INTERPRETED_ROW_KERNELS = (
+    replace(
+        ROW_KERNELS[0],
+        name="interpreted_quantize_rows",
+        backend="interpreted",
+        where=_where_rows_interpreted,
     ),
 )
