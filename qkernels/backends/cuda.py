@@ -22,7 +22,14 @@ from qkernels.backends.kernel import (
     by_route,
     no_gpu,
 )
-from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem, adjacent
+from qkernels.backends.rows import (
+    CODES,
+    QuantizedRows,
+    RowInputs,
+    RowKernel,
+    RowProblem,
+    adjacent,
+)
 from qkernels.layouts import FRAGMENT, PackedWeight
 from qkernels.layouts.fragment import code_name, padded_rows
 from qkernels.layouts.padding import column_order, kernel_columns, kernel_group
@@ -314,18 +321,20 @@ def _run_rows(namespace: str) -> Callable[[RowProblem, RowInputs], QuantizedRows
         gain, bias = (None if t is None else t.contiguous() for t in (inputs.gain, inputs.bias))
         values, scale, zero, total, rounded = getattr(torch.ops, namespace).quantize_rows(
             *(adjacent(inputs.x), problem.kind, other, gain, bias, inputs.epsilon),
-            *(problem.scale_of, inputs.scale, torch.int8, problem.rounds),
+            *(problem.scale_of, inputs.scale, problem.codes, problem.rounds),
         )
-        if inputs.scale is not None:
-            scale = inputs.scale
         return QuantizedRows(values=values, scale=scale, zero=zero, total=total, rounded=rounded)
 
     return run
 
 
-def _no_tensor_scale(problem: RowProblem) -> str | None:
-    if problem.scale_of == "tensor" and problem.kind != "plain":
+def _for_plain_rows(problem: RowProblem) -> str | None:
+    if problem.kind == "plain":
+        return None
+    if problem.scale_of == "tensor":
         return f"finds the scale of a tensor for plain rows, not for {problem.kind}"
+    if problem.codes is not torch.int8:
+        return f"gives {problem.codes} for plain rows, not for {problem.kind}"
     return None
 
 
@@ -333,7 +342,8 @@ ROW_KERNELS = (
     RowKernel(
         name="cuda_quantize_rows",
         backend="cuda",
-        where=lambda problem: _no_tensor_scale(problem) or _rows_not_built_for(problem),
+        codes=CODES,
+        where=lambda problem: _for_plain_rows(problem) or _rows_not_built_for(problem),
         run=_run_rows("qkernels_cuda"),
     ),
 )
@@ -341,7 +351,8 @@ EMULATED_ROW_KERNELS = (
     RowKernel(
         name="emulated_quantize_rows",
         backend="emulated",
-        where=lambda problem: _no_tensor_scale(problem) or _why_no_emulator(problem.device),
+        codes=CODES,
+        where=lambda problem: _for_plain_rows(problem) or _why_no_emulator(problem.device),
         run=_run_rows("qkernels_emulated"),
     ),
 )
