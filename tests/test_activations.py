@@ -263,12 +263,42 @@ def test_products_are_torchs_bit_for_bit(isa, dtype):
     assert torch.equal(y, uneven * uneven) and int8_of(y, q, s)
 
 
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norms_and_gates_are_rounded_once(isa, dtype):
+    if cpu.why_no_isa(isa) is not None:
+        pytest.skip(cpu.why_no_isa(isa))
+    x, up = (torch.randn(2, 2, 3, 300) * 3).to(dtype)
+    gain, bias = torch.rand(2, 300).to(dtype)
+    rows, others = x.flatten(0, 1), up.flatten(0, 1)
+    for made, want in (
+        (
+            cpu.layer_norm_rows(x, gain, bias, 1e-5, isa),
+            reference.layer_norm(rows, gain, bias, 1e-5)[0],
+        ),
+        (
+            cpu.layer_norm_rows(x, gain, None, 1e-5, isa),
+            reference.layer_norm(rows, gain, None, 1e-5)[0],
+        ),
+        (cpu.product_rows(x, up, isa, "silu_mul"), reference.silu_mul(rows, others)),
+        (cpu.product_rows(x, up, isa, "gelu_mul"), reference.gelu_mul(rows, others, "none")),
+        (cpu.product_rows(x, up, isa, "gelu_tanh_mul"), reference.gelu_mul(rows, others, "tanh")),
+    ):
+        y, q, s = made
+        assert y.dtype == dtype and y.shape == x.shape and int8_of(y, q, s)
+        error = (y.flatten(0, 1).double() - want.double()).norm() / want.double().norm()
+        assert error <= FROBENIUS_BOUND[dtype]
+
+
 def test_rounded_rows_are_of_ordinary_tensors_alone():
     isa = cpu.best_isa()
     x, gain = torch.randn(4, 64), torch.randn(64)
 
     def made(x, gain=gain):
-        return cpu.norm_rows(x, gain, 1e-5, True, False, isa), cpu.product_rows(x, x, isa)
+        norm = cpu.norm_rows(x, gain, 1e-5, True, False, isa)
+        layer_norm = cpu.layer_norm_rows(x, gain, None, 1e-5, isa)
+        assert (layer_norm is None) == (norm is None) or gain.dtype != x.dtype
+        return norm, cpu.product_rows(x, x, isa)
 
     assert all(rows is not None for rows in made(x))
     leaf = x.clone().requires_grad_()

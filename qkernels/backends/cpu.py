@@ -491,9 +491,17 @@ def norm_rows(
     return _compiled().norm_rows_cpu(x, gain, epsilon, rounds_first, adds_one, isa)
 
 
-def product_rows(gate: Tensor, up: Tensor, isa: str) -> Rounded | None:
-    """The same of gate * up, of [..., K] each."""
-    return _compiled().product_rows_cpu(gate, up, isa)
+def layer_norm_rows(
+    x: Tensor, gain: Tensor, bias: Tensor | None, epsilon: float, isa: str
+) -> Rounded | None:
+    """The same of `reference.layer_norm`, rounded to x's type, but for the order of its sums."""
+    return _compiled().layer_norm_rows_cpu(x, gain, bias, epsilon, isa)
+
+
+def product_rows(gate: Tensor, up: Tensor, isa: str, kind: str = "product") -> Rounded | None:
+    """The same of gate * up, of [..., K] each, bit for bit; or of a gate of `rows.KINDS`, which is
+    rounded once."""
+    return _compiled().product_rows_cpu(gate, up, kind, isa)
 
 
 ROW_KERNELS = (

@@ -202,9 +202,30 @@ std::optional<Rounded> norm(const at::Tensor& x, const at::Tensor& gain, double 
   return quantize_rounded(source, x, level);
 }
 
-// gate * up as torch rounds it, in the same way.
+// The layer norm of x, rounded once, in the same way; its sums are not in torch's order.
+std::optional<Rounded> layer_norm(const at::Tensor& x, const at::Tensor& gain, const Optional& bias,
+                                  double epsilon, const std::string& isa) {
+  if (!is_plain(x) || !is_float(x.scalar_type()) || !x.is_contiguous()) return std::nullopt;
+  const int64_t k = x.size(-1);
+  const auto fits = [&](const at::Tensor& vector) {
+    return is_plain(vector) && is_float(vector.scalar_type()) && vector.dim() == 1 &&
+           vector.size(0) == k && vector.is_contiguous();
+  };
+  if (!fits(gain) || (bias && !fits(*bias))) return std::nullopt;
+  const cpu::Isa level = isa_here(isa);
+  const py::gil_scoped_release released;
+  cpu::RowSource source{};
+  source.kind = cpu::RowSource::Kind::kLayerNorm;
+  source.x_stride = k;
+  source.gain = vector_of("gain", gain, k, source.gain_type);
+  source.bias = vector_of("bias", bias, k, source.bias_type);
+  source.epsilon = static_cast<float>(epsilon);
+  return quantize_rounded(source, x, level);
+}
+
+// kind: "product" for gate * up as torch rounds it, or that of a gate, which is rounded once.
 std::optional<Rounded> product(const at::Tensor& gate, const at::Tensor& up,
-                               const std::string& isa) {
+                               const std::string& kind, const std::string& isa) {
   if (!is_plain(gate) || !is_plain(up) || !is_float(gate.scalar_type()) ||
       up.scalar_type() != gate.scalar_type() || up.sizes() != gate.sizes()) {
     return std::nullopt;
@@ -214,7 +235,8 @@ std::optional<Rounded> product(const at::Tensor& gate, const at::Tensor& up,
   const cpu::Isa level = isa_here(isa);
   const py::gil_scoped_release released;
   cpu::RowSource source{};
-  source.kind = cpu::RowSource::Kind::kProduct;
+  source.kind = kind == "product" ? cpu::RowSource::Kind::kProduct : row_kind(kind);
+  require(kind == "product" || source.is_gate(), kind, " multiplies nothing");
   source.x_stride = *stride;
   source.up = up.const_data_ptr();
   source.up_stride = *up_stride;
@@ -227,6 +249,8 @@ void register_cpu_rows(py::module_& m) {
   m.def("quantize_rows_cpu", &quantize,
         "-> int8 [M, K], scales [M], then zero points, sum and rounded rows, or None");
   m.def("norm_rows_cpu", &norm, "-> y [..., K], its int8 rows, scales [..., 1]; or None");
+  m.def("layer_norm_rows_cpu", &layer_norm,
+        "-> y [..., K], its int8 rows, scales [..., 1]; or None");
   m.def("product_rows_cpu", &product, "-> y [..., K], its int8 rows, scales [..., 1]; or None");
 }
 
