@@ -435,8 +435,8 @@ def _emulated_int8(kernel: Kernel, name: str) -> Kernel:
 
 
 _EMULATED_INT8 = (
-    _emulated_int8(_INT8, "emulated_int8_mma"),
-    _emulated_int8(_INT8_GROUPED, "emulated_int8_mma_grouped"),
+    _emulated_int8(_INT8, name="emulated_int8_mma"),
+    _emulated_int8(_INT8_GROUPED, name="emulated_int8_mma_grouped"),
 )
 _EMULATED_ADD = add_by_kernel("qkernels_emulated")
 
@@ -444,13 +444,15 @@ EMULATED_KERNELS = (
     _emulated_float(_FUSED, "fused", name="emulated_weight_only_mma"),
     _emulated_float(_DENSE, "dense", name="emulated_dequantize_matmul"),
     _emulated_float(_FLOAT, "float", name="emulated_weight_only_mma_float"),
-    _emulated(_BESIDE, "emulated_float_beside", run=run_beside(_of_codes_emulated, _EMULATED_ADD)),
+    _emulated(
+        _BESIDE, name="emulated_float_beside", run=run_beside(_of_codes_emulated, _EMULATED_ADD)
+    ),
     *_EMULATED_INT8,
-    _emulated(_POSITIONS, "emulated_int8_positions", run=run_rounded(_of_integers_emulated)),
-    _emulated(_INT4, "emulated_int4_activations", run=run_rounded(_of_integers_emulated)),
+    _emulated(_POSITIONS, name="emulated_int8_positions", run=run_rounded(_of_integers_emulated)),
+    _emulated(_INT4, name="emulated_int4_activations", run=run_rounded(_of_integers_emulated)),
     _emulated(
         _INT8_BESIDE,
-        "emulated_int8_beside",
+        name="emulated_int8_beside",
         **run_int8_beside(_of_integers_emulated, _quantize("qkernels_emulated"), _EMULATED_ADD),
     ),
 )
