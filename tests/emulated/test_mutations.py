@@ -150,6 +150,19 @@ def exercise_rows(check):
                 for result in results:
                     if result is not None:
                         check(kind, result)
+    for dtype in (torch.float16, torch.float32):
+        # In the first piece and in the last, of the last row; in two blocks, and by hundreds.
+        for m, k, threshold, parts in ((19, 301, 2.9, 2), (3, 2700, 1.0, 1)):
+            x = torch.randn(m, k).to(dtype)
+            x[-1, 0] = x[-1, k - 1] = 5
+            flags, columns, count = torch.ops.qkernels_emulated.find_outliers(x, threshold, parts)
+            check("flags", flags)
+            check("columns", columns[: int(count)])
+            values, scales, *_ = rows(
+                *(x, "plain", None, None, None, 1e-5, "token", None, torch.int8), left_out=flags
+            )
+            check("left out", values)
+            check("scales", scales)
 
 
 def exercise_beside(check):

@@ -22,6 +22,7 @@ namespace qkernels::bindings {
 namespace {
 
 constexpr int64_t kXMultiple = 16;  // bytes that rows of int8 x are whole numbers of
+constexpr float kLargestInt8 = 127.0f;
 
 int64_t padded_x(int64_t columns) { return ceil_div(columns, kXMultiple) * kXMultiple; }
 
@@ -208,10 +209,11 @@ class Int8Route final : public Route {
     arguments.kind = RowKind::kPlain;
     arguments.code = has_zeros_ ? RowCode::kInt8WithZero : RowCode::kInt8;
     arguments.type = float_type("x", rows.tensor);
+    arguments.largest = kLargestInt8;
     if (rows.m == 0) return out;
     at::Tensor found;
     if (scale_ == XScale::kTensor) {
-      found = scale_of_tensor(rows.matrix(), arguments.code, scope);
+      found = scale_of_tensor(rows.matrix(), arguments.code, kLargestInt8, scope);
       arguments.given_scale = found.const_data_ptr<float>();
     } else if (scale_ == XScale::kStatic) {
       arguments.given_scale = static_number(call.buffers.activation_scale, "activation_scale", call)

@@ -9,7 +9,8 @@
 
 namespace qkernels::bindings {
 
-// fp32 [], for all rows of x [M, K], whose columns are adjacent.
-at::Tensor scale_of_tensor(const at::Tensor& x, RowCode code, const DeviceScope& scope);
+// fp32 [], for all rows of x [M, K], whose columns are adjacent. largest: number of kInt8.
+at::Tensor scale_of_tensor(const at::Tensor& x, RowCode code, double largest,
+                           const DeviceScope& scope);
 
 }  // namespace qkernels::bindings
