@@ -24,6 +24,7 @@ struct Buffers {
   const at::Tensor* input_factor = nullptr;
   const at::Tensor* perm = nullptr;
   const at::Tensor* activation_scale = nullptr;
+  const at::Tensor* activation_zero = nullptr;
 };
 
 using Field = const at::Tensor* Buffers::*;
@@ -41,6 +42,7 @@ constexpr Field field_of(std::string_view name) {
   if (name == "input_factor") return &Buffers::input_factor;
   if (name == "perm") return &Buffers::perm;
   if (name == "activation_scale") return &Buffers::activation_scale;
+  if (name == "activation_zero") return &Buffers::activation_zero;
   return nullptr;
 }
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qkernels.backends.cuda import emulator_is_loaded, weight_arguments
-from qkernels.layouts import PackedWeight
+from qkernels.layouts import PackedWeight, fragment_int8
 
 needs_emulator = pytest.mark.skipif(
     not emulator_is_loaded(), reason="the emulator is not loaded: run make emulated"
@@ -108,6 +108,12 @@ STAGE_COLUMNS = {
 }
 """Columns that a block brings to shared memory at a time, by the bits of a code and its tokens."""
 
+INT8_STAGE_COLUMNS = {
+    4: {8: 512, 16: 512, 32: 256, 64: 128},
+    8: {8: 256, 16: 256, 32: 128, 64: 128},
+}
+"""The same of int8_mma."""
+
 
 @dataclass(frozen=True)
 class Way:
@@ -177,6 +183,36 @@ def _with_parts(schedule: dict[str, int]) -> dict[str, int]:
         return schedule
     rest = {name: value for name, value in schedule.items() if name != "parts"}
     return rest | {"blocks": schedule["parts"], "each_tile": True}
+
+
+def integer_product(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    zero: torch.Tensor | None = None,
+    **more: Any,
+) -> torch.Tensor:
+    """int8_mma in the emulator of int8 x [M, K], with a scale fp32 [M] and a zero point int32 [M].
+
+    `more`: the schedule, as `product` has it, and the reader of y.
+    """
+    scheme, k = packed.scheme, packed.k
+    order = fragment_int8.column_order(scheme, k, x.device)
+    if order is not None:
+        x = torch.nn.functional.pad(x, (0, 1)).index_select(1, order[0])
+    columns = x.shape[1]
+    rows = torch.zeros(x.shape[0], -(-columns // 16) * 16, dtype=torch.int8)
+    rows[:, :columns] = x
+    buffers = packed.buffers
+    return torch.ops.qkernels_emulated.int8_mma(
+        *(rows, scale, zero, buffers["words"], buffers["scales"], buffers.get("zeros")),
+        *(buffers.get("channel_scales"), bias, packed.n, columns),
+        *(fragment_int8.kernel_group(scheme, k), scheme.bits, dtype),
+        filled=scheme.group_length(k),
+        **_with_parts(more),
+    )
 
 
 def gradient(dy: torch.Tensor, packed: PackedWeight, **schedule: int) -> torch.Tensor:

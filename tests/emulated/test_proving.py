@@ -71,7 +71,7 @@ def test_a_kernel_without_one_of_its_waits_is_caught_and_passed_over():
     with sites() as found:
         product(torch.randn(3, K, dtype=torch.float16), packed)
     # The last one in the source is for the stage that is read next; that before it ends a block.
-    waits = (site for site in found["copy_async_wait"] if site["file"].endswith("mma.cuh"))
+    waits = (site for site in found["copy_async_wait"] if site["file"].endswith("walk.cuh"))
     place = max(waits, key=lambda site: site["line"])
     quantized = weight()
     with disabled("copy_async_wait", place["file"], place["line"]):

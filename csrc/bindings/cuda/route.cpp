@@ -11,12 +11,10 @@
 
 #include <limits>
 #include <memory>
-#include <optional>
-#include <tuple>
 
 #include "bindings/cuda/device.h"
 #include "bindings/cuda/fragment.h"
-#include "bindings/cuda/last_choice.h"
+#include "bindings/cuda/schedule_choice.h"
 #include "bindings/preparation.h"
 #include "cuda/weights/fragment.cuh"
 #include "cuda/weights/pack.h"
@@ -42,29 +40,6 @@ bool multiplies_floats(const FragmentWeight& weight) {
          (weight.zero_type == ZeroType::kNone || weight.zero_type == ZeroType::kInteger);
 }
 
-// The schedule of the last call, by all that it depends on and that can change from call to call of
-// a shape. Choosing tries every number of blocks that may share a tile: for layers of few rows that
-// would take longer than all else here.
-using LastSchedule =
-    LastChoice<std::tuple<int64_t, const DeviceFacts*, FloatType, ZeroType>, WeightOnlyConfig>;
-
-// The rows that the schedule is chosen for, where they are not those of x: a fixed number of them
-// makes a row's result independent of how many there are. Or the schedule itself. `last`, where
-// there is one, is of this shape.
-struct ScheduleChoice {
-  int64_t m = 0;
-  std::optional<WeightOnlyConfig> config;
-  LastSchedule* last = nullptr;
-
-  WeightOnlyConfig of(const WeightOnlyProblem& problem, const FragmentWeight& weight,
-                      const DeviceFacts& facts) const {
-    if (config) return *config;
-    const auto choose = [&] { return choose_config(problem); };
-    if (last == nullptr) return choose();
-    return last->get({problem.m, &facts, weight.scale_type, weight.zero_type}, choose);
-  }
-};
-
 // Where rows go to experts: int32 [E], the row behind the last one of each.
 using Ends = const at::Tensor*;
 
@@ -84,21 +59,16 @@ void multiply(const Rows& rows, const FragmentWeight& weight, const Optional& bi
   if (rows.m == 0) return;
   const DeviceScope scope(rows.tensor);
   WeightOnlyProblem problem{};
-  problem.m = choice.m > 0 ? choice.m : rows.m;
+  problem.m = rows.m;
   problem.n = weight.n;
   problem.k = weight.k;
   problem.group_size = weight.group_size;
   problem.bits = code_bits(weight.code);
   problem.scale_bytes = size_of(weight.scale_type);
   problem.zero_bytes = size_of(weight.zero_type);
-  const DeviceFacts& facts = scope.facts();
-  problem.multiprocessors = facts.multiprocessors;
-  problem.shared_bytes = facts.shared_bytes;
-  problem.multiprocessor_shared_bytes = facts.multiprocessor_shared_bytes;
-  problem.each_tile = choice.m > 0;
   problem.y_is_float = y.scalar_type() == at::kFloat;
   problem.experts = ends == nullptr ? 0 : ends->size(0);
-  const WeightOnlyConfig config = choice.of(problem, weight, facts);
+  const WeightOnlyConfig config = choice.of(problem, scope.facts());
   const char* reason = why_not(problem, config);
   TORCH_CHECK_VALUE(reason == nullptr, reason, ": ", to_string(config));
   problem.m = rows.m;
@@ -312,15 +282,8 @@ int64_t route_op(int64_t n, int64_t k, int64_t group, int64_t padded_group, std:
   return reinterpret_cast<int64_t>(new std::shared_ptr<Route>(std::move(route)));
 }
 
-int as_int(const char* name, int64_t value) {
-  require(value >= 0 && value <= std::numeric_limits<int>::max(), name,
-          " must be 0 or more, and fit 32 bits, got ", value);
-  return static_cast<int>(value);
-}
-
-// tokens, blocks, stages, unit and each_tile: a schedule, where tokens is not 0; its unit, where
-// that is 0, is the least.
-// With `ends`, there is a weight for each of its numbers.
+// tokens, blocks, stages, unit and each_tile as given_schedule() takes them. With `ends`, there is
+// a weight for each of its numbers.
 at::Tensor weight_only_mma_op(const at::Tensor& x, const at::Tensor& words,
                               const at::Tensor& scales, const Optional& zeros,
                               const Optional& table, const Optional& bias, int64_t n, int64_t k,
@@ -339,13 +302,8 @@ at::Tensor weight_only_mma_op(const at::Tensor& x, const at::Tensor& words,
   require(aligned && x.stride(1) == 1 && (x.stride(0) % 8 == 0 || x.size(0) < 2),
           "x must be contiguous along K, with rows aligned to 16 bytes, got strides ", x.strides(),
           aligned ? "" : " at an unaligned address");
-  ScheduleChoice choice;
-  choice.m = schedule_m;
-  if (tokens > 0) {
-    const int chunks = unit == 0 ? least_unit(code_bits(weight.code)) : as_int("unit", unit);
-    choice.config = WeightOnlyConfig{as_int("tokens", tokens), as_int("blocks", blocks),
-                                     as_int("stages", stages), chunks, each_tile};
-  }
+  const ScheduleChoice choice = given_schedule(schedule_m, tokens, blocks, stages, unit, each_tile,
+                                               least_unit(code_bits(weight.code)));
   at::Tensor y = empty_output(x, n, x.scalar_type());
   multiply({x, x.size(0), k_read, x.stride(0), std::nullopt}, weight, bias, choice, y,
            pointer(ends));

@@ -1,5 +1,7 @@
 // The operators that quantize rows of activations, alone or behind a normalization or a gate.
 
+#include "bindings/cuda/rows.h"
+
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -7,10 +9,8 @@
 #include <limits>
 #include <tuple>
 
-#include "bindings/cuda/device.h"
 #include "bindings/cuda/fragment.h"
 #include "cuda/activations/outliers.h"
-#include "cuda/activations/quantize_rows.h"
 #include "integers.h"
 
 namespace qkernels::bindings {
@@ -19,6 +19,66 @@ namespace {
 
 // That share a byte of flags.
 constexpr int64_t kPieceColumns = 8;
+
+// Blocks a multiprocessor that look for the scale of a tensor: as many as may run there at a time.
+constexpr int kScaleBlocks = 4;
+
+}  // namespace
+
+at::Tensor scale_of_tensor(const at::Tensor& x, RowCode code, double largest,
+                           const DeviceScope& scope) {
+  TensorScaleArguments arguments{};
+  arguments.x = x.const_data_ptr();
+  arguments.x_stride = x.stride(0);
+  arguments.m = x.size(0);
+  arguments.k = x.size(1);
+  arguments.type = float_type("x", x);
+  arguments.largest = code == RowCode::kFp8E4M3 ? 448.0f : static_cast<float>(largest);
+  const int64_t most = int64_t{kScaleBlocks} * scope.facts().multiprocessors;
+  arguments.blocks = static_cast<int>(std::clamp<int64_t>(arguments.m, 1, most));
+  at::Tensor scale = at::empty({}, x.options().dtype(at::kFloat));
+  const at::Tensor tops = at::empty({arguments.blocks}, x.options().dtype(at::kInt));
+  arguments.scale = scale.mutable_data_ptr<float>();
+  arguments.tops = reinterpret_cast<uint32_t*>(tops.mutable_data_ptr<int32_t>());
+  arguments.counter = scope.counters(1);
+  succeed(tensor_scale(arguments, scope.stream()));
+  return scale;
+}
+
+Outliers find_outliers(const at::Tensor& x, double threshold, int64_t parts,
+                       const DeviceScope& scope) {
+  const int64_t m = x.size(0), k = x.size(1), bytes = ceil_div(k, kPieceColumns);
+  OutlierArguments arguments{};
+  arguments.type = float_type("x", x);
+  arguments.x = x.const_data_ptr();
+  arguments.x_stride = x.stride(0);
+  arguments.m = m;
+  arguments.k = k;
+  const auto wide = static_cast<float>(threshold);
+  arguments.threshold = arguments.type == FloatType::kHalf ? static_cast<float>(at::Half(wide))
+                        : arguments.type == FloatType::kBfloat16
+                            ? static_cast<float>(at::BFloat16(wide))
+                            : wide;
+  const int64_t most = int64_t{kScaleBlocks} * scope.facts().multiprocessors;
+  const int64_t useful = std::max<int64_t>(ceil_div(m, kOutlierRows), 1);
+  const int64_t wanted = parts > 0 ? parts : most / ceil_div(k, kOutlierTileColumns);
+  arguments.parts =
+      static_cast<int>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(useful, 65535)));
+  const auto make = [&](int64_t size, at::ScalarType type) {
+    return at::empty({size}, x.options().dtype(type));
+  };
+  const at::Tensor flags = make(bytes, at::kByte), columns = make(k, at::kInt);
+  const at::Tensor count = make(1, at::kInt), partial = make(arguments.parts * bytes, at::kByte);
+  arguments.flags = flags.mutable_data_ptr<uint8_t>();
+  arguments.columns = columns.mutable_data_ptr<int32_t>();
+  arguments.count = count.mutable_data_ptr<int32_t>();
+  arguments.partial = partial.mutable_data_ptr<uint8_t>();
+  arguments.counter = scope.counters(1);
+  succeed(qkernels::find_outliers(arguments, scope.stream()));
+  return {flags, columns, count};
+}
+
+namespace {
 
 void check_rows(const char* name, const at::Tensor& x) {
   require(x.dim() == 2, name, " must have 2 dimensions, got shape ", x.sizes());
@@ -55,29 +115,6 @@ RowCode row_code(at::ScalarType dtype, bool has_zeros) {
   require(dtype == at::kFloat8_e4m3fn && !has_zeros,
           "rows are quantized to int8, or without zero points to float8_e4m3fn, got ", dtype);
   return RowCode::kFp8E4M3;
-}
-
-// Blocks a multiprocessor that look for the scale of a tensor: as many as may run there at a time.
-constexpr int kScaleBlocks = 4;
-
-at::Tensor scale_of_tensor(const at::Tensor& x, RowCode code, double largest,
-                           const DeviceScope& scope) {
-  TensorScaleArguments arguments{};
-  arguments.x = x.const_data_ptr();
-  arguments.x_stride = x.stride(0);
-  arguments.m = x.size(0);
-  arguments.k = x.size(1);
-  arguments.type = float_type("x", x);
-  arguments.largest = code == RowCode::kFp8E4M3 ? 448.0f : static_cast<float>(largest);
-  const int64_t most = int64_t{kScaleBlocks} * scope.facts().multiprocessors;
-  arguments.blocks = static_cast<int>(std::clamp<int64_t>(arguments.m, 1, most));
-  at::Tensor scale = at::empty({}, x.options().dtype(at::kFloat));
-  const at::Tensor tops = at::empty({arguments.blocks}, x.options().dtype(at::kInt));
-  arguments.scale = scale.mutable_data_ptr<float>();
-  arguments.tops = reinterpret_cast<uint32_t*>(tops.mutable_data_ptr<int32_t>());
-  arguments.counter = scope.counters(1);
-  succeed(tensor_scale(arguments, scope.stream()));
-  return scale;
 }
 
 // Codes, scales, zero points, x + residual, and the rows in x's type.
@@ -157,6 +194,7 @@ Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Opt
     arguments.zeros = zeros->mutable_data_ptr<int32_t>();
   }
   arguments.codes = codes.mutable_data_ptr();
+  arguments.codes_stride = k;
   arguments.scales = scales.mutable_data_ptr<float>();
   if (scale) arguments.given_scale = scale->const_data_ptr<float>();
   at::Tensor found;
@@ -170,44 +208,15 @@ Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Opt
   return {codes, of_tensor ? found : scales, zeros, total, rounded};
 }
 
-// Flags, columns and their number: see outliers.h. The threshold is rounded to x's type, as torch
-// compares. parts: of the rows, each of another block, or 0 for as many as the device wants.
-using Outliers = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-Outliers find_outliers_op(const at::Tensor& x, double threshold, int64_t parts) {
+// Flags, columns and their number. parts: of the rows, each of another block, or 0 for as many as
+// the device wants.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> find_outliers_op(const at::Tensor& x,
+                                                                double threshold, int64_t parts) {
   check_rows("x", x);
-  const int64_t m = x.size(0), k = x.size(1), bytes = ceil_div(k, kPieceColumns);
-  require(k > 0, "x must have columns, got shape ", x.sizes());
+  require(x.size(1) > 0, "x must have columns, got shape ", x.sizes());
   require(threshold > 0, "threshold must be above 0, got ", threshold);
-  OutlierArguments arguments{};
-  arguments.type = float_type("x", x);
-  arguments.x = x.const_data_ptr();
-  arguments.x_stride = x.stride(0);
-  arguments.m = m;
-  arguments.k = k;
-  const auto wide = static_cast<float>(threshold);
-  arguments.threshold = arguments.type == FloatType::kHalf ? static_cast<float>(at::Half(wide))
-                        : arguments.type == FloatType::kBfloat16
-                            ? static_cast<float>(at::BFloat16(wide))
-                            : wide;
-  const DeviceScope scope(x);
-  const int64_t most = int64_t{kScaleBlocks} * scope.facts().multiprocessors;
-  const int64_t useful = std::max<int64_t>(ceil_div(m, kOutlierRows), 1);
-  const int64_t wanted = parts > 0 ? parts : most / ceil_div(k, kOutlierTileColumns);
-  arguments.parts =
-      static_cast<int>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(useful, 65535)));
-  const auto make = [&](int64_t size, at::ScalarType type) {
-    return at::empty({size}, x.options().dtype(type));
-  };
-  const at::Tensor flags = make(bytes, at::kByte), columns = make(k, at::kInt);
-  const at::Tensor count = make(1, at::kInt), partial = make(arguments.parts * bytes, at::kByte);
-  arguments.flags = flags.mutable_data_ptr<uint8_t>();
-  arguments.columns = columns.mutable_data_ptr<int32_t>();
-  arguments.count = count.mutable_data_ptr<int32_t>();
-  arguments.partial = partial.mutable_data_ptr<uint8_t>();
-  arguments.counter = scope.counters(1);
-  succeed(find_outliers(arguments, scope.stream()));
-  return {flags, columns, count};
+  const Outliers found = find_outliers(x, threshold, parts, DeviceScope(x));
+  return {found.flags, found.columns, found.count};
 }
 
 }  // namespace

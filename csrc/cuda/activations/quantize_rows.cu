@@ -26,8 +26,10 @@ struct RowParameters {
   RowsIn gain, bias;  // one row, or null
   FloatType gain_type, bias_type;
   const float* given_scale;
+  const int32_t* given_zero;
   const unsigned char* left_out;  // of each piece a bit for each number, or null
   unsigned char* codes;
+  int64_t codes_stride;
   float* scales;
   int32_t* zeros;
   unsigned char *total, *rounded;
@@ -35,6 +37,7 @@ struct RowParameters {
   int pieces;
   int held;  // pieces in shared memory
   bool whole;
+  bool fills;  // rows of codes up to codes_stride
   float epsilon;
   float largest;  // of kInt8
 };
@@ -73,9 +76,18 @@ class Coder {
   static constexpr bool kHasZero = kCode == RowCode::kInt8WithZero;
 
   // largest: number of symmetric codes.
-  QK_DEVICE void start(const Tops<kHasZero>& tops, const float* given, float largest) {
+  QK_DEVICE void start(const Tops<kHasZero>& tops, const float* given, const int32_t* given_zero,
+                       float largest) {
     largest_ = largest;
     const bool finite = tops.of_both() < kInfinityBits;
+    if (given != nullptr) {
+      scale_ = ptx::as_float(ptx::load_global<uint32_t>(given));
+      quotient_.start(scale_, false);
+      // A given scale knows nothing of this row, so NaN and infinity are told here.
+      if (!finite) scale_ = ptx::as_float(kNan);
+      if constexpr (kHasZero) zero_ = ptx::load_global<int32_t>(given_zero);
+      return;
+    }
     if constexpr (kHasZero) {
       const float low = -ptx::as_float(tops.words[1]), high = ptx::as_float(tops.words[0]);
       scale_ = high == low ? 1.0f : ptx::divide(ptx::add(high, -low), 255.0f);
@@ -85,11 +97,8 @@ class Coder {
       const float shifted = ptx::add(-128.0f, -rounded(ptx::divide(low, scale_)));
       zero_ = shifted == shifted ? to_integer(ptx::max(ptx::min(shifted, 127.0f), -128.0f)) : 0;
     } else {
-      scale_ = given == nullptr ? scale_of(tops.of_both(), largest)
-                                : ptx::as_float(ptx::load_global<uint32_t>(given));
-      quotient_.start(scale_, finite && given == nullptr);
-      // A given scale knows nothing of this row, so NaN and infinity are told here.
-      if (given != nullptr && !finite) scale_ = ptx::as_float(kNan);
+      scale_ = scale_of(tops.of_both(), largest);
+      quotient_.start(scale_, finite);
     }
   }
 
@@ -177,7 +186,7 @@ class RowBlock {
     }
     reduce(tops.words, shared_ + 2 * kReductionBytes, Largest());
     Coder<kCode> coder;
-    coder.start(tops, p_.given_scale, p_.largest);
+    coder.start(tops, p_.given_scale, p_.given_zero, p_.largest);
     for_pieces([&](int index) {
       Piece piece = final_piece(index);
       if constexpr (kKind != RowKind::kPlain) {
@@ -353,8 +362,14 @@ class RowBlock {
 #pragma unroll
     for (int i = 0; i < kPieceNumbers; ++i) codes[i] = coder(piece.values[i]);
     const int64_t column = column_of(index);
-    unsigned char* to = p_.codes + row_ * p_.k + column;
-    if (p_.whole) {
+    unsigned char* to = p_.codes + row_ * p_.codes_stride + column;
+    if (p_.whole || p_.fills) {
+      if constexpr (Coder<kCode>::kHasZero) {  // others give 0 for the zeros behind the row
+#pragma unroll
+        for (int i = 0; i < kPieceNumbers; ++i) {
+          if (column + i >= p_.k) codes[i] = 0;
+        }
+      }
       uint32_t words[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -363,6 +378,9 @@ class RowBlock {
                              ptx::prmt(four[2], four[3], 0x0040), 0x5410);
       }
       ptx::store_global<uint2>(to, uint2{words[0], words[1]});
+      if (p_.fills && index == p_.pieces - 1 && index % 2 == 0) {
+        ptx::store_global<uint2>(to + kPieceNumbers, uint2{0, 0});
+      }
       return;
     }
 #pragma unroll
@@ -382,6 +400,8 @@ class RowBlock {
 template <class T, RowKind kKind, RowCode kCode>
 QK_KERNEL void QK_LAUNCH_BOUNDS(kMostRowThreads, 2)
     quantize_rows_kernel(const QK_GRID_CONSTANT RowParameters parameters) {
+  ptx::start_next_kernel();
+  ptx::wait_for_kernels_before();
   RowBlock<T, kKind, kCode>(parameters, ptx::shared_memory()).run();
 }
 
@@ -441,8 +461,8 @@ template <class T, RowKind kKind, RowCode kCode>
 const char* start(const RowParameters& p, int64_t m, Stream stream) {
   dim3 grid;
   grid.x = static_cast<unsigned>(m);
-  return launch(quantize_rows_kernel<T, kKind, kCode>, grid, threads_for(p.pieces),
-                kSlotBytes + p.held * kHeldBytes, stream, p);
+  return launch_early(quantize_rows_kernel<T, kKind, kCode>, grid, threads_for(p.pieces),
+                      kSlotBytes + p.held * kHeldBytes, stream, p);
 }
 
 template <class T, RowKind kKind>
@@ -495,6 +515,9 @@ const char* quantize_rows(const RowArguments& arguments, Stream stream) {
   p.bias = rows_in(arguments.bias, 0, 1, arguments.bias_type);
   p.bias_type = arguments.bias_type;
   p.given_scale = arguments.given_scale;
+  p.given_zero = arguments.given_zero;
+  p.codes_stride = arguments.codes_stride;
+  p.fills = arguments.codes_stride % 16 == 0 && arguments.codes_stride != k;
   p.left_out = arguments.left_out;
   p.codes = static_cast<unsigned char*>(arguments.codes);
   p.scales = arguments.scales;

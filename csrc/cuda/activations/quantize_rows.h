@@ -32,13 +32,17 @@ struct RowArguments {
   int64_t x_stride;
   const void* other;  // the same: the residual, or null; what the gate multiplies
   int64_t other_stride;
-  const void* gain;          // [k] of gain_type, or null
-  const void* bias;          // [k] of bias_type, or null
-  const float* given_scale;  // of all rows, or null for one of each
+  const void* gain;           // [k] of gain_type, or null
+  const void* bias;           // [k] of bias_type, or null
+  const float* given_scale;   // of all rows, or null for one of each
+  const int32_t* given_zero;  // goes with it, of kInt8WithZero
   // Of plain rows to kInt8: columns that are zeros, a bit each as find_outliers gives them; or
   // null.
   const uint8_t* left_out;
-  void* codes;     // [m, k], a byte each
+  // [m, k], a byte each, rows codes_stride bytes apart: k, or a multiple of 16 up to which zeros
+  // fill each row.
+  void* codes;
+  int64_t codes_stride;
   float* scales;   // [m]
   int32_t* zeros;  // [m] of kInt8WithZero, else null
   void* total;     // [m, k] of `type`: x + residual; null where there is none
