@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from qkernels import compiled
-from qkernels.backends.beside import BESIDE, add_by_kernel, has_beside, run_beside
+from qkernels.backends.beside import (
+    BESIDE,
+    add_by_kernel,
+    has_beside,
+    run_beside,
+    run_int8_beside,
+)
 from qkernels.backends.kernel import (
     FLOATS,
     PREPARED,
@@ -22,8 +28,9 @@ from qkernels.backends.kernel import (
     by_route,
     no_gpu,
 )
+from qkernels.backends.rounded import has_positions, run_rounded
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem, adjacent
-from qkernels.layouts import FRAGMENT, PackedWeight
+from qkernels.layouts import FRAGMENT, PackedWeight, fragment_int8
 from qkernels.layouts.fragment import code_name, padded_rows
 from qkernels.layouts.padding import column_order, kernel_columns, kernel_group
 from qkernels.scheme import QuantScheme
@@ -153,6 +160,25 @@ def _route(namespace: str, kind: str) -> RouteOf:
     return route
 
 
+@lru_cache(maxsize=1024)
+def _made_int8(namespace: str, scheme: QuantScheme, n: int, k: int, schedule_m: int) -> Any:
+    sizes = (n, k, scheme.group_length(k), fragment_int8.kernel_group(scheme, k))
+    weight = (scheme.bits, scheme.scale_levels == "two")
+    activation = (scheme.activation.dtype, scheme.activation.granularity)
+    make = getattr(torch.ops, namespace).int8_route
+    extension = compiled.extension()
+    assert extension is not None, "routes are run by qkernels._C"
+    return extension.adopt_route(make(*sizes, *weight, *activation, schedule_m))
+
+
+def _int8_route(namespace: str) -> RouteOf:
+    def route(problem: Problem, device: torch.device) -> Any:
+        schedule_m = _INVARIANT_ROWS if problem.batch_invariant else 0
+        return _made_int8(namespace, problem.scheme, problem.n, problem.k, schedule_m)
+
+    return route
+
+
 _LEAST_GRAD_BITS = 4
 """Of weights that weight_only_grad takes."""
 
@@ -174,14 +200,48 @@ def _grad_input(namespace: str, dense: bool) -> GradInput:
 
 
 def _too_large(problem: Problem) -> str | None:
+    return _too_large_of(problem, kernel_columns(problem.scheme, problem.k))
+
+
+def _too_large_of(problem: Problem, k: int) -> str | None:
     # Padded, as packing sees them.
-    n, k = padded_rows(problem.n), kernel_columns(problem.scheme, problem.k)
+    n = padded_rows(problem.n)
     if n <= MOST_SIZE and k <= MOST_SIZE and n * k <= MOST_NUMBERS:
         return None
     return (
         f"takes weights of up to 2^30 rows and columns and 2^40 numbers, and this one is "
         f"[{problem.n}, {problem.k}]"
     )
+
+
+def _sums_whole(problem: Problem) -> bool:
+    """Whether integer sums run over all of K."""
+    return problem.scheme.groups(problem.k) == 1 or problem.scheme.scale_levels == "two"
+
+
+def _why_not_whole(problem: Problem) -> str | None:
+    if not _sums_whole(problem):
+        return "needs one scale a row, or two levels of them"
+    columns = fragment_int8.kernel_columns(problem.scheme, problem.k)
+    return _overflows(problem, columns) or _too_large_of(problem, columns)
+
+
+def _why_not_grouped(problem: Problem) -> str | None:
+    scheme, k = problem.scheme, problem.k
+    if _sums_whole(problem):
+        return "is for groups with floating scales"
+    overflow = _overflows(problem, fragment_int8.kernel_group(scheme, k))
+    return overflow or _too_large_of(problem, fragment_int8.kernel_columns(scheme, k))
+
+
+def _overflows(problem: Problem, columns: int) -> str | None:
+    """Why int32 may not hold a sum of so many products of int8."""
+    # Less a zero point, numbers go to 255.
+    largest = 255 if problem.scheme.activation.has_zeros else 128
+    most = ((1 << 31) - 1) // (128 * largest)
+    if columns <= most:
+        return None
+    return f"adds up to {most} products of integers, whose sum int32 holds, and not {columns}"
 
 
 def _no_floats(problem: Problem) -> str | None:
@@ -210,6 +270,28 @@ def _of_codes_emulated() -> tuple[Kernel, ...]:
 
 _OF_CODES = 3
 """Kernels before the one that calls one of them."""
+
+
+def _of_integers() -> tuple[Kernel, ...]:
+    return _INT8, _INT8_GROUPED
+
+
+def _of_integers_emulated() -> tuple[Kernel, ...]:
+    return _EMULATED_INT8
+
+
+def _quantize(namespace: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def quantize(
+        x: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        values, scales, _, _, _ = getattr(torch.ops, namespace).quantize_rows(
+            *(adjacent(x), "plain", None, None, None, 0.0),
+            *("token" if scale is None else "static", scale, dtype, False),
+        )
+        return values, scales if scale is None else scale
+
+    return quantize
+
 
 _HALVES = (torch.float16, torch.bfloat16)
 _VARIES = "multiplies with cuBLAS, which may round a row differently for another M"
@@ -266,38 +348,110 @@ KERNELS = (
         why_not=_no_beside,
         run=run_beside(_of_codes, add_by_kernel("qkernels_cuda")),
     ),
+    Kernel(
+        name="cuda_int8_mma",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int8",),
+        activation_zeros=True,
+        exact=True,
+        weight_rounding="integers",
+        where=_not_built_for,
+        why_not=_why_not_whole,
+        **by_route(_int8_route("qkernels_cuda"), quantized=True),
+    ),
+    Kernel(
+        name="cuda_int8_mma_grouped",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int8",),
+        activation_zeros=True,
+        weight_rounding="integers",
+        where=_not_built_for,
+        why_not=_why_not_grouped,
+        **by_route(_int8_route("qkernels_cuda"), quantized=True),
+    ),
+    Kernel(
+        name="cuda_int8_positions",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int8",),
+        activation_positions=True,
+        weight_rounding="integers",
+        where=_not_built_for,
+        why_not=has_positions,
+        run=run_rounded(_of_integers),
+    ),
+    Kernel(
+        name="cuda_int4_activations",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int4",),
+        activation_positions=True,
+        weight_rounding="integers",
+        where=_not_built_for,
+        run=run_rounded(_of_integers),
+    ),
+    Kernel(
+        name="cuda_int8_beside",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int8", "int4"),
+        activation_positions=True,
+        fields=PREPARED | BESIDE,
+        weight_rounding="integers",
+        where=_not_built_for,
+        why_not=has_beside,
+        **run_int8_beside(_of_integers, _quantize("qkernels_cuda"), add_by_kernel("qkernels_cuda")),
+    ),
 )
-_FUSED, _DENSE, _FLOAT, _BESIDE = KERNELS
+_FUSED, _DENSE, _FLOAT, _BESIDE, _INT8, _INT8_GROUPED, _POSITIONS, _INT4, _INT8_BESIDE = KERNELS
 
 
-_EMULATED: dict[str, Any] = {
-    "backend": "emulated",
-    "is_simulator": True,
-    "proves_itself": False,
-    "where": _no_emulator,
-}
-
-
-def _emulated(kernel: Kernel, kind: str, name: str) -> Kernel:
-    namespace, gives_grad = "qkernels_emulated", kernel.grad_input is not None
+def _emulated(kernel: Kernel, name: str, **parts: Any) -> Kernel:
     return replace(
         kernel,
         name=name,
-        **_EMULATED,
+        backend="emulated",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_emulator,
+        **parts,
+    )
+
+
+def _emulated_float(kernel: Kernel, kind: str, name: str) -> Kernel:
+    namespace, gives_grad = "qkernels_emulated", kernel.grad_input is not None
+    return _emulated(
+        kernel,
+        name,
         **by_route(_route(namespace, kind)),
         grad_input=_grad_input(namespace, dense=kind == "dense") if gives_grad else None,
     )
 
 
+def _emulated_int8(kernel: Kernel, name: str) -> Kernel:
+    return _emulated(kernel, name, **by_route(_int8_route("qkernels_emulated"), quantized=True))
+
+
+_EMULATED_INT8 = (
+    _emulated_int8(_INT8, "emulated_int8_mma"),
+    _emulated_int8(_INT8_GROUPED, "emulated_int8_mma_grouped"),
+)
+_EMULATED_ADD = add_by_kernel("qkernels_emulated")
+
 EMULATED_KERNELS = (
-    _emulated(_FUSED, "fused", name="emulated_weight_only_mma"),
-    _emulated(_DENSE, "dense", name="emulated_dequantize_matmul"),
-    _emulated(_FLOAT, "float", name="emulated_weight_only_mma_float"),
-    replace(
-        _BESIDE,
-        name="emulated_float_beside",
-        **_EMULATED,
-        run=run_beside(_of_codes_emulated, add_by_kernel("qkernels_emulated")),
+    _emulated_float(_FUSED, "fused", name="emulated_weight_only_mma"),
+    _emulated_float(_DENSE, "dense", name="emulated_dequantize_matmul"),
+    _emulated_float(_FLOAT, "float", name="emulated_weight_only_mma_float"),
+    _emulated(_BESIDE, "emulated_float_beside", run=run_beside(_of_codes_emulated, _EMULATED_ADD)),
+    *_EMULATED_INT8,
+    _emulated(_POSITIONS, "emulated_int8_positions", run=run_rounded(_of_integers_emulated)),
+    _emulated(_INT4, "emulated_int4_activations", run=run_rounded(_of_integers_emulated)),
+    _emulated(
+        _INT8_BESIDE,
+        "emulated_int8_beside",
+        **run_int8_beside(_of_integers_emulated, _quantize("qkernels_emulated"), _EMULATED_ADD),
     ),
 )
 

@@ -171,6 +171,7 @@ class Int8Route final : public Route {
       : shape_(shape),
         floats_(preparation),
         integers_(preparation),
+        whole_(preparation),
         two_levels_(two_levels),
         scale_(scale),
         has_zeros_(has_zeros),
@@ -179,6 +180,7 @@ class Int8Route final : public Route {
         schedule_m_(schedule_m) {
     integers_.column_multiple = kXMultiple;
     integers_.row_bytes = kXMultiple;
+    whole_.group = whole_.padded_group = whole_.k;
   }
 
   at::Tensor run(const Call& call) const override {
@@ -218,11 +220,13 @@ class Int8Route final : public Route {
 
  private:
   Int8Rows quantized(const Call& call, const Int8Weight& weight, const DeviceScope& scope) const {
-    const Rows rows = prepare(call.x, call.buffers, floats_);
+    // Zeros of x become its zero point: groups of it are filled up behind that.
+    const bool fills_codes = has_zeros_ && floats_.columns() != floats_.k;
+    const Rows rows = prepare(call.x, call.buffers, fills_codes ? whole_ : floats_);
     const at::TensorOptions options = call.x.options();
     Int8Rows out;
     out.m = rows.m;
-    out.stride = padded_x(rows.k);
+    out.stride = fills_codes ? rows.k : padded_x(rows.k);
     out.codes = at::empty({rows.m, out.stride}, options.dtype(at::kChar));
     out.scales = at::empty({rows.m}, options.dtype(at::kFloat));
     if (has_zeros_) out.zeros = at::empty({rows.m}, options.dtype(at::kInt));
@@ -259,6 +263,11 @@ class Int8Route final : public Route {
     arguments.shared_bytes = scope.facts().shared_bytes;
     succeed(quantize_rows(arguments, scope.stream()));
     if (outliers) out.addend = outlier_product(rows.matrix(), *outliers, weight, scope);
+    if (fills_codes) {
+      const Rows filled = prepare(out.codes, Buffers{}, integers_);
+      out.codes = filled.tensor;
+      out.stride = filled.stride;
+    }
     return out;
   }
 
@@ -295,7 +304,7 @@ class Int8Route final : public Route {
   }
 
   Int8Shape shape_;
-  Preparation floats_, integers_;  // of x in floats, and in int8 already
+  Preparation floats_, integers_, whole_;  // of x in floats, in int8 already, and without groups
   bool two_levels_;
   XScale scale_;
   bool has_zeros_;
