@@ -58,7 +58,13 @@ def test_outliers_cost_the_others_nothing(backend, scheme):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("m", [0, 1, 2, 17])
-@pytest.mark.parametrize("scheme", ["w8a8-outliers6", "w4a8-g20-outliers6", "w8a8-outliers0.01"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *("w8a8-outliers6", "w4a8-g20-outliers6", "w8a8-outliers0.01", "w4a4-g64-outliers6"),
+        *("w4a8-g20-asym-outliers6", "w4a8-g20-flat-outliers6", "w3a8-g64-outliers6"),
+    ],
+)
 def test_the_kernel_gives_what_the_reference_does(scheme, m, dtype):
     x, bias = outlying(max(1, m), dtype=dtype)[:m], torch.randn(40, dtype=dtype)
     weight = torch.randn(40, 100, generator=torch.Generator().manual_seed(0)) * 0.05
@@ -86,8 +92,50 @@ def test_columns_of_a_packed_weight(text, name):
     assert packed.columns(columns[:0]).shape == (37, 0)
 
 
-def test_batch_invariant_rows_do_not_see_each_other():
-    layer = layer_of("w8a8-outliers6", batch_invariant=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_thresholds_that_are_no_numbers_of_a_type(dtype):
+    """The kernel finds the columns that the reference finds: others would show as roundings."""
+    near = torch.tensor(6.05).to(dtype)
+    x = torch.stack([near, near.nextafter(near * 0), near.nextafter(near * 2), -near]).repeat(25)
+    x = torch.diag(x)
+    fast, slow = (layer_of("w8a8-outliers6.05", backend=name) for name in ("cpu", "reference"))
+    got, wanted = fast(x).double(), slow(x).double()
+    assert (got - wanted).norm() <= FROBENIUS_BOUND[dtype] * wanted.norm()
+
+
+def test_any_shape_and_strides():
+    layer = layer_of("w8a8-outliers6")
+    x = outlying(24).view(2, 12, 100)
+    y = layer(x)
+    assert y.shape == (2, 12, 40) and torch.equal(y.view(24, 40), layer(x.view(24, 100)))
+    for other in (x.transpose(0, 1), torch.stack([x, x], -1)[..., 0]):
+        assert torch.equal(layer(other), layer(other.contiguous()))
+
+
+def test_the_order_of_columns_and_a_factor_of_them_come_first():
+    hub = rounding.quantize(torch.randn(40, 100) * 0.05, "w4a8-g64-outliers6")
+    hub = hub.replace(perm=torch.randperm(100), input_factor=torch.rand(100) + 0.5)
+    x = outlying()
+    fast, slow = (qk.WQLinear.from_weight(hub, backend=name) for name in ("cpu", "reference"))
+    got, wanted = fast(x).double(), slow(x).double()
+    assert (got - wanted).norm() <= FROBENIUS_BOUND[torch.float32] * wanted.norm()
+
+
+def test_products_are_of_fp32_whatever_torch_is_set_to():
+    layer, x = layer_of("w8a8-outliers6"), outlying()
+    want = layer(x)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(layer(x), want)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_batch_invariant_rows_do_not_see_each_other(backend):
+    layer = layer_of("w8a8-outliers6", batch_invariant=True, backend=backend)
     x = outlying()
     whole = layer(x)
     for row in range(len(x)):

@@ -22,7 +22,7 @@ from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProbl
 from qkernels.errors import NoKernelError
 from qkernels.layouts import PackedWeight
 from qkernels.layouts.padding import kernel_group
-from qkernels.scheme import QuantScheme
+from qkernels.scheme import Activation, QuantScheme
 from qkernels.weight import codebook, nested_table
 
 ISAS = ("amx", "avx512", "avx2", "neon_i8mm", "neon_dot", "neon", "portable")
@@ -178,14 +178,38 @@ def _keeps_outliers(problem: Problem) -> str | None:
     return "is for schemes that keep columns with outliers apart"
 
 
+def _outlier_route(problem: Problem, device: torch.device) -> Any:
+    """Columns with outliers beside the kernels that take the others, each for its rows."""
+    activation = problem.scheme.activation
+    scheme = replace(problem.scheme, activation=Activation("int8"))
+    inner = replace(problem, scheme=scheme, batch_invariant=False)
+    parts = []
+    for kernel in _of_rows():
+        if kernel.refusal_of_any_rows(inner) is None and kernel.route is not None:
+            least, most = kernel.rows(inner)
+            parts.append((least, -1 if most is None else most, kernel.route(inner, device)))
+    return _compiled().CpuOutlierRoute(
+        k=problem.k,
+        threshold=activation.outliers,
+        largest=activation.largest,
+        each_row=problem.batch_invariant,
+        parts=parts,
+    )
+
+
+def _has_outliers_and_beside(problem: Problem) -> str | None:
+    return _keeps_outliers(problem) or has_beside(problem)
+
+
 def _run_apart(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """Integers but for columns of x with outliers, whose product is added in fp32."""
+    """Integers but for columns of x with outliers, whose product is added in fp32, of weights with
+    columns or single numbers of their own in 16 bits."""
     columns = reference.outlier_columns(x, problem.scheme.activation.outliers)
     left = reference.without_columns(x, columns) if columns.numel() else x
     scheme = replace(problem.scheme, activation=replace(problem.scheme.activation, outliers=0.0))
     inner = replace(problem, scheme=scheme, x_dtype=torch.float32)
     weight = PackedWeight(scheme, packed.layout, packed.n, packed.k, packed.buffers)
-    y = run_by((*_of_rows(), _INT4, _INT8_BESIDE), left.float(), weight, bias, inner)
+    y = run_by((_INT8_BESIDE,), left.float(), weight, bias, inner)
     if columns.numel():
         with reference.full_precision():
             y += x[:, columns].float() @ packed.columns(columns).t()
@@ -223,6 +247,18 @@ _INT8_BESIDE = Kernel(
     **run_int8_beside(_of_rows),
 )
 
+_OUTLIERS = Kernel(
+    name="cpu_int8_outliers",
+    backend="cpu",
+    layout="vnni",
+    activations=("int8", "int4"),
+    activation_outliers=True,
+    weight_rounding="integers",
+    where=_with("portable"),
+    why_not=_keeps_outliers,
+    **by_route(_outlier_route),
+)
+
 # The numbers of rows were measured, each against the rows below it and the reference, which
 # dequantizes for torch's product: see docs/cpu.md. Those of portable were measured where torch had
 # AVX-512 and VNNI, those of avx2 where it was kept to AVX2. Tiles have 32 columns of floats or 64
@@ -230,18 +266,15 @@ _INT8_BESIDE = Kernel(
 COMPOSED = (
     _INT4,
     replace(_INT4, name="cpu_int8_positions", activations=("int8",), why_not=has_positions),
-    Kernel(
-        name="cpu_int8_outliers",
-        backend="cpu",
-        layout="vnni",
-        activations=("int8", "int4"),
-        activation_outliers=True,
+    _OUTLIERS,
+    replace(
+        _OUTLIERS,
+        name="cpu_int8_outliers_beside",
         fields=PREPARED | BESIDE,
         varies="finds columns with outliers in all rows of x, and batch_invariant wants each alone",
-        weight_rounding="integers",
-        where=_with("portable"),
-        why_not=_keeps_outliers,
+        why_not=_has_outliers_and_beside,
         run=_run_apart,
+        route=None,
     ),
     Kernel(
         name="cpu_float_beside",

@@ -175,7 +175,8 @@ def _made_int8(namespace: str, scheme: QuantScheme, n: int, k: int, schedule_m: 
     make = getattr(torch.ops, namespace).int8_route
     extension = compiled.extension()
     assert extension is not None, "routes are run by qkernels._C"
-    return extension.adopt_route(make(*sizes, *weight, *activation, schedule_m))
+    outliers = scheme.activation.outliers
+    return extension.adopt_route(make(*sizes, *weight, *activation, schedule_m, outliers))
 
 
 def _int8_route(namespace: str) -> RouteOf:
@@ -239,6 +240,12 @@ def _why_not_grouped(problem: Problem) -> str | None:
         return "is for groups with floating scales"
     overflow = _overflows(problem, fragment_int8.kernel_group(scheme, k))
     return overflow or _too_large_of(problem, fragment_int8.kernel_columns(scheme, k))
+
+
+def _why_no_outliers(problem: Problem) -> str | None:
+    if not problem.scheme.activation.outliers:
+        return "is for schemes that keep columns with outliers apart"
+    return _why_not_whole(problem) if _sums_whole(problem) else _why_not_grouped(problem)
 
 
 def _overflows(problem: Problem, columns: int) -> str | None:
@@ -398,8 +405,21 @@ KERNELS = (
         why_not=has_beside,
         **run_int8_beside(_of_integers, add_by_kernel("qkernels_cuda")),
     ),
+    Kernel(
+        name="cuda_int8_outliers",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int8", "int4"),
+        activation_outliers=True,
+        varies="finds columns with outliers in all rows of x, and batch_invariant wants each alone",
+        weight_rounding="integers",
+        where=_not_built_for,
+        why_not=_why_no_outliers,
+        **by_route(_int8_route("qkernels_cuda")),
+    ),
 )
-_FUSED, _DENSE, _FLOAT, _BESIDE, _INT8, _INT8_GROUPED, _POSITIONS, _INT4, _INT8_BESIDE = KERNELS
+_FUSED, _DENSE, _FLOAT, _BESIDE, _INT8, _INT8_GROUPED, *_OTHERS = KERNELS
+_POSITIONS, _INT4, _INT8_BESIDE, _OUTLIERS = _OTHERS
 
 
 def _emulated(kernel: Kernel, name: str, **parts: Any) -> Kernel:
@@ -449,6 +469,7 @@ EMULATED_KERNELS = (
         name="emulated_int8_beside",
         **run_int8_beside(_of_integers_emulated, _EMULATED_ADD),
     ),
+    _emulated(_OUTLIERS, "emulated_int8_outliers", **by_route(_int8_route("qkernels_emulated"))),
 )
 
 

@@ -10,7 +10,7 @@ from qkernels.backends import cuda
 from qkernels.scheme import QuantScheme
 from qkernels.select import make_problem, select
 
-MMA, DENSE, FLOAT, BESIDE, INT8, GROUPED, POSITIONS, INT4, INT8_BESIDE = cuda.KERNELS
+MMA, DENSE, FLOAT, BESIDE, INT8, GROUPED, POSITIONS, INT4, INT8_BESIDE, OUTLIERS = cuda.KERNELS
 
 
 def question(text="w4a16-g128", m=1, x_dtype=torch.float16, layout="fragment", **changes):
@@ -83,6 +83,8 @@ def test_what_the_integer_kernels_take():
         for m, dtype in ((1, torch.float16), (4096, torch.bfloat16), (64, torch.float32)):
             assert INT8.refusal(ask(text, m=m, x_dtype=dtype)) is None
     assert GROUPED.refusal(ask("w8a8-g128")) is None
+    for text in ("w8a8-outliers6", "w4a4-g64-flat-outliers2", "w4a8-g64-outliers6"):
+        assert OUTLIERS.refusal(ask(text, m=300)) is None
     assert GROUPED.refusal(ask("w8a8-g64", n=1024, k=1 << 30)) is None
     assert INT8.refusal(ask(n=1 << 30, k=1024)) is None
     assert INT8.refusal(ask(k=131_071)) is None
@@ -105,6 +107,11 @@ def test_what_the_integer_kernels_take():
         (GROUPED, {"text": "w8a8-g24", "n": 1024, "k": 1 << 30}, "2^30 rows and columns"),
         (POSITIONS, {}, "is for schemes with scales of activations per position"),
         (INT4, {"text": "w4a4-tokenasym"}, "knows no zero points of activations"),
+        (INT8, {"text": "w8a8-outliers6"}, "keeps no columns with outliers apart"),
+        (OUTLIERS, {}, "is for schemes that keep columns with outliers apart"),
+        (OUTLIERS, {"text": "w8a8-outliers6", "batch_invariant": True}, "wants each alone"),
+        (OUTLIERS, {"text": "w8a8-outliers6", "k": 131_072}, "up to 131071 products"),
+        (OUTLIERS, {"text": "w3a8-g64-outliers6"}, "4 and 8 bits, not of 3"),
     ):
         assert message in kernel.refusal(ask(**changes)), changes
 

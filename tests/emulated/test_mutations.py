@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from qkernels import WQLinear, rounding, sparse
 from qkernels.backends.cuda import weight_arguments
-from qkernels.layouts import FRAGMENT, fragment, pack
+from qkernels.layouts import FRAGMENT, FRAGMENT_INT8, fragment, pack
 from tests.emulated.emulator import (
     disabled,
     gradient,
@@ -53,6 +53,7 @@ def exercise(check):
     exercise_weights(check)
     exercise_rows(check)
     exercise_beside(check)
+    exercise_outliers(check)
 
 
 def exercise_weights(check):
@@ -187,6 +188,34 @@ def exercise_beside(check):
             torch.float32 if is_int8 else torch.bfloat16,
         )
         check("beside", result)
+
+
+def exercise_outliers(check):
+    """More columns than lanes; groups with zero points and two levels, and floating ones; and what
+    they add to y."""
+    operators = torch.ops.qkernels_emulated
+    for text, m, dtype in (
+        ("w4a8-g64-asym", 9, torch.float16),
+        ("w8a8-g32", 3, torch.bfloat16),
+        ("w4a8-g32-flat", 9, torch.float32),
+    ):
+        n, k = 45, 128
+        weight = rounding.quantize(torch.randn(n, k), text)
+        held, group = pack(weight, FRAGMENT_INT8).buffers, weight.scheme.group_size
+        tensors = (held["words"], held["scales"], held.get("zeros"), held.get("channel_scales"))
+        listed = torch.randperm(k).int()
+        x = torch.randn(m, k).to(dtype)
+        sizes = (n, k, group, weight.scheme.bits)
+        count = torch.tensor([70], dtype=torch.int32)
+        addend = operators.multiply_outliers(x, listed, count, *tensors, *sizes)
+        check("outliers", addend)
+        codes = torch.randint(-9, 9, (m, k), dtype=torch.int8)
+        check(
+            "with outliers",
+            operators.int8_mma(
+                *(codes, torch.rand(m), None, *tensors, None, *sizes, dtype), addend=addend
+            ),
+        )
 
 
 def short(path):

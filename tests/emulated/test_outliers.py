@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from qkernels import reference
+from qkernels import WQLinear, reference, rounding
+from qkernels.errors import NoKernelError
+from qkernels.layouts import FRAGMENT_INT8, fragment_int8, pack
+from qkernels.weight import QuantizedWeight
+from tests.bounds import FROBENIUS_BOUND
 from tests.emulated.emulator import counted, needs_emulator, set_seed
 from tests.test_row_kernels import COLUMNS, DTYPES, FORMS
 
@@ -115,6 +119,145 @@ def test_whichever_block_is_the_last():
     for seed in range(20):
         set_seed(seed)
         assert find(x, parts=4)[0] == want
+
+
+WEIGHTS = ("w8a8", "w8a8-gtensor", "w8a8-g64", "w4a8", "w4a8-asym", "w4a8-g64", "w4a8-g64-asym")
+GROUPS_APART = ("w4a8-g24-flat", "w4a8-g40-asym-flat", "w4a8-g24")
+"""Weights whose groups are filled up."""
+
+
+def product(x, packed, columns):
+    """multiply_outliers, of x in the order of the codes."""
+    scheme, k, held = packed.scheme, packed.k, packed.buffers
+    order = fragment_int8.column_order(scheme, k, x.device)
+    places = columns if order is None else order[1][columns]
+    width = fragment_int8.kernel_columns(scheme, k)
+    wide = torch.full((len(x), width), float("nan"), dtype=x.dtype)
+    wide[:, places] = x[:, columns]
+    listed = torch.zeros(width, dtype=torch.int32)
+    listed[: len(places)] = places
+    return torch.ops.qkernels_emulated.multiply_outliers(
+        *(wide, listed, torch.tensor([len(places)], dtype=torch.int32), held["words"]),
+        *(held["scales"], held.get("zeros"), held.get("channel_scales"), packed.n, width),
+        *(fragment_int8.kernel_group(scheme, k), scheme.bits),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", [*WEIGHTS, *GROUPS_APART])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (9, 49)])
+def test_columns_of_the_weight_as_they_dequantize(text, m, n, dtype):
+    """Of x alone one number of a row, the weight itself comes out, bit for bit."""
+    k = 200
+    packed = pack(rounding.quantize(torch.randn(n, k), text), FRAGMENT_INT8)
+    columns = torch.randperm(k)[:70]
+    x = torch.zeros(m, k, dtype=dtype)
+    own = columns[torch.arange(m)]
+    x[torch.arange(m), own] = 1
+    assert torch.equal(product(x, packed, columns), packed.columns(own).t())
+    x = torch.randn(m, k).to(dtype)
+    exact = x[:, columns].double() @ packed.columns(columns).double().t()
+    got = product(x, packed, columns)
+    assert (got - exact).norm() <= FROBENIUS_BOUND[torch.float32] * exact.norm()
+    assert torch.equal(product(x, packed, columns[:0]), torch.zeros(m, n))
+    assert torch.equal(product(x[-1:], packed, columns)[0], got[-1])
+
+
+@pytest.mark.parametrize("n", [49, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_added_is_rounded_with_the_rest(dtype, n):
+    """Numbers that are exact in fp32 and not in 16 bits: half of them would round otherwise."""
+    k = 64
+    codes = torch.randint(0, 256, (n, k), dtype=torch.uint8)
+    weight = rounding.quantize(torch.randn(n, k), "w8a8", bias=torch.randint(-9, 9, (n,)).float())
+    weight = weight.replace(codes=codes, scales=torch.ones_like(weight.scales))
+    packed = pack(weight, FRAGMENT_INT8)
+    x = torch.randint(-128, 128, (5, k), dtype=torch.int8)
+    addend = torch.randint(-(2**18), 2**18, (5, n)) / 8
+    got = torch.ops.qkernels_emulated.int8_mma(
+        *(x, torch.ones(5), None, packed.buffers["words"], packed.buffers["scales"], None, None),
+        *(weight.bias, n, k, k, 8, dtype),
+        addend=addend,
+    )
+    exact = x.double() @ weight.dequantize().double().t() + weight.bias + addend
+    assert torch.equal(got, exact.to(dtype))
+
+
+def layers_of(weight: QuantizedWeight, **options):
+    fast, slow = (
+        WQLinear.from_weight(weight, backend=backend, **options)
+        for backend in ("emulated", "reference")
+    )
+    assert fast.packed.layout is FRAGMENT_INT8
+    return fast, slow
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [0, 1, 9, 70])
+@pytest.mark.parametrize("text", [*WEIGHTS, *GROUPS_APART, "w4a4-g64", "w8a4"])
+def test_a_layer_gives_what_the_reference_does(text, m, dtype):
+    weight = rounding.quantize(
+        torch.randn(49, 200) * 0.05,
+        f"{text}-outliers6",
+        bias=torch.randn(49),
+        perm=torch.randperm(200),
+    )
+    fast, slow = layers_of(weight.replace(input_factor=torch.rand(200) + 0.5), dtype=dtype)
+    x = torch.randn(m, 200)
+    x[:, 5] *= 30
+    x[m // 2 : m // 2 + 1, 77] = -20
+    x = x.to(dtype)
+    got, want = fast(x), slow(x).double()
+    assert got.dtype == dtype and got.shape == (m, 49)
+    assert (got - want).norm() <= FROBENIUS_BOUND[dtype] * want.norm()
+    # With none it is the integers alone, whose sums are exact where they are of all of K.
+    quiet = x.clamp(-2, 2) / 2
+    fast, slow = layers_of(weight, dtype=dtype)
+    got, want = fast(quiet), slow(quiet)
+    if "flat" in text or text == "w8a8-g64":
+        assert (got - want.double()).norm() <= FROBENIUS_BOUND[dtype] * want.double().norm()
+    else:
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_its_row(value):
+    fast, _ = layers_of(rounding.quantize(torch.randn(49, 200), "w4a8-g64-outliers6"))
+    x = torch.randn(5, 200)
+    x[2, 3] = value
+    y = fast(x)
+    assert not y[2].isfinite().any() and y[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_integers_that_another_layer_reads():
+    weight = rounding.quantize(torch.randn(64, 200), "w8a8-outliers3")
+    fast, slow = layers_of(weight, dtype=torch.float16)
+    reader = WQLinear.from_weight(
+        rounding.quantize(torch.randn(8, 64), "w8a8-static", activation_scale=0.5)
+    )
+    x = torch.randn(9, 200).half()
+    got, want = (layer.quantized_for(x, reader, relu=True) for layer in (fast, slow))
+    # Where sums of columns round otherwise, a number on an edge goes to the next integer.
+    assert (got.values.int() - want.values.int()).abs().max() <= 1
+    assert torch.equal(got.scale, want.scale)
+
+
+def test_four_launches_and_nothing_read_on_the_host():
+    fast, _ = layers_of(rounding.quantize(torch.randn(64, 256), "w8a8-outliers3"))
+    x = torch.randn(3, 256).half()
+    with counted() as counters:
+        fast(x)
+    assert counters["launches"] == 4
+    with torch.autograd.profiler.profile() as profile:
+        fast(x)
+    names = {event.name for event in profile.function_events}
+    assert names == {"qkernels::linear", "aten::empty"}
+
+
+def test_rows_that_must_not_see_each_other_are_refused_by_name():
+    weight = rounding.quantize(torch.randn(49, 200), "w8a8-outliers6")
+    with pytest.raises(NoKernelError, match="finds columns with outliers in all rows of x"):
+        WQLinear.from_weight(weight, backend="emulated", batch_invariant=True)
 
 
 def test_what_is_wrong_is_named():

@@ -45,6 +45,39 @@ at::Tensor scale_of_tensor(const at::Tensor& x, RowCode code, double largest,
   return scale;
 }
 
+Outliers find_outliers(const at::Tensor& x, double threshold, int64_t parts,
+                       const DeviceScope& scope) {
+  const int64_t m = x.size(0), k = x.size(1), bytes = ceil_div(k, kPieceColumns);
+  OutlierArguments arguments{};
+  arguments.type = float_type("x", x);
+  arguments.x = x.const_data_ptr();
+  arguments.x_stride = x.stride(0);
+  arguments.m = m;
+  arguments.k = k;
+  const auto wide = static_cast<float>(threshold);
+  arguments.threshold = arguments.type == FloatType::kHalf ? static_cast<float>(at::Half(wide))
+                        : arguments.type == FloatType::kBfloat16
+                            ? static_cast<float>(at::BFloat16(wide))
+                            : wide;
+  const int64_t most = int64_t{kScaleBlocks} * scope.facts().multiprocessors;
+  const int64_t useful = std::max<int64_t>(ceil_div(m, kOutlierRows), 1);
+  const int64_t wanted = parts > 0 ? parts : most / ceil_div(k, kOutlierTileColumns);
+  arguments.parts =
+      static_cast<int>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(useful, 65535)));
+  const auto make = [&](int64_t size, at::ScalarType type) {
+    return at::empty({size}, x.options().dtype(type));
+  };
+  const at::Tensor flags = make(bytes, at::kByte), columns = make(k, at::kInt);
+  const at::Tensor count = make(1, at::kInt), partial = make(arguments.parts * bytes, at::kByte);
+  arguments.flags = flags.mutable_data_ptr<uint8_t>();
+  arguments.columns = columns.mutable_data_ptr<int32_t>();
+  arguments.count = count.mutable_data_ptr<int32_t>();
+  arguments.partial = partial.mutable_data_ptr<uint8_t>();
+  arguments.counter = scope.counters(1);
+  succeed(qkernels::find_outliers(arguments, scope.stream()));
+  return {flags, columns, count};
+}
+
 namespace {
 
 void check_rows(const char* name, const at::Tensor& x) {
@@ -175,44 +208,15 @@ Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Opt
   return {codes, of_tensor ? found : scales, zeros, total, rounded};
 }
 
-// Flags, columns and their number: see outliers.h. The threshold is rounded to x's type, as torch
-// compares. parts: of the rows, each of another block, or 0 for as many as the device wants.
-using Outliers = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-Outliers find_outliers_op(const at::Tensor& x, double threshold, int64_t parts) {
+// Flags, columns and their number. parts: of the rows, each of another block, or 0 for as many as
+// the device wants.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> find_outliers_op(const at::Tensor& x,
+                                                                double threshold, int64_t parts) {
   check_rows("x", x);
-  const int64_t m = x.size(0), k = x.size(1), bytes = ceil_div(k, kPieceColumns);
-  require(k > 0, "x must have columns, got shape ", x.sizes());
+  require(x.size(1) > 0, "x must have columns, got shape ", x.sizes());
   require(threshold > 0, "threshold must be above 0, got ", threshold);
-  OutlierArguments arguments{};
-  arguments.type = float_type("x", x);
-  arguments.x = x.const_data_ptr();
-  arguments.x_stride = x.stride(0);
-  arguments.m = m;
-  arguments.k = k;
-  const auto wide = static_cast<float>(threshold);
-  arguments.threshold = arguments.type == FloatType::kHalf ? static_cast<float>(at::Half(wide))
-                        : arguments.type == FloatType::kBfloat16
-                            ? static_cast<float>(at::BFloat16(wide))
-                            : wide;
-  const DeviceScope scope(x);
-  const int64_t most = int64_t{kScaleBlocks} * scope.facts().multiprocessors;
-  const int64_t useful = std::max<int64_t>(ceil_div(m, kOutlierRows), 1);
-  const int64_t wanted = parts > 0 ? parts : most / ceil_div(k, kOutlierTileColumns);
-  arguments.parts =
-      static_cast<int>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(useful, 65535)));
-  const auto make = [&](int64_t size, at::ScalarType type) {
-    return at::empty({size}, x.options().dtype(type));
-  };
-  const at::Tensor flags = make(bytes, at::kByte), columns = make(k, at::kInt);
-  const at::Tensor count = make(1, at::kInt), partial = make(arguments.parts * bytes, at::kByte);
-  arguments.flags = flags.mutable_data_ptr<uint8_t>();
-  arguments.columns = columns.mutable_data_ptr<int32_t>();
-  arguments.count = count.mutable_data_ptr<int32_t>();
-  arguments.partial = partial.mutable_data_ptr<uint8_t>();
-  arguments.counter = scope.counters(1);
-  succeed(find_outliers(arguments, scope.stream()));
-  return {flags, columns, count};
+  const Outliers found = find_outliers(x, threshold, parts, DeviceScope(x));
+  return {found.flags, found.columns, found.count};
 }
 
 }  // namespace
