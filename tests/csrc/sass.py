@@ -40,7 +40,7 @@ class Stage:
 
     The way leads through a copy and every tensor-core instruction; what is not needed each time,
     such as the scales of a new group, is not on it. `entering`: what a new group adds, where its
-    sums are scaled.
+    sums are scaled or, of integers, its multipliers and zero points are loaded.
     """
 
     way: list[int]
@@ -124,11 +124,14 @@ class KernelCode:
         return found
 
     def stages(self, tensor: int) -> list[Stage]:
-        """The loops over stages, the shortest first; `tensor`: HMMA that each has.
+        """The loops over stages, the shortest first; `tensor`: HMMA or IMMA that each has.
 
         There is one for each kind of groups: a warp may have one of its stage, or several.
         """
         places = self.places("HMMA") or self.places("IMMA")
+        of_group, barriers = self.places("FFMA"), set(self.places("BAR"))
+        if self.places("IMMA"):
+            of_group += [i for i, each in enumerate(self.code) if each.text == "LDS.U16"]
         found = []
         for first in range(0, len(places), tensor):
             products = places[first : first + tensor]
@@ -136,9 +139,12 @@ class KernelCode:
             copy = min(i for i in self.places("LDGSTS") if i > barrier)
             way = self.way([barrier, copy, *products, barrier])
             entering = []
-            for scaled in self.places("FFMA"):
+            for place in of_group:
                 with suppress(NoWay):
-                    entering.append(len(self.way([barrier, copy, scaled, *products, barrier])))
+                    longer = self.way([barrier, copy, place, *products, barrier])
+                    # What is behind another barrier is not of this loop.
+                    if sum(i in barriers for i in longer) == 1:
+                        entering.append(len(longer))
             found.append(Stage(way, min(entering) - len(way) if entering else None))
         return sorted(found, key=lambda stage: len(stage.way))
 
