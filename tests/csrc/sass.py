@@ -39,7 +39,7 @@ class Stage:
 
     The way leads through a copy and every tensor-core instruction; what is not needed each time,
     such as the scales of a new group, is not on it. `entering`: what a new group adds, where its
-    sums are scaled.
+    sums are scaled or, of integers, its multipliers and zero points are loaded.
     """
 
     way: list[int]
@@ -130,25 +130,28 @@ class KernelCode:
         return found
 
     @staticmethod
-    def _distances(start: int, edges: list[list[int]]) -> dict[int, int]:
-        """The fewest edges that lead from `start` to each place that they lead to."""
-        distances = dict.fromkeys(edges[start], 1)
+    def _distances(start: int, edges: list[list[int]], closed: set[int]) -> dict[int, int]:
+        """The fewest edges that lead from `start` to each place that they lead to, by way of none
+        that is closed."""
+        distances = {i: 1 for i in edges[start] if i not in closed}
         waiting = deque(distances)
         while waiting:
             here = waiting.popleft()
             for i in edges[here]:
-                if i not in distances:
+                if i not in distances and i not in closed:
                     distances[i] = distances[here] + 1
                     waiting.append(i)
         return distances
 
     def stages(self, tensor: int) -> list[Stage]:
-        """The loops over stages, the shortest first; `tensor`: HMMA that each has.
+        """The loops over stages, the shortest first; `tensor`: HMMA or IMMA that each has.
 
         There is one for each kind of groups: a warp may have one of its stage, or several.
         """
         places = self.places("HMMA") or self.places("IMMA")
-        scaled = self.places("FFMA")
+        of_group, barriers = self.places("FFMA"), set(self.places("BAR"))
+        if self.places("IMMA"):
+            of_group += [i for i, each in enumerate(self.code) if each.text == "LDS.U16"]
         found = []
         for first in range(0, len(places), tensor):
             products = places[first : first + tensor]
@@ -156,9 +159,10 @@ class KernelCode:
             copy = min(i for i in self.places("LDGSTS") if i > barrier)
             copied, middle = self.way([barrier, copy]), self.way([copy, products[0]])
             way = [*copied, *middle, *self.way([*products, barrier])]
-            after = self._distances(copy, self._following)
-            before = self._distances(products[0], self._before)
-            entering = [after[i] + before[i] for i in scaled if i in after and i in before]
+            # What is behind another barrier is not of this loop.
+            after = self._distances(copy, self._following, barriers)
+            before = self._distances(products[0], self._before, barriers)
+            entering = [after[i] + before[i] for i in of_group if i in after and i in before]
             found.append(Stage(way, min(entering) - len(middle) if entering else None))
         return sorted(found, key=lambda stage: len(stage.way))
 

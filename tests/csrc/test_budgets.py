@@ -43,7 +43,7 @@ CASES = [
 RESERVED_SHARED = 1024
 """Bytes that sm_90 and later take of each block that uses shared memory, counted as its own."""
 
-FOUR_BITS = ("Int4", "Table4", "Fp4")
+FOUR_BITS = ("Int4", "Table4", "Fp4", "Nibbles")
 
 
 def has_four_bits(name: str) -> bool:
@@ -92,14 +92,15 @@ def broken_stores(stores: Counter[int], budget: dict[str, Any]) -> list[str]:
     return problems
 
 
-def chunk_instructions(stages: list[sass.Stage], chunks: int) -> list[float]:
+def chunk_instructions(stages: list[sass.Stage], chunks: int, others: bool = True) -> list[float]:
     """Instructions of a warp for a chunk, where one group, two, and more lie in its stage.
 
-    The loops are those for a group a stage, for two and so on, twice as many each.
+    The loops are those for a group a stage, for two and so on, twice as many each; `others`: and
+    one for all others, which does not count.
     """
     return [
         (len(stage.way) + (stage.entering or 0) * 2**number) / chunks
-        for number, stage in enumerate(stages[:-1])
+        for number, stage in enumerate(stages[:-1] if others else stages)
     ]
 
 
@@ -131,7 +132,8 @@ def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
     stages: list[sass.Stage] = []
     if "loops" in budget:
         loops = of_bits(kernel, budget["loops"])
-        tensor, rest = divmod(kernel.count("HMMA", "16816", "F32"), loops)
+        products = kernel.count("HMMA", "16816", "F32") + kernel.count("IMMA", "16832", "S8")
+        tensor, rest = divmod(products, loops)
         if rest:
             return [*problems, f"tensor-core instructions are no multiple of {loops} loops"]
         stages = kernel.stages(tensor)
@@ -157,7 +159,9 @@ def broken(kernel: sass.KernelCode, budget: dict[str, Any]) -> list[str]:
         problems += broken_stores(kernel.stores("STG"), budget)
     if "chunk_instructions" in budget:
         numbers, allowed = (
-            chunk_instructions(stages, of_bits(kernel, budget["chunks"])),
+            chunk_instructions(
+                stages, of_bits(kernel, budget["chunks"]), others=kernel.count("IMMA") == 0
+            ),
             budget["chunk_instructions"],
         )
         if len(numbers) != len(allowed):
@@ -211,7 +215,9 @@ class TestBudgets:
         assert bool(kernels) == (source.stem not in ("mma", "grad"))
         if source.parent == instantiate.FOLDER:
             tokens = 4 if source.stem.startswith("mma_") else 2
-            assert len(kernels) == 2 * tokens, "two types of x, so many numbers of tokens"
+            if source.stem.startswith("int8_"):
+                tokens = 3 if source.stem.endswith("_grouped") else 4
+            assert len(kernels) == 2 * tokens, "two types or kinds of x, so many numbers of tokens"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -21,6 +21,7 @@ from tests.emulated.emulator import (
     disabled,
     gradient,
     grouped_product,
+    integer_product,
     needs_emulator,
     product,
     set_seed,
@@ -42,6 +43,7 @@ FUNCTIONS = {  # of ptx.cuh, and what the emulator calls them
     "ldmatrix_x4": "ldmatrix",
     "movmatrix_trans": "movmatrix",
     "mma_m16n8k16": "mma",
+    "mma_m16n8k32": "mma",
     "shuffle_xor": "shuffle",
 }
 SEEDS = range(12)
@@ -51,6 +53,7 @@ def exercise(check):
     """Runs every kernel on shapes with tails, and gives each result to `check(name, result)`."""
     torch.manual_seed(0)
     exercise_weights(check)
+    exercise_integers(check)
     exercise_rows(check)
     exercise_beside(check)
     exercise_outliers(check)
@@ -128,6 +131,31 @@ def exercise_weights(check):
         check(kind, words)
 
 
+def exercise_integers(check):
+    """Products of int8: whole sums and grouped ones, of x with zero points, and y for a reader."""
+    for text, m, n, k, schedule in (
+        ("w8a8", 3, 30, 584, {"tokens": 8, "parts": 2, "stages": 2}),
+        ("w4a8-g32", 9, 97, 1096, {"tokens": 16, "parts": 1, "stages": 3}),
+        ("w4a8-g64-flat-asym", 9, 36, 1300, {"tokens": 32, "parts": 1, "stages": 2}),
+        ("w4a8-asym", 3, 300, 520, {"tokens": 64, "parts": 2, "stages": 2}),
+    ):
+        weight = rounding.quantize(torch.randn(n, k), text, bias=torch.randn(n))
+        packed = pack(weight, FRAGMENT_INT8)
+        x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+        scale, zero = torch.rand(m) * 1e-2, torch.randint(-128, 128, (m,), dtype=torch.int32)
+        for dtype, more in (
+            (torch.float16, {"zero": zero}),
+            (torch.float32, {}),
+            (torch.bfloat16, {"y_scale": torch.tensor(0.3), "y_zero": torch.tensor(5).int()}),
+        ):
+            if "y_scale" in more:
+                scale[1] = torch.nan
+                more["row_scales"] = torch.empty(m)
+            check(text, integer_product(x, scale, packed, weight.bias, dtype, **more, **schedule))
+            if "y_scale" in more:
+                check("row scales", more["row_scales"].nan_to_num())
+
+
 def exercise_rows(check):
     """Whole pieces and tails, of rows of one warp and of several, in shared memory or a part."""
     rows = torch.ops.qkernels_emulated.quantize_rows
@@ -151,6 +179,13 @@ def exercise_rows(check):
                 for result in results:
                     if result is not None:
                         check(kind, result)
+    for k in (296, 13):
+        codes, scales, zeros, *_ = rows(
+            *(torch.randn(2, k), "plain", None, None, None, 1e-5, "static", torch.tensor(0.03)),
+            *(torch.int8, False, -1, torch.tensor(-7).int(), True),
+        )
+        for result in (codes, scales, zeros):
+            check("padded rows", result)
     for dtype in (torch.float16, torch.float32):
         # In the first piece and in the last, of the last row; in two blocks, and by hundreds.
         for m, k, threshold, parts in ((19, 301, 2.9, 2), (3, 2700, 1.0, 1)):

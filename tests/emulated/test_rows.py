@@ -96,6 +96,39 @@ def test_rows_at_the_ends_of_fp32(dtype, magnitude):
     assert torch.equal(codes, want) and torch.equal(zeros, want_zeros)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zero", [-128, -7, 127])
+def test_given_zero_points(zero, dtype):
+    x = torch.randn(4, 301)
+    x[1, 7], x[2, 300], x[3, 0] = torch.inf, torch.nan, 1e30
+    x, zero = x.to(dtype), torch.tensor(zero, dtype=torch.int32)
+    for scale in (0.02, 1e-30, 1e30):
+        given = torch.tensor(scale)
+        codes, scales, zeros, *_ = rows(x, scale_of="static", scale=given, zero=zero)
+        assert torch.equal(codes, reference.quantize_with_zero(x, given, zero))
+        assert torch.equal(scales.isfinite(), x.isfinite().all(1)) and scales[0] == given
+        assert torch.equal(zeros, zero.expand(4))
+    with pytest.raises(ValueError, match="goes with a static scale alone"):
+        rows(x, zero=zero)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 8, 9, 16, 24, 301, 1024])
+def test_padded_rows_end_in_zeros(k, dtype):
+    x = torch.randn(3, k).to(dtype) + 2
+    for more in (
+        {},
+        {"scale_of": "asymmetric"},
+        {"scale_of": "static", "scale": torch.tensor(0.1), "zero": torch.tensor(5).int()},
+        {"dtype": torch.float8_e4m3fn},
+    ):
+        plain, padded = rows(x, **more), rows(x, padded=True, **more)
+        codes = padded[0].view(torch.int8)
+        assert codes.shape == (3, -(-k // 16) * 16) and not codes[:, k:].any()
+        assert torch.equal(codes[:, :k], plain[0].view(torch.int8))
+        assert equal(padded[1:], plain[1:])
+
+
 @pytest.mark.parametrize("k", [7, 64, 1000, 4099])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale_of", ["token", "asymmetric"])

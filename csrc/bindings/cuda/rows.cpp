@@ -120,15 +120,16 @@ RowCode row_code(at::ScalarType dtype, bool has_zeros) {
 // Codes, scales, zero points, x + residual, and the rows in x's type.
 using Quantized = std::tuple<at::Tensor, at::Tensor, Optional, Optional, Optional>;
 
-// scale_of: "token", "asymmetric", "static" with a scale, or "tensor", of plain rows, whose scale
-// is fp32 [] and not one of each row. left_out: the flags of find_outliers, of columns of plain
-// rows that are taken as zeros. largest: number of symmetric int8. shared_bytes: what a block may
-// take of its multiprocessor, or -1 for all it can have.
+// scale_of: "token", "asymmetric", "static" with a scale and perhaps a zero point, or "tensor", of
+// plain rows, whose scale is fp32 [] and not one of each row. shared_bytes: what a block may take
+// of its multiprocessor, or -1 for all it can have. padded: zeros fill rows of codes up to a
+// multiple of 16 columns. left_out: the flags of find_outliers, of columns of plain rows that are
+// taken as zeros. largest: number of symmetric int8.
 Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Optional& other,
                            const Optional& gain, const Optional& bias, double epsilon,
                            std::string_view scale_of, const Optional& scale, at::ScalarType dtype,
-                           bool rounds, int64_t shared_bytes, const Optional& left_out,
-                           double largest) {
+                           bool rounds, int64_t shared_bytes, const Optional& zero, bool padded,
+                           const Optional& left_out, double largest) {
   check_rows("x", x);
   const int64_t m = x.size(0), k = x.size(1);
   const bool of_tensor = scale_of == "tensor", is_static = scale_of == "static";
@@ -136,13 +137,16 @@ Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Opt
           "scale_of must be token, asymmetric, static or tensor, got ", scale_of);
   RowArguments arguments{};
   arguments.kind = row_kind(kind);
-  arguments.code = row_code(dtype, scale_of == "asymmetric");
+  require(!zero || is_static, "a zero point goes with a static scale alone");
+  const bool has_zeros = scale_of == "asymmetric" || zero.has_value();
+  arguments.code = row_code(dtype, has_zeros);
   require(arguments.kind == RowKind::kPlain || arguments.code != RowCode::kFp8E4M3,
           "float8_e4m3fn is for plain rows, got ", kind);
   require(arguments.kind == RowKind::kPlain || !of_tensor,
           "the scale of a tensor is for plain rows, got ", kind);
   require(scale.has_value() == is_static, "a scale goes with static scales alone");
   if (scale) check("scale", *scale, x.device(), {}, at::kFloat);
+  if (zero) check("zero", *zero, x.device(), {}, at::kInt);
   require(largest > 0 && largest <= 127, "largest must be above 0, and 127 at most, got ", largest);
   arguments.largest = static_cast<float>(largest);
   if (left_out) {
@@ -187,16 +191,17 @@ Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Opt
     rounded = at::empty({m, k}, x.options());
     arguments.rounded = rounded->mutable_data_ptr();
   }
-  const at::Tensor codes = at::empty({m, k}, x.options().dtype(dtype));
+  arguments.codes_stride = padded ? ceil_div(k, 16) * 16 : k;
+  const at::Tensor codes = at::empty({m, arguments.codes_stride}, x.options().dtype(dtype));
   at::Tensor scales = at::empty({m}, x.options().dtype(at::kFloat));
-  if (scale_of == "asymmetric") {
+  if (has_zeros) {
     zeros = at::empty({m}, x.options().dtype(at::kInt));
     arguments.zeros = zeros->mutable_data_ptr<int32_t>();
   }
   arguments.codes = codes.mutable_data_ptr();
-  arguments.codes_stride = k;
   arguments.scales = scales.mutable_data_ptr<float>();
   if (scale) arguments.given_scale = scale->const_data_ptr<float>();
+  if (zero) arguments.given_zero = zero->const_data_ptr<int32_t>();
   at::Tensor found;
   if (of_tensor) {
     found = scale_of_tensor(x, arguments.code, largest, scope);
@@ -225,8 +230,8 @@ TORCH_LIBRARY_FRAGMENT(QKERNELS_LIBRARY, m) {
   m.def(
       "quantize_rows(Tensor x, str kind, Tensor? other, Tensor? gain, Tensor? bias, "
       "float epsilon, str scale_of, Tensor? scale, ScalarType dtype, bool rounds=False, "
-      "int shared_bytes=-1, Tensor? left_out=None, float largest=127.0) "
-      "-> (Tensor, Tensor, Tensor?, Tensor?, Tensor?)");
+      "int shared_bytes=-1, Tensor? zero=None, bool padded=False, Tensor? left_out=None, "
+      "float largest=127.0) -> (Tensor, Tensor, Tensor?, Tensor?, Tensor?)");
   m.def("find_outliers(Tensor x, float threshold, int parts=0) -> (Tensor, Tensor, Tensor)");
 }
 

@@ -35,6 +35,8 @@ class Int8Block
   static constexpr int kSteps = kChunkColumns / kColumns;
   static constexpr bool kHasGroups = kGrouped || Decoder::kHasGroups;
   static constexpr bool kHoldsX = kTokens <= 16;
+  static constexpr bool kCopiesGroups = kHasGroups;
+  static constexpr bool kHasExperts = false;
   static_assert(kWarpChunks <= 2, "two chunks of a row of x are 128 bytes");
 
  public:
@@ -80,6 +82,8 @@ class Int8Block
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) load_x(x, t, held[t]);
     }
+    // Sums of a group end before the next step enters another one.
+    constexpr bool kStepwise = kGrouped && kRun < kChunkColumns;
     uint32_t a[kSteps][kTilesPerWarp][4];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -97,8 +101,7 @@ class Int8Block
         constexpr int kFrom = kRun < kChunkColumns ? kColumns : kRun;
         add_row_sums(column, rest + column % kFrom, a[s]);
       }
-      if constexpr (kGrouped &&
-                    kRun < kChunkColumns) {  // before the next step enters another group
+      if constexpr (kStepwise) {
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) {
           if constexpr (!kHoldsX) load_x(x, t, held[0]);
@@ -107,7 +110,7 @@ class Int8Block
       }
       if (kRun < kChunkColumns) this->pass(kRun, rest, slot);
     }
-    if constexpr (!kGrouped || kRun >= kChunkColumns) {
+    if constexpr (!kStepwise) {
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
         if constexpr (!kHoldsX) load_x(x, t, held[0]);
@@ -377,8 +380,10 @@ class Int8Block
 
 // Blocks of a multiprocessor that the registers must suffice for; see resident_blocks.
 template <class Decoder, bool kGrouped, int kTokens>
-constexpr int kInt8Blocks =
-    kTokens == 64 || (kTokens == 32 && (kGrouped || Decoder::kHasGroups)) ? 1 : 2;
+constexpr int kInt8Blocks = kTokens == 64 || (kTokens == 32 && (kGrouped || Decoder::kHasGroups)) ||
+                                    (kTokens == 16 && kGrouped && Decoder::kHasGroups)
+                                ? 1
+                                : 2;
 
 template <class Decoder, bool kGrouped, bool kShifted, int kTokens>
 QK_KERNEL void QK_LAUNCH_BOUNDS(kThreads, (kInt8Blocks<Decoder, kGrouped, kTokens>))
@@ -403,7 +408,11 @@ const char* launch_int8(const Int8Parameters& parameters, int tokens, unsigned b
     case 8: return launch_tokens<Decoder, kGrouped, 8>(parameters, blocks, shared_bytes, stream);
     case 16: return launch_tokens<Decoder, kGrouped, 16>(parameters, blocks, shared_bytes, stream);
     case 32: return launch_tokens<Decoder, kGrouped, 32>(parameters, blocks, shared_bytes, stream);
-    default: return launch_tokens<Decoder, kGrouped, 64>(parameters, blocks, shared_bytes, stream);
+    default:
+      if constexpr (!kGrouped) {  // see why_not
+        return launch_tokens<Decoder, kGrouped, 64>(parameters, blocks, shared_bytes, stream);
+      }
+      return "sums of groups are of 32 tokens at most";
   }
 }
 

@@ -72,6 +72,8 @@ struct Four {
 };
 
 // Product, which derives from this, has:
+//     kCopiesGroups        whether weights have scales or zero points that products meet
+//     kHasExperts          whether there may be a plan
 //     start()              once, when the kernels before have ended
 //     start_groups()       before a piece
 //     multiply_piece()     calls multiply_stages<kRun>() for what it takes of kRun
@@ -157,7 +159,7 @@ class Walk {
       span = p_.by_span_blocks.quotient(block);
       block -= span * p_.span_blocks;
     }
-    if (p_.plan != nullptr) {
+    if (Product::kHasExperts && p_.plan != nullptr) {
       ptx::wait_for_kernels_before();  // which the plan is of
       if (p_.span_tiles == 1 && span >= ptx::load_global<int>(&p_.plan->tiles)) return;
     }
@@ -215,7 +217,7 @@ class Walk {
   }
 
   QK_DEVICE Shares shares_of() const {
-    if (p_.plan == nullptr || p_.span_tiles == 1) return p_.shares;
+    if (!Product::kHasExperts || p_.plan == nullptr || p_.span_tiles == 1) return p_.shares;
     Shares shares;
     const uint4 first = ptx::load_global<uint4>(p_.plan);
     const uint2 second = ptx::load_global<uint2>(&p_.plan->shares.by_longer_share);
@@ -244,7 +246,7 @@ class Walk {
     tile_ = tile;
     int row_tile, expert = 0;
     int64_t tokens;
-    if (p_.plan == nullptr) {
+    if (!Product::kHasExperts || p_.plan == nullptr) {
       // Tiles that read the same weights are neighbours.
       row_tile = p_.by_token_tiles.quotient(tile);
       token0_ = static_cast<int64_t>(tile - row_tile * p_.token_tiles) * kTokens;
@@ -325,6 +327,7 @@ class Walk {
     const int last_group = p_.by_group_columns.quotient(last_chunk_ * kChunkColumns - 1);
     end_group_ = min_of(p_.groups, last_group + 1);
     product().start_groups();
+    if constexpr (!Product::kCopiesGroups) return;
     // Half of the threads copy scales, half zero points; a thread copies the same 16 bytes of every
     // groups_at_once_-th group.
     constexpr int kHalf = kThreads / 2;
@@ -351,7 +354,7 @@ class Walk {
   // next stage and the first group that was not copied, and a stage begins stage_groups_ or one
   // more.
   QK_DEVICE void copy_first_group() {
-    if (gap_ == 0) return;
+    if (!Product::kCopiesGroups || gap_ == 0) return;
     gap_ += p_.group_columns;
     copy_groups(1);
   }
@@ -400,9 +403,11 @@ class Walk {
   QK_DEVICE void copy_stage() {
     copy_weights();
     copy_activations();
-    const int count = p_.stage_groups + (p_.stage_rest > gap_ ? 1 : 0);
-    gap_ += count * p_.group_columns - kStageColumns;
-    copy_groups(count);
+    if constexpr (Product::kCopiesGroups) {
+      const int count = p_.stage_groups + (p_.stage_rest > gap_ ? 1 : 0);
+      gap_ += count * p_.group_columns - kStageColumns;
+      copy_groups(count);
+    }
     columns_left_ -= kStageColumns;
     ptx::copy_async_commit();
   }

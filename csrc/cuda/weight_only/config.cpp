@@ -25,6 +25,9 @@ int64_t unit_bytes(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   return c.block_rows() * kChunk * c.unit * p.bits / 8;
 }
 
+// Whether int32 sums are of groups, beside fp32 ones of all: twice the registers.
+bool has_group_sums(const WeightOnlyProblem& p) { return p.x_bytes == 1 && p.scale_bytes > 1; }
+
 // Blocks of all tiles.
 int64_t all_blocks(const WeightOnlyWork& work, const WeightOnlyConfig& c) {
   return c.each_tile ? c.blocks * work.tiles() : c.blocks;
@@ -109,7 +112,8 @@ int resident_blocks(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
   // int8/mma.cuh. Integer zero points are bytes.
   const bool wide =
       p.x_bytes == 1 ? p.scale_bytes + p.zero_bytes > 0 : p.bits != 4 || p.zero_bytes > 1;
-  const bool alone = c.tokens == 64 || (c.tokens == 32 && wide);
+  const bool widest = has_group_sums(p) && p.zero_bytes > 0;
+  const bool alone = c.tokens == 64 || (c.tokens == 32 && wide) || (c.tokens == 16 && widest);
   const int64_t most = alone ? 1 : kMostResident;
   return static_cast<int>(std::clamp<int64_t>(fit, 1, most));
 }
@@ -131,6 +135,9 @@ const char* why_not(const WeightOnlyProblem& p, const WeightOnlyConfig& c) {
     return "a block computes 8, 16, 32 or 64 tokens";
   }
   if (p.y_is_float && c.tokens > 16) return "a block computes 8 or 16 tokens of fp32";
+  if (has_group_sums(p) && c.tokens > 32) {
+    return "a block computes 8, 16 or 32 tokens of int8 with floating scales of groups";
+  }
   if (c.stages < kLeastStages || c.stages > kMostStages) return "the pipeline has 2 to 6 stages";
   if (c.unit != 1 && c.unit != 2) return "a unit of work is 1 or 2 chunks of columns";
   if (c.unit < least_unit(p.bits)) return "a unit of 2 or 3 bits is 2 chunks of columns";
@@ -157,7 +164,7 @@ WeightOnlyConfig choose_config(const WeightOnlyProblem& p) {
   WeightOnlyConfig c;
   // Of experts that have rows, as many as each has on average.
   const int64_t m = p.experts == 0 ? p.m : ceil_div(p.m, std::min(p.experts, p.m));
-  c.tokens = m <= 8 ? 8 : m <= 16 || p.y_is_float ? 16 : m <= 32 ? 32 : 64;
+  c.tokens = m <= 8 ? 8 : m <= 16 || p.y_is_float ? 16 : m <= 32 || has_group_sums(p) ? 32 : 64;
   c.each_tile = p.each_tile;
   c.unit = c.warp_chunks(p.bits, p.x_bytes);
   // Four stages hide the latency of memory, and three where two blocks then fit; one block alone

@@ -24,6 +24,7 @@ class WeightOnlyBlock : public Walk<WeightOnlyBlock<T, Decoder, kRealZeros, kTok
   using Base::kInSpans, Base::kUnits, Base::kWarpChunks, Base::kWarpColumns, Base::kTokenTiles;
   using Base::p_, Base::loaded_slot_, Base::piece_column_, Base::token0_, Base::block_row_;
 
+  static constexpr bool kCopiesGroups = true, kHasExperts = true;
   static constexpr int kBits = Decoder<T>::kBits;
   static constexpr int kHeld = kInSpans ? kBits : kTilesPerWarp;  // units, at a time
   static constexpr bool kScalesSums = kTokens <= 16;
