@@ -33,6 +33,7 @@ but "plain" take what the gate multiplies."""
 _NORMS = ("rms_norm", "layer_norm")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_BLOCK = 8192  # 32 fp32 values a lane with 8 warps: fits the registers
+PASS_BLOCK = 4096  # of longer rows: gates in loops take more of them
 
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 _ABS_BITS = tl.constexpr(0x7FFFFFFF)
@@ -491,7 +492,8 @@ def quantize_launch(
         vectors: gain and bias.
     """
     m, k = x.shape
-    block = block or min(LARGEST_BLOCK, max(128, triton.next_power_of_2(k)))
+    whole = max(128, triton.next_power_of_2(k))
+    block = block or (whole if whole <= LARGEST_BLOCK else PASS_BLOCK)
     gain, bias = (None if vector is None else vector.contiguous() for vector in vectors)
     arguments = {
         "x_ptr": x,
