@@ -79,6 +79,23 @@ def test_per_tensor_dynamic_and_static(dtype):
     assert s == scale and q[0, 0] == 127 and q[1, 1] == -127 and q[2, 2] == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_is_the_reference_bit_for_bit(dtype):
+    x, scale = difficult_rows(dtype), torch.tensor(0.01)
+    float8 = torch.float8_e4m3fn
+    q, s = qk.quantize_per_token(x.view(3, 3, -1), float8)
+    want, want_s = reference.quantize_rows(x, float8)
+    assert q.dtype == float8 and q.shape == (3, 3, 200) and s.shape == (3, 3, 1)
+    assert torch.equal(q.view(9, -1).view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(s.flatten().nan_to_num(-1.0), want_s.nan_to_num(-1.0))
+    for given in (None, scale):
+        rows = x[:3] if given is None else x
+        q, s = qk.quantize_per_tensor(rows, given, float8)
+        assert s == (rows.float().abs().max() / 448 if given is None else scale)
+        want, _ = reference.quantize_rows(rows, float8, s)
+        assert torch.equal(q.view(torch.uint8), want.view(torch.uint8))
+
+
 def close(got, values):
     """Whether int8 rows are `values` rounded: sums of squares may round otherwise in torch."""
     q, s = reference.quantize_rows(values, torch.int8)
@@ -205,6 +222,7 @@ def test_wrong_input_is_named():
         layer(broken)
     for call, message in (
         (lambda: qk.quantize_per_token(x.double()), "float64"),
+        (lambda: qk.quantize_per_token(x, torch.uint8), "float8_e4m3fn, got torch.uint8"),
         (lambda: qk.quantize_per_tensor(x, torch.ones(1)), r"scale must be float32 \[\]"),
         (lambda: qk.rms_norm_quantize(x, torch.ones(3)), r"gain must be \[64\]"),
         (lambda: qk.add_rms_norm_quantize(x, x[:1], None), "residual must be like x"),
