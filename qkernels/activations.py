@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.backends.rows import QuantizedRows, RowInputs
+from qkernels.backends.rows import QuantizedRows, RowInputs, make_row_problem, select_rows
 from qkernels.errors import WeightError
 from qkernels.ops import X_DTYPES
-from qkernels.select import make_row_problem, select_rows
 
 _library = torch.library.Library("qkernels", "FRAGMENT")
 _library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")

@@ -7,7 +7,7 @@ import qkernels as qk
 from qkernels import reference
 from qkernels.backends import cpu
 from qkernels.errors import WeightError
-from tests.bounds import FROBENIUS_BOUND
+from tests.bounds import FROBENIUS_BOUND, GATE_NEAR_BOUND
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = ((1, 1), (3, 16), (5, 100), (2, 4099))
@@ -46,7 +46,9 @@ def test_divisions_are_rounded_as_the_reference_rounds_them(isa):
     x = x[x.isfinite()].float()
     # Every bf16 number within some scale, most of them near ties of some row.
     rows = torch.stack([x.clamp(-top, top) for top in (1.0, 127.0, 3.3, 1e-20, 1e30, 0.7)])
-    q, s, *_ = compiled.quantize_rows_cpu(rows, "plain", None, None, 0.0, "token", None, isa)
+    q, s, *_ = compiled.quantize_rows_cpu(
+        *(rows, "plain", None, None, None, 0.0, "token", None, False, isa),
+    )
     want_q, want_s = reference.quantize_rows(rows, torch.int8)
     assert torch.equal(q, want_q) and torch.equal(s, want_s)
 
@@ -141,6 +143,19 @@ def test_the_exponential_holds_over_its_whole_range():
     assert (got.values == 127).all() and torch.allclose(got.scale, torch.tensor(1 / 127), rtol=1e-5)
 
 
+@pytest.mark.parametrize("isa", cpu.ISAS)
+def test_gelu_is_good_to_some_roundings_over_its_whole_range(isa):
+    if cpu.why_no_isa(isa) is not None:
+        pytest.skip(cpu.why_no_isa(isa))
+    x = torch.linspace(-13, 20, 20_001)[None]
+    gelu = cpu._compiled().quantize_rows_cpu(
+        *(x, "gelu_mul", torch.ones_like(x), None, None, 0.0, "token", None, True, isa),
+    )[-1]
+    exact = x.double() * torch.special.erfc(-x.double() / 2**0.5) / 2
+    error = ((gelu.double() - exact) / exact)[x != 0].abs()
+    assert error.max() <= GATE_NEAR_BOUND
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_nan_and_infinity_stay_visible_in_fused_forms(bad):
     x, one = torch.randn(3, 64), torch.ones(3, 64)
@@ -148,7 +163,10 @@ def test_nan_and_infinity_stay_visible_in_fused_forms(bad):
     for got in (
         qk.rms_norm_quantize(x, None),
         qk.add_rms_norm_quantize(x, one, None)[0],
+        qk.layer_norm_quantize(x, None, None),
         qk.silu_mul_quantize(x, one),
+        qk.gelu_mul_quantize(x, one),
+        qk.gelu_mul_quantize(x, one, "tanh"),
     ):
         assert not got.scale[1].isfinite().any() and got.scale[[0, 2]].isfinite().all()
 

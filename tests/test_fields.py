@@ -132,7 +132,7 @@ def test_what_is_beside_the_codes_is_added_to_products(text, backend, m, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("m", [1, 5, 40])
-@pytest.mark.parametrize("backend", ["cpu", "interpreted"])
+@pytest.mark.parametrize("backend", ["cpu", "interpreted", "emulated"])
 @pytest.mark.parametrize(
     "text", ["w8a8", "w4a8-g64-asym", "w4a8-g64-flat", "w8a8-static", "w8a8-tensor", "w4a4-g64"]
 )

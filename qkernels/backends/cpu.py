@@ -172,15 +172,6 @@ def _of_rows() -> tuple[Kernel, ...]:
     return tuple(kernel for kernel in KERNELS if kernel not in COMPOSED)
 
 
-def _quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`reference.quantize_rows` to int8."""
-    scale_of = "token" if scale is None else "static"
-    values, scales, _, _ = _compiled().quantize_rows_cpu(
-        *(adjacent(x), "plain", None, None, 0.0, scale_of, scale, best_isa())
-    )
-    return values, scales if scale is None else scale
-
-
 def _keeps_outliers(problem: Problem) -> str | None:
     if problem.scheme.activation.outliers:
         return None
@@ -253,7 +244,7 @@ _INT8_BESIDE = Kernel(
     weight_rounding="integers",
     where=_with("portable"),
     why_not=has_beside,
-    **run_int8_beside(_of_rows, _quantize),
+    **run_int8_beside(_of_rows),
 )
 
 _OUTLIERS = Kernel(
@@ -505,18 +496,16 @@ def _where_rows(problem: RowProblem) -> str | None:
 
 def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
     x, other = (None if t is None else adjacent(t) for t in (inputs.x, inputs.other))
-    if problem.kind == "rms_norm" and other is not None:
+    if problem.kind in ("rms_norm", "layer_norm") and other is not None:
         other = other.contiguous()
-    gain = None if inputs.gain is None else inputs.gain.contiguous()
-    values, scale, zero, total = _compiled().quantize_rows_cpu(
-        *(x, problem.kind, other, gain, inputs.epsilon, problem.scale_of, inputs.scale),
-        best_isa(),
+    gain, bias = (None if t is None else t.contiguous() for t in (inputs.gain, inputs.bias))
+    values, scale, zero, total, rounded = _compiled().quantize_rows_cpu(
+        *(x, problem.kind, other, gain, bias, inputs.epsilon, problem.scale_of, inputs.scale),
+        *(problem.rounds, best_isa()),
     )
-    if inputs.scale is not None:
-        scale = inputs.scale
-    elif problem.scale_of == "tensor":
+    if problem.scale_of == "tensor":
         scale = scale[0].clone() if scale.numel() else scale.new_ones(())
-    return QuantizedRows(values=values, scale=scale, zero=zero, total=total)
+    return QuantizedRows(values=values, scale=scale, zero=zero, total=total, rounded=rounded)
 
 
 Rounded = tuple[Tensor, Tensor, Tensor]
@@ -544,8 +533,6 @@ ROW_KERNELS = (
     RowKernel(
         name="cpu_quantize_rows",
         backend="cpu",
-        kinds=("plain", "rms_norm", "silu_mul"),
-        rounds=False,
         where=_where_rows,
         run=_run_rows,
     ),

@@ -29,7 +29,14 @@ from qkernels.backends.kernel import (
     no_gpu,
 )
 from qkernels.backends.rounded import has_positions, run_rounded
-from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem, adjacent
+from qkernels.backends.rows import (
+    CODES,
+    QuantizedRows,
+    RowInputs,
+    RowKernel,
+    RowProblem,
+    adjacent,
+)
 from qkernels.layouts import FRAGMENT, PackedWeight, fragment_int8
 from qkernels.layouts.fragment import code_name, padded_rows
 from qkernels.layouts.padding import column_order, kernel_columns, kernel_group
@@ -287,19 +294,6 @@ def _of_integers_emulated() -> tuple[Kernel, ...]:
     return _EMULATED_INT8
 
 
-def _quantize(namespace: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    def quantize(
-        x: Tensor, dtype: torch.dtype, scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        values, scales, _, _, _ = getattr(torch.ops, namespace).quantize_rows(
-            *(adjacent(x), "plain", None, None, None, 0.0),
-            *("token" if scale is None else "static", scale, dtype, False),
-        )
-        return values, scales if scale is None else scale
-
-    return quantize
-
-
 _HALVES = (torch.float16, torch.bfloat16)
 _VARIES = "multiplies with cuBLAS, which may round a row differently for another M"
 
@@ -409,7 +403,7 @@ KERNELS = (
         weight_rounding="integers",
         where=_not_built_for,
         why_not=has_beside,
-        **run_int8_beside(_of_integers, _quantize("qkernels_cuda"), add_by_kernel("qkernels_cuda")),
+        **run_int8_beside(_of_integers, add_by_kernel("qkernels_cuda")),
     ),
     Kernel(
         name="cuda_int8_outliers",
@@ -455,8 +449,8 @@ def _emulated_int8(kernel: Kernel, name: str) -> Kernel:
 
 
 _EMULATED_INT8 = (
-    _emulated_int8(_INT8, "emulated_int8_mma"),
-    _emulated_int8(_INT8_GROUPED, "emulated_int8_mma_grouped"),
+    _emulated_int8(_INT8, name="emulated_int8_mma"),
+    _emulated_int8(_INT8_GROUPED, name="emulated_int8_mma_grouped"),
 )
 _EMULATED_ADD = add_by_kernel("qkernels_emulated")
 
@@ -464,16 +458,20 @@ EMULATED_KERNELS = (
     _emulated_float(_FUSED, "fused", name="emulated_weight_only_mma"),
     _emulated_float(_DENSE, "dense", name="emulated_dequantize_matmul"),
     _emulated_float(_FLOAT, "float", name="emulated_weight_only_mma_float"),
-    _emulated(_BESIDE, "emulated_float_beside", run=run_beside(_of_codes_emulated, _EMULATED_ADD)),
+    _emulated(
+        _BESIDE, name="emulated_float_beside", run=run_beside(_of_codes_emulated, _EMULATED_ADD)
+    ),
     *_EMULATED_INT8,
-    _emulated(_POSITIONS, "emulated_int8_positions", run=run_rounded(_of_integers_emulated)),
-    _emulated(_INT4, "emulated_int4_activations", run=run_rounded(_of_integers_emulated)),
+    _emulated(_POSITIONS, name="emulated_int8_positions", run=run_rounded(_of_integers_emulated)),
+    _emulated(_INT4, name="emulated_int4_activations", run=run_rounded(_of_integers_emulated)),
     _emulated(
         _INT8_BESIDE,
-        "emulated_int8_beside",
-        **run_int8_beside(_of_integers_emulated, _quantize("qkernels_emulated"), _EMULATED_ADD),
+        name="emulated_int8_beside",
+        **run_int8_beside(_of_integers_emulated, _EMULATED_ADD),
     ),
-    _emulated(_OUTLIERS, "emulated_int8_outliers", **by_route(_int8_route("qkernels_emulated"))),
+    _emulated(
+        _OUTLIERS, name="emulated_int8_outliers", **by_route(_int8_route("qkernels_emulated"))
+    ),
 )
 
 
@@ -489,18 +487,20 @@ def _run_rows(namespace: str) -> Callable[[RowProblem, RowInputs], QuantizedRows
         gain, bias = (None if t is None else t.contiguous() for t in (inputs.gain, inputs.bias))
         values, scale, zero, total, rounded = getattr(torch.ops, namespace).quantize_rows(
             *(adjacent(inputs.x), problem.kind, other, gain, bias, inputs.epsilon),
-            *(problem.scale_of, inputs.scale, torch.int8, problem.rounds),
+            *(problem.scale_of, inputs.scale, problem.codes, problem.rounds),
         )
-        if inputs.scale is not None:
-            scale = inputs.scale
         return QuantizedRows(values=values, scale=scale, zero=zero, total=total, rounded=rounded)
 
     return run
 
 
-def _no_tensor_scale(problem: RowProblem) -> str | None:
-    if problem.scale_of == "tensor" and problem.kind != "plain":
+def _for_plain_rows(problem: RowProblem) -> str | None:
+    if problem.kind == "plain":
+        return None
+    if problem.scale_of == "tensor":
         return f"finds the scale of a tensor for plain rows, not for {problem.kind}"
+    if problem.codes is not torch.int8:
+        return f"gives {problem.codes} for plain rows, not for {problem.kind}"
     return None
 
 
@@ -508,7 +508,8 @@ ROW_KERNELS = (
     RowKernel(
         name="cuda_quantize_rows",
         backend="cuda",
-        where=lambda problem: _no_tensor_scale(problem) or _rows_not_built_for(problem),
+        codes=CODES,
+        where=lambda problem: _for_plain_rows(problem) or _rows_not_built_for(problem),
         run=_run_rows("qkernels_cuda"),
     ),
 )
@@ -516,7 +517,8 @@ EMULATED_ROW_KERNELS = (
     RowKernel(
         name="emulated_quantize_rows",
         backend="emulated",
-        where=lambda problem: _no_tensor_scale(problem) or _why_no_emulator(problem.device),
+        codes=CODES,
+        where=lambda problem: _for_plain_rows(problem) or _why_no_emulator(problem.device),
         run=_run_rows("qkernels_emulated"),
     ),
 )

@@ -25,43 +25,78 @@ void check_rows(const char* name, const at::Tensor& x, int64_t k) {
           " must have adjacent columns, got strides ", x.strides());
 }
 
-// kind: "plain"; "rms_norm" with residual and gain; "silu_mul" with up.
-std::tuple<at::Tensor, at::Tensor, Optional, Optional> quantize(
-    const at::Tensor& x, const std::string& kind, const Optional& other, const Optional& gain,
-    double epsilon, const std::string& scale_of, const Optional& given_scale,
-    const std::string& isa) {
+struct Kind {
+  const char* name;
+  cpu::RowSource::Kind kind;
+};
+
+constexpr Kind kKinds[] = {
+    {"plain", cpu::RowSource::Kind::kPlain},
+    {"rms_norm", cpu::RowSource::Kind::kRmsNorm},
+    {"silu_mul", cpu::RowSource::Kind::kSiluMul},
+    {"layer_norm", cpu::RowSource::Kind::kLayerNorm},
+    {"gelu_mul", cpu::RowSource::Kind::kGeluMul},
+    {"gelu_tanh_mul", cpu::RowSource::Kind::kGeluTanhMul},
+};
+
+cpu::RowSource::Kind row_kind(const std::string& name) {
+  for (const Kind& each : kKinds) {
+    if (name == each.name) return each.kind;
+  }
+  TORCH_CHECK_VALUE(false,
+                    "kind must be plain, rms_norm, silu_mul, layer_norm, gelu_mul or "
+                    "gelu_tanh_mul, got ",
+                    name);
+}
+
+// A gain or a bias [k], or null.
+const void* vector_of(const char* name, const Optional& vector, int64_t k, cpu::FloatType& type) {
+  if (!vector) return nullptr;
+  check(name, *vector, at::kCPU, {k});
+  type = float_type(name, vector->scalar_type());
+  return vector->const_data_ptr();
+}
+
+using Quantized = std::tuple<at::Tensor, at::Tensor, Optional, Optional, Optional>;
+
+// other: the residual of a norm, or what a gate multiplies.
+Quantized quantize(const at::Tensor& x, const std::string& kind, const Optional& other,
+                   const Optional& gain, const Optional& bias, double epsilon,
+                   const std::string& scale_of, const Optional& given_scale, bool rounds,
+                   const std::string& isa) {
   require(x.dim() == 2, "x must have 2 dimensions, got shape ", x.sizes());
   const int64_t m = x.size(0), k = x.size(1);
   check_rows("x", x, k);
   cpu::RowSource source{};
+  source.kind = row_kind(kind);
   source.x = x.const_data_ptr();
   source.type = float_type("x", x.scalar_type());
   source.k = k;
   source.x_stride = m > 1 ? x.stride(0) : k;
   source.epsilon = static_cast<float>(epsilon);
-  Optional sum, zeros;
+  Optional sum, zeros, rounded;
   if (other) require(other->scalar_type() == x.scalar_type(), "both inputs must have one type");
-  if (kind == "rms_norm") {
-    source.kind = cpu::RowSource::Kind::kRmsNorm;
-    if (other) {
-      check("residual", *other, at::kCPU, x.sizes());
-      sum = at::empty({m, k}, x.scalar_type());
-      source.residual = other->const_data_ptr();
-      source.sum = sum->mutable_data_ptr();
-    }
-    if (gain) {
-      check("gain", *gain, at::kCPU, {k});
-      source.gain = gain->const_data_ptr();
-      source.gain_type = float_type("gain", gain->scalar_type());
-    }
-  } else if (kind == "silu_mul") {
-    source.kind = cpu::RowSource::Kind::kSiluMul;
+  if (source.is_gate()) {
     require(other.has_value() && other->sizes() == x.sizes(), "up must have the shape of gate");
     check_rows("up", *other, k);
     source.up = other->const_data_ptr();
     source.up_stride = m > 1 ? other->stride(0) : k;
-  } else {
-    require(kind == "plain", "kind must be plain, rms_norm or silu_mul, got ", kind);
+  } else if (other) {
+    require(source.is_norm(), kind, " takes no other rows");
+    check("residual", *other, at::kCPU, x.sizes());
+    sum = at::empty({m, k}, x.scalar_type());
+    source.residual = other->const_data_ptr();
+    source.sum = sum->mutable_data_ptr();
+  }
+  require(!gain || source.is_norm(), "a gain goes with rms_norm and layer_norm alone");
+  source.gain = vector_of("gain", gain, k, source.gain_type);
+  require(!bias || source.kind == cpu::RowSource::Kind::kLayerNorm,
+          "a bias goes with layer_norm alone");
+  source.bias = vector_of("bias", bias, k, source.bias_type);
+  require(!rounds || source.kind != cpu::RowSource::Kind::kPlain, "plain rows are not rounded");
+  if (rounds) {
+    rounded = at::empty({m, k}, x.scalar_type());
+    source.y = rounded->mutable_data_ptr();
   }
   const float* given = nullptr;
   cpu::ScaleOf scale = cpu::ScaleOf::kRow;
@@ -81,7 +116,7 @@ std::tuple<at::Tensor, at::Tensor, Optional, Optional> quantize(
                        scales.mutable_data_ptr<float>(),
                        zeros ? zeros->mutable_data_ptr<int32_t>() : nullptr, level, torch_pool());
   }
-  return {quantized, scales, zeros, sum};
+  return {quantized, scales, zeros, sum, rounded};
 }
 
 using Rounded = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
@@ -189,7 +224,8 @@ std::optional<Rounded> product(const at::Tensor& gate, const at::Tensor& up,
 }  // namespace
 
 void register_cpu_rows(py::module_& m) {
-  m.def("quantize_rows_cpu", &quantize, "-> int8 [M, K], scales [M], zero points or None, sum");
+  m.def("quantize_rows_cpu", &quantize,
+        "-> int8 [M, K], scales [M], then zero points, sum and rounded rows, or None");
   m.def("norm_rows_cpu", &norm, "-> y [..., K], its int8 rows, scales [..., 1]; or None");
   m.def("product_rows_cpu", &product, "-> y [..., K], its int8 rows, scales [..., 1]; or None");
 }

@@ -24,7 +24,6 @@ namespace qkernels::bindings {
 namespace {
 
 constexpr int64_t kXMultiple = 16;  // bytes that rows of int8 x are whole numbers of
-
 constexpr double kLargestInt8 = 127;
 
 int64_t padded_x(int64_t columns) { return ceil_div(columns, kXMultiple) * kXMultiple; }
