@@ -5,6 +5,7 @@ import torch
 
 import qkernels as qk
 from qkernels import reference, rounding
+from qkernels.backends.cuda import emulator_is_loaded
 from qkernels.errors import CheckpointError, SchemeError, WeightError
 from qkernels.layouts import LAYOUTS, pack
 from tests import schemes
@@ -26,7 +27,19 @@ def outlying(m=7, k=100, dtype=torch.float32):
     return x.to(dtype)
 
 
-def test_by_hand():
+BACKENDS = (
+    *("cpu", "reference"),
+    pytest.param(
+        "emulated",
+        marks=pytest.mark.skipif(
+            not emulator_is_loaded(), reason="the emulator is not loaded: run make emulated"
+        ),
+    ),
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_by_hand(backend):
     """Two tokens, three columns, one output; the second column holds an outlier in one of them."""
     x = torch.tensor([[1.0, 10.0, -2.0], [0.5, 0.25, 4.0]])
     weight = torch.tensor([[0.5, -1.0, 2.0]])
@@ -37,12 +50,11 @@ def test_by_hand():
     scale = torch.tensor([2.0, 4.0]) / 127
     rounded = (left / scale[:, None]).round() * scale[:, None]
     wanted = rounded @ w.T + x[:, 1:2] @ w[:, 1:2].T
-    for backend in (None, "reference"):
-        layer = qk.WQLinear.from_weight(hub, backend=backend)
-        assert torch.allclose(layer(x), wanted, atol=1e-6)
+    layer = qk.WQLinear.from_weight(hub, backend=backend)
+    assert torch.allclose(layer(x), wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8-g20", "w4a8-g20-flat", "w8a8-gtensor"])
 def test_outliers_cost_the_others_nothing(backend, scheme):
     x = outlying()
@@ -146,11 +158,12 @@ def test_batch_invariant_rows_do_not_see_each_other(backend):
     assert (together - exact).norm() < (whole - exact).norm()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows_in_its_row(value):
+def test_what_is_not_finite_shows_in_its_row(value, backend):
     x = outlying()
     x[2, 3] = value
-    y = layer_of("w8a8-outliers6")(x)
+    y = layer_of("w8a8-outliers6", backend=backend)(x)
     assert not y[2].isfinite().any()
     assert y[[0, 1, 3, 4, 5, 6]].isfinite().all()
 

@@ -469,7 +469,9 @@ EMULATED_KERNELS = (
         name="emulated_int8_beside",
         **run_int8_beside(_of_integers_emulated, _EMULATED_ADD),
     ),
-    _emulated(_OUTLIERS, "emulated_int8_outliers", **by_route(_int8_route("qkernels_emulated"))),
+    _emulated(
+        _OUTLIERS, name="emulated_int8_outliers", **by_route(_int8_route("qkernels_emulated"))
+    ),
 )
 
 
