@@ -123,6 +123,15 @@ class KernelCode:
             found += reversed(part)
         return found
 
+    def _before(self, start: int, ends: set[int]) -> set[int]:
+        """The instructions that may run behind `start` and before one of `ends`."""
+        found, waiting = {start}, [start]
+        while waiting:
+            following = set(self._following[waiting.pop()]) - ends - found
+            found |= following
+            waiting += following
+        return found
+
     def stages(self, tensor: int) -> list[Stage]:
         """The loops over stages, the shortest first; `tensor`: HMMA or IMMA that each has.
 
@@ -139,12 +148,13 @@ class KernelCode:
             copy = min(i for i in self.places("LDGSTS") if i > barrier)
             way = self.way([barrier, copy, *products, barrier])
             entering = []
+            # What is behind another barrier is not of this loop.
+            near = self._before(copy, barriers)
             for place in of_group:
+                if place not in near:
+                    continue
                 with suppress(NoWay):
-                    longer = self.way([barrier, copy, place, *products, barrier])
-                    # What is behind another barrier is not of this loop.
-                    if sum(i in barriers for i in longer) == 1:
-                        entering.append(len(longer))
+                    entering.append(len(self.way([barrier, copy, place, *products, barrier])))
             found.append(Stage(way, min(entering) - len(way) if entering else None))
         return sorted(found, key=lambda stage: len(stage.way))
 
