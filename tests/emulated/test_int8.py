@@ -28,7 +28,7 @@ WHOLE = ("w8a8", "w4a8", "w4a8-asym", "w4a8-g64", "w4a8-g96-asym", "w4a8-g32-asy
 GROUPED = ("w8a8-g128", "w4a8-g64-flat", "w4a8-g128-flat-asym", "w8a8-g32")
 SCHEDULES = [  # tokens, parts of K, stages
     *itertools.product(("w8a8", "w4a8", "w4a8-g32"), (8, 16, 32, 64), (1, 3), (2, 3)),
-    *itertools.product(("w8a8-g48", "w4a8-g64-flat"), (8, 16, 32, 64), (2,), (3,)),
+    *itertools.product(("w8a8-g48", "w4a8-g64-flat"), (8, 16, 32), (2,), (3,)),
     *(("w8a8", *deep) for deep in ((8, 5, 6), (16, 2, 5), (32, 1, 4), (64, 2, 4))),
 ]
 
@@ -127,10 +127,16 @@ def test_any_shape_and_group(m, n, k, group, text, shifted, seed):
     """Whatever schedule is chosen for it. Groups of any size are padded to 32 columns."""
     torch.manual_seed(seed)
     set_seed(seed)
-    packed = pack(quantized(n, k, text.format(group)), FRAGMENT_INT8)
+    weight = quantized(n, k, text.format(group))
     x, scale, zero = rows(m, k)
-    y = integer_product(x, scale, packed, zero=zero if shifted else None)
-    check(y, x, scale, packed, zero=zero if shifted else None)
+    if weight.scheme.scale_levels == "one":  # then fp32 holds all sums of groups
+        scales = torch.randint(0, 3, weight.scales.shape).exp2().to(weight.scales.dtype)
+        weight = QuantizedWeight(scheme=weight.scheme, codes=weight.codes, scales=scales)
+        x, zero = x % 7 - 3, zero % 7 - 3
+    packed = pack(weight, FRAGMENT_INT8)
+    shift = zero if shifted else None
+    y = integer_product(x, scale, packed, zero=shift)
+    assert torch.equal(y, reference.linear_quantized(x, scale, packed, None, torch.float32, shift))
 
 
 @pytest.mark.parametrize("text", ["w8a8", "w4a8", "w4a8-g64-asym"])
@@ -177,7 +183,7 @@ def test_sums_of_groups_are_exact():
             expected = reference.linear_quantized(
                 x, torch.ones(9), packed, None, torch.float32, each
             )
-            for tokens, parts in itertools.product((8, 16, 32, 64), (1, 2)):
+            for tokens, parts in itertools.product((8, 16, 32), (1, 2)):
                 schedule = {"tokens": tokens, "parts": parts, "stages": 2}
                 y = integer_product(x, torch.ones(9), packed, zero=each, **schedule)
                 assert torch.equal(y, expected), (text, tokens, parts)
@@ -279,6 +285,9 @@ def test_wrong_input_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             call(*right[:place], bad, *right[place + 1 :])
+    grouped = pack(quantized(32, 128, "w4a8-g64-flat"), FRAGMENT_INT8)
+    with pytest.raises(ValueError, match="32 tokens of int8 with floating scales of groups"):
+        integer_product(x, scale, grouped, tokens=64)
     for schedule, message in (
         ({"tokens": 24}, "8, 16, 32 or 64 tokens"),
         ({"tokens": 8, "stages": 7}, "2 to 6 stages"),

@@ -367,6 +367,7 @@ class Walk {
     write_ = 0;
     for (int stage = 0; stage < p_.stages - 1; ++stage, write_ += kStageBytes) copy_stage();
     read_ = 0;
+#pragma unroll 1
     for (int stage = 0; stage < stages_; ++stage) {
       wait_for_stage();
       // Every warp's copies of this stage have landed, and every warp is done with the stage
