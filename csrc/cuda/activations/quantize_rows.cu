@@ -79,27 +79,23 @@ class Coder {
   QK_DEVICE void start(const Tops<kHasZero>& tops, const float* given, const int32_t* given_zero,
                        float largest) {
     largest_ = largest;
-    const bool finite = tops.of_both() < kInfinityBits;
-    if (given != nullptr) {
+    const bool finite = tops.of_both() < kInfinityBits, found = given == nullptr;
+    if (!found) {
       scale_ = ptx::as_float(ptx::load_global<uint32_t>(given));
-      quotient_.start(scale_, false);
-      // A given scale knows nothing of this row, so NaN and infinity are told here.
-      if (!finite) scale_ = ptx::as_float(kNan);
       if constexpr (kHasZero) zero_ = ptx::load_global<int32_t>(given_zero);
-      return;
-    }
-    if constexpr (kHasZero) {
+    } else if constexpr (kHasZero) {
       const float low = -ptx::as_float(tops.words[1]), high = ptx::as_float(tops.words[0]);
       scale_ = high == low ? 1.0f : ptx::divide(ptx::add(high, -low), 255.0f);
       if (!finite) scale_ = ptx::as_float(kNan);
-      quotient_.start(scale_, finite);
       // NaN, of a scale that is NaN or of 0 over 0, gives 0.
       const float shifted = ptx::add(-128.0f, -rounded(ptx::divide(low, scale_)));
       zero_ = shifted == shifted ? to_integer(ptx::max(ptx::min(shifted, 127.0f), -128.0f)) : 0;
     } else {
       scale_ = scale_of(tops.of_both(), largest);
-      quotient_.start(scale_, finite);
     }
+    quotient_.start(scale_, finite && found);
+    // A given scale knows nothing of this row, so NaN and infinity are told here.
+    if (!found && !finite) scale_ = ptx::as_float(kNan);
   }
 
   QK_DEVICE float scale() const { return scale_; }
@@ -397,8 +393,12 @@ class RowBlock {
   float mean_ = 0.0f, factor_ = 1.0f;
 };
 
+// Blocks of a multiprocessor that the registers must suffice for.
+template <RowKind kKind>
+constexpr int kRowBlocks = kKind == RowKind::kPlain ? 3 : 2;
+
 template <class T, RowKind kKind, RowCode kCode>
-QK_KERNEL void QK_LAUNCH_BOUNDS(kMostRowThreads, 2)
+QK_KERNEL void QK_LAUNCH_BOUNDS(kMostRowThreads, kRowBlocks<kKind>)
     quantize_rows_kernel(const QK_GRID_CONSTANT RowParameters parameters) {
   ptx::start_next_kernel();
   ptx::wait_for_kernels_before();
