@@ -95,7 +95,7 @@ PYTEST = env OMP_NUM_THREADS=1 $(PY) -m pytest \
 # The CUDA kernels in their emulator, under the sanitizers, which must be there before Python is.
 EMULATED_PYTEST = env LD_PRELOAD="$$($(PY) csrc/emulator/build.py --preload)" \
 	ASAN_OPTIONS=detect_leaks=0 QKERNELS_EMULATOR=$(EMULATOR) CUDA_VISIBLE_DEVICES= \
-	$(PYTEST) -k emulated tests/emulated tests/test_kernels.py
+	$(PYTEST) -k emulated tests/emulated tests/test_kernels.py tests/test_fields.py tests/test_outliers.py
 
 ifdef PYTHON
 

@@ -99,7 +99,7 @@ def extension() -> tuple[Extension, type]:
     # which spin on the cores that torch's need.
     options: dict[str, Any] = {"include_dirs": [str(ROOT / "csrc")], "depends": headers}
     # A product and a sum must not be contracted where the reference rounds in between.
-    cxx_flags = ["-O3", "-Wall", "-ffp-contract=off", "-fvisibility=hidden", *openmp]
+    cxx_flags = ["-O3", "-g0", "-Wall", "-ffp-contract=off", "-fvisibility=hidden", *openmp]
     nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
     if cuda and torch.version.cuda and nvcc.exists():
         cxx_flags.append(f'-DQKERNELS_CUDA_ARCHITECTURES="{cuda_architectures(nvcc)}"')

@@ -1,9 +1,10 @@
-"""The schedules that the CUDA weight-only kernel takes on GPUs, by the chooser's own model."""
+"""The schedules that the CUDA products take on GPUs, by the chooser's own model."""
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
 import torch
@@ -31,7 +32,7 @@ GPUS = {
 
 M_VALUES = (1, 16, 64, 256)
 
-COLUMNS = ("gpu", "layer", "M", "tokens", "blocks", "stages", "shared KB", "busy %")
+COLUMNS = ("scheme", "gpu", "layer", "M", "tokens", "blocks", "stages", "shared KB", "busy %")
 
 
 class Schedule(NamedTuple):
@@ -46,45 +47,69 @@ class Schedule(NamedTuple):
     """The share of multiprocessors that are at work on average until the last one is done."""
 
 
+class Weight(NamedTuple):
+    """What of a weight, and of x, schedules depend on."""
+
+    bits: int
+    group_size: int | None
+    """Columns of a group whose scales come with the weight; None where they are met at the end."""
+    scale_bytes: int
+    zero_bytes: int
+    x_bytes: int
+
+
+SCHEMES = {
+    "w4a16-g128": Weight(4, 128, 2, 1, 2),
+    "w4a8-g128": Weight(4, 128, 1, 0, 1),
+    "w8a8": Weight(8, None, 0, 0, 1),
+}
+
+
 def schedule(
     m: int,
     n: int,
     k: int,
     gpu: Gpu,
     *,
-    group_size: int = 128,
+    group_size: int | None = 128,
     bits: int = 4,
+    scale_bytes: int = 2,
+    zero_bytes: int = 1,
+    x_bytes: int = 2,
     each_tile: bool = False,
 ) -> Schedule:
-    """The schedule of x [m, k] times a weight [n, k] with 16-bit scales and integer zero points."""
+    """The schedule of x [m, k] times a weight [n, k]."""
+    group = k if group_size is None else min(group_size, k)
     return Schedule(
         *torch.ops.qkernels.weight_only_schedule(
-            m, n, k, min(group_size, k), bits, 2, 1, *gpu, each_tile=each_tile
+            *(m, n, k, group, bits, scale_bytes, zero_bytes, *gpu),
+            each_tile=each_tile,
+            x_bytes=x_bytes,
         )
     )
 
 
 def print_schedules(
-    layers: Iterable[Layer], m_values: Sequence[int], stream: TextIO | None = None
+    layers: Sequence[Layer], m_values: Sequence[int], stream: TextIO | None = None
 ) -> None:
-    """A line for each GPU, layer and number of rows, of w4a16-g128."""
+    """A line for each scheme, GPU, layer and number of rows."""
     stream = sys.stdout if stream is None else stream
     rows: list[tuple[str, ...]] = [COLUMNS]
-    for name, gpu in GPUS.items():
-        for layer in layers:
-            for m in m_values:
-                found = schedule(m, layer.n, layer.k, gpu)
-                rows.append(
-                    (
-                        name,
-                        f"{layer.n}x{layer.k}",
-                        str(m),
-                        str(found.tokens),
-                        str(found.blocks),
-                        str(found.stages),
-                        f"{found.shared_bytes / 1024:.0f}",
-                        f"{100 * found.busy:.1f}",
-                    )
+    for (scheme, weight), (name, gpu) in itertools.product(SCHEMES.items(), GPUS.items()):
+        for layer, m in itertools.product(layers, m_values):
+            found = schedule(m, layer.n, layer.k, gpu, **weight._asdict())
+            rows.append(
+                (
+                    scheme,
+                    name,
+                    f"{layer.n}x{layer.k}",
+                    str(m),
+                    str(found.tokens),
+                    str(found.blocks),
+                    str(found.stages),
+                    f"{found.shared_bytes / 1024:.0f}",
+                    f"{100 * found.busy:.1f}",
                 )
-    print("w4a16-g128, by the chooser's own model; not measured", file=stream)
+            )
+    print("By the chooser's own model; not measured", file=stream)
     print(align(rows), file=stream)

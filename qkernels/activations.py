@@ -1,4 +1,5 @@
-"""int8 activations: quantized on their own, behind a normalization or a gate; shared by layers.
+"""Activations in 8 bits: quantized on their own, behind a normalization or a gate; as int8 shared
+by layers.
 
 The operators of `torch.ops.qkernels` that quantize rows, each with its reference in
 `qkernels.reference`, and `QuantizedActivation`, which several `WQLinear`s take in place of x.
@@ -14,15 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.backends.rows import QuantizedRows, RowInputs
+from qkernels.backends.rows import (
+    CODES,
+    QuantizedRows,
+    RowInputs,
+    make_row_problem,
+    select_rows,
+)
 from qkernels.errors import WeightError
 from qkernels.ops import X_DTYPES
-from qkernels.select import make_row_problem, select_rows
 
 _library = torch.library.Library("qkernels", "FRAGMENT")
-_library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
+_FLOAT8 = torch.float8_e4m3fn
+for _suffix in ("", "_float8"):
+    _library.define(f"quantize_per_token{_suffix}(Tensor x) -> (Tensor, Tensor)")
+    _library.define(f"quantize_per_tensor{_suffix}(Tensor x, Tensor? scale) -> (Tensor, Tensor)")
 _library.define("quantize_per_token_asymmetric(Tensor x) -> (Tensor, Tensor, Tensor)")
-_library.define("quantize_per_tensor(Tensor x, Tensor? scale) -> (Tensor, Tensor)")
 _FUSED = {
     "rms_norm_quantize": ("Tensor x, Tensor? gain, float epsilon", 2),
     "add_rms_norm_quantize": ("Tensor x, Tensor residual, Tensor? gain, float epsilon", 3),
@@ -101,10 +109,15 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _quantize(
-    x: Tensor, kind: str = "plain", scale_of: str = "token", rounds: bool = False, **more: Any
+    x: Tensor,
+    kind: str = "plain",
+    scale_of: str = "token",
+    rounds: bool = False,
+    codes: torch.dtype = torch.int8,
+    **more: Any,
 ) -> QuantizedRows:
     """Rows of x [..., K] by the row kernel that is chosen for them; `more` as in `RowInputs`."""
-    problem = make_row_problem(kind, scale_of, x, rounds)
+    problem = make_row_problem(kind, scale_of, x, rounds, codes)
     return select_rows(problem).run(problem, RowInputs(x=_rows(x), **more))
 
 
@@ -119,9 +132,9 @@ def _fused(x: Tensor, kind: str, rounds: bool, **more: Any) -> tuple[Tensor, ...
     return *_shaped(x, rows), *others
 
 
-def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_per_token(x: Tensor, codes: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     _check(x)
-    return _shaped(x, _quantize(x))
+    return _shaped(x, _quantize(x, codes=codes))
 
 
 def _quantize_per_token_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,14 +144,16 @@ def _quantize_per_token_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return *_shaped(x, rows), rows.zero.view(*x.shape[:-1], 1)
 
 
-def _quantize_per_tensor(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize_per_tensor(
+    x: Tensor, scale: Tensor | None, codes: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
     _check(x)
     if scale is not None and (scale.dim() or scale.dtype != torch.float32):
         raise WeightError(f"scale must be float32 [], got {scale.dtype} {list(scale.shape)}")
     if scale is None:
-        rows = _quantize(x, scale_of="tensor")
+        rows = _quantize(x, scale_of="tensor", codes=codes)
         return rows.values.view(x.shape), rows.scale
-    rows = _quantize(x, scale_of="static", scale=scale)
+    rows = _quantize(x, scale_of="static", codes=codes, scale=scale)
     return rows.values.view(x.shape), scale.clone()
 
 
@@ -179,16 +194,16 @@ def _gelu_mul_quantize(
     return _fused(gate, _GELUS[approximate], rounds, other=_rows(up))
 
 
-def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
+def _empty(x: Tensor, codes: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty(x.shape, dtype=torch.int8, device=x.device),
+        torch.empty(x.shape, dtype=codes, device=x.device),
         x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
     )
 
 
-def _token_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+def _token_fake(x: Tensor, codes: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     _check(x)
-    return _empty(x)
+    return _empty(x, codes)
 
 
 def _asymmetric_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,9 +211,11 @@ def _asymmetric_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return *_empty(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.int32)
 
 
-def _tensor_fake(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _tensor_fake(
+    x: Tensor, scale: Tensor | None, codes: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
     _check(x)
-    return _empty(x)[0], x.new_empty((), dtype=torch.float32)
+    return _empty(x, codes)[0], x.new_empty((), dtype=torch.float32)
 
 
 def _fused_fake(x: Tensor, rounds: bool, adds: bool = False) -> tuple[Tensor, ...]:
@@ -258,6 +275,11 @@ _IMPLEMENTATIONS |= {
     for name, (run, fake) in _IMPLEMENTATIONS.items()
     if name in _FUSED
 }
+_IMPLEMENTATIONS |= {
+    f"{name}_float8": (partial(run, codes=_FLOAT8), partial(fake, codes=_FLOAT8))
+    for name, (run, fake) in _IMPLEMENTATIONS.items()
+    if name in ("quantize_per_token", "quantize_per_tensor")
+}
 
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
     for _key in ("CPU", "CUDA"):
@@ -272,17 +294,26 @@ def _call(name: str, rounded: bool, *arguments: Any) -> tuple[Tensor, ...]:
     return *getattr(torch.ops.qkernels, name)(*arguments), None
 
 
-def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [..., K] and its scales fp32 [..., 1]: s = max|x| / 127, q = x / s rounded half to even.
+def _operator(name: str, dtype: torch.dtype) -> Any:
+    if dtype not in CODES:
+        accepted = ", ".join(map(str, CODES))
+        raise WeightError(f"dtype must be one of {accepted}, got {dtype}")
+    return getattr(torch.ops.qkernels, f"{name}_float8" if dtype == _FLOAT8 else name)
+
+
+def quantize_per_token(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """x in 8 bits [..., K] and its scales fp32 [..., 1]: s = max|x| / 127, or / 448 in
+    float8_e4m3fn; q = x / s rounded half to even.
 
     Args:
         x: [..., K], fp16, bf16 or fp32. An all-zero row has s = 1; a row with NaN or infinity has
             s = NaN or infinity.
+        dtype: torch.int8 or torch.float8_e4m3fn.
 
     Raises:
         WeightError: for another dtype.
     """
-    return torch.ops.qkernels.quantize_per_token(x)
+    return _operator("quantize_per_token", dtype)(x)
 
 
 def quantize_per_token_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,15 +330,18 @@ def quantize_per_token_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.qkernels.quantize_per_token_asymmetric(x)
 
 
-def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """int8 [..., K] and one scale fp32 []: `scale`, or max|x| / 127 where it is None.
+def quantize_per_tensor(
+    x: Tensor, scale: Tensor | None = None, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
+    """x in 8 bits [..., K] and one scale fp32 []: `scale`, or max|x| / 127, or / 448 in
+    float8_e4m3fn, where it is None.
 
     Numbers beyond a given scale's range saturate.
 
     Raises:
-        WeightError: for another dtype of x, or a scale that is not fp32 [].
+        WeightError: for another dtype, as in `quantize_per_token`, or a scale that is not fp32 [].
     """
-    return torch.ops.qkernels.quantize_per_tensor(x, scale)
+    return _operator("quantize_per_tensor", dtype)(x, scale)
 
 
 def quantize_activation(x: Tensor) -> QuantizedActivation:

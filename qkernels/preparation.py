@@ -2,8 +2,8 @@
 
 x [..., K] is flattened to rows, multiplied by the input factor and put into the order of the codes,
 and, for kernels whose layout pads groups, padded alike. Kernels quantize it themselves, or by
-`reference.quantize_activations`. Flattened rows have lost their positions: where these have scales,
-each row is given its own.
+`quantize_activations` of backends/rows.py. Flattened rows have lost their positions: where these
+have scales, each row is given its own.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from qkernels.layouts import LAYOUTS, PLAIN, Layout, pack
 from qkernels.preparation import rows_of
 from qkernels.scheme import QuantScheme
 from qkernels.select import KERNELS, choose, forget_choices, layout_for, make_problem
+from qkernels.weight import QuantizedWeight
 
 N, K = 49, 200
 """Neither is a multiple of any tile, panel or word."""
@@ -32,6 +33,7 @@ SCHEMES = (
     *("w4a16-g64", "w4a16-g64-sym", "w8a16-g64", "w3a16-g64", "w2a16-g32", "w4a16-g24"),
     *("nf4-g64", "nf4-g64-dq", "fp4-g32", "log3-g64", "binary-g64", "fp8e4m3-a16", "fp8e5m2-a16"),
     *("w8a8", "w4a8-g64", "w4a8-g64-asym", "w4a8-g64-flat", "w4a4-g64", "fp8-a8", "w4afp8-g64"),
+    *("w8a8-static", "w8a8-tokenasym"),
 )
 """What `prove_all` runs: each way of decoding, of scaling and of multiplying."""
 
@@ -193,7 +195,7 @@ def run_proof(
     )
     weight, x, bias = weight.to(device), x.to(device, dtype), bias.to(device)
     scale = float(x.abs().max()) / scheme.activation.largest if _is_static(scheme) else None
-    quantized = rounding.quantize(weight, scheme, bias=bias, activation_scale=scale)
+    quantized = _quantized(weight, scheme, bias, scale)
 
     def proof(error: float | None, reason: str | None) -> Proof:
         return Proof(kernel.name, str(scheme), dtype, m, error, reason)
@@ -218,6 +220,18 @@ def run_proof(
     if error <= BOUNDS[dtype]:
         return proof(error, None)
     return proof(error, f"is off {what}by {error:.2g} where {BOUNDS[dtype]:.2g} is rounding")
+
+
+def _quantized(
+    weight: Tensor, scheme: QuantScheme, bias: Tensor, scale: float | None
+) -> QuantizedWeight:
+    activation = scheme.activation
+    if activation.granularity != "staticasym":
+        return rounding.quantize(weight, scheme, bias=bias, activation_scale=scale)
+    symmetric = replace(scheme, activation=replace(activation, granularity="static"))
+    quantized = rounding.quantize(weight, symmetric, bias=bias, activation_scale=scale)
+    zero = torch.tensor(-3, dtype=torch.int32, device=weight.device)
+    return quantized.replace(scheme=scheme, activation_zero=zero)
 
 
 def prove_all(device: torch.device) -> Iterator[Proof]:

@@ -12,9 +12,8 @@ position has a scale, row m of x is at position m.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,37 +62,25 @@ def tensor_scale(x: Tensor, largest: float) -> Tensor:
     return torch.where(top == 0, torch.ones_like(top), top / largest)
 
 
-def quantize_activations(
-    x: Tensor, packed: PackedWeight, quantize: Callable[..., Any] = quantize_rows
-) -> tuple[Tensor, Tensor]:
-    """x [M, K] as the scheme of `packed` wants it.
-
-    Args:
-        quantize: `quantize_rows` or its equal for 8 bits, which is not asked for fewer.
-
-    Returns q [M, K] and the scale of each row, fp32 [M].
-    """
+def quantize_activations(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tensor]:
+    """x [M, K] as the scheme of `packed` wants it: q [M, K] and the scale of each row, fp32 [M]."""
     activation = packed.scheme.activation
     assert not activation.has_zeros, packed.scheme
-    dtype = activation.torch_dtype
-    if activation.bits < 8:
-        quantize = partial(quantize_rows, largest=activation.largest)
+    dtype, largest = activation.torch_dtype, activation.largest
     if activation.granularity == "token":
-        return quantize(x, dtype)
+        return quantize_rows(x, dtype, largest=largest)
     if activation.granularity == "tensor":
-        scale = tensor_scale(x, activation.largest)
-        quantized, _ = quantize(x, dtype, scale)
+        scale = tensor_scale(x, largest)
+        quantized, _ = quantize_rows(x, dtype, scale, largest=largest)
         return quantized, scale.expand(x.shape[0]).contiguous()
     scale = packed.buffers["activation_scale"]
     if activation.by_position:
         scale = positions.at(scale, positions.of_rows(x.shape, x.device))
-        quantized, _ = quantize_rows(x, dtype, scale, largest=activation.largest)
-    else:
-        quantized, _ = quantize(x, dtype, scale)
-    return quantized, _where_finite(x, scale)
+    quantized, _ = quantize_rows(x, dtype, scale, largest=largest)
+    return quantized, where_finite(x, scale)
 
 
-def _where_finite(x: Tensor, scale: Tensor) -> Tensor:
+def where_finite(x: Tensor, scale: Tensor) -> Tensor:
     """The scale of each row [M], NaN for one with NaN or infinity.
 
     A static scale knows nothing of a row, whose numbers saturate: they are told here.
@@ -126,7 +113,7 @@ def quantize_output(
         quantized, _ = quantize_rows(y, torch.int8, scale)
     else:
         quantized = quantize_with_zero(y, scale, zero)
-    return quantized, _where_finite(y, scale)[..., None]
+    return quantized, where_finite(y, scale)[..., None]
 
 
 def _quantize_with_zeros(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +126,7 @@ def _quantize_with_zeros(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tenso
         places = positions.of_rows(x.shape, x.device)
         scale, zero = positions.at(scale, places), positions.at(zero, places)
     quantized = quantize_with_zero(x, scale[..., None], zero[..., None], activation.largest)
-    return quantized, _where_finite(x, scale), zero.expand(x.shape[0])
+    return quantized, where_finite(x, scale), zero.expand(x.shape[0])
 
 
 _EXACT_COLUMNS = 1024

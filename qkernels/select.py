@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from qkernels import compiled
 from qkernels.backends import cpu as cpu_backend
@@ -15,7 +14,7 @@ from qkernels.backends import cuda as cuda_backend
 from qkernels.backends import reference as reference_backend
 from qkernels.backends import triton as triton_backend
 from qkernels.backends.kernel import Kernel, Problem
-from qkernels.backends.rows import RowKernel, RowProblem
+from qkernels.backends.rows import ROW_KERNELS, capability, select_rows
 from qkernels.errors import NoKernelError
 from qkernels.fields import optional_fields
 from qkernels.layouts import LAYOUTS, PLAIN, Layout
@@ -33,14 +32,14 @@ KERNELS: list[Kernel] = [
 ]
 """In order of priority. Whoever changes it calls `forget_choices`."""
 
-ROW_KERNELS: list[RowKernel] = [
+ROW_KERNELS[:] = [
     *cuda_backend.ROW_KERNELS,
     *triton_backend.ROW_KERNELS,
     *cpu_backend.ROW_KERNELS,
     *reference_backend.ROW_KERNELS,
+    *triton_backend.INTERPRETED_ROW_KERNELS,
     *cuda_backend.EMULATED_ROW_KERNELS,
 ]
-"""The kernels that quantize rows of x, in order of priority; the reference refuses nothing."""
 
 
 def backends() -> tuple[str, ...]:
@@ -153,17 +152,6 @@ def select_grad_input(problem: Problem, backend: str | None = None) -> Kernel | 
     return None
 
 
-@lru_cache(maxsize=256)
-def select_rows(problem: RowProblem) -> RowKernel:
-    """The first row kernel, in order, that can run `problem`."""
-    return next(kernel for kernel in ROW_KERNELS if kernel.refusal(problem) is None)
-
-
-def make_row_problem(kind: str, scale_of: str, x: Tensor, rounds: bool = False) -> RowProblem:
-    """A `RowProblem` of x, for the GPU that it is on."""
-    return RowProblem(kind, scale_of, x.dtype, x.device.type, rounds, _capability(x.device))
-
-
 def layout_for(
     scheme: QuantScheme,
     n: int,
@@ -182,11 +170,6 @@ def layout_for(
     problem = make_problem(scheme, n=n, k=k, m=1, device=device, layout=None, fields=fields)
     kernel = select(problem, backend)
     return PLAIN if kernel.layout is None else LAYOUTS[kernel.layout]
-
-
-@lru_cache(maxsize=64)
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def make_problem(
@@ -214,7 +197,7 @@ def make_problem(
         scheme=scheme,
         layout=layout,
         device=device.type,
-        capability=_capability(device),
+        capability=capability(device),
         batch_invariant=batch_invariant,
         fields=optional_fields(scheme, fields),
     )

@@ -7,7 +7,7 @@ import qkernels as qk
 from qkernels import reference
 from qkernels.backends import cpu
 from qkernels.errors import WeightError
-from tests.bounds import FROBENIUS_BOUND
+from tests.bounds import FROBENIUS_BOUND, GATE_NEAR_BOUND
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = ((1, 1), (3, 16), (5, 100), (2, 4099))
@@ -46,7 +46,9 @@ def test_divisions_are_rounded_as_the_reference_rounds_them(isa):
     x = x[x.isfinite()].float()
     # Every bf16 number within some scale, most of them near ties of some row.
     rows = torch.stack([x.clamp(-top, top) for top in (1.0, 127.0, 3.3, 1e-20, 1e30, 0.7)])
-    q, s, *_ = compiled.quantize_rows_cpu(rows, "plain", None, None, 0.0, "token", None, isa)
+    q, s, *_ = compiled.quantize_rows_cpu(
+        *(rows, "plain", None, None, None, 0.0, "token", None, False, isa),
+    )
     want_q, want_s = reference.quantize_rows(rows, torch.int8)
     assert torch.equal(q, want_q) and torch.equal(s, want_s)
 
@@ -75,6 +77,23 @@ def test_per_tensor_dynamic_and_static(dtype):
     q, s = qk.quantize_per_tensor(x, scale)
     assert torch.equal(q, reference.quantize_rows(x, torch.int8, scale)[0])
     assert s == scale and q[0, 0] == 127 and q[1, 1] == -127 and q[2, 2] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_is_the_reference_bit_for_bit(dtype):
+    x, scale = difficult_rows(dtype), torch.tensor(0.01)
+    float8 = torch.float8_e4m3fn
+    q, s = qk.quantize_per_token(x.view(3, 3, -1), float8)
+    want, want_s = reference.quantize_rows(x, float8)
+    assert q.dtype == float8 and q.shape == (3, 3, 200) and s.shape == (3, 3, 1)
+    assert torch.equal(q.view(9, -1).view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(s.flatten().nan_to_num(-1.0), want_s.nan_to_num(-1.0))
+    for given in (None, scale):
+        rows = x[:3] if given is None else x
+        q, s = qk.quantize_per_tensor(rows, given, float8)
+        assert s == (rows.float().abs().max() / 448 if given is None else scale)
+        want, _ = reference.quantize_rows(rows, float8, s)
+        assert torch.equal(q.view(torch.uint8), want.view(torch.uint8))
 
 
 def close(got, values):
@@ -141,6 +160,19 @@ def test_the_exponential_holds_over_its_whole_range():
     assert (got.values == 127).all() and torch.allclose(got.scale, torch.tensor(1 / 127), rtol=1e-5)
 
 
+@pytest.mark.parametrize("isa", cpu.ISAS)
+def test_gelu_is_good_to_some_roundings_over_its_whole_range(isa):
+    if cpu.why_no_isa(isa) is not None:
+        pytest.skip(cpu.why_no_isa(isa))
+    x = torch.linspace(-13, 20, 20_001)[None]
+    gelu = cpu._compiled().quantize_rows_cpu(
+        *(x, "gelu_mul", torch.ones_like(x), None, None, 0.0, "token", None, True, isa),
+    )[-1]
+    exact = x.double() * torch.special.erfc(-x.double() / 2**0.5) / 2
+    error = ((gelu.double() - exact) / exact)[x != 0].abs()
+    assert error.max() <= GATE_NEAR_BOUND
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_nan_and_infinity_stay_visible_in_fused_forms(bad):
     x, one = torch.randn(3, 64), torch.ones(3, 64)
@@ -148,7 +180,10 @@ def test_nan_and_infinity_stay_visible_in_fused_forms(bad):
     for got in (
         qk.rms_norm_quantize(x, None),
         qk.add_rms_norm_quantize(x, one, None)[0],
+        qk.layer_norm_quantize(x, None, None),
         qk.silu_mul_quantize(x, one),
+        qk.gelu_mul_quantize(x, one),
+        qk.gelu_mul_quantize(x, one, "tanh"),
     ):
         assert not got.scale[1].isfinite().any() and got.scale[[0, 2]].isfinite().all()
 
@@ -187,6 +222,7 @@ def test_wrong_input_is_named():
         layer(broken)
     for call, message in (
         (lambda: qk.quantize_per_token(x.double()), "float64"),
+        (lambda: qk.quantize_per_token(x, torch.uint8), "float8_e4m3fn, got torch.uint8"),
         (lambda: qk.quantize_per_tensor(x, torch.ones(1)), r"scale must be float32 \[\]"),
         (lambda: qk.rms_norm_quantize(x, torch.ones(3)), r"gain must be \[64\]"),
         (lambda: qk.add_rms_norm_quantize(x, x[:1], None), "residual must be like x"),
@@ -245,12 +281,42 @@ def test_products_are_torchs_bit_for_bit(isa, dtype):
     assert torch.equal(y, uneven * uneven) and int8_of(y, q, s)
 
 
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norms_and_gates_are_rounded_once(isa, dtype):
+    if cpu.why_no_isa(isa) is not None:
+        pytest.skip(cpu.why_no_isa(isa))
+    x, up = (torch.randn(2, 2, 3, 300) * 3).to(dtype)
+    gain, bias = torch.rand(2, 300).to(dtype)
+    rows, others = x.flatten(0, 1), up.flatten(0, 1)
+    for made, want in (
+        (
+            cpu.layer_norm_rows(x, gain, bias, 1e-5, isa),
+            reference.layer_norm(rows, gain, bias, 1e-5)[0],
+        ),
+        (
+            cpu.layer_norm_rows(x, gain, None, 1e-5, isa),
+            reference.layer_norm(rows, gain, None, 1e-5)[0],
+        ),
+        (cpu.product_rows(x, up, isa, "silu_mul"), reference.silu_mul(rows, others)),
+        (cpu.product_rows(x, up, isa, "gelu_mul"), reference.gelu_mul(rows, others, "none")),
+        (cpu.product_rows(x, up, isa, "gelu_tanh_mul"), reference.gelu_mul(rows, others, "tanh")),
+    ):
+        y, q, s = made
+        assert y.dtype == dtype and y.shape == x.shape and int8_of(y, q, s)
+        error = (y.flatten(0, 1).double() - want.double()).norm() / want.double().norm()
+        assert error <= FROBENIUS_BOUND[dtype]
+
+
 def test_rounded_rows_are_of_ordinary_tensors_alone():
     isa = cpu.best_isa()
     x, gain = torch.randn(4, 64), torch.randn(64)
 
     def made(x, gain=gain):
-        return cpu.norm_rows(x, gain, 1e-5, True, False, isa), cpu.product_rows(x, x, isa)
+        norm = cpu.norm_rows(x, gain, 1e-5, True, False, isa)
+        layer_norm = cpu.layer_norm_rows(x, gain, None, 1e-5, isa)
+        assert (layer_norm is None) == (norm is None) or gain.dtype != x.dtype
+        return norm, cpu.product_rows(x, x, isa)
 
     assert all(rows is not None for rows in made(x))
     leaf = x.clone().requires_grad_()

@@ -132,7 +132,7 @@ def test_what_is_beside_the_codes_is_added_to_products(text, backend, m, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("m", [1, 5, 40])
-@pytest.mark.parametrize("backend", ["cpu", "interpreted"])
+@pytest.mark.parametrize("backend", ["cpu", "interpreted", "emulated"])
 @pytest.mark.parametrize(
     "text", ["w8a8", "w4a8-g64-asym", "w4a8-g64-flat", "w8a8-static", "w8a8-tensor", "w4a4-g64"]
 )
@@ -151,6 +151,16 @@ def test_what_is_beside_the_codes_meets_quantized_x(text, backend, m, dtype):
             for name in (backend, "reference")
         )
         assert error(layer(given), reference(given).double()) <= FROBENIUS_BOUND[dtype]
+
+
+@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("text", ["w8a8-outliers2", "w4a4-g64-outliers2"])
+def test_what_is_beside_the_codes_meets_x_with_outliers(text, m):
+    weight = with_everything(text)
+    assert chosen_for(weight, m, torch.float32, None) == "cpu_int8_outliers_beside"
+    x = torch.randn(m, K)
+    want = qk.WQLinear.from_weight(weight, backend="reference")(x).double()
+    assert error(qk.WQLinear.from_weight(weight)(x), want) <= FROBENIUS_BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("text", ["w8a8-position", "w4a4-g64-position"])

@@ -272,7 +272,7 @@ def test_every_output_is_written_and_nothing_else(kernel, text, monkeypatch):
     quantized = make(text, x=x)
     want = run(kernel, quantized, x)
     assert want.isfinite().all()
-    if kernel.layout == "fragment":
+    if kernel.backend in ("cuda", "emulated"):
         # C++ allocates: torch can fill that with NaN, and a sanitizer guards the zones around it.
         with filled_with_nan():
             assert torch.empty(3).isnan().all()

@@ -53,9 +53,11 @@ def test_opcheck_of_activations(device):
     gain, scale = torch.rand(200, device=device), torch.tensor(0.1, device=device)
     ops = torch.ops.qkernels
     opcheck(ops.quantize_per_token, (x,), test_utils=TESTS)
+    opcheck(ops.quantize_per_token_float8, (x,), test_utils=TESTS)
     opcheck(ops.quantize_per_token_asymmetric, (x,), test_utils=TESTS)
     for given in (None, scale):
         opcheck(ops.quantize_per_tensor, (x, given), test_utils=TESTS)
+        opcheck(ops.quantize_per_tensor_float8, (x, given), test_utils=TESTS)
     for factor in (None, gain):
         for rounded in ("", "_rounded"):
             for name, arguments in (

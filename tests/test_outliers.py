@@ -5,6 +5,7 @@ import torch
 
 import qkernels as qk
 from qkernels import reference, rounding
+from qkernels.backends.cuda import emulator_is_loaded
 from qkernels.errors import CheckpointError, SchemeError, WeightError
 from qkernels.layouts import LAYOUTS, pack
 from tests import schemes
@@ -26,7 +27,19 @@ def outlying(m=7, k=100, dtype=torch.float32):
     return x.to(dtype)
 
 
-def test_by_hand():
+BACKENDS = (
+    *("cpu", "reference"),
+    pytest.param(
+        "emulated",
+        marks=pytest.mark.skipif(
+            not emulator_is_loaded(), reason="the emulator is not loaded: run make emulated"
+        ),
+    ),
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_by_hand(backend):
     """Two tokens, three columns, one output; the second column holds an outlier in one of them."""
     x = torch.tensor([[1.0, 10.0, -2.0], [0.5, 0.25, 4.0]])
     weight = torch.tensor([[0.5, -1.0, 2.0]])
@@ -37,12 +50,11 @@ def test_by_hand():
     scale = torch.tensor([2.0, 4.0]) / 127
     rounded = (left / scale[:, None]).round() * scale[:, None]
     wanted = rounded @ w.T + x[:, 1:2] @ w[:, 1:2].T
-    for backend in (None, "reference"):
-        layer = qk.WQLinear.from_weight(hub, backend=backend)
-        assert torch.allclose(layer(x), wanted, atol=1e-6)
+    layer = qk.WQLinear.from_weight(hub, backend=backend)
+    assert torch.allclose(layer(x), wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8-g20", "w4a8-g20-flat", "w8a8-gtensor"])
 def test_outliers_cost_the_others_nothing(backend, scheme):
     x = outlying()
@@ -58,7 +70,13 @@ def test_outliers_cost_the_others_nothing(backend, scheme):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("m", [0, 1, 2, 17])
-@pytest.mark.parametrize("scheme", ["w8a8-outliers6", "w4a8-g20-outliers6", "w8a8-outliers0.01"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *("w8a8-outliers6", "w4a8-g20-outliers6", "w8a8-outliers0.01", "w4a4-g64-outliers6"),
+        *("w4a8-g20-asym-outliers6", "w4a8-g20-flat-outliers6", "w3a8-g64-outliers6"),
+    ],
+)
 def test_the_kernel_gives_what_the_reference_does(scheme, m, dtype):
     x, bias = outlying(max(1, m), dtype=dtype)[:m], torch.randn(40, dtype=dtype)
     weight = torch.randn(40, 100, generator=torch.Generator().manual_seed(0)) * 0.05
@@ -86,8 +104,50 @@ def test_columns_of_a_packed_weight(text, name):
     assert packed.columns(columns[:0]).shape == (37, 0)
 
 
-def test_batch_invariant_rows_do_not_see_each_other():
-    layer = layer_of("w8a8-outliers6", batch_invariant=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_thresholds_that_are_no_numbers_of_a_type(dtype):
+    """The kernel finds the columns that the reference finds: others would show as roundings."""
+    near = torch.tensor(6.05).to(dtype)
+    x = torch.stack([near, near.nextafter(near * 0), near.nextafter(near * 2), -near]).repeat(25)
+    x = torch.diag(x)
+    fast, slow = (layer_of("w8a8-outliers6.05", backend=name) for name in ("cpu", "reference"))
+    got, wanted = fast(x).double(), slow(x).double()
+    assert (got - wanted).norm() <= FROBENIUS_BOUND[dtype] * wanted.norm()
+
+
+def test_any_shape_and_strides():
+    layer = layer_of("w8a8-outliers6")
+    x = outlying(24).view(2, 12, 100)
+    y = layer(x)
+    assert y.shape == (2, 12, 40) and torch.equal(y.view(24, 40), layer(x.view(24, 100)))
+    for other in (x.transpose(0, 1), torch.stack([x, x], -1)[..., 0]):
+        assert torch.equal(layer(other), layer(other.contiguous()))
+
+
+def test_the_order_of_columns_and_a_factor_of_them_come_first():
+    hub = rounding.quantize(torch.randn(40, 100) * 0.05, "w4a8-g64-outliers6")
+    hub = hub.replace(perm=torch.randperm(100), input_factor=torch.rand(100) + 0.5)
+    x = outlying()
+    fast, slow = (qk.WQLinear.from_weight(hub, backend=name) for name in ("cpu", "reference"))
+    got, wanted = fast(x).double(), slow(x).double()
+    assert (got - wanted).norm() <= FROBENIUS_BOUND[torch.float32] * wanted.norm()
+
+
+def test_products_are_of_fp32_whatever_torch_is_set_to():
+    layer, x = layer_of("w8a8-outliers6"), outlying()
+    want = layer(x)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(layer(x), want)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_batch_invariant_rows_do_not_see_each_other(backend):
+    layer = layer_of("w8a8-outliers6", batch_invariant=True, backend=backend)
     x = outlying()
     whole = layer(x)
     for row in range(len(x)):
@@ -98,11 +158,12 @@ def test_batch_invariant_rows_do_not_see_each_other():
     assert (together - exact).norm() < (whole - exact).norm()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows_in_its_row(value):
+def test_what_is_not_finite_shows_in_its_row(value, backend):
     x = outlying()
     x[2, 3] = value
-    y = layer_of("w8a8-outliers6")(x)
+    y = layer_of("w8a8-outliers6", backend=backend)(x)
     assert not y[2].isfinite().any()
     assert y[[0, 1, 3, 4, 5, 6]].isfinite().all()
 

@@ -1,4 +1,4 @@
-"""The schedule of weight_only_mma, a pure function of the problem."""
+"""The schedule of weight_only_mma and int8_mma, a pure function of the problem."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import cli
-from bench.schedule import GPUS, schedule
+from bench.schedule import GPUS, SCHEMES, schedule
 from tests.emulated.emulator import BLOCK_ROWS
 
 A100, H200, B200 = (GPUS[name] for name in ("A100", "H200", "B200"))
@@ -35,6 +35,18 @@ def test_every_problem_has_a_schedule_that_fits(gpu, bits, each_tile):
         if not each_tile:
             units *= -(-n // BLOCK_ROWS[found.tokens]) * -(-m // found.tokens)
         assert 1 <= found.blocks <= units
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("scheme", ["w4a8-g128", "w8a8"])
+@pytest.mark.parametrize("each_tile", [False, True])
+def test_integer_products_have_schedules_that_fit(gpu, scheme, each_tile):
+    for (n, k), m in itertools.product(SHAPES, (1, 7, 16, 33, 64, 256, 4096)):
+        weight = SCHEMES[scheme]._asdict()
+        found = schedule(m, n, k, GPUS[gpu], **weight, each_tile=each_tile)
+        assert found.shared_bytes <= GPUS[gpu].shared_bytes
+        assert found.tokens in BLOCK_ROWS and 2 <= found.stages <= 6
+        assert found.tokens >= min(m, 8) and found.blocks >= 1
 
 
 def test_few_tokens_take_narrow_tiles():
@@ -87,10 +99,13 @@ def test_problems_that_are_none_have_no_schedule(name, value):
     torch.ops.qkernels.weight_only_schedule(**right)
     with pytest.raises(ValueError, match=f"sizes must be 1 to {1 << 30}, got {value}"):
         torch.ops.qkernels.weight_only_schedule(**right | {name: value})
+    with pytest.raises(ValueError, match="a number of x has 1 or 2 bytes, got 3"):
+        torch.ops.qkernels.weight_only_schedule(**right, x_bytes=3)
 
 
 def test_schedules_are_printed_without_a_gpu(capsys):
     assert cli.run(["--schedule", "--shapes", "8192,8192", "--m", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines[2:]] == [[gpu, "8192x8192", "1"] for gpu in GPUS]
+    rows = itertools.product(SCHEMES, GPUS)
+    assert [line.split()[:4] for line in lines[2:]] == [[*row, "8192x8192", "1"] for row in rows]
     assert cli.run(["--schedule", "--m", "0"]) == 2

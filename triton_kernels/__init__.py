@@ -14,7 +14,7 @@ from .config import GemmConfig, GemvConfig, choose_gemm_config, choose_gemv_conf
 from .int8_gemm import int8_gemm
 from .pack import pack_dense, pack_planar, unpack_dense, unpack_planar
 from .planar import PlanarWeight, values_per_word, word_rows
-from .quantize_rows import quantize_rows
+from .quantize_rows import quantize_rows, quantize_rows_of
 from .weight_only_gemm import weight_only_gemm
 from .weight_only_gemv import weight_only_gemv
 
@@ -28,6 +28,7 @@ __all__ = [
     "pack_dense",
     "pack_planar",
     "quantize_rows",
+    "quantize_rows_of",
     "unpack_dense",
     "unpack_planar",
     "values_per_word",

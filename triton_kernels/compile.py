@@ -97,7 +97,10 @@ def source_of(launch: Launch) -> ASTSource:
         is_specialized = is_number and not param.do_not_specialize
         if isinstance(value, Tensor) or (is_specialized and value % 16 == 0):
             attributes[path] = [["tt.divisibility", 16]]
-        if isinstance(value, Tensor) or (is_number and not (is_specialized and value == 1)):
+        is_float = isinstance(value, float) and not param.is_constexpr
+        if isinstance(value, Tensor) or is_float:
+            return mangle_type(value)
+        if is_number and not (is_specialized and value == 1):
             return mangle_type(value)
         constants[path] = value
         return "constexpr"

@@ -24,7 +24,7 @@ from .pack import (
 )
 from .planar import PlanarWeight, word_rows
 from .product import Product, float_product
-from .quantize_rows import quantize_launch
+from .quantize_rows import KINDS, Rows, quantize_launch
 from .reduce import ending_of, sum_launch
 from .weight_only_gemm import gemm_launches
 from .weight_only_gemv import gemv_launches
@@ -89,7 +89,11 @@ def specializations(capability: int) -> Iterator[Specialization]:
     for k in (4096, 16384):
         yield _quantize(torch.int8, _BF16, k)
         yield _quantize(_E4M3, _BF16, k)
+        yield _quantize(torch.int8, _BF16, k, has_zeros=True)
+        for kind in KINDS[1:]:
+            yield _quantize(torch.int8, _BF16, k, kind=kind, rounds=True)
     yield _quantize(_E5M2, _FP32, 4096)
+    yield _quantize(torch.int8, _FP16, 4096, kind="layer_norm", has_zeros=True)
     for bits in (1, 2, 3, 4):
         yield from _packs(bits)
     yield from _dense_packs(8)
@@ -104,6 +108,8 @@ def sample(capability: int) -> list[Specialization]:
         _int8(capability, 4, "group", m=64, group_size=64),
         _int8(capability, 8, "channel", m=1024, group_size=0),
         _quantize(_E4M3, _BF16, 4096),
+        _quantize(torch.int8, _BF16, 4096, kind="layer_norm", has_zeros=True, rounds=True),
+        _quantize(torch.int8, _BF16, 4096, kind="gelu_mul"),
     ]
 
 
@@ -221,11 +227,33 @@ def _sum(partial: torch.dtype, out_type: torch.dtype) -> Specialization:
     return Specialization(name, sum_launch(partials, out, ending))
 
 
-def _quantize(dtype: torch.dtype, x_type: torch.dtype, k: int) -> Specialization:
-    x, scales = _empty(16, k, dtype=x_type), _empty(16, dtype=_FP32)
-    codes = _empty(16, k, dtype=torch.int8 if dtype == torch.int8 else torch.uint8)
-    name = f"{_name(x_type)} to {_name(dtype)} k{k}"
-    return Specialization(name, quantize_launch(x, dtype, None, codes, scales))
+def _quantize(
+    dtype: torch.dtype,
+    x_type: torch.dtype,
+    k: int,
+    *,
+    kind: str = "plain",
+    has_zeros: bool = False,
+    rounds: bool = False,
+) -> Specialization:
+    def rows(of: torch.dtype) -> Tensor:
+        return _empty(16, k, dtype=of)
+
+    is_norm = kind in ("rms_norm", "layer_norm")
+    gain = _empty(k, dtype=x_type) if is_norm else None
+    bias = _empty(k, dtype=x_type) if kind == "layer_norm" else None
+    outputs = Rows(
+        rows(torch.int8 if dtype == torch.int8 else torch.uint8),
+        _empty(16, dtype=_FP32),
+        _empty(16, dtype=torch.int32) if has_zeros else None,
+        rows(x_type) if is_norm else None,
+        rows(x_type) if rounds else None,
+    )
+    x, other = rows(x_type), None if kind == "plain" else rows(x_type)
+    launch = quantize_launch(x, kind, dtype, other, (gain, bias), 1e-6, None, outputs)
+    name = f"{kind} {_name(x_type)} to {_name(dtype)} k{k}"
+    name += " zeros" * has_zeros + " rounded" * rounds
+    return Specialization(name, launch)
 
 
 def _packs(bits: int) -> Iterator[Specialization]:

@@ -1,4 +1,4 @@
-"""Peers that come with torch: its int4 and int8 weight-only ops and its int8 product."""
+"""Peers that come with torch: its int4 and int8 weight-only ops, its int8 and float8 products."""
 
 from __future__ import annotations
 
@@ -150,10 +150,52 @@ def _int_mm_alone(problem: Problem, weight: QuantizedWeight) -> Prepared:
     )
 
 
+def _scaled_mm_why_not(problem: Problem) -> str | None:
+    scheme = problem.scheme
+    return first_reason(
+        (_has("_scaled_mm"), "this torch has no _scaled_mm"),
+        (problem.device == "cuda", "needs a CUDA device"),
+        (
+            scheme == QuantScheme.parse("fp8-a8"),
+            f"runs fp8-a8, with a scale for each row of x and of W, not {scheme}",
+        ),
+        (problem.dtype is torch.bfloat16, f"gives bf16, not {problem.dtype}"),
+        (
+            problem.n % 16 == 0 and problem.k % 16 == 0,
+            f"needs N and K in multiples of 16, got N={problem.n}, K={problem.k}",
+        ),
+        (
+            torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0),
+            "takes scales of rows from compute capability 9.0 on",
+        ),
+    )
+
+
+def _float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 per row in plain torch: float8 [M, K] and fp32 scales [M, 1]."""
+    wide = x.float()
+    scales = wide.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 448
+    return (wide / scales).to(torch.float8_e4m3fn), scales
+
+
+def _scaled_mm(problem: Problem, weight: QuantizedWeight) -> Prepared:
+    def run(state: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        rows, row_scales = _float8_rows(x)
+        return torch._scaled_mm(
+            *(rows, state[0].t(), row_scales, state[1]),
+            out_dtype=problem.dtype,
+            use_fast_accum=True,
+        )
+
+    codes = weight.codes.contiguous().view(torch.float8_e4m3fn)
+    return Prepared(state=(codes, weight.scales.float().view(1, -1).contiguous()), run=run)
+
+
 ROWS = (
     Subject("torch _weight_int4pack_mm", _int4_cuda_why_not, _int4_cuda),
     Subject("torch _weight_int4pack_mm_for_cpu", _int4_cpu_why_not, _int4_cpu),
     Subject("torch _weight_int8pack_mm", _int8pack_why_not, _int8pack),
     Subject("torch _int_mm + quantize x", _int_mm_why_not, _int_mm_whole),
     Subject("torch _int_mm, product alone", _int_mm_why_not, _int_mm_alone),
+    Subject("torch _scaled_mm + quantize x", _scaled_mm_why_not, _scaled_mm),
 )

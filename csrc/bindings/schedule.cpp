@@ -12,7 +12,7 @@ namespace qkernels::bindings {
 namespace {
 
 // tokens, blocks, stages and unit (config.h); the bytes of shared memory of a block; and the share
-// of multiprocessors at work. zero_bytes is 0 without zero points.
+// of multiprocessors at work. zero_bytes is 0 without zero points, x_bytes 1 for int8_mma.
 std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, double> weight_only_schedule(
     int64_t m, int64_t n, int64_t k, int64_t group_size, int64_t bits, int64_t scale_bytes,
     int64_t zero_bytes, int64_t multiprocessors, int64_t shared, int64_t multiprocessor_shared,

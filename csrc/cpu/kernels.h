@@ -100,11 +100,26 @@ struct Int8TileJob {
   Output out;
 };
 
-// The rows that are quantized: x; or norm(x (+ residual)) * gain; or silu(x) * up. The last two are
-// rounded where a model that keeps them in x's type rounds, and are stored to `y`: x * factor *
-// gain and x * up.
+// The rows that are quantized: x; or norm(x (+ residual)) * gain (+ bias); or gate(x) * up. The
+// last two are rounded where a model that keeps them in x's type rounds, and are stored to `y`: x *
+// factor * gain and x * up.
 struct RowSource {
-  enum class Kind { kPlain, kRmsNorm, kSiluMul, kScaled, kProduct } kind;
+  enum class Kind {
+    kPlain,
+    kRmsNorm,
+    kSiluMul,
+    kScaled,
+    kProduct,
+    kLayerNorm,
+    kGeluMul,
+    kGeluTanhMul
+  } kind;
+
+  bool is_norm() const { return kind == Kind::kRmsNorm || kind == Kind::kLayerNorm; }
+  bool is_gate() const {
+    return kind == Kind::kSiluMul || kind == Kind::kGeluMul || kind == Kind::kGeluTanhMul;
+  }
+
   const void* x;  // [m][k], `x_stride` elements apart
   FloatType type;
   int64_t k, x_stride;
@@ -112,13 +127,17 @@ struct RowSource {
   void* sum;
   const void* gain;  // [k] or null
   FloatType gain_type;
+  const void* bias;  // [k] of a layer norm, or null
+  FloatType bias_type;
   float epsilon;
   const void* up;  // [m][k], `up_stride` elements apart
   int64_t up_stride;
   const float* factors;  // [m]
   bool rounds_first;     // x * factor is rounded before it is multiplied by the gain
   bool adds_one;         // the gain is 1 + gain
-  void* y;               // [m][k], of x's type
+  // [m][k], of x's type. Of norms and gates it may be null, and what is quantized is then not
+  // rounded before.
+  void* y;
 };
 
 struct Kernels {

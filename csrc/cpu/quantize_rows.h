@@ -1,4 +1,5 @@
-// Rows of activations: read, normalized or gated in fp32, and quantized to int8.
+// Rows of activations: read, normalized or gated in fp32, rounded where that is asked for, and
+// quantized to int8.
 
 #pragma once
 
@@ -30,6 +31,57 @@ QK_INLINE typename V::F exponential(typename V::F x) {
   const auto first = V::from_bits(V::template left<23>(V::add(half, bias)));
   const auto second = V::from_bits(V::template left<23>(V::add(V::sub(n, half), bias)));
   return V::mul(V::mul(sum, first), second);
+}
+
+// x / (1 + e^-x)
+template <class V>
+QK_INLINE typename V::F silu(typename V::F x) {
+  const auto minus = V::sub(V::broadcast(0.0f), x);
+  return V::div(x, V::add(V::broadcast(1.0f), exponential<V>(minus)));
+}
+
+// x Phi(x). With z = |x| / sqrt(2) and t = 1 / (1 + z / 2), erfc(z) = t e^(p(t) - z^2), where p was
+// fitted to it on 0 <= z <= 10. z^2 comes in two parts, the first of which is exact, and what their
+// sum with p rounds off is a factor: so the result is within 2^-20 of itself.
+template <class V>
+QK_INLINE typename V::F gelu(typename V::F x) {
+  const auto one = V::broadcast(1.0f), half = V::broadcast(0.5f), end = V::broadcast(15.0f);
+  // Beyond, erfc is 0 or 2.
+  const auto near = V::max(V::broadcast(-15.0f), V::min(end, x));
+  const auto size = V::from_bits(V::and_(V::bits(near), V::broadcast(int32_t{0x7fffffff})));
+  const auto z = V::mul(size, V::broadcast(0.70710678f));
+  const auto t = V::div(one, V::fma(z, half, one));
+  auto sum = V::broadcast(0.14805983f);
+  constexpr float kFactors[] = {-0.69787419f, 1.19684815f, -0.74962485f, -0.03616848f, -0.02213898f,
+                                0.04254839f,  0.38498244f, 0.99882513f,  -1.26545739f};
+  for (float factor : kFactors) sum = V::fma(sum, t, V::broadcast(factor));
+  const auto short_x = V::from_bits(V::and_(V::bits(near), V::broadcast(int32_t{~0xfff})));
+  const auto square = V::mul(V::mul(short_x, short_x), half);
+  const auto rest = V::mul(V::mul(V::sub(near, short_x), V::add(near, short_x)), half);
+  const auto added = V::sub(sum, rest), power = V::sub(added, square);
+  const auto missing = V::sub(added, V::add(power, square));
+  const auto whole = exponential<V>(power);
+  const auto erfc = V::mul(t, V::fma(whole, missing, whole));
+  const auto above = V::mul(x, V::fnma(half, erfc, one));
+  return V::select_less(V::broadcast(0.0f), x, above, V::mul(V::mul(x, half), erfc));
+}
+
+// x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + e^(-2 u)).
+template <class V>
+QK_INLINE typename V::F gelu_tanh(typename V::F x) {
+  const auto cube = V::mul(V::mul(x, x), x);
+  const auto minus_twice =
+      V::mul(V::fma(cube, V::broadcast(0.044715f), x), V::broadcast(-1.59576912f));
+  return V::div(x, V::add(V::broadcast(1.0f), exponential<V>(minus_twice)));
+}
+
+template <class V>
+QK_INLINE typename V::F gated(RowSource::Kind kind, typename V::F x) {
+  switch (kind) {
+    case RowSource::Kind::kGeluMul: return gelu<V>(x);
+    case RowSource::Kind::kGeluTanhMul: return gelu_tanh<V>(x);
+    default: return silu<V>(x);
+  }
 }
 
 // 16 numbers, or `count`, rounded to a type as they are stored.
@@ -68,32 +120,28 @@ void load_rounded_row(const RowSource& source, int64_t row, float* values) {
   }
 }
 
+// Takes the mean of a row of k numbers off them.
 template <class V>
-void load_row(const RowSource& source, int64_t row, float* values) {
-  if (source.kind == RowSource::Kind::kScaled || source.kind == RowSource::Kind::kProduct) {
-    return load_rounded_row<V>(source, row, values);
+void center_row(float* values, int64_t k) {
+  auto sums = V::broadcast(0.0f);
+  for (int64_t at = 0; at < k; at += kLanes) sums = V::add(sums, V::load(values + at));
+  const auto mean = V::broadcast(V::sum_lanes(sums) / static_cast<float>(k));
+  for (int64_t at = 0; at < k; at += kLanes) {
+    V::store(values + at, V::sub(V::load(values + at), mean));
   }
-  const int64_t k = source.k, first = row * source.x_stride;
-  const FloatType type = source.type;
+}
+
+template <class V>
+void normalize_row(const RowSource& source, int64_t row, float* values) {
+  const int64_t k = source.k;
+  if (source.kind == RowSource::Kind::kLayerNorm) center_row<V>(values, k);
   auto squares = V::broadcast(0.0f);
   for (int64_t at = 0; at < k; at += kLanes) {
-    auto value = load_first<V>(source.x, type, first + at, k - at);
-    if (source.kind == RowSource::Kind::kSiluMul) {
-      const auto up = load_first<V>(source.up, type, row * source.up_stride + at, k - at);
-      const auto minus = V::sub(V::broadcast(0.0f), value);
-      const auto below = V::add(V::broadcast(1.0f), exponential<V>(minus));
-      value = V::mul(V::div(value, below), up);
-    } else if (source.kind == RowSource::Kind::kRmsNorm) {
-      if (source.residual != nullptr) {
-        value = V::add(value, load_first<V>(source.residual, type, row * k + at, k - at));
-        store_first<V>(source.sum, type, row * k + at, k - at, value);
-        value = load_first<V>(source.sum, type, row * k + at, k - at);  // as rounded
-      }
-      squares = V::fma(value, value, squares);
-    }
-    V::store(values + at, value);
+    // What lies behind the row is 0, or was until its mean was taken off.
+    const int64_t count = QK_FAULT(squares_beyond_the_row) ? kLanes : k - at;
+    const auto value = load_first<V>(values, FloatType::kFp32, at, count);
+    squares = V::fma(value, value, squares);
   }
-  if (source.kind != RowSource::Kind::kRmsNorm) return;
   const float mean = V::sum_lanes(squares) / static_cast<float>(k);
   const auto factor =
       V::broadcast(1.0f / std::sqrt(mean + (QK_FAULT(epsilon_missing) ? 0.0f : source.epsilon)));
@@ -102,8 +150,39 @@ void load_row(const RowSource& source, int64_t row, float* values) {
     if (source.gain != nullptr) {
       value = V::mul(value, load_first<V>(source.gain, source.gain_type, at, k - at));
     }
+    if (source.bias != nullptr && !QK_FAULT(bias_of_norm_missing)) {
+      value = V::add(value, load_first<V>(source.bias, source.bias_type, at, k - at));
+    }
+    if (source.y != nullptr) {
+      value = store_rounded<V>(source.y, source.type, row * k + at, k - at, value);
+    }
     V::store(values + at, value);
   }
+}
+
+template <class V>
+void load_row(const RowSource& source, int64_t row, float* values) {
+  if (source.kind == RowSource::Kind::kScaled || source.kind == RowSource::Kind::kProduct) {
+    return load_rounded_row<V>(source, row, values);
+  }
+  const int64_t k = source.k, first = row * source.x_stride;
+  const FloatType type = source.type;
+  for (int64_t at = 0; at < k; at += kLanes) {
+    const int64_t count = k - at, to = row * k + at;
+    auto value = load_first<V>(source.x, type, first + at, count);
+    if (source.is_gate()) {
+      const auto up = load_first<V>(source.up, type, row * source.up_stride + at, count);
+      value = V::mul(gated<V>(source.kind, value), up);
+      if (source.y != nullptr && !QK_FAULT(gated_rows_not_rounded)) {
+        value = store_rounded<V>(source.y, type, to, count, value);
+      }
+    } else if (source.residual != nullptr) {
+      value = V::add(value, load_first<V>(source.residual, type, to, count));
+      value = store_rounded<V>(source.sum, type, to, count, value);
+    }
+    V::store(values + at, value);
+  }
+  if (source.is_norm()) normalize_row<V>(source, row, values);
 }
 
 template <class V>

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qkernels import compiled, reference, sparse
 from qkernels.backends.kernel import Kernel, Problem, Run
-from qkernels.backends.rows import adjacent
+from qkernels.backends.rows import adjacent, quantize_activations
 from qkernels.layouts import PackedWeight
 from qkernels.scheme import Activation, QuantScheme
 
@@ -103,20 +103,12 @@ def run_beside(kernels: Callable[[], Iterable[Kernel]], add: Add = add) -> Run:
     return run
 
 
-def run_int8_beside(
-    kernels: Callable[[], Iterable[Kernel]],
-    quantize: Callable[..., tuple[Tensor, Tensor]],
-    add: Add = add,
-) -> dict[str, Any]:
+def run_int8_beside(kernels: Callable[[], Iterable[Kernel]], add: Add = add) -> dict[str, Any]:
     """`Kernel.run` and `run_quantized` of one that leaves the product with int8 x to the first of
-    `kernels` that takes it, in fp32, so that y is rounded once.
-
-    Args:
-        quantize: as `reference.quantize_activations` takes it.
-    """
+    `kernels` that takes it, in fp32, so that y is rounded once."""
 
     def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        quantized, scale = reference.quantize_activations(x, packed, quantize)
+        quantized, scale = quantize_activations(x, packed)
         return run_quantized(quantized, scale, packed, bias, problem)
 
     def run_quantized(

@@ -15,15 +15,9 @@ import torch
 from torch import Tensor
 
 from qkernels import compiled, reference
-from qkernels.backends.beside import (
-    BESIDE,
-    has_beside,
-    kernel_for,
-    run_beside,
-    run_by,
-    run_int8_beside,
-)
+from qkernels.backends.beside import BESIDE, has_beside, run_beside, run_by, run_int8_beside
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, RouteOf, WhyNot, by_route
+from qkernels.backends.rounded import has_positions, run_rounded
 from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem, adjacent
 from qkernels.errors import NoKernelError
 from qkernels.layouts import PackedWeight
@@ -178,49 +172,44 @@ def _of_rows() -> tuple[Kernel, ...]:
     return tuple(kernel for kernel in KERNELS if kernel not in COMPOSED)
 
 
-def _run_rounded(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x rounded by torch's operations, and multiplied as int8 rows."""
-    quantized, scale = reference.quantize_activations(x, packed)
-    # What x was quantized with stays here: as rows of int8 have them, scales are one a row.
-    buffers = {name: held for name, held in packed.buffers.items() if name != "activation_scale"}
-    scheme = replace(problem.scheme, activation=Activation("int8"))
-    inner = replace(problem, scheme=scheme)
-    weight = PackedWeight(scheme, packed.layout, packed.n, packed.k, buffers)
-    kernel = kernel_for(inner, _of_rows())
-    if kernel is None or kernel.run_quantized is None:
-        return reference.linear_quantized(quantized, scale, weight, bias, problem.x_dtype)
-    return kernel.run_quantized(quantized, scale, weight, bias, inner)
-
-
-def _quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`reference.quantize_rows` to int8."""
-    scale_of = "token" if scale is None else "static"
-    values, scales, _, _ = _compiled().quantize_rows_cpu(
-        *(adjacent(x), "plain", None, None, 0.0, scale_of, scale, best_isa())
-    )
-    return values, scales if scale is None else scale
-
-
-def _has_positions(problem: Problem) -> str | None:
-    if problem.scheme.activation.by_position:
-        return None
-    return "is for schemes with scales of activations per position"
-
-
 def _keeps_outliers(problem: Problem) -> str | None:
     if problem.scheme.activation.outliers:
         return None
     return "is for schemes that keep columns with outliers apart"
 
 
+def _outlier_route(problem: Problem, device: torch.device) -> Any:
+    """Columns with outliers beside the kernels that take the others, each for its rows."""
+    activation = problem.scheme.activation
+    scheme = replace(problem.scheme, activation=Activation("int8"))
+    inner = replace(problem, scheme=scheme, batch_invariant=False)
+    parts = []
+    for kernel in _of_rows():
+        if kernel.refusal_of_any_rows(inner) is None and kernel.route is not None:
+            least, most = kernel.rows(inner)
+            parts.append((least, -1 if most is None else most, kernel.route(inner, device)))
+    return _compiled().CpuOutlierRoute(
+        k=problem.k,
+        threshold=activation.outliers,
+        largest=activation.largest,
+        each_row=problem.batch_invariant,
+        parts=parts,
+    )
+
+
+def _has_outliers_and_beside(problem: Problem) -> str | None:
+    return _keeps_outliers(problem) or has_beside(problem)
+
+
 def _run_apart(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """Integers but for columns of x with outliers, whose product is added in fp32."""
+    """Integers but for columns of x with outliers, whose product is added in fp32, of weights with
+    columns or single numbers of their own in 16 bits."""
     columns = reference.outlier_columns(x, problem.scheme.activation.outliers)
     left = reference.without_columns(x, columns) if columns.numel() else x
     scheme = replace(problem.scheme, activation=replace(problem.scheme.activation, outliers=0.0))
     inner = replace(problem, scheme=scheme, x_dtype=torch.float32)
     weight = PackedWeight(scheme, packed.layout, packed.n, packed.k, packed.buffers)
-    y = run_by((*_of_rows(), _INT4, _INT8_BESIDE), left.float(), weight, bias, inner)
+    y = run_by((_INT8_BESIDE,), left.float(), weight, bias, inner)
     if columns.numel():
         with reference.full_precision():
             y += x[:, columns].float() @ packed.columns(columns).t()
@@ -241,7 +230,7 @@ _INT4 = Kernel(
     exact=True,
     weight_rounding="integers",
     where=_with("portable"),
-    run=_run_rounded,
+    run=run_rounded(_of_rows),
 )
 
 _INT8_BESIDE = Kernel(
@@ -255,7 +244,19 @@ _INT8_BESIDE = Kernel(
     weight_rounding="integers",
     where=_with("portable"),
     why_not=has_beside,
-    **run_int8_beside(_of_rows, _quantize),
+    **run_int8_beside(_of_rows),
+)
+
+_OUTLIERS = Kernel(
+    name="cpu_int8_outliers",
+    backend="cpu",
+    layout="vnni",
+    activations=("int8", "int4"),
+    activation_outliers=True,
+    weight_rounding="integers",
+    where=_with("portable"),
+    why_not=_keeps_outliers,
+    **by_route(_outlier_route),
 )
 
 # The numbers of rows were measured, each against the rows below it and the reference, which
@@ -264,19 +265,16 @@ _INT8_BESIDE = Kernel(
 # of int8. Those of NEON are not measured: docs/cpu.md counts instructions.
 COMPOSED = (
     _INT4,
-    replace(_INT4, name="cpu_int8_positions", activations=("int8",), why_not=_has_positions),
-    Kernel(
-        name="cpu_int8_outliers",
-        backend="cpu",
-        layout="vnni",
-        activations=("int8", "int4"),
-        activation_outliers=True,
+    replace(_INT4, name="cpu_int8_positions", activations=("int8",), why_not=has_positions),
+    _OUTLIERS,
+    replace(
+        _OUTLIERS,
+        name="cpu_int8_outliers_beside",
         fields=PREPARED | BESIDE,
         varies="finds columns with outliers in all rows of x, and batch_invariant wants each alone",
-        weight_rounding="integers",
-        where=_with("portable"),
-        why_not=_keeps_outliers,
+        why_not=_has_outliers_and_beside,
         run=_run_apart,
+        route=None,
     ),
     Kernel(
         name="cpu_float_beside",
@@ -498,18 +496,16 @@ def _where_rows(problem: RowProblem) -> str | None:
 
 def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
     x, other = (None if t is None else adjacent(t) for t in (inputs.x, inputs.other))
-    if problem.kind == "rms_norm" and other is not None:
+    if problem.kind in ("rms_norm", "layer_norm") and other is not None:
         other = other.contiguous()
-    gain = None if inputs.gain is None else inputs.gain.contiguous()
-    values, scale, zero, total = _compiled().quantize_rows_cpu(
-        *(x, problem.kind, other, gain, inputs.epsilon, problem.scale_of, inputs.scale),
-        best_isa(),
+    gain, bias = (None if t is None else t.contiguous() for t in (inputs.gain, inputs.bias))
+    values, scale, zero, total, rounded = _compiled().quantize_rows_cpu(
+        *(x, problem.kind, other, gain, bias, inputs.epsilon, problem.scale_of, inputs.scale),
+        *(problem.rounds, best_isa()),
     )
-    if inputs.scale is not None:
-        scale = inputs.scale
-    elif problem.scale_of == "tensor":
+    if problem.scale_of == "tensor":
         scale = scale[0].clone() if scale.numel() else scale.new_ones(())
-    return QuantizedRows(values=values, scale=scale, zero=zero, total=total)
+    return QuantizedRows(values=values, scale=scale, zero=zero, total=total, rounded=rounded)
 
 
 Rounded = tuple[Tensor, Tensor, Tensor]
@@ -528,17 +524,23 @@ def norm_rows(
     return _compiled().norm_rows_cpu(x, gain, epsilon, rounds_first, adds_one, isa)
 
 
-def product_rows(gate: Tensor, up: Tensor, isa: str) -> Rounded | None:
-    """The same of gate * up, of [..., K] each."""
-    return _compiled().product_rows_cpu(gate, up, isa)
+def layer_norm_rows(
+    x: Tensor, gain: Tensor, bias: Tensor | None, epsilon: float, isa: str
+) -> Rounded | None:
+    """The same of `reference.layer_norm`, rounded to x's type, but for the order of its sums."""
+    return _compiled().layer_norm_rows_cpu(x, gain, bias, epsilon, isa)
+
+
+def product_rows(gate: Tensor, up: Tensor, isa: str, kind: str = "product") -> Rounded | None:
+    """The same of gate * up, of [..., K] each, bit for bit; or of a gate of `rows.KINDS`, which is
+    rounded once."""
+    return _compiled().product_rows_cpu(gate, up, kind, isa)
 
 
 ROW_KERNELS = (
     RowKernel(
         name="cpu_quantize_rows",
         backend="cpu",
-        kinds=("plain", "rms_norm", "silu_mul"),
-        rounds=False,
         where=_where_rows,
         run=_run_rows,
     ),

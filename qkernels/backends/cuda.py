@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from qkernels import compiled
-from qkernels.backends.beside import BESIDE, add_by_kernel, has_beside, run_beside
+from qkernels.backends.beside import (
+    BESIDE,
+    add_by_kernel,
+    has_beside,
+    run_beside,
+    run_int8_beside,
+)
 from qkernels.backends.kernel import (
     FLOATS,
     PREPARED,
@@ -22,8 +28,16 @@ from qkernels.backends.kernel import (
     by_route,
     no_gpu,
 )
-from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem, adjacent
-from qkernels.layouts import FRAGMENT, PackedWeight
+from qkernels.backends.rounded import has_positions, run_rounded
+from qkernels.backends.rows import (
+    CODES,
+    QuantizedRows,
+    RowInputs,
+    RowKernel,
+    RowProblem,
+    adjacent,
+)
+from qkernels.layouts import FRAGMENT, PackedWeight, fragment_int8
 from qkernels.layouts.fragment import code_name, padded_rows
 from qkernels.layouts.padding import column_order, kernel_columns, kernel_group
 from qkernels.scheme import QuantScheme
@@ -153,6 +167,26 @@ def _route(namespace: str, kind: str) -> RouteOf:
     return route
 
 
+@lru_cache(maxsize=1024)
+def _made_int8(namespace: str, scheme: QuantScheme, n: int, k: int, schedule_m: int) -> Any:
+    sizes = (n, k, scheme.group_length(k), fragment_int8.kernel_group(scheme, k))
+    weight = (scheme.bits, scheme.scale_levels == "two")
+    activation = (scheme.activation.dtype, scheme.activation.granularity)
+    make = getattr(torch.ops, namespace).int8_route
+    extension = compiled.extension()
+    assert extension is not None, "routes are run by qkernels._C"
+    outliers = scheme.activation.outliers
+    return extension.adopt_route(make(*sizes, *weight, *activation, schedule_m, outliers))
+
+
+def _int8_route(namespace: str) -> RouteOf:
+    def route(problem: Problem, device: torch.device) -> Any:
+        schedule_m = _INVARIANT_ROWS if problem.batch_invariant else 0
+        return _made_int8(namespace, problem.scheme, problem.n, problem.k, schedule_m)
+
+    return route
+
+
 _LEAST_GRAD_BITS = 4
 """Of weights that weight_only_grad takes."""
 
@@ -174,14 +208,54 @@ def _grad_input(namespace: str, dense: bool) -> GradInput:
 
 
 def _too_large(problem: Problem) -> str | None:
+    return _too_large_of(problem, kernel_columns(problem.scheme, problem.k))
+
+
+def _too_large_of(problem: Problem, k: int) -> str | None:
     # Padded, as packing sees them.
-    n, k = padded_rows(problem.n), kernel_columns(problem.scheme, problem.k)
+    n = padded_rows(problem.n)
     if n <= MOST_SIZE and k <= MOST_SIZE and n * k <= MOST_NUMBERS:
         return None
     return (
         f"takes weights of up to 2^30 rows and columns and 2^40 numbers, and this one is "
         f"[{problem.n}, {problem.k}]"
     )
+
+
+def _sums_whole(problem: Problem) -> bool:
+    """Whether integer sums run over all of K."""
+    return problem.scheme.groups(problem.k) == 1 or problem.scheme.scale_levels == "two"
+
+
+def _why_not_whole(problem: Problem) -> str | None:
+    if not _sums_whole(problem):
+        return "needs one scale a row, or two levels of them"
+    columns = fragment_int8.kernel_columns(problem.scheme, problem.k)
+    return _overflows(problem, columns) or _too_large_of(problem, columns)
+
+
+def _why_not_grouped(problem: Problem) -> str | None:
+    scheme, k = problem.scheme, problem.k
+    if _sums_whole(problem):
+        return "is for groups with floating scales"
+    overflow = _overflows(problem, fragment_int8.kernel_group(scheme, k))
+    return overflow or _too_large_of(problem, fragment_int8.kernel_columns(scheme, k))
+
+
+def _why_no_outliers(problem: Problem) -> str | None:
+    if not problem.scheme.activation.outliers:
+        return "is for schemes that keep columns with outliers apart"
+    return _why_not_whole(problem) if _sums_whole(problem) else _why_not_grouped(problem)
+
+
+def _overflows(problem: Problem, columns: int) -> str | None:
+    """Why int32 may not hold a sum of so many products of int8."""
+    # Less a zero point, numbers go to 255.
+    largest = 255 if problem.scheme.activation.has_zeros else 128
+    most = ((1 << 31) - 1) // (128 * largest)
+    if columns <= most:
+        return None
+    return f"adds up to {most} products of integers, whose sum int32 holds, and not {columns}"
 
 
 def _no_floats(problem: Problem) -> str | None:
@@ -210,6 +284,15 @@ def _of_codes_emulated() -> tuple[Kernel, ...]:
 
 _OF_CODES = 3
 """Kernels before the one that calls one of them."""
+
+
+def _of_integers() -> tuple[Kernel, ...]:
+    return _INT8, _INT8_GROUPED
+
+
+def _of_integers_emulated() -> tuple[Kernel, ...]:
+    return _EMULATED_INT8
+
 
 _HALVES = (torch.float16, torch.bfloat16)
 _VARIES = "multiplies with cuBLAS, which may round a row differently for another M"
@@ -266,38 +349,128 @@ KERNELS = (
         why_not=_no_beside,
         run=run_beside(_of_codes, add_by_kernel("qkernels_cuda")),
     ),
+    Kernel(
+        name="cuda_int8_mma",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int8",),
+        activation_zeros=True,
+        exact=True,
+        weight_rounding="integers",
+        where=_not_built_for,
+        why_not=_why_not_whole,
+        **by_route(_int8_route("qkernels_cuda"), quantized=True),
+    ),
+    Kernel(
+        name="cuda_int8_mma_grouped",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int8",),
+        activation_zeros=True,
+        weight_rounding="integers",
+        where=_not_built_for,
+        why_not=_why_not_grouped,
+        **by_route(_int8_route("qkernels_cuda"), quantized=True),
+    ),
+    Kernel(
+        name="cuda_int8_positions",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int8",),
+        activation_positions=True,
+        weight_rounding="integers",
+        where=_not_built_for,
+        why_not=has_positions,
+        run=run_rounded(_of_integers),
+    ),
+    Kernel(
+        name="cuda_int4_activations",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int4",),
+        activation_positions=True,
+        weight_rounding="integers",
+        where=_not_built_for,
+        run=run_rounded(_of_integers),
+    ),
+    Kernel(
+        name="cuda_int8_beside",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int8", "int4"),
+        activation_positions=True,
+        fields=PREPARED | BESIDE,
+        weight_rounding="integers",
+        where=_not_built_for,
+        why_not=has_beside,
+        **run_int8_beside(_of_integers, add_by_kernel("qkernels_cuda")),
+    ),
+    Kernel(
+        name="cuda_int8_outliers",
+        backend="cuda",
+        layout="fragment_int8",
+        activations=("int8", "int4"),
+        activation_outliers=True,
+        varies="finds columns with outliers in all rows of x, and batch_invariant wants each alone",
+        weight_rounding="integers",
+        where=_not_built_for,
+        why_not=_why_no_outliers,
+        **by_route(_int8_route("qkernels_cuda")),
+    ),
 )
-_FUSED, _DENSE, _FLOAT, _BESIDE = KERNELS
+_FUSED, _DENSE, _FLOAT, _BESIDE, _INT8, _INT8_GROUPED, *_OTHERS = KERNELS
+_POSITIONS, _INT4, _INT8_BESIDE, _OUTLIERS = _OTHERS
 
 
-_EMULATED: dict[str, Any] = {
-    "backend": "emulated",
-    "is_simulator": True,
-    "proves_itself": False,
-    "where": _no_emulator,
-}
-
-
-def _emulated(kernel: Kernel, kind: str, name: str) -> Kernel:
-    namespace, gives_grad = "qkernels_emulated", kernel.grad_input is not None
+def _emulated(kernel: Kernel, name: str, **parts: Any) -> Kernel:
     return replace(
         kernel,
         name=name,
-        **_EMULATED,
+        backend="emulated",
+        is_simulator=True,
+        proves_itself=False,
+        where=_no_emulator,
+        **parts,
+    )
+
+
+def _emulated_float(kernel: Kernel, kind: str, name: str) -> Kernel:
+    namespace, gives_grad = "qkernels_emulated", kernel.grad_input is not None
+    return _emulated(
+        kernel,
+        name,
         **by_route(_route(namespace, kind)),
         grad_input=_grad_input(namespace, dense=kind == "dense") if gives_grad else None,
     )
 
 
+def _emulated_int8(kernel: Kernel, name: str) -> Kernel:
+    return _emulated(kernel, name, **by_route(_int8_route("qkernels_emulated"), quantized=True))
+
+
+_EMULATED_INT8 = (
+    _emulated_int8(_INT8, name="emulated_int8_mma"),
+    _emulated_int8(_INT8_GROUPED, name="emulated_int8_mma_grouped"),
+)
+_EMULATED_ADD = add_by_kernel("qkernels_emulated")
+
 EMULATED_KERNELS = (
-    _emulated(_FUSED, "fused", name="emulated_weight_only_mma"),
-    _emulated(_DENSE, "dense", name="emulated_dequantize_matmul"),
-    _emulated(_FLOAT, "float", name="emulated_weight_only_mma_float"),
-    replace(
-        _BESIDE,
-        name="emulated_float_beside",
-        **_EMULATED,
-        run=run_beside(_of_codes_emulated, add_by_kernel("qkernels_emulated")),
+    _emulated_float(_FUSED, "fused", name="emulated_weight_only_mma"),
+    _emulated_float(_DENSE, "dense", name="emulated_dequantize_matmul"),
+    _emulated_float(_FLOAT, "float", name="emulated_weight_only_mma_float"),
+    _emulated(
+        _BESIDE, name="emulated_float_beside", run=run_beside(_of_codes_emulated, _EMULATED_ADD)
+    ),
+    *_EMULATED_INT8,
+    _emulated(_POSITIONS, name="emulated_int8_positions", run=run_rounded(_of_integers_emulated)),
+    _emulated(_INT4, name="emulated_int4_activations", run=run_rounded(_of_integers_emulated)),
+    _emulated(
+        _INT8_BESIDE,
+        name="emulated_int8_beside",
+        **run_int8_beside(_of_integers_emulated, _EMULATED_ADD),
+    ),
+    _emulated(
+        _OUTLIERS, name="emulated_int8_outliers", **by_route(_int8_route("qkernels_emulated"))
     ),
 )
 
@@ -314,18 +487,20 @@ def _run_rows(namespace: str) -> Callable[[RowProblem, RowInputs], QuantizedRows
         gain, bias = (None if t is None else t.contiguous() for t in (inputs.gain, inputs.bias))
         values, scale, zero, total, rounded = getattr(torch.ops, namespace).quantize_rows(
             *(adjacent(inputs.x), problem.kind, other, gain, bias, inputs.epsilon),
-            *(problem.scale_of, inputs.scale, torch.int8, problem.rounds),
+            *(problem.scale_of, inputs.scale, problem.codes, problem.rounds),
         )
-        if inputs.scale is not None:
-            scale = inputs.scale
         return QuantizedRows(values=values, scale=scale, zero=zero, total=total, rounded=rounded)
 
     return run
 
 
-def _no_tensor_scale(problem: RowProblem) -> str | None:
-    if problem.scale_of == "tensor" and problem.kind != "plain":
+def _for_plain_rows(problem: RowProblem) -> str | None:
+    if problem.kind == "plain":
+        return None
+    if problem.scale_of == "tensor":
         return f"finds the scale of a tensor for plain rows, not for {problem.kind}"
+    if problem.codes is not torch.int8:
+        return f"gives {problem.codes} for plain rows, not for {problem.kind}"
     return None
 
 
@@ -333,7 +508,8 @@ ROW_KERNELS = (
     RowKernel(
         name="cuda_quantize_rows",
         backend="cuda",
-        where=lambda problem: _no_tensor_scale(problem) or _rows_not_built_for(problem),
+        codes=CODES,
+        where=lambda problem: _for_plain_rows(problem) or _rows_not_built_for(problem),
         run=_run_rows("qkernels_cuda"),
     ),
 )
@@ -341,7 +517,8 @@ EMULATED_ROW_KERNELS = (
     RowKernel(
         name="emulated_quantize_rows",
         backend="emulated",
-        where=lambda problem: _no_tensor_scale(problem) or _why_no_emulator(problem.device),
+        codes=CODES,
+        where=lambda problem: _for_plain_rows(problem) or _why_no_emulator(problem.device),
         run=_run_rows("qkernels_emulated"),
     ),
 )

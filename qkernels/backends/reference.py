@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from qkernels import reference
 from qkernels.backends.kernel import Kernel, Problem
-from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
+from qkernels.backends.rows import CODES, QuantizedRows, RowInputs, RowKernel, RowProblem
 from qkernels.layouts import PackedWeight
 from qkernels.scheme import largest_number
 
@@ -72,7 +71,7 @@ def row_values(problem: RowProblem, inputs: RowInputs) -> tuple[Tensor, Tensor |
 def scale_of_rows(problem: RowProblem, values: Tensor, inputs: RowInputs) -> Tensor | None:
     """The scale that is known before rows of `values` are quantized, or None."""
     if problem.scale_of == "tensor":
-        return reference.tensor_scale(values, largest_number(torch.int8))
+        return reference.tensor_scale(values, largest_number(problem.codes))
     return inputs.scale
 
 
@@ -83,8 +82,12 @@ def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
         quantized, scale, zero = reference.quantize_rows_asymmetric(values)
         return QuantizedRows(values=quantized, scale=scale, zero=zero, total=total, rounded=rounded)
     given = scale_of_rows(problem, values, inputs)
-    quantized, scale = reference.quantize_rows(values, torch.int8, given)
+    quantized, scale = reference.quantize_rows(values, problem.codes, given)
+    if problem.scale_of == "static":
+        scale = reference.where_finite(values, scale)
     return QuantizedRows(values=quantized, scale=scale, total=total, rounded=rounded)
 
 
-ROW_KERNELS = (RowKernel(name="reference_quantize_rows", backend="reference", run=_run_rows),)
+ROW_KERNELS = (
+    RowKernel(name="reference_quantize_rows", backend="reference", codes=CODES, run=_run_rows),
+)

@@ -1,12 +1,17 @@
-"""Kernels that quantize rows of x to int8: the question put to one, and the row that answers it."""
+"""Kernels that quantize rows of x to 8 bits: the question put to one, the row that answers it, and
+who is asked for a scheme's x."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from qkernels import reference
+from qkernels.layouts import PackedWeight
 
 KINDS = ("plain", "rms_norm", "silu_mul", "layer_norm", "gelu_mul", "gelu_tanh_mul")
 """What is quantized: x; x (+ residual) over its root mean square, times a gain; silu(x) * up;
@@ -16,6 +21,9 @@ gelu(x) * up, of the error function or of tanh."""
 SCALES = ("token", "asymmetric", "static", "tensor")
 """A scale for each row, the same with a zero point, one that is given for all, or one that is found
 for all."""
+
+CODES = (torch.int8, torch.float8_e4m3fn)
+"""What numbers become: integers of -127..127, or of -128..127 with a zero point; or E4M3."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class RowProblem:
         device: "cpu" or "cuda".
         rounds: whether the rows, but plain ones, are rounded to x's type, quantized as rounded, and
             given too.
+        codes: what they become, one of `CODES`; with zero points int8.
         capability: compute capability of the GPU, None on a CPU.
     """
 
@@ -36,7 +45,11 @@ class RowProblem:
     x_dtype: torch.dtype
     device: str
     rounds: bool = False
+    codes: torch.dtype = torch.int8
     capability: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.scale_of != "asymmetric" or self.codes is torch.int8, self
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,8 +78,9 @@ class QuantizedRows:
     """What a row kernel gives.
 
     Attributes:
-        values: int8 [M, K].
-        scale: fp32 [M]; the given one where it is static, and fp32 [] where it is of the tensor.
+        values: [M, K] of the problem's codes.
+        scale: fp32 [M]; where it is static the given one, and NaN for rows with NaN or infinity;
+            fp32 [] where it is of the tensor.
         zero: int32 [M] with asymmetric scales, else None.
         total: x + residual, rounded to x's type, where there is a residual, else None.
         rounded: the rows in x's type where that was asked for, else None.
@@ -86,7 +100,7 @@ class RowKernel:
     Attributes:
         name: unique in the table.
         backend: the family it belongs to.
-        kinds, scales: those of `KINDS` and `SCALES` that it makes.
+        kinds, scales, codes: those of `KINDS`, `SCALES` and `CODES` that it makes.
         rounds: whether it gives rounded rows too.
         where: the reason why it does not run on a problem's device, or None.
         run: (problem, inputs) -> quantized rows.
@@ -96,6 +110,7 @@ class RowKernel:
     backend: str
     kinds: tuple[str, ...] = KINDS
     scales: tuple[str, ...] = SCALES
+    codes: tuple[torch.dtype, ...] = (torch.int8,)
     rounds: bool = True
     where: Callable[[RowProblem], str | None] = lambda problem: None
     run: Callable[[RowProblem, RowInputs], QuantizedRows]
@@ -108,9 +123,52 @@ class RowKernel:
         ):
             if wanted not in has:
                 return f"{what} {', '.join(has)}, not of {wanted}"
+        if problem.codes not in self.codes:
+            return f"gives {', '.join(map(str, self.codes))}, not {problem.codes}"
         if problem.rounds and not self.rounds:
             return "gives no rounded rows"
         return self.where(problem)
+
+
+ROW_KERNELS: list[RowKernel] = []
+"""In order of priority; the reference refuses nothing. `qkernels.select`, which knows all backends,
+fills it."""
+
+
+@lru_cache(maxsize=256)
+def select_rows(problem: RowProblem) -> RowKernel:
+    """The first row kernel, in order, that can run `problem`."""
+    return next(kernel for kernel in ROW_KERNELS if kernel.refusal(problem) is None)
+
+
+def make_row_problem(
+    kind: str, scale_of: str, x: Tensor, rounds: bool = False, codes: torch.dtype = torch.int8
+) -> RowProblem:
+    """A `RowProblem` of x, for the GPU that it is on."""
+    device = x.device
+    return RowProblem(kind, scale_of, x.dtype, device.type, rounds, codes, capability(device))
+
+
+@lru_cache(maxsize=64)
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a GPU, None of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def quantize_activations(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_activations` by the row kernel that is chosen; 4 bits and scales per
+    position are the reference's own.
+
+    Returns q [M, K] and the scale of each row, fp32 [M].
+    """
+    activation = packed.scheme.activation
+    if activation.bits < 8 or activation.by_position:
+        return reference.quantize_activations(x, packed)
+    codes, scale_of = activation.torch_dtype, activation.granularity
+    problem = make_row_problem("plain", scale_of, x, codes=codes)
+    given = packed.buffers["activation_scale"] if scale_of == "static" else None
+    rows = select_rows(problem).run(problem, RowInputs(x=x, scale=given))
+    return rows.values, rows.scale.expand(x.shape[0]).contiguous()
 
 
 def adjacent(x: Tensor) -> Tensor:

@@ -17,12 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkernels import reference
 from qkernels.backends import beside, cuda
 from qkernels.backends.beside import BESIDE, has_beside, run_beside, run_int8_beside
 from qkernels.backends.kernel import PREPARED, Kernel, Problem, Run, no_gpu
-from qkernels.backends.reference import row_values, scale_of_rows
-from qkernels.backends.rows import QuantizedRows, RowInputs, RowKernel, RowProblem
+from qkernels.backends.reference import scale_of_rows
+from qkernels.backends.rows import (
+    CODES,
+    QuantizedRows,
+    RowInputs,
+    RowKernel,
+    RowProblem,
+    quantize_activations,
+)
 from qkernels.layouts import PLANAR, PackedWeight, plane_height
 from qkernels.weight import codebook, nested_table
 
@@ -65,7 +71,11 @@ def _not_compiled(problem: Problem) -> str | None:
 
 
 def _no_interpreter(problem: Problem) -> str | None:
-    if problem.device != "cpu":
+    return _no_interpreter_on(problem.device)
+
+
+def _no_interpreter_on(device: str) -> str | None:
+    if device != "cpu":
         return "is Triton's interpreter, which runs on the CPU"
     if not interpreter_is_on():
         return "is Triton's interpreter, for tests: set TRITON_INTERPRET=1 before starting Python"
@@ -158,7 +168,7 @@ def _run_float(launcher: str) -> Run:
     def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
         weight, out_dtype, x_scale = planar_weight(packed), x.dtype, None
         if not packed.scheme.weight_only:
-            x, x_scale = reference.quantize_activations(x, packed, kernels().quantize_rows)
+            x, x_scale = quantize_activations(x, packed)
         config = _invariant_config(launcher, weight, problem)
         run_kernel = getattr(kernels(), launcher)
         y: Tensor = run_kernel(x, weight, bias, x_scale=x_scale, out_dtype=out_dtype, config=config)
@@ -168,7 +178,7 @@ def _run_float(launcher: str) -> Run:
 
 
 def _run_int8(x: Tensor, packed: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    quantized, scale = reference.quantize_activations(x, packed, kernels().quantize_rows)
+    quantized, scale = quantize_activations(x, packed)
     return _run_quantized(quantized, scale, packed, bias, problem)
 
 
@@ -215,11 +225,6 @@ def _of_codes_interpreted() -> tuple[Kernel, ...]:
 
 _OF_CODES = 3
 """Kernels before those that call one of them."""
-
-
-def _quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    quantized: tuple[Tensor, Tensor] = kernels().quantize_rows(x, dtype, scale)
-    return quantized
 
 
 def _add_beside(
@@ -290,7 +295,7 @@ KERNELS = (
         weight_rounding="integers",
         where=_not_compiled,
         why_not=_has_beside,
-        **run_int8_beside(_of_codes, _quantize, _add_beside),
+        **run_int8_beside(_of_codes, _add_beside),
     ),
 )
 _GEMV, _GEMM, _INT8, _BESIDE, _INT8_BESIDE = KERNELS
@@ -335,7 +340,7 @@ INTERPRETED_KERNELS = (
         is_simulator=True,
         proves_itself=False,
         where=_no_interpreter,
-        **run_int8_beside(_of_codes_interpreted, _quantize),
+        **run_int8_beside(_of_codes_interpreted),
     ),
 )
 
@@ -343,18 +348,37 @@ INTERPRETED_KERNELS = (
 def _where_rows(problem: RowProblem) -> str | None:
     if problem.device != "cuda":
         return f"needs a CUDA GPU, and x is on {problem.device}"
-    return import_problem()
+    return _why_not_rows(problem) or import_problem()
+
+
+def _where_rows_interpreted(problem: RowProblem) -> str | None:
+    return _why_not_rows(problem) or _no_interpreter_on(problem.device)
+
+
+def _why_not_rows(problem: RowProblem) -> str | None:
+    if problem.scale_of == "tensor" and problem.kind != "plain":
+        return f"takes the scale of a tensor for plain rows, not for {problem.kind}"
+    return None
 
 
 def _run_rows(problem: RowProblem, inputs: RowInputs) -> QuantizedRows:
-    values, total = row_values(problem, inputs)
-    given = scale_of_rows(problem, values, inputs)
-    quantized, scale = kernels().quantize_rows(values, torch.int8, given)
+    given = scale_of_rows(problem, inputs.x, inputs)
+    rows = kernels().quantize_rows_of(
+        *(inputs.x, problem.kind, problem.codes),
+        other=inputs.other,
+        gain=inputs.gain,
+        bias=inputs.bias,
+        epsilon=inputs.epsilon,
+        scale=given,
+        has_zeros=problem.scale_of == "asymmetric",
+        rounds=problem.rounds,
+    )
+    scale = rows.scales
+    if problem.scale_of == "tensor":
+        assert given is not None
+        scale = given
     return QuantizedRows(
-        values=quantized,
-        scale=scale if given is None else given,
-        total=total,
-        rounded=values if problem.rounds else None,
+        values=rows.codes, scale=scale, zero=rows.zeros, total=rows.total, rounded=rows.rounded
     )
 
 
@@ -362,8 +386,16 @@ ROW_KERNELS = (
     RowKernel(
         name="triton_quantize_rows",
         backend="triton",
-        scales=("token", "static", "tensor"),
+        codes=CODES,
         where=_where_rows,
         run=_run_rows,
+    ),
+)
+INTERPRETED_ROW_KERNELS = (
+    replace(
+        ROW_KERNELS[0],
+        name="interpreted_quantize_rows",
+        backend="interpreted",
+        where=_where_rows_interpreted,
     ),
 )

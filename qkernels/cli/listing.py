@@ -44,11 +44,13 @@ def _kernels() -> Table:
 
 
 def _row_kernels() -> Table:
-    from qkernels.select import ROW_KERNELS
+    from qkernels.backends.rows import ROW_KERNELS
 
-    rows = table("kernel for rows", "backend", "rows of", "scales")
+    rows = table("kernel for rows", "backend", "rows of", "scales", "codes")
     for row in ROW_KERNELS:
-        rows.add_row(row.name, row.backend, ", ".join(row.kinds), ", ".join(row.scales))
+        codes = ", ".join(str(code).removeprefix("torch.") for code in row.codes)
+        kinds, scales = ", ".join(row.kinds), ", ".join(row.scales)
+        rows.add_row(row.name, row.backend, kinds, scales, codes)
     return rows
 
 

@@ -4,7 +4,7 @@ quantized where it is made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ class FuseReport:
     unchanged: dict[str, str] = field(default_factory=dict)
 
 
-def fuse(model: nn.Module, example: Any = None) -> FuseReport:
+def fuse(model: nn.Module, example: Any = None, *, exact: bool = True) -> FuseReport:
     """Makes the quantized layers of `model` that read the same x one product, in place, and has x
     quantized where it is made.
 
@@ -54,13 +54,16 @@ def fuse(model: nn.Module, example: Any = None) -> FuseReport:
     at a time, on the CPU, an RMSNorm before them, and the product of a gate with what it gates, do
     that in the pass that makes x.
 
-    Outputs are the same, bit for bit; modules keep their names, their weights and what is saved of
-    them; `unfuse` takes it back, and so does moving the model to another device. Where a gradient
-    is asked for, under autocast and torch.compile, norms and gates do what they did.
+    Outputs are the same, bit for bit, if `exact`; modules keep their names, their weights and what
+    is saved of them; `unfuse` takes it back, and so does moving the model to another device. Where
+    a gradient is asked for, under autocast and torch.compile, norms and gates do what they did.
 
     Args:
         example: a batch to run (a tensor, or a tuple or dict of the model's arguments); None is a
             few tokens drawn at random.
+        exact: where False, layer norms quantize what they give too, and gates of SiLU, or of GELU
+            by tanh, are opened in the pass of their product. Both sum or round otherwise than
+            torch, by a rounding of what they give at most, so int8 numbers differ here and there.
 
     Raises:
         LayerError: for a model without quantized layers, or one that embeds no tokens where there
@@ -103,13 +106,14 @@ def fuse(model: nn.Module, example: Any = None) -> FuseReport:
         ):
             for module in modules:
                 name, called = names[id(module)], calls.of.get(id(module))
-                producer = make(name, called[0], readers, calls) if called else None
+                producer = make(name, called[0], readers, calls, exact) if called else None
                 if isinstance(producer, Producer):
                     made.append(producer)
                     listed.append(name)
                 elif producer is not None:
                     report.unchanged[name] = producer
-        if made and not _same(before, run_batch(model, example)):
+        alike = _same if exact else _close
+        if made and not alike(before, run_batch(model, example)):
             _take_back(made, report)
     return report
 
@@ -142,6 +146,26 @@ def _make_groups(calls: Calls, names: Mapping[int, str], report: FuseReport) -> 
     return groups
 
 
+_CLOSE = 2**-3
+"""|difference| / |output|, at most, of a model's outputs where they need not be the same: far
+beyond what other roundings to int8 leave of each other, and below outputs that are wrong."""
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Whether all floating tensors of two outputs are close; of what a model has cached, too."""
+    if isinstance(a, Tensor):
+        if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if not a.is_floating_point():
+            return True
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            return False
+        left, right = (each.double().where(finite, 0) for each in (a, b))
+        return bool((left - right).norm() <= _CLOSE * left.norm())
+    return _all(_close, a, b)
+
+
 def _take_back(made: Sequence[Producer], report: FuseReport) -> None:
     for producer in made:
         producer.dissolve()
@@ -156,8 +180,13 @@ def _same(a: Any, b: Any) -> bool:
         if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
             return False
         return bool(((a == b) | ((a != a) & (b != b))).all())
+    return _all(_same, a, b)
+
+
+def _all(alike: Callable[[Any, Any], bool], a: Any, b: Any) -> bool:
+    """Whether the parts of two outputs are alike; what holds no tensor counts as the same."""
     if isinstance(a, Mapping):
-        return isinstance(b, Mapping) and all(_same(a[key], b.get(key)) for key in a)
+        return isinstance(b, Mapping) and all(alike(a[key], b.get(key)) for key in a)
     if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(alike, a, b))
     return True

@@ -1,8 +1,9 @@
 """Which modules of a model may quantize what they give: found by trial in one run of it.
 
 No table of classes: a norm is one that gives, bit for bit, what one of the known formulas gives,
-and a gated MLP one whose children's outputs say so. All of it in evaluation mode, and without
-gradients.
+and a gated MLP one whose children's outputs say so. Where that need not be exact, a layer norm and
+the activation of a gate are those that give the same but for a rounding. All of it in evaluation
+mode, and without gradients.
 """
 
 from __future__ import annotations
@@ -17,11 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import compiled, ops
-from qkernels.backends.cpu import best_isa, norm_rows
+from qkernels.backends.cpu import best_isa, layer_norm_rows, norm_rows, product_rows
 from qkernels.layouts import VNNI
 from qkernels.modules import WQLinear
 from qkernels.modules.fused import FusedPart
-from qkernels.modules.producers import Gate, GateForm, Norm, NormForm, Producer, Reader, version_of
+from qkernels.modules.producers import (
+    AnyNorm,
+    Gate,
+    GateForm,
+    LayerNorm,
+    Norm,
+    NormForm,
+    Producer,
+    Reader,
+    version_of,
+)
 
 
 @dataclass(frozen=True)
@@ -136,12 +147,17 @@ def _why_not_replaced(call: Call, calls: Calls) -> str | None:
 
 
 def make_norm(
-    name: str, call: Call, readers: Callable[[Sequence[WQLinear]], list[Reader]], calls: Calls
-) -> Norm | str | None:
+    name: str,
+    call: Call,
+    readers: Callable[[Sequence[WQLinear]], list[Reader]],
+    calls: Calls,
+    exact: bool,
+) -> AnyNorm | str | None:
     """A norm that quantizes what it gives; why it does not; or None where no int8 layer reads it.
 
     Args:
         readers: what stands for some layers: groups, or themselves.
+        exact: whether it must give the same bits.
     """
     if not isinstance(call.output, Tensor):
         return None
@@ -154,11 +170,20 @@ def make_norm(
     takes = [layer for layer, reason in reasons.items() if reason is None]
     if not takes:
         return next(reason for reason in reasons.values() if reason is not None)
-    form = _form_of_norm(call, calls)
-    return form if isinstance(form, str) else Norm(name, call.module, readers(takes), form)
+    form = _form_of_norm(call, calls, exact)
+    if isinstance(form, str):
+        return form
+    if isinstance(form, NormForm):
+        return Norm(name, call.module, readers(takes), form)
+    return LayerNorm(name, call.module, readers(takes), form.epsilon)
 
 
-def _form_of_norm(call: Call, calls: Calls) -> NormForm | str:
+@dataclass(frozen=True)
+class _LayerNormForm:
+    epsilon: str
+
+
+def _form_of_norm(call: Call, calls: Calls, exact: bool) -> NormForm | _LayerNormForm | str:
     module = call.module
     reason = _why_not_replaced(call, calls)
     if reason is not None:
@@ -166,11 +191,16 @@ def _form_of_norm(call: Call, calls: Calls) -> NormForm | str:
     x, weight = call.args[0], module._parameters["weight"]
     assert weight is not None
     held = {**module._parameters, **module._buffers}
-    if [name for name, tensor in held.items() if tensor is not None] != ["weight"]:
+    parts = {name: tensor for name, tensor in held.items() if tensor is not None}
+    names = set(parts)
+    if exact and names != {"weight"}:
         return "it has more than a weight"
+    if not names <= {"weight", "bias"}:
+        return "it has more than a weight and a bias"
     if x.device.type != "cpu":
         return "it is not on the CPU"
-    if len({x.dtype, weight.dtype, call.output.dtype}) > 1:
+    types = {x.dtype, call.output.dtype, *(part.dtype for part in parts.values())}
+    if len(types) > 1:
         return "its weight, what it is given and what it gives are not of one type"
     trial = copy.copy(module)
     generator = torch.Generator().manual_seed(0)
@@ -180,7 +210,10 @@ def _form_of_norm(call: Call, calls: Calls) -> NormForm | str:
 
     k = weight.shape[0]
     # A weight of ones, as new models have, would not tell one formula from another.
-    trial._parameters = {"weight": nn.Parameter(drawn(k), requires_grad=False)}
+    trial._parameters = {
+        name: nn.Parameter(drawn(k), requires_grad=False) if name in names else None
+        for name in module._parameters
+    }
     inputs = [x.detach(), drawn(1, k), drawn(7, k) * 30, drawn(3, 5, k) * 1e-3, drawn(130, k)]
     try:
         wanted = [type(trial).forward(trial, each) for each in inputs]
@@ -189,9 +222,14 @@ def _form_of_norm(call: Call, calls: Calls) -> NormForm | str:
     epsilons = [key for key, value in vars(module).items() if type(value) is float]
     for epsilon, (rounds_first, adds_one) in product(epsilons, product((True, False), repeat=2)):
         form = NormForm(epsilon, rounds_first, adds_one, x.dtype)
-        if all(map(lambda a, b: _gives(form, trial, a, b), inputs, wanted)):
+        if "bias" not in names and all(map(lambda a, b: _gives(form, trial, a, b), inputs, wanted)):
             return form
-    return "it computes none of the known formulas, bit for bit"
+    if exact:
+        return "it computes none of the known formulas, bit for bit"
+    for epsilon in epsilons:
+        if all(map(lambda a, b: _gives_layer_norm(epsilon, trial, a, b), inputs, wanted)):
+            return _LayerNormForm(epsilon)
+    return "it computes none of the known formulas"
 
 
 def _gives(form: NormForm, module: nn.Module, x: Tensor, wanted: Tensor) -> bool:
@@ -202,11 +240,28 @@ def _gives(form: NormForm, module: nn.Module, x: Tensor, wanted: Tensor) -> bool
     return made is not None and torch.equal(made[0], wanted)
 
 
+def _gives_layer_norm(epsilon: str, module: nn.Module, x: Tensor, wanted: Tensor) -> bool:
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    assert weight is not None
+    made = layer_norm_rows(x, weight, bias, getattr(module, epsilon), best_isa())
+    return made is not None and _rounds_otherwise(made[0], wanted)
+
+
+def _rounds_otherwise(a: Tensor, b: Tensor) -> bool:
+    """Whether numbers of one type differ by a rounding to it, and some of fp32."""
+    slack = torch.finfo(b.dtype).eps * b.double().abs() + 2**-18 * b.double().abs().amax()
+    return a.shape == b.shape and bool(((a.double() - b.double()).abs() <= slack).all())
+
+
 def make_gate(
-    name: str, call: Call, readers: Callable[[Sequence[WQLinear]], list[Reader]], calls: Calls
+    name: str,
+    call: Call,
+    readers: Callable[[Sequence[WQLinear]], list[Reader]],
+    calls: Calls,
+    exact: bool,
 ) -> Gate | str | None:
     """A gated MLP that quantizes what its last layer reads; why it does not; or None where that
-    layer does not quantize it, or is none of its own.
+    layer does not quantize it, or is none of its own. Arguments as of `make_norm`.
     """
     module = call.module
     layers, acts = gate_children(module)
@@ -227,9 +282,26 @@ def make_gate(
             continue
         gate = Gate(name, module, readers([layer]), form)
         if _same_on_other_inputs(gate, call.args[0]):
+            if not exact:
+                gate.kind = _kind_of_act(module._modules[act], call.output.dtype)
             return gate
         gate.dissolve()
     return "it does not compute down(act(gate(x)) * up(x)), bit for bit"
+
+
+def _kind_of_act(act: nn.Module | None, dtype: torch.dtype) -> str:
+    """The gate that an activation is, but for a rounding, or "product" for one of another kind."""
+    assert act is not None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.linspace(-12, 12, 960), torch.randn(320, generator=generator)])
+    x = x.view(2, -1).to(dtype)
+    wanted = act(x)
+    # That of the error function takes longer than torch's and a product: docs/cpu.md.
+    for kind in ("silu_mul", "gelu_tanh_mul"):
+        made = product_rows(x, torch.ones_like(x), best_isa(), kind)
+        if made is not None and wanted.dtype is dtype and _rounds_otherwise(made[0], wanted):
+            return kind
+    return "product"
 
 
 def _once(

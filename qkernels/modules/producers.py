@@ -1,7 +1,8 @@
 """Modules that quantize their outputs where they make them: norms, and gates times what they gate.
 
-What such a module gives is a tensor as ever, with the bits that it always had. Beside it lie its
-int8 rows, made in the same pass, and layers that are given that very tensor take them instead of
+What such a module gives is a tensor as ever, with the bits that it always had, but where it is
+asked for what only rounds otherwise: `LayerNorm`, and gates in one pass. Beside it lie its int8
+rows, made in the same pass, and layers that are given that very tensor take them instead of
 quantizing it again. Whoever else reads it sees nothing of that.
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.activations import QuantizedActivation
-from qkernels.backends.cpu import Rounded, best_isa, norm_rows, product_rows
+from qkernels.backends.cpu import Rounded, best_isa, layer_norm_rows, norm_rows, product_rows
 from qkernels.modules.linear import WQLinear
 from qkernels.modules.packed import PackedModule
 
@@ -137,7 +138,19 @@ class NormForm:
     dtype: torch.dtype
 
 
-class Norm(Producer):
+class AnyNorm(Producer):
+    """A norm of one tensor, which `_rows` makes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own."""
+        made = self._rows(args[0]) if self._is_wanted(args, kwargs) else None
+        return self._original(args, kwargs) if made is None else self._keep(made)
+
+    def _rows(self, x: Tensor) -> Rounded | None:
+        raise NotImplementedError
+
+
+class Norm(AnyNorm):
     """x over its root mean square, times a weight."""
 
     def __init__(
@@ -146,11 +159,6 @@ class Norm(Producer):
         self._form = form
         super().__init__(name, module, readers)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own."""
-        made = self._rows(args[0]) if self._is_wanted(args, kwargs) else None
-        return self._original(args, kwargs) if made is None else self._keep(made)
-
     def _rows(self, x: Tensor) -> Rounded | None:
         form, module = self._form, self.module
         weight = module._parameters.get("weight")
@@ -158,6 +166,29 @@ class Norm(Producer):
             return None
         epsilon = getattr(module, form.epsilon)
         return norm_rows(x, weight, epsilon, form.rounds_first, form.adds_one, self._instructions())
+
+
+class LayerNorm(AnyNorm):
+    """x without its mean, over its standard deviation, times a weight, and a bias or none; summed
+    in another order than torch's.
+
+    Attributes:
+        epsilon: the attribute of the module that holds it.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, readers: Sequence[Reader], epsilon: str
+    ) -> None:
+        self.epsilon = epsilon
+        super().__init__(name, module, readers)
+
+    def _rows(self, x: Tensor) -> Rounded | None:
+        parameters = self.module._parameters
+        weight = parameters.get("weight")
+        if type(x) is not Tensor or weight is None or x.dtype is not weight.dtype:
+            return None
+        epsilon = getattr(self.module, self.epsilon)
+        return layer_norm_rows(x, weight, parameters.get("bias"), epsilon, self._instructions())
 
 
 @dataclass(frozen=True)
@@ -180,7 +211,14 @@ class GateForm:
 
 
 class Gate(Producer):
-    """A gated MLP: what `down` reads is quantized where it is multiplied."""
+    """A gated MLP: what `down` reads is quantized where it is multiplied.
+
+    Attributes:
+        kind: the gate of `backends.rows.KINDS` that is made in the pass of the product, or
+            "product" where the module's own activation opens it.
+    """
+
+    kind = "product"
 
     def __init__(
         self, name: str, module: nn.Module, readers: Sequence[Reader], form: GateForm
@@ -210,9 +248,14 @@ class Gate(Producer):
             del first, second
         else:
             gated, upper = gate(x), up(x)
+        made = None
+        if self.kind != "product" and type(gated) is Tensor and type(upper) is Tensor:
+            made = product_rows(gated, upper, self._instructions(), self.kind)
+        if made is not None:
+            del gated, upper
+            return down(self._keep(made))
         opened = act(gated)
         del gated
-        made = None
         if type(opened) is Tensor and type(upper) is Tensor:
             made = product_rows(opened, upper, self._instructions())
         y = opened * upper if made is None else self._keep(made)

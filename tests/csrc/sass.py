@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 from collections import Counter, deque
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -72,6 +71,14 @@ class KernelCode:
                 after.append(place[each.target])
         return [[i for i in after if i < len(self.code)] for after in following]
 
+    @cached_property
+    def _before(self) -> list[list[int]]:
+        before: list[list[int]] = [[] for _ in self.code]
+        for i, following in enumerate(self._following):
+            for after in following:
+                before[after].append(i)
+        return before
+
     def count(self, operation: str, *suffixes: str) -> int:
         """Instructions of an operation that have all of these suffixes."""
         return sum(
@@ -104,17 +111,16 @@ class KernelCode:
         """
         found: list[int] = []
         for start, end in pairwise(stops):
-            before: dict[int, int | None] = {}
-            waiting: deque[tuple[int, int | None]] = deque(
-                (i, None) for i in self._following[start]
-            )
+            before: dict[int, int | None] = dict.fromkeys(self._following[start])
+            waiting = deque(before)
             while end not in before:
                 if not waiting:
                     raise NoWay(f"{self.name}: no way from instruction {start} to {end}")
-                here, previous = waiting.popleft()
-                if here not in before:
-                    before[here] = previous
-                    waiting.extend((i, here) for i in self._following[here])
+                here = waiting.popleft()
+                for i in self._following[here]:
+                    if i not in before:
+                        before[i] = here
+                        waiting.append(i)
             part: list[int] = []
             at: int | None = end
             while at is not None:
@@ -123,14 +129,19 @@ class KernelCode:
             found += reversed(part)
         return found
 
-    def _before(self, start: int, ends: set[int]) -> set[int]:
-        """The instructions that may run behind `start` and before one of `ends`."""
-        found, waiting = {start}, [start]
+    @staticmethod
+    def _distances(start: int, edges: list[list[int]], closed: set[int]) -> dict[int, int]:
+        """The fewest edges that lead from `start` to each place that they lead to, by way of none
+        that is closed."""
+        distances = {i: 1 for i in edges[start] if i not in closed}
+        waiting = deque(distances)
         while waiting:
-            following = set(self._following[waiting.pop()]) - ends - found
-            found |= following
-            waiting += following
-        return found
+            here = waiting.popleft()
+            for i in edges[here]:
+                if i not in distances and i not in closed:
+                    distances[i] = distances[here] + 1
+                    waiting.append(i)
+        return distances
 
     def stages(self, tensor: int) -> list[Stage]:
         """The loops over stages, the shortest first; `tensor`: HMMA or IMMA that each has.
@@ -146,16 +157,13 @@ class KernelCode:
             products = places[first : first + tensor]
             barrier = max(i for i in self.places("BAR") if i < products[0])
             copy = min(i for i in self.places("LDGSTS") if i > barrier)
-            way = self.way([barrier, copy, *products, barrier])
-            entering = []
+            copied, middle = self.way([barrier, copy]), self.way([copy, products[0]])
+            way = [*copied, *middle, *self.way([*products, barrier])]
             # What is behind another barrier is not of this loop.
-            near = self._before(copy, barriers)
-            for place in of_group:
-                if place not in near:
-                    continue
-                with suppress(NoWay):
-                    entering.append(len(self.way([barrier, copy, place, *products, barrier])))
-            found.append(Stage(way, min(entering) - len(way) if entering else None))
+            after = self._distances(copy, self._following, barriers)
+            before = self._distances(products[0], self._before, barriers)
+            entering = [after[i] + before[i] for i in of_group if i in after and i in before]
+            found.append(Stage(way, min(entering) - len(middle) if entering else None))
         return sorted(found, key=lambda stage: len(stage.way))
 
     def count_on(self, way: list[int], operation: str, suffix: str) -> int:

@@ -64,6 +64,20 @@ def test_the_last_codes_of_the_largest_weights(n, k, bits):
     assert torch.equal(got[0, -40:], codes[-1])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_the_last_codes_of_the_largest_integer_weights(n, k, bits):
+    words = words_of(n, k, bits)
+    codes = torch.randint(1 << bits, (7, 40), dtype=torch.uint8)
+    with last_blocks_alone():
+        rows = n % 32 or 32
+        source = promised(rows, k, dtype=torch.uint8)
+        source[-7:, -40:] = codes
+        OPERATORS.pack_fragment_int8(source, words, n, k, n - rows, rows, bits)
+        got = OPERATORS.unpack_fragment_int8(words, n, k, n - 1, 1, bits)
+    assert torch.equal(got[0, -40:], codes[-1])
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_last_weights_that_are_dequantized(bits):
     """More rows than the y of a grid has blocks, and more numbers than an int."""
@@ -111,6 +125,7 @@ def test_a_grid_packs_the_largest_weights(n, k):
     source = promised(n, k, dtype=torch.uint8)
     with skipped_launches():
         OPERATORS.pack_fragment(source, None, words_of(n, k, 8), n, k, 0, n, 8, "codes")
+        OPERATORS.pack_fragment_int8(source, words_of(n, k, 8), n, k, 0, n, 8)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +138,8 @@ def test_larger_weights_are_refused(n, k):
         partial(OPERATORS.dequantize, small, small, None, None, n, k, 64, "int4", torch.half),
         partial(OPERATORS.pack_fragment, small, None, small, n, k, 0, 32, 4, "codes"),
         partial(OPERATORS.unpack_fragment, small, n, k, 0, 32, 4),
+        partial(OPERATORS.pack_fragment_int8, small, small, n, k, 0, 32, 4),
+        partial(OPERATORS.unpack_fragment_int8, small, n, k, 0, 32, 4),
         partial(OPERATORS.weight_only_route, n, k, 64, 64, "int4", None, "fused", 0),
     )
     for call in calls:

@@ -7,7 +7,7 @@ own, in a forked process, since a sanitizer ends the process that reads out of b
 import multiprocessing
 import os
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -49,56 +49,51 @@ FUNCTIONS = {  # of ptx.cuh, and what the emulator calls them
 SEEDS = range(12)
 
 
-def exercise(check):
-    """Runs every kernel on shapes with tails, and gives each result to `check(name, result)`."""
-    torch.manual_seed(0)
-    exercise_weights(check)
-    exercise_integers(check)
-    exercise_rows(check)
-    exercise_beside(check)
+# Two products of different shapes split K: each counts with what the other left.
+WEIGHTS = (
+    ("w4a16-g32", 3, 30, 584, {"tokens": 8, "parts": 2, "stages": 2}),
+    ("w4a16-g32", 5, 90, 1093, {"tokens": 8, "parts": 1, "stages": 3}),
+    ("w8a16-g64", 9, 97, 1096, {"tokens": 16, "parts": 3, "stages": 2}),
+    ("w4a16-g64", 9, 97, 1096, {"tokens": 16, "parts": 1, "stages": 4}),
+    ("nf4-g64", 3, 36, 2600, {"tokens": 8, "parts": 1, "stages": 5}),
+    ("w4a16-g64", 3, 36, 2600, {"tokens": 8, "parts": 1, "stages": 6}),
+    ("w4a16-g64", 9, 140, 200, {"tokens": 32, "parts": 1, "stages": 2}),
+    ("w3a16-g64", 9, 36, 1300, {"tokens": 16, "parts": 1, "stages": 3}),
+    ("w2a16-g32", 3, 300, 520, {"tokens": 64, "parts": 2, "stages": 2}),
+    # The second of three blocks has a piece of either tile.
+    ("w4a16-g64", 3, 100, 1100, {"tokens": 8, "blocks": 3, "stages": 2}),
+)
 
 
-def exercise_weights(check):
-    """Two products of different shapes split K: each counts with what the other left."""
-    for text, m, n, k, schedule in (
-        ("w4a16-g32", 3, 30, 584, {"tokens": 8, "parts": 2, "stages": 2}),
-        ("w4a16-g32", 5, 90, 1093, {"tokens": 8, "parts": 1, "stages": 3}),
-        ("w8a16-g64", 9, 97, 1096, {"tokens": 16, "parts": 3, "stages": 2}),
-        ("w4a16-g64", 9, 97, 1096, {"tokens": 16, "parts": 1, "stages": 4}),
-        ("nf4-g64", 3, 36, 2600, {"tokens": 8, "parts": 1, "stages": 5}),
-        ("w4a16-g64", 3, 36, 2600, {"tokens": 8, "parts": 1, "stages": 6}),
-        ("w4a16-g64", 9, 140, 200, {"tokens": 32, "parts": 1, "stages": 2}),
-        ("w3a16-g64", 9, 36, 1300, {"tokens": 16, "parts": 1, "stages": 3}),
-        ("w2a16-g32", 3, 300, 520, {"tokens": 64, "parts": 2, "stages": 2}),
-        # The second of three blocks has a piece of either tile.
-        ("w4a16-g64", 3, 100, 1100, {"tokens": 8, "blocks": 3, "stages": 2}),
-    ):
-        weight = rounding.quantize(torch.randn(n, k), text, bias=torch.randn(n))
-        # Heap memory of exactly the right size, so that a sanitizer sees what lies beyond it.
-        x = F.pad(torch.randn(m, k, dtype=torch.float16), (0, -k % 8))
-        packed = pack(weight, FRAGMENT)
-        bias = weight.bias.to(torch.float16 if m == 9 else torch.float32)
-        check("product", product(x, packed, bias, **schedule))
-        tensors, facts = weight_arguments(packed)
-        operators = torch.ops.qkernels_emulated
-        check("weight", operators.dequantize(*tensors, *facts, torch.float16))
-        words = torch.empty_like(packed.buffers["words"])
-        bits = weight.scheme.bits
-        operators.pack_fragment(weight.codes, None, words, n, k, 0, n, bits, "codes")
-        check("words", words)
-        check("codes", operators.unpack_fragment(words, n, k, 0, n, bits))
-    for bits in (4, 8):
-        codes = torch.randint(1 << bits, (30, 72), dtype=torch.uint8)
-        words = torch.empty(fragment.words_shape(30, 72, bits), dtype=torch.int32)
-        operators.pack_fragment_int8(codes, words, 30, 72, 0, 30, bits)
-        check("words", words)
-        check("codes", operators.unpack_fragment_int8(words, 30, 72, 0, 30, bits))
+def exercise_weight(text, m, n, k, schedule, check):
+    weight = rounding.quantize(torch.randn(n, k), text, bias=torch.randn(n))
+    # Heap memory of exactly the right size, so that a sanitizer sees what lies beyond it.
+    x = F.pad(torch.randn(m, k, dtype=torch.float16), (0, -k % 8))
+    packed = pack(weight, FRAGMENT)
+    bias = weight.bias.to(torch.float16 if m == 9 else torch.float32)
+    check("product", product(x, packed, bias, **schedule))
+    tensors, facts = weight_arguments(packed)
+    operators = torch.ops.qkernels_emulated
+    check("weight", operators.dequantize(*tensors, *facts, torch.float16))
+    words = torch.empty_like(packed.buffers["words"])
+    bits = weight.scheme.bits
+    operators.pack_fragment(weight.codes, None, words, n, k, 0, n, bits, "codes")
+    check("words", words)
+    check("codes", operators.unpack_fragment(words, n, k, 0, n, bits))
+
+
+def exercise_floats(check):
     for n in (30, 36):
         weight = rounding.quantize(torch.randn(n, 200), "w3a16-g32")
         layer = WQLinear.from_weight(weight, backend="emulated")
         check("floats", layer(torch.randn(3, 200)))
-    # More tiles than ends that do not decrease could make, then of one weight, so that it does not
-    # matter which expert is the last to write a row; and rows of no expert.
+
+
+def exercise_experts(check):
+    """More tiles than ends that do not decrease could make, and rows of no expert.
+
+    The tiles are of one weight, so that it does not matter which expert is the last to write a row.
+    """
     one, other = (
         pack(rounding.quantize(torch.randn(70, 200), "w4a16-g32"), FRAGMENT) for _ in range(2)
     )
@@ -109,6 +104,9 @@ def exercise_weights(check):
         x = torch.randn(20, 200, dtype=torch.float16)
         check("experts", grouped_product(x, ends, experts, tokens=8, blocks=5))
         check("experts", grouped_product(x, ends, experts, tokens=8, parts=2))
+
+
+def exercise_gradients(check):
     for text, m, n, k, schedule in (
         ("w4a16-g32", 3, 200, 300, {"tokens": 16, "parts": 2}),
         ("w8a16-g48", 3, 88, 328, {"tokens": 64, "parts": 1}),
@@ -117,6 +115,9 @@ def exercise_weights(check):
         packed = pack(rounding.quantize(torch.randn(n, k), text), FRAGMENT)
         dy = torch.randn(m, n, dtype=torch.float16)
         check("gradient", gradient(dy, packed, **schedule))
+
+
+def exercise_packing(check):
     n, k = 40, 96
     perm = torch.randperm(k).int()
     for kind, bits, shape in (
@@ -126,33 +127,42 @@ def exercise_weights(check):
     ):
         any_words = torch.randint(-(2**31), 2**31, shape).int()
         words = torch.empty(fragment.words_shape(n, k, bits), dtype=torch.int32)
-        operators.pack_fragment(any_words, perm, words, n, k, 0, n, bits, kind)
+        torch.ops.qkernels_emulated.pack_fragment(any_words, perm, words, n, k, 0, n, bits, kind)
         check(kind, words)
+    for bits in (4, 8):
+        codes = torch.randint(1 << bits, (30, 72), dtype=torch.uint8)
+        words = torch.empty(fragment.words_shape(30, 72, bits), dtype=torch.int32)
+        torch.ops.qkernels_emulated.pack_fragment_int8(codes, words, 30, 72, 0, 30, bits)
+        check("words", words)
+        check("codes", torch.ops.qkernels_emulated.unpack_fragment_int8(words, 30, 72, 0, 30, bits))
 
 
-def exercise_integers(check):
-    """Products of int8: whole sums and grouped ones, of x with zero points, and y for a reader."""
-    for text, m, n, k, schedule in (
-        ("w8a8", 3, 30, 584, {"tokens": 8, "parts": 2, "stages": 2}),
-        ("w4a8-g32", 9, 97, 1096, {"tokens": 16, "parts": 1, "stages": 3}),
-        ("w4a8-g64-flat-asym", 9, 36, 1300, {"tokens": 32, "parts": 1, "stages": 2}),
-        ("w4a8-asym", 3, 300, 520, {"tokens": 64, "parts": 2, "stages": 2}),
+# Whole sums and grouped ones.
+INTEGERS = (
+    ("w8a8", 3, 30, 584, {"tokens": 8, "parts": 2, "stages": 2}),
+    ("w4a8-g32", 9, 97, 1096, {"tokens": 16, "parts": 1, "stages": 3}),
+    ("w4a8-g64-flat-asym", 9, 36, 1300, {"tokens": 32, "parts": 1, "stages": 2}),
+    ("w4a8-asym", 3, 300, 520, {"tokens": 64, "parts": 2, "stages": 2}),
+)
+
+
+def exercise_integer(text, m, n, k, schedule, check):
+    """Products of int8: of x with zero points and without, and y for a reader."""
+    weight = rounding.quantize(torch.randn(n, k), text, bias=torch.randn(n))
+    packed = pack(weight, FRAGMENT_INT8)
+    x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    scale, zero = torch.rand(m) * 1e-2, torch.randint(-128, 128, (m,), dtype=torch.int32)
+    for dtype, more in (
+        (torch.float16, {"zero": zero}),
+        (torch.float32, {}),
+        (torch.bfloat16, {"y_scale": torch.tensor(0.3), "y_zero": torch.tensor(5).int()}),
     ):
-        weight = rounding.quantize(torch.randn(n, k), text, bias=torch.randn(n))
-        packed = pack(weight, FRAGMENT_INT8)
-        x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
-        scale, zero = torch.rand(m) * 1e-2, torch.randint(-128, 128, (m,), dtype=torch.int32)
-        for dtype, more in (
-            (torch.float16, {"zero": zero}),
-            (torch.float32, {}),
-            (torch.bfloat16, {"y_scale": torch.tensor(0.3), "y_zero": torch.tensor(5).int()}),
-        ):
-            if "y_scale" in more:
-                scale[1] = torch.nan
-                more["row_scales"] = torch.empty(m)
-            check(text, integer_product(x, scale, packed, weight.bias, dtype, **more, **schedule))
-            if "y_scale" in more:
-                check("row scales", more["row_scales"].nan_to_num())
+        if "y_scale" in more:
+            scale[1] = torch.nan
+            more["row_scales"] = torch.empty(m)
+        check(text, integer_product(x, scale, packed, weight.bias, dtype, **more, **schedule))
+        if "y_scale" in more:
+            check("row scales", more["row_scales"].nan_to_num())
 
 
 def exercise_rows(check):
@@ -185,6 +195,19 @@ def exercise_rows(check):
         )
         for result in (codes, scales, zeros):
             check("padded rows", result)
+    for dtype in (torch.float16, torch.float32):
+        # In the first piece and in the last, of the last row; in two blocks, and by hundreds.
+        for m, k, threshold, parts in ((19, 301, 2.9, 2), (3, 2700, 1.0, 1)):
+            x = torch.randn(m, k).to(dtype)
+            x[-1, 0] = x[-1, k - 1] = 5
+            flags, columns, count = torch.ops.qkernels_emulated.find_outliers(x, threshold, parts)
+            check("flags", flags)
+            check("columns", columns[: int(count)])
+            values, scales, *_ = rows(
+                *(x, "plain", None, None, None, 1e-5, "token", None, torch.int8), left_out=flags
+            )
+            check("left out", values)
+            check("scales", scales)
 
 
 def exercise_beside(check):
@@ -211,24 +234,80 @@ def exercise_beside(check):
         check("beside", result)
 
 
+def exercise_outliers(check):
+    """More columns than lanes; groups with zero points and two levels, and floating ones; and what
+    they add to y."""
+    operators = torch.ops.qkernels_emulated
+    for text, m, dtype in (
+        ("w4a8-g64-asym", 9, torch.float16),
+        ("w8a8-g32", 3, torch.bfloat16),
+        ("w4a8-g32-flat", 9, torch.float32),
+    ):
+        n, k = 45, 128
+        weight = rounding.quantize(torch.randn(n, k), text)
+        held, group = pack(weight, FRAGMENT_INT8).buffers, weight.scheme.group_size
+        tensors = (held["words"], held["scales"], held.get("zeros"), held.get("channel_scales"))
+        listed = torch.randperm(k).int()
+        x = torch.randn(m, k).to(dtype)
+        sizes = (n, k, group, weight.scheme.bits)
+        count = torch.tensor([70], dtype=torch.int32)
+        addend = operators.multiply_outliers(x, listed, count, *tensors, *sizes)
+        check("outliers", addend)
+        codes = torch.randint(-9, 9, (m, k), dtype=torch.int8)
+        check(
+            "with outliers",
+            operators.int8_mma(
+                *(codes, torch.rand(m), None, *tensors, None, *sizes, dtype), addend=addend
+            ),
+        )
+
+
+EXERCISES = (
+    *(partial(exercise_weight, *case) for case in WEIGHTS),
+    *(partial(exercise_integer, *case) for case in INTEGERS),
+    exercise_floats,
+    exercise_experts,
+    exercise_gradients,
+    exercise_packing,
+    exercise_rows,
+    exercise_beside,
+    exercise_outliers,
+)
+"""All kernels, on shapes with tails; each gives what comes out to `check(name, result)`."""
+
+
 def short(path):
     """weight_only/mma.cuh"""
     return "/".join(Path(path).parts[-2:])
 
 
+def run(exercise, check):
+    """An exercise draws the same numbers each time."""
+    torch.manual_seed(0)
+    exercise(check)
+
+
 @lru_cache(maxsize=1)
 def truth():
-    """What every kernel gives, in order, and where in the sources of the kernels it passed."""
-    results = []
-    with sites() as found:
-        exercise(lambda name, result: results.append(result))
+    """What every exercise gives, and where in the sources of the kernels it passes."""
     names = {short(path) for path in SOURCES}
-    passed = [
-        (kind, short(site["file"]), site["line"])
-        for kind in FUNCTIONS.values()
-        for site in found[kind]
-    ]
-    return results, [place for place in dict.fromkeys(passed) if place[1] in names]
+    found = []
+    for exercise in EXERCISES:
+        results = []
+        with sites() as passed:
+            run(exercise, lambda name, result, results=results: results.append(result))
+        places = [
+            (kind, short(site["file"]), site["line"])
+            for kind in FUNCTIONS.values()
+            for site in passed[kind]
+        ]
+        found.append((results, [place for place in places if place[1] in names]))
+    return found
+
+
+def places():
+    """All of them, in the order in which they are passed first."""
+    return list(dict.fromkeys(place for _, passed in truth() for place in passed))
 
 
 def written():
@@ -243,20 +322,28 @@ def written():
 
 
 def run_without(place):
-    """Exits with 0 where nothing shows that `place` was taken away."""
+    """Exits with 0 where no exercise that passes `place` shows that it was taken away.
+
+    All exercises run where none passes it.
+    """
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)  # what a sanitizer has to say is not news here
-    expected = truth()[0]
+    passing = [
+        (exercise, results)
+        for exercise, (results, passed) in zip(EXERCISES, truth(), strict=True)
+        if place in passed or place not in places()
+    ]
     with disabled(*place):
         for seed in SEEDS:
             set_seed(seed)
-            left = iter(expected)
+            for exercise, expected in passing:
+                left = iter(expected)
 
-            def check(name, result, left=left):
-                if not torch.equal(result, next(left)):
-                    os._exit(1)
+                def check(name, result, left=left):
+                    if not torch.equal(result, next(left)):
+                        os._exit(1)
 
-            exercise(check)
+                run(exercise, check)
     os._exit(0)
 
 
@@ -269,7 +356,7 @@ def is_caught(place):
 
 
 def test_every_place_is_exercised():
-    assert set(truth()[1]) == written()
+    assert set(places()) == written()
     assert {kind for kind, _, _ in written()} == set(FUNCTIONS.values())
 
 
@@ -283,6 +370,6 @@ PARTS = 4
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_place_is_needed(part):
-    places = truth()[1][part::PARTS]
-    assert places
-    assert not [place for place in places if not is_caught(place)]
+    some = places()[part::PARTS]
+    assert some
+    assert not [place for place in some if not is_caught(place)]

@@ -66,6 +66,43 @@ def test_kernels_that_are_right_are_trusted_without_a_word(text):
     assert is_right(layer)
 
 
+@pytest.mark.parametrize(
+    ("text", "kernel"),
+    [
+        ("w8a8", "emulated_int8_mma"),
+        ("w4a8-g64-static", "emulated_int8_mma"),
+        ("w8a8-staticasym", "emulated_int8_mma"),
+        ("w4a8-g64-flat", "emulated_int8_mma_grouped"),
+        ("w8a8-position", "emulated_int8_positions"),
+        ("w4a4-g64", "emulated_int4_activations"),
+    ],
+)
+def test_integer_kernels_are_trusted_too(text, kernel):
+    scheme = qk.QuantScheme.parse(text)
+    scale = 0.05 if scheme.activation.is_static else None
+    quantized = rounding.quantize(
+        torch.randn(N, K), text.replace("staticasym", "static"), activation_scale=scale
+    )
+    if scheme.activation.has_zeros:
+        zero = torch.tensor(3, dtype=torch.int32)
+        quantized = quantized.replace(scheme=scheme, activation_zero=zero)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = qk.WQLinear.from_weight(quantized)
+    assert chosen(text) == kernel and layer.packed.layout.name == "fragment_int8"
+    assert is_right(layer)
+
+
+def test_an_integer_kernel_whose_launches_fail_leaves_the_layer_to_another_backend():
+    with (
+        failing_launches("no kernel image is available"),
+        pytest.warns(RuntimeWarning, match="emulated_int8_mma fails"),
+    ):
+        layer = qk.WQLinear.from_weight(weight("w8a8"))
+    assert chosen("w8a8").startswith("cpu_") and layer.packed.layout.name == "vnni"
+    assert is_right(layer)
+
+
 def test_a_kernel_without_one_of_its_waits_is_caught_and_passed_over():
     packed = qk.WQLinear.from_weight(weight(), check_kernels=False).packed
     with sites() as found:

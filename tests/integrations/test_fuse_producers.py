@@ -12,7 +12,8 @@ from torch import nn
 import qkernels as qk
 from qkernels.modules import producers
 from qkernels.modules.producers import Producer, ReadingLinear
-from tests.calibration.test_architectures import GEMMA, LLAMA_LIKE, batches_for
+from tests.bounds import FOREIGN_LOGITS, FROBENIUS_BOUND
+from tests.calibration.test_architectures import GEMMA, LLAMA_LIKE, OPT, batches_for
 from tests.tiny_model import tiny_model
 
 GROUPED = {**LLAMA_LIKE, "num_key_value_heads": 2, "tie_word_embeddings": False}
@@ -161,6 +162,123 @@ def test_layer_norms_are_left_alone():
     assert not report.norms and not report.gates and not is_fused(model)
     assert set(report.unchanged.values()) == {"it has more than a weight"}
     assert torch.equal(outputs(model), wanted)
+
+
+GPT2 = {"vocab_size": 100, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
+LAYER_NORMED = {
+    "GPT2LMHeadModel": ("GPT2Config", GPT2, 2),
+    "OPTForCausalLM": ("OPTConfig", OPT, 2),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", LLAMA_LIKE, 2),
+    # What a norm gives is the residual of what reads it, too. The first block reads embeddings'.
+    "BertForMaskedLM": ("BertConfig", LLAMA_LIKE, 2),
+}
+"""With the number of norms in a block that int8 layers read."""
+
+
+def relative_error(y, exact):
+    return float((y.double() - exact.double()).norm() / exact.double().norm())
+
+
+def producers_of(model, kind):
+    found = (getattr(vars(m).get("forward"), "__self__", None) for m in model.modules())
+    return [producer for producer in found if isinstance(producer, kind)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYER_NORMED)
+def test_layer_norms_where_outputs_need_not_be_the_same(name, dtype, made):
+    config, options, norms = LAYER_NORMED[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**options)).to(dtype).eval()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight, 0.5, 0.5)
+            nn.init.normal_(module.bias, 0, 0.5)
+    qk.quantize_model(model, "rtn", "w8a8")
+    wanted = outputs(model)
+    report = qk.fuse(model, exact=False)
+    assert len(report.norms) >= norms * BLOCKS and not report.unchanged
+    assert len(producers_of(model, producers.LayerNorm)) == len(report.norms)
+    made["read"] = 0
+    got = outputs(model)
+    assert made["read"] >= norms * BLOCKS
+    assert relative_error(got, wanted) <= FOREIGN_LOGITS
+    for producer in producers_of(model, producers.LayerNorm):
+        x = torch.randn(9, 64).to(dtype)
+        with torch.no_grad():
+            y, exact = producer.module(x), nn.LayerNorm.forward(producer.module, x)
+        assert relative_error(y, exact) <= FROBENIUS_BOUND[dtype]
+        rows = producer.quantized(y)
+        values, scale = qk.quantize_per_token(y)
+        assert torch.equal(rows.values, values) and torch.equal(rows.scale, scale)
+    qk.unfuse(model)
+    assert not is_fused(model) and torch.equal(outputs(model), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [("LlamaForCausalLM", "silu_mul"), ("GemmaForCausalLM", "gelu_tanh_mul")]
+)
+def test_gates_are_opened_in_the_pass_of_their_product(name, kind, dtype, made):
+    model = quantized(name, dtype)
+    wanted = outputs(model)
+    report = qk.fuse(model, exact=False)
+    assert len(report.gates) == BLOCKS and len(report.norms) == 2 * BLOCKS
+    gates = producers_of(model, producers.Gate)
+    assert [gate.kind for gate in gates] == BLOCKS * [kind]
+    made.update(norms=0, products=0, read=0)
+    opened = []
+    for gate in gates:
+        act = gate.module._modules[gate._form.act]
+        act.register_forward_hook(lambda module, args, y: opened.append(y))
+    assert relative_error(outputs(model), wanted) <= FOREIGN_LOGITS
+    assert made["products"] == BLOCKS and made["read"] == 3 * BLOCKS and not opened
+
+
+def test_an_activation_of_another_kind_stays():
+    class Squared(nn.Module):
+        def forward(self, x):
+            return x.relu().square()
+
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = nn.Linear(64, 96), nn.Linear(64, 96)
+            self.act, self.down = Squared(), nn.Linear(96, 64)
+
+        def forward(self, x):
+            return self.down(self.act(self.gate(x)) * self.up(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Mlp())
+    qk.quantize_model(model, "rtn", "w8a8")
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        assert qk.fuse(model, example=x, exact=False).gates == ["0"]
+        (gate,) = producers_of(model, producers.Gate)
+        assert gate.kind == "product" and torch.equal(model(x), wanted)
+
+
+def test_what_only_looks_like_a_layer_norm_is_left_alone():
+    class Clamped(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x).clamp(-2, 2)
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.layer = Clamped(64), nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.layer(self.norm(x))
+
+    model = Reader()
+    qk.quantize_model(model, "rtn", "w8a8")
+    # Nothing is clamped here: only a larger weight tells.
+    nn.init.constant_(model.norm.weight, 0.1)
+    report = qk.fuse(model, example=torch.randn(3, 64), exact=False)
+    assert report.unchanged == {"norm": "it computes none of the known formulas"}
 
 
 def test_the_norm_of_torch(made):

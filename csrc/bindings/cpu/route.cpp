@@ -2,14 +2,23 @@
 
 #include "bindings/route.h"
 
+#include <ATen/Context.h>
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <c10/util/bit_cast.h>
+
 #include <algorithm>
 #include <memory>
 #include <new>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bindings/cpu/cpu.h"
 #include "bindings/preparation.h"
 #include "cpu/linear.h"
+#include "cpu/outliers.h"
 
 namespace py = pybind11;
 
@@ -107,6 +116,16 @@ class CpuRoute final : public Route {
   bool gives_int8() const override { return true; }
 
   bool fills_y() const override { return true; }
+
+  // Columns of the weight, counted without those that pad groups: fp32 [C, N], as it dequantizes.
+  at::Tensor columns(const Buffers& buffers, const std::vector<int64_t>& wanted) const {
+    require(integers_, "columns are taken of weights of int8 products");
+    const auto count = static_cast<int64_t>(wanted.size());
+    at::Tensor out = at::empty({count, weight_.n}, at::kFloat);
+    cpu::take_columns(weight(buffers), wanted.data(), count, out.mutable_data_ptr<float>(),
+                      torch_pool());
+    return out;
+  }
 
  private:
   // y for x of fp16, bf16 or fp32.
@@ -276,6 +295,121 @@ class CpuRoute final : public Route {
   Optional table_, nested_table_;  // keep alive what weight_ points to
 };
 
+// fp32 products in fp32, also where torch is set to bf16 or TF32 for them.
+class FullPrecision {
+ public:
+  FullPrecision() : before_(at::globalContext().float32MatmulPrecision()) {
+    if (before_ != kHighest) at::globalContext().setFloat32MatmulPrecision("highest");
+  }
+  FullPrecision(const FullPrecision&) = delete;
+  FullPrecision& operator=(const FullPrecision&) = delete;
+  ~FullPrecision() {
+    if (before_ == kHighest) return;
+    const bool is_high = before_ == at::Float32MatmulPrecision::HIGH;
+    at::globalContext().setFloat32MatmulPrecision(is_high ? "high" : "medium");
+  }
+
+ private:
+  static constexpr auto kHighest = at::Float32MatmulPrecision::HIGHEST;
+
+  at::Float32MatmulPrecision before_;
+};
+
+// Columns of x that hold a magnitude of a threshold or more are multiplied as they are with those
+// of the weight, in fp32, and the others as integers: LLM.int8(). y is rounded once.
+class OutlierRoute final : public Route {
+ public:
+  // Of the others: for rows of x from so many on, to so many, or -1 without an end.
+  using Part = std::tuple<int64_t, int64_t, std::shared_ptr<CpuRoute>>;
+
+  // largest: number of integers, 127 or, with 4 bits, 7. each_row: columns are found in each row
+  // alone.
+  OutlierRoute(int64_t k, double threshold, double largest, bool each_row, std::vector<Part> parts)
+      : threshold_(static_cast<float>(threshold)),
+        largest_(largest),
+        each_row_(each_row),
+        parts_(std::move(parts)) {
+    require(threshold > 0, "threshold must be above 0, got ", threshold);
+    require(!parts_.empty(), "the other columns need a kernel");
+    order_.k = order_.group = order_.padded_group = k;
+    check(order_);
+  }
+
+  at::Tensor run(const Call& call) const override {
+    require(call.row_scales == nullptr, "x is quantized, and columns of it are kept in 16 bits");
+    require(call.x.size(-1) == order_.k, "x must have shape [..., ", order_.k, "], got ",
+            call.x.sizes());
+    const at::Tensor x = prepare(call.x, call.buffers, order_).matrix();
+    Buffers buffers = call.buffers;  // what is done to x is done
+    buffers.perm = buffers.input_factor = nullptr;
+    at::Tensor y;
+    if (each_row_ && x.size(0) > 1) {
+      std::vector<at::Tensor> rows;
+      for (int64_t m = 0; m < x.size(0); ++m) {
+        // A copy: products round a row differently where it begins elsewhere in memory.
+        rows.push_back(multiply(x.narrow(0, m, 1).clone(), buffers, call));
+      }
+      y = at::cat(rows);
+    } else {
+      y = multiply(x, buffers, call);
+    }
+    return call.x.dim() == 2 ? y : y.view(output_shape(call.x, y.size(1)));
+  }
+
+ private:
+  // y [M, N] for x [M, K].
+  at::Tensor multiply(const at::Tensor& x, const Buffers& buffers, const Call& call) const {
+    const std::vector<int64_t> found = outliers(x);
+    if (found.empty()) return integers(x, buffers, call, call.y_type);
+    const at::Tensor columns = at::tensor(found, at::kLong);
+    at::Tensor y = integers(x.index_fill(1, columns, 0), buffers, call, at::kFloat);
+    const at::Tensor weight = part(x.size(0)).columns(buffers, found);
+    const FullPrecision precision;
+    y.addmm_(x.index_select(1, columns).to(at::kFloat), weight);
+    return y.to(call.y_type);
+  }
+
+  std::vector<int64_t> outliers(const at::Tensor& x) const {
+    cpu::OutlierSearch search{};
+    search.x = x.const_data_ptr();
+    search.type = float_type("x", x.scalar_type());
+    search.m = x.size(0);
+    search.k = x.size(1);
+    search.x_stride = x.stride(0);
+    // Rounded to x's type, as torch compares.
+    search.threshold = x.scalar_type() == at::kHalf       ? at::Half(threshold_).x
+                       : x.scalar_type() == at::kBFloat16 ? at::BFloat16(threshold_).x
+                                                          : c10::bit_cast<uint32_t>(threshold_);
+    return cpu::find_outliers(search, torch_pool());
+  }
+
+  at::Tensor integers(const at::Tensor& x, const Buffers& buffers, const Call& call,
+                      at::ScalarType type) const {
+    const CpuRoute& route = part(x.size(0));
+    constexpr double kLargest = 127;
+    if (largest_ == kLargest) return route.run({x, nullptr, buffers, call.list, call.bias, type});
+    // As `reference.quantize_rows` does it; nothing here is NaN or infinity.
+    const at::Tensor top = x.to(at::kFloat).abs().amax(-1);
+    const at::Tensor scales = at::where(top == 0, at::ones_like(top), top / largest_);
+    const at::Tensor codes =
+        (x.to(at::kFloat) / scales.unsqueeze(1)).round_().clamp_(-largest_, largest_).to(at::kChar);
+    return route.run({codes, &scales, buffers, call.list, call.bias, type});
+  }
+
+  const CpuRoute& part(int64_t m) const {
+    for (const auto& [least, most, route] : parts_) {
+      if (m >= least && (most < 0 || m <= most)) return *route;
+    }
+    return *std::get<2>(parts_.back());
+  }
+
+  float threshold_;
+  double largest_;
+  bool each_row_;
+  std::vector<Part> parts_;
+  Preparation order_;
+};
+
 }  // namespace
 
 cpu::GroupType group_type(const char* name, at::ScalarType type) {
@@ -298,6 +432,11 @@ void register_cpu_routes(py::module_& m) {
            py::arg("code"), py::arg("implied_zero"), py::arg("table"), py::arg("nested_table"),
            py::arg("isa"), py::arg("tiles"), py::arg("rounds_weights"), py::arg("pairs"),
            py::arg("activation"), py::arg("granularity"));
+  py::class_<OutlierRoute, Route, std::shared_ptr<OutlierRoute>>(
+      m, "CpuOutlierRoute", "Columns of x with outliers beside routes for the others.")
+      .def(py::init<int64_t, double, double, bool, std::vector<OutlierRoute::Part>>(),
+           py::kw_only(), py::arg("k"), py::arg("threshold"), py::arg("largest"),
+           py::arg("each_row"), py::arg("parts"));
 }
 
 }  // namespace qkernels::bindings

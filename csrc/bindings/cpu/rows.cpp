@@ -25,43 +25,78 @@ void check_rows(const char* name, const at::Tensor& x, int64_t k) {
           " must have adjacent columns, got strides ", x.strides());
 }
 
-// kind: "plain"; "rms_norm" with residual and gain; "silu_mul" with up.
-std::tuple<at::Tensor, at::Tensor, Optional, Optional> quantize(
-    const at::Tensor& x, const std::string& kind, const Optional& other, const Optional& gain,
-    double epsilon, const std::string& scale_of, const Optional& given_scale,
-    const std::string& isa) {
+struct Kind {
+  const char* name;
+  cpu::RowSource::Kind kind;
+};
+
+constexpr Kind kKinds[] = {
+    {"plain", cpu::RowSource::Kind::kPlain},
+    {"rms_norm", cpu::RowSource::Kind::kRmsNorm},
+    {"silu_mul", cpu::RowSource::Kind::kSiluMul},
+    {"layer_norm", cpu::RowSource::Kind::kLayerNorm},
+    {"gelu_mul", cpu::RowSource::Kind::kGeluMul},
+    {"gelu_tanh_mul", cpu::RowSource::Kind::kGeluTanhMul},
+};
+
+cpu::RowSource::Kind row_kind(const std::string& name) {
+  for (const Kind& each : kKinds) {
+    if (name == each.name) return each.kind;
+  }
+  TORCH_CHECK_VALUE(false,
+                    "kind must be plain, rms_norm, silu_mul, layer_norm, gelu_mul or "
+                    "gelu_tanh_mul, got ",
+                    name);
+}
+
+// A gain or a bias [k], or null.
+const void* vector_of(const char* name, const Optional& vector, int64_t k, cpu::FloatType& type) {
+  if (!vector) return nullptr;
+  check(name, *vector, at::kCPU, {k});
+  type = float_type(name, vector->scalar_type());
+  return vector->const_data_ptr();
+}
+
+using Quantized = std::tuple<at::Tensor, at::Tensor, Optional, Optional, Optional>;
+
+// other: the residual of a norm, or what a gate multiplies.
+Quantized quantize(const at::Tensor& x, const std::string& kind, const Optional& other,
+                   const Optional& gain, const Optional& bias, double epsilon,
+                   const std::string& scale_of, const Optional& given_scale, bool rounds,
+                   const std::string& isa) {
   require(x.dim() == 2, "x must have 2 dimensions, got shape ", x.sizes());
   const int64_t m = x.size(0), k = x.size(1);
   check_rows("x", x, k);
   cpu::RowSource source{};
+  source.kind = row_kind(kind);
   source.x = x.const_data_ptr();
   source.type = float_type("x", x.scalar_type());
   source.k = k;
   source.x_stride = m > 1 ? x.stride(0) : k;
   source.epsilon = static_cast<float>(epsilon);
-  Optional sum, zeros;
+  Optional sum, zeros, rounded;
   if (other) require(other->scalar_type() == x.scalar_type(), "both inputs must have one type");
-  if (kind == "rms_norm") {
-    source.kind = cpu::RowSource::Kind::kRmsNorm;
-    if (other) {
-      check("residual", *other, at::kCPU, x.sizes());
-      sum = at::empty({m, k}, x.scalar_type());
-      source.residual = other->const_data_ptr();
-      source.sum = sum->mutable_data_ptr();
-    }
-    if (gain) {
-      check("gain", *gain, at::kCPU, {k});
-      source.gain = gain->const_data_ptr();
-      source.gain_type = float_type("gain", gain->scalar_type());
-    }
-  } else if (kind == "silu_mul") {
-    source.kind = cpu::RowSource::Kind::kSiluMul;
+  if (source.is_gate()) {
     require(other.has_value() && other->sizes() == x.sizes(), "up must have the shape of gate");
     check_rows("up", *other, k);
     source.up = other->const_data_ptr();
     source.up_stride = m > 1 ? other->stride(0) : k;
-  } else {
-    require(kind == "plain", "kind must be plain, rms_norm or silu_mul, got ", kind);
+  } else if (other) {
+    require(source.is_norm(), kind, " takes no other rows");
+    check("residual", *other, at::kCPU, x.sizes());
+    sum = at::empty({m, k}, x.scalar_type());
+    source.residual = other->const_data_ptr();
+    source.sum = sum->mutable_data_ptr();
+  }
+  require(!gain || source.is_norm(), "a gain goes with rms_norm and layer_norm alone");
+  source.gain = vector_of("gain", gain, k, source.gain_type);
+  require(!bias || source.kind == cpu::RowSource::Kind::kLayerNorm,
+          "a bias goes with layer_norm alone");
+  source.bias = vector_of("bias", bias, k, source.bias_type);
+  require(!rounds || source.kind != cpu::RowSource::Kind::kPlain, "plain rows are not rounded");
+  if (rounds) {
+    rounded = at::empty({m, k}, x.scalar_type());
+    source.y = rounded->mutable_data_ptr();
   }
   const float* given = nullptr;
   cpu::ScaleOf scale = cpu::ScaleOf::kRow;
@@ -81,7 +116,7 @@ std::tuple<at::Tensor, at::Tensor, Optional, Optional> quantize(
                        scales.mutable_data_ptr<float>(),
                        zeros ? zeros->mutable_data_ptr<int32_t>() : nullptr, level, torch_pool());
   }
-  return {quantized, scales, zeros, sum};
+  return {quantized, scales, zeros, sum, rounded};
 }
 
 using Rounded = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
@@ -167,9 +202,30 @@ std::optional<Rounded> norm(const at::Tensor& x, const at::Tensor& gain, double 
   return quantize_rounded(source, x, level);
 }
 
-// gate * up as torch rounds it, in the same way.
+// The layer norm of x, rounded once, in the same way; its sums are not in torch's order.
+std::optional<Rounded> layer_norm(const at::Tensor& x, const at::Tensor& gain, const Optional& bias,
+                                  double epsilon, const std::string& isa) {
+  if (!is_plain(x) || !is_float(x.scalar_type()) || !x.is_contiguous()) return std::nullopt;
+  const int64_t k = x.size(-1);
+  const auto fits = [&](const at::Tensor& vector) {
+    return is_plain(vector) && is_float(vector.scalar_type()) && vector.dim() == 1 &&
+           vector.size(0) == k && vector.is_contiguous();
+  };
+  if (!fits(gain) || (bias && !fits(*bias))) return std::nullopt;
+  const cpu::Isa level = isa_here(isa);
+  const py::gil_scoped_release released;
+  cpu::RowSource source{};
+  source.kind = cpu::RowSource::Kind::kLayerNorm;
+  source.x_stride = k;
+  source.gain = vector_of("gain", gain, k, source.gain_type);
+  source.bias = vector_of("bias", bias, k, source.bias_type);
+  source.epsilon = static_cast<float>(epsilon);
+  return quantize_rounded(source, x, level);
+}
+
+// kind: "product" for gate * up as torch rounds it, or that of a gate, which is rounded once.
 std::optional<Rounded> product(const at::Tensor& gate, const at::Tensor& up,
-                               const std::string& isa) {
+                               const std::string& kind, const std::string& isa) {
   if (!is_plain(gate) || !is_plain(up) || !is_float(gate.scalar_type()) ||
       up.scalar_type() != gate.scalar_type() || up.sizes() != gate.sizes()) {
     return std::nullopt;
@@ -179,7 +235,8 @@ std::optional<Rounded> product(const at::Tensor& gate, const at::Tensor& up,
   const cpu::Isa level = isa_here(isa);
   const py::gil_scoped_release released;
   cpu::RowSource source{};
-  source.kind = cpu::RowSource::Kind::kProduct;
+  source.kind = kind == "product" ? cpu::RowSource::Kind::kProduct : row_kind(kind);
+  require(kind == "product" || source.is_gate(), kind, " multiplies nothing");
   source.x_stride = *stride;
   source.up = up.const_data_ptr();
   source.up_stride = *up_stride;
@@ -189,8 +246,11 @@ std::optional<Rounded> product(const at::Tensor& gate, const at::Tensor& up,
 }  // namespace
 
 void register_cpu_rows(py::module_& m) {
-  m.def("quantize_rows_cpu", &quantize, "-> int8 [M, K], scales [M], zero points or None, sum");
+  m.def("quantize_rows_cpu", &quantize,
+        "-> int8 [M, K], scales [M], then zero points, sum and rounded rows, or None");
   m.def("norm_rows_cpu", &norm, "-> y [..., K], its int8 rows, scales [..., 1]; or None");
+  m.def("layer_norm_rows_cpu", &layer_norm,
+        "-> y [..., K], its int8 rows, scales [..., 1]; or None");
   m.def("product_rows_cpu", &product, "-> y [..., K], its int8 rows, scales [..., 1]; or None");
 }
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 
 #include "bindings/cuda/device.h"
 #include "bindings/cuda/fragment.h"
@@ -15,6 +16,7 @@
 #include "bindings/cuda/schedule_choice.h"
 #include "bindings/preparation.h"
 #include "bindings/route.h"
+#include "cuda/int8/outliers.h"
 #include "cuda/weights/fragment.cuh"
 
 namespace qkernels::bindings {
@@ -22,6 +24,7 @@ namespace qkernels::bindings {
 namespace {
 
 constexpr int64_t kXMultiple = 16;  // bytes that rows of int8 x are whole numbers of
+constexpr double kLargestInt8 = 127;
 
 int64_t padded_x(int64_t columns) { return ceil_div(columns, kXMultiple) * kXMultiple; }
 
@@ -83,6 +86,7 @@ struct Int8Rows {
   int64_t m, stride;
   at::Tensor scales;  // fp32 [m]
   Optional zeros;     // int32 [m]
+  Optional addend;    // fp32 [m, n], what columns with outliers add to y
 };
 
 // Fills y, of `type` or, where there is a reader, of int8.
@@ -120,6 +124,7 @@ void multiply(const Int8Rows& rows, const Int8Weight& weight, const Optional& bi
   arguments.x_stride = rows.stride;
   arguments.x_scales = rows.scales.const_data_ptr<float>();
   if (rows.zeros) arguments.x_zeros = rows.zeros->const_data_ptr<int32_t>();
+  if (rows.addend) arguments.addend = rows.addend->const_data_ptr<float>();
   arguments.y = y.mutable_data_ptr();
   arguments.reader = reader;
   arguments.m = rows.m;
@@ -139,21 +144,42 @@ Int8Reader reader_of(const at::Tensor& scale, const Optional& zero, bool relu,
           row_scales.mutable_data_ptr<float>()};
 }
 
+// fp32 [M, N]: the listed columns of x times those of the weight.
+at::Tensor outlier_product(const at::Tensor& x, const Outliers& found, const Int8Weight& weight,
+                           const DeviceScope& scope) {
+  at::Tensor y = at::empty({x.size(0), weight.n}, x.options().dtype(at::kFloat));
+  OutlierProduct product{};
+  product.weight = weight;
+  product.x = x.const_data_ptr();
+  product.x_type = float_type("x", x);
+  product.x_stride = x.stride(0);
+  product.m = x.size(0);
+  product.columns = found.columns.const_data_ptr<int32_t>();
+  product.count = found.count.const_data_ptr<int32_t>();
+  product.y = y.mutable_data_ptr<float>();
+  succeed(multiply_outliers(product, scope.stream()));
+  return y;
+}
+
 enum class XScale { kToken, kTensor, kStatic };
 
 class Int8Route final : public Route {
  public:
   Int8Route(const Int8Shape& shape, const Preparation& preparation, bool two_levels, XScale scale,
-            bool has_zeros, int64_t schedule_m)
+            bool has_zeros, double largest, double outliers, int64_t schedule_m)
       : shape_(shape),
         floats_(preparation),
         integers_(preparation),
+        whole_(preparation),
         two_levels_(two_levels),
         scale_(scale),
         has_zeros_(has_zeros),
+        largest_(largest),
+        outliers_(outliers),
         schedule_m_(schedule_m) {
     integers_.column_multiple = kXMultiple;
     integers_.row_bytes = kXMultiple;
+    whole_.group = whole_.padded_group = whole_.k;
   }
 
   at::Tensor run(const Call& call) const override {
@@ -169,7 +195,7 @@ class Int8Route final : public Route {
                                           buffers.channel_scales, has_zeros_);
     const DeviceScope scope(words);
     const Int8Rows rows =
-        call.row_scales == nullptr ? quantized(call, scope) : given(call, *call.row_scales);
+        call.row_scales == nullptr ? quantized(call, weight, scope) : given(call, *call.row_scales);
     const bool gives_int8 = call.reader != nullptr;
     at::Tensor y = empty_output(call.x, weight.n, gives_int8 ? at::kChar : call.y_type);
     Int8Reader reader{};
@@ -182,21 +208,24 @@ class Int8Route final : public Route {
     return y;
   }
 
-  // A scale of all rows is not known of a part of them, and zero points of rows have no place in a
-  // call.
+  // A scale of all rows is not known of a part of them, zero points of rows have no place in a
+  // call, and columns with outliers none among integers.
   bool takes_quantized() const override {
+    if (outliers_ > 0 || largest_ < kLargestInt8) return false;
     return scale_ == XScale::kStatic || (scale_ == XScale::kToken && !has_zeros_);
   }
 
   bool gives_int8() const override { return true; }
 
  private:
-  Int8Rows quantized(const Call& call, const DeviceScope& scope) const {
-    const Rows rows = prepare(call.x, call.buffers, floats_);
+  Int8Rows quantized(const Call& call, const Int8Weight& weight, const DeviceScope& scope) const {
+    // Zeros of x become its zero point: groups of it are filled up behind that.
+    const bool fills_codes = has_zeros_ && floats_.columns() != floats_.k;
+    const Rows rows = prepare(call.x, call.buffers, fills_codes ? whole_ : floats_);
     const at::TensorOptions options = call.x.options();
     Int8Rows out;
     out.m = rows.m;
-    out.stride = padded_x(rows.k);
+    out.stride = fills_codes ? rows.k : padded_x(rows.k);
     out.codes = at::empty({rows.m, out.stride}, options.dtype(at::kChar));
     out.scales = at::empty({rows.m}, options.dtype(at::kFloat));
     if (has_zeros_) out.zeros = at::empty({rows.m}, options.dtype(at::kInt));
@@ -204,10 +233,16 @@ class Int8Route final : public Route {
     arguments.kind = RowKind::kPlain;
     arguments.code = has_zeros_ ? RowCode::kInt8WithZero : RowCode::kInt8;
     arguments.type = float_type("x", rows.tensor);
+    arguments.largest = static_cast<float>(largest_);
     if (rows.m == 0) return out;
+    std::optional<Outliers> outliers;
+    if (outliers_ > 0) {
+      outliers = find_outliers(rows.matrix(), outliers_, 0, scope);
+      arguments.left_out = outliers->flags.const_data_ptr<uint8_t>();
+    }
     at::Tensor found;
     if (scale_ == XScale::kTensor) {
-      found = scale_of_tensor(rows.matrix(), arguments.code, scope);
+      found = scale_of_tensor(rows.matrix(), arguments.code, largest_, scope);
       arguments.given_scale = found.const_data_ptr<float>();
     } else if (scale_ == XScale::kStatic) {
       arguments.given_scale = static_number(call.buffers.activation_scale, "activation_scale", call)
@@ -226,6 +261,12 @@ class Int8Route final : public Route {
     if (out.zeros) arguments.zeros = out.zeros->mutable_data_ptr<int32_t>();
     arguments.shared_bytes = scope.facts().shared_bytes;
     succeed(quantize_rows(arguments, scope.stream()));
+    if (outliers) out.addend = outlier_product(rows.matrix(), *outliers, weight, scope);
+    if (fills_codes) {
+      const Rows filled = prepare(out.codes, Buffers{}, integers_);
+      out.codes = filled.tensor;
+      out.stride = filled.stride;
+    }
     return out;
   }
 
@@ -262,25 +303,34 @@ class Int8Route final : public Route {
   }
 
   Int8Shape shape_;
-  Preparation floats_, integers_;  // of x in floats, and in int8 already
+  Preparation floats_, integers_, whole_;  // of x in floats, in int8 already, and without groups
   bool two_levels_;
   XScale scale_;
   bool has_zeros_;
+  double largest_;   // number of symmetric integers
+  double outliers_;  // the threshold above which columns of x are kept apart, or 0
   int64_t schedule_m_;
   mutable LastSchedule last_;
 };
 
-// A route as a number, which qkernels._C adopts. granularity: token, tensor or static, and of these
-// tokenasym and staticasym with zero points.
+// A route as a number, which qkernels._C adopts. activation: int8 or, of -7..7, int4. granularity:
+// token, tensor or static, and of these tokenasym and staticasym with zero points.
 int64_t route_op(int64_t n, int64_t k, int64_t group, int64_t padded_group, int64_t bits,
                  bool two_levels, std::string_view activation, std::string_view granularity,
-                 int64_t schedule_m) {
-  require(activation == "int8", "activation must be int8, got ", activation);
+                 int64_t schedule_m, double outliers) {
+  require(activation == "int8" || activation == "int4", "activation must be int8 or int4, got ",
+          activation);
   const bool has_zeros = granularity == "tokenasym" || granularity == "staticasym";
   const bool of_token = granularity == "token" || granularity == "tokenasym";
   const bool is_static = granularity == "static" || granularity == "staticasym";
   require(of_token || is_static || granularity == "tensor",
           "granularity must be token, tensor, static, tokenasym or staticasym, got ", granularity);
+  const double largest = activation == "int8" ? kLargestInt8 : 7;
+  require(!has_zeros || largest == kLargestInt8, "zero points are for int8 activations");
+  require(
+      outliers == 0 || (outliers > 0 && granularity == "token" && schedule_m == 0),
+      "outliers are above 0, and go with scales of tokens and a schedule for their number, got ",
+      outliers, " with ", granularity);
   Preparation preparation;
   preparation.k = k;
   preparation.group = group;
@@ -291,22 +341,22 @@ int64_t route_op(int64_t n, int64_t k, int64_t group, int64_t padded_group, int6
           " columns at most, got ", padded_group);
   const Int8Shape shape = int8_shape(n, preparation.columns(), padded_group, group, bits);
   const XScale scale = of_token ? XScale::kToken : is_static ? XScale::kStatic : XScale::kTensor;
-  auto route =
-      std::make_shared<Int8Route>(shape, preparation, two_levels, scale, has_zeros, schedule_m);
+  auto route = std::make_shared<Int8Route>(shape, preparation, two_levels, scale, has_zeros,
+                                           largest, outliers, schedule_m);
   return reinterpret_cast<int64_t>(new std::shared_ptr<Route>(std::move(route)));
 }
 
 // int8 x [M, k up to a multiple of 16], zero behind k, with a scale and perhaps a zero point for
 // each row. A schedule as given_schedule() takes it; `filled` columns of each group, or all where
 // it is 0, are not padding. With a scale of y, what its reader makes of y as rounded to dtype, and
-// row_scales for it.
+// row_scales for it. addend fp32 [M, n] is added to y before it is rounded.
 at::Tensor int8_mma_op(const at::Tensor& x, const at::Tensor& x_scale, const Optional& x_zero,
                        const at::Tensor& words, const at::Tensor& scales, const Optional& zeros,
                        const Optional& channel_scales, const Optional& bias, int64_t n, int64_t k,
                        int64_t group_size, int64_t bits, at::ScalarType dtype, int64_t schedule_m,
                        int64_t tokens, int64_t blocks, int64_t stages, int64_t unit, bool each_tile,
                        int64_t filled, const Optional& y_scale, const Optional& y_zero, bool relu,
-                       const Optional& row_scales) {
+                       const Optional& row_scales, const Optional& addend) {
   const Int8Shape shape = int8_shape(n, k, group_size, filled == 0 ? group_size : filled, bits);
   const Int8Weight weight = int8_weight(shape, words, scales, pointer(zeros),
                                         pointer(channel_scales), x_zero.has_value());
@@ -322,6 +372,7 @@ at::Tensor int8_mma_op(const at::Tensor& x, const at::Tensor& x_scale, const Opt
           aligned ? "" : " at an unaligned address");
   check("x_scale", x_scale, device, {m}, at::kFloat);
   if (x_zero) check("x_zero", *x_zero, device, {m}, at::kInt);
+  if (addend) check("addend", *addend, device, {m, n}, at::kFloat);
   require(y_scale.has_value() == row_scales.has_value() && (y_scale || !(y_zero || relu)),
           "row_scales, a zero point of y and relu go with a scale of y");
   const ScheduleChoice choice =
@@ -329,9 +380,26 @@ at::Tensor int8_mma_op(const at::Tensor& x, const at::Tensor& x_scale, const Opt
   Int8Reader reader{};
   if (y_scale) reader = reader_of(*y_scale, y_zero, relu, *row_scales, device, m);
   at::Tensor y = empty_output(x, n, y_scale ? at::kChar : dtype);
-  multiply({x, m, x.stride(0), x_scale, x_zero}, weight, bias, choice, dtype, y,
+  multiply({x, m, x.stride(0), x_scale, x_zero, addend}, weight, bias, choice, dtype, y,
            y_scale ? &reader : nullptr);
   return y;
+}
+
+// Of x [M, k] and the columns that find_outliers lists: fp32 [M, n].
+at::Tensor multiply_outliers_op(const at::Tensor& x, const at::Tensor& columns,
+                                const at::Tensor& count, const at::Tensor& words,
+                                const at::Tensor& scales, const Optional& zeros,
+                                const Optional& channel_scales, int64_t n, int64_t k,
+                                int64_t group_size, int64_t bits) {
+  const Int8Weight weight = int8_weight(int8_shape(n, k, group_size, group_size, bits), words,
+                                        scales, pointer(zeros), pointer(channel_scales), false);
+  const at::Device device = words.device();
+  require(x.device() == device, "x is on ", x.device(), ", the weight on ", device);
+  require(x.dim() == 2 && x.size(1) == k && (x.stride(1) == 1 || k == 1), "x must have shape [M, ",
+          k, "] and adjacent columns, got ", x.sizes(), " with strides ", x.strides());
+  check("columns", columns, device, {k}, at::kInt);
+  check("count", count, device, {1}, at::kInt);
+  return outlier_product(x, {at::Tensor(), columns, count}, weight, DeviceScope(words));
 }
 
 }  // namespace
@@ -339,7 +407,7 @@ at::Tensor int8_mma_op(const at::Tensor& x, const at::Tensor& x_scale, const Opt
 TORCH_LIBRARY_FRAGMENT(QKERNELS_LIBRARY, m) {
   m.def(
       "int8_route(int n, int k, int group, int padded_group, int bits, bool two_levels, "
-      "str activation, str granularity, int schedule_m) -> int",
+      "str activation, str granularity, int schedule_m, float outliers=0.0) -> int",
       &route_op);
   m.def(
       "int8_mma(Tensor x, Tensor x_scale, Tensor? x_zero, Tensor words, Tensor scales, "
@@ -347,9 +415,15 @@ TORCH_LIBRARY_FRAGMENT(QKERNELS_LIBRARY, m) {
       "bits, "
       "ScalarType dtype, int schedule_m=0, int tokens=0, int blocks=1, int stages=4, int unit=0, "
       "bool each_tile=False, int filled=0, Tensor? y_scale=None, Tensor? y_zero=None, "
-      "bool relu=False, Tensor(a!)? row_scales=None) -> Tensor");
+      "bool relu=False, Tensor(a!)? row_scales=None, Tensor? addend=None) -> Tensor");
+  m.def(
+      "multiply_outliers(Tensor x, Tensor columns, Tensor count, Tensor words, Tensor scales, "
+      "Tensor? zeros, Tensor? channel_scales, int n, int k, int group_size, int bits) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(QKERNELS_LIBRARY, QKERNELS_DISPATCH_KEY, m) { m.impl("int8_mma", &int8_mma_op); }
+TORCH_LIBRARY_IMPL(QKERNELS_LIBRARY, QKERNELS_DISPATCH_KEY, m) {
+  m.impl("int8_mma", &int8_mma_op);
+  m.impl("multiply_outliers", &multiply_outliers_op);
+}
 
 }  // namespace qkernels::bindings

@@ -10,25 +10,30 @@
 #include <tuple>
 
 #include "bindings/cuda/fragment.h"
+#include "cuda/activations/outliers.h"
 #include "integers.h"
 
 namespace qkernels::bindings {
 
 namespace {
 
+// That share a byte of flags.
+constexpr int64_t kPieceColumns = 8;
+
 // Blocks a multiprocessor that look for the scale of a tensor: as many as may run there at a time.
 constexpr int kScaleBlocks = 4;
 
 }  // namespace
 
-at::Tensor scale_of_tensor(const at::Tensor& x, RowCode code, const DeviceScope& scope) {
+at::Tensor scale_of_tensor(const at::Tensor& x, RowCode code, double largest,
+                           const DeviceScope& scope) {
   TensorScaleArguments arguments{};
   arguments.x = x.const_data_ptr();
   arguments.x_stride = x.stride(0);
   arguments.m = x.size(0);
   arguments.k = x.size(1);
   arguments.type = float_type("x", x);
-  arguments.largest = code == RowCode::kFp8E4M3 ? 448.0f : 127.0f;
+  arguments.largest = code == RowCode::kFp8E4M3 ? 448.0f : static_cast<float>(largest);
   const int64_t most = int64_t{kScaleBlocks} * scope.facts().multiprocessors;
   arguments.blocks = static_cast<int>(std::clamp<int64_t>(arguments.m, 1, most));
   at::Tensor scale = at::empty({}, x.options().dtype(at::kFloat));
@@ -38,6 +43,39 @@ at::Tensor scale_of_tensor(const at::Tensor& x, RowCode code, const DeviceScope&
   arguments.counter = scope.counters(1);
   succeed(tensor_scale(arguments, scope.stream()));
   return scale;
+}
+
+Outliers find_outliers(const at::Tensor& x, double threshold, int64_t parts,
+                       const DeviceScope& scope) {
+  const int64_t m = x.size(0), k = x.size(1), bytes = ceil_div(k, kPieceColumns);
+  OutlierArguments arguments{};
+  arguments.type = float_type("x", x);
+  arguments.x = x.const_data_ptr();
+  arguments.x_stride = x.stride(0);
+  arguments.m = m;
+  arguments.k = k;
+  const auto wide = static_cast<float>(threshold);
+  arguments.threshold = arguments.type == FloatType::kHalf ? static_cast<float>(at::Half(wide))
+                        : arguments.type == FloatType::kBfloat16
+                            ? static_cast<float>(at::BFloat16(wide))
+                            : wide;
+  const int64_t most = int64_t{kScaleBlocks} * scope.facts().multiprocessors;
+  const int64_t useful = std::max<int64_t>(ceil_div(m, kOutlierRows), 1);
+  const int64_t wanted = parts > 0 ? parts : most / ceil_div(k, kOutlierTileColumns);
+  arguments.parts =
+      static_cast<int>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(useful, 65535)));
+  const auto make = [&](int64_t size, at::ScalarType type) {
+    return at::empty({size}, x.options().dtype(type));
+  };
+  const at::Tensor flags = make(bytes, at::kByte), columns = make(k, at::kInt);
+  const at::Tensor count = make(1, at::kInt), partial = make(arguments.parts * bytes, at::kByte);
+  arguments.flags = flags.mutable_data_ptr<uint8_t>();
+  arguments.columns = columns.mutable_data_ptr<int32_t>();
+  arguments.count = count.mutable_data_ptr<int32_t>();
+  arguments.partial = partial.mutable_data_ptr<uint8_t>();
+  arguments.counter = scope.counters(1);
+  succeed(qkernels::find_outliers(arguments, scope.stream()));
+  return {flags, columns, count};
 }
 
 namespace {
@@ -85,11 +123,13 @@ using Quantized = std::tuple<at::Tensor, at::Tensor, Optional, Optional, Optiona
 // scale_of: "token", "asymmetric", "static" with a scale and perhaps a zero point, or "tensor", of
 // plain rows, whose scale is fp32 [] and not one of each row. shared_bytes: what a block may take
 // of its multiprocessor, or -1 for all it can have. padded: zeros fill rows of codes up to a
-// multiple of 16 columns.
+// multiple of 16 columns. left_out: the flags of find_outliers, of columns of plain rows that are
+// taken as zeros. largest: number of symmetric int8.
 Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Optional& other,
                            const Optional& gain, const Optional& bias, double epsilon,
                            std::string_view scale_of, const Optional& scale, at::ScalarType dtype,
-                           bool rounds, int64_t shared_bytes, const Optional& zero, bool padded) {
+                           bool rounds, int64_t shared_bytes, const Optional& zero, bool padded,
+                           const Optional& left_out, double largest) {
   check_rows("x", x);
   const int64_t m = x.size(0), k = x.size(1);
   const bool of_tensor = scale_of == "tensor", is_static = scale_of == "static";
@@ -107,6 +147,14 @@ Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Opt
   require(scale.has_value() == is_static, "a scale goes with static scales alone");
   if (scale) check("scale", *scale, x.device(), {}, at::kFloat);
   if (zero) check("zero", *zero, x.device(), {}, at::kInt);
+  require(largest > 0 && largest <= 127, "largest must be above 0, and 127 at most, got ", largest);
+  arguments.largest = static_cast<float>(largest);
+  if (left_out) {
+    require(arguments.kind == RowKind::kPlain && arguments.code == RowCode::kInt8,
+            "columns are left out of plain rows to int8 without zero points alone");
+    check("left_out", *left_out, x.device(), {ceil_div(k, kPieceColumns)}, at::kByte);
+    arguments.left_out = left_out->const_data_ptr<uint8_t>();
+  }
   arguments.type = float_type("x", x);
   arguments.x = x.const_data_ptr();
   arguments.x_stride = x.stride(0);
@@ -156,7 +204,7 @@ Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Opt
   if (zero) arguments.given_zero = zero->const_data_ptr<int32_t>();
   at::Tensor found;
   if (of_tensor) {
-    found = scale_of_tensor(x, arguments.code, scope);
+    found = scale_of_tensor(x, arguments.code, largest, scope);
     arguments.given_scale = found.const_data_ptr<float>();
   }
   const int64_t most = scope.facts().shared_bytes;
@@ -165,18 +213,31 @@ Quantized quantize_rows_op(const at::Tensor& x, std::string_view kind, const Opt
   return {codes, of_tensor ? found : scales, zeros, total, rounded};
 }
 
+// Flags, columns and their number. parts: of the rows, each of another block, or 0 for as many as
+// the device wants.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> find_outliers_op(const at::Tensor& x,
+                                                                double threshold, int64_t parts) {
+  check_rows("x", x);
+  require(x.size(1) > 0, "x must have columns, got shape ", x.sizes());
+  require(threshold > 0, "threshold must be above 0, got ", threshold);
+  const Outliers found = find_outliers(x, threshold, parts, DeviceScope(x));
+  return {found.flags, found.columns, found.count};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(QKERNELS_LIBRARY, m) {
   m.def(
       "quantize_rows(Tensor x, str kind, Tensor? other, Tensor? gain, Tensor? bias, "
       "float epsilon, str scale_of, Tensor? scale, ScalarType dtype, bool rounds=False, "
-      "int shared_bytes=-1, Tensor? zero=None, bool padded=False) -> (Tensor, Tensor, Tensor?, "
-      "Tensor?, Tensor?)");
+      "int shared_bytes=-1, Tensor? zero=None, bool padded=False, Tensor? left_out=None, "
+      "float largest=127.0) -> (Tensor, Tensor, Tensor?, Tensor?, Tensor?)");
+  m.def("find_outliers(Tensor x, float threshold, int parts=0) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(QKERNELS_LIBRARY, QKERNELS_DISPATCH_KEY, m) {
   m.impl("quantize_rows", &quantize_rows_op);
+  m.impl("find_outliers", &find_outliers_op);
 }
 
 }  // namespace qkernels::bindings

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/ptx.cuh"
+#include "cuda/weights/types.h"
 
 namespace qkernels {
 
@@ -115,6 +116,13 @@ struct Piece {
     }
   }
 };
+
+// Aligned if the first row and the distance to the next are.
+inline RowsIn rows_in(const void* first, int64_t stride, int64_t m, FloatType type) {
+  const int64_t bytes = stride * size_of(type);
+  const bool aligned = reinterpret_cast<uintptr_t>(first) % 16 == 0 && (m == 1 || bytes % 16 == 0);
+  return {static_cast<const unsigned char*>(first), bytes, aligned};
+}
 
 // --- What the threads of a block find together
 

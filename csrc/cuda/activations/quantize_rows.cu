@@ -27,6 +27,7 @@ struct RowParameters {
   FloatType gain_type, bias_type;
   const float* given_scale;
   const int32_t* given_zero;
+  const unsigned char* left_out;  // of each piece a bit for each number, or null
   unsigned char* codes;
   int64_t codes_stride;
   float* scales;
@@ -38,6 +39,7 @@ struct RowParameters {
   bool whole;
   bool fills;  // rows of codes up to codes_stride
   float epsilon;
+  float largest;  // of kInt8
 };
 
 // The largest numbers of a row, by their bits: of either sign, or positive and negative ones apart.
@@ -67,16 +69,16 @@ struct Tops {
   }
 };
 
-template <RowCode kCode>
-constexpr float kLargest = kCode == RowCode::kFp8E4M3 ? 448.0f : 127.0f;
-
 // How a row's numbers become codes.
 template <RowCode kCode>
 class Coder {
  public:
   static constexpr bool kHasZero = kCode == RowCode::kInt8WithZero;
 
-  QK_DEVICE void start(const Tops<kHasZero>& tops, const float* given, const int32_t* given_zero) {
+  // largest: number of symmetric codes.
+  QK_DEVICE void start(const Tops<kHasZero>& tops, const float* given, const int32_t* given_zero,
+                       float largest) {
+    largest_ = largest;
     const bool finite = tops.of_both() < kInfinityBits;
     if (given != nullptr) {
       scale_ = ptx::as_float(ptx::load_global<uint32_t>(given));
@@ -95,7 +97,7 @@ class Coder {
       const float shifted = ptx::add(-128.0f, -rounded(ptx::divide(low, scale_)));
       zero_ = shifted == shifted ? to_integer(ptx::max(ptx::min(shifted, 127.0f), -128.0f)) : 0;
     } else {
-      scale_ = scale_of(tops.of_both(), kLargest<kCode>);
+      scale_ = scale_of(tops.of_both(), largest);
       quotient_.start(scale_, finite);
     }
   }
@@ -115,7 +117,7 @@ class Coder {
       const int moved = to_integer(ratio) + zero_;
       return static_cast<uint32_t>(moved > 127 ? 127 : moved < -128 ? -128 : moved);
     } else {
-      if (!quotient_.bounded()) ratio = limited(ratio, kLargest<kCode>);
+      if (!quotient_.bounded()) ratio = limited(ratio, largest_);
       return static_cast<uint32_t>(to_integer(ratio));
     }
   }
@@ -131,7 +133,7 @@ class Coder {
   static QK_DEVICE float rounded(float x) { return ptx::add(ptx::add(x, kRounder), -kRounder); }
 
   Quotient quotient_;
-  float scale_;
+  float scale_, largest_;
   int zero_ = 0;
 };
 
@@ -184,7 +186,7 @@ class RowBlock {
     }
     reduce(tops.words, shared_ + 2 * kReductionBytes, Largest());
     Coder<kCode> coder;
-    coder.start(tops, p_.given_scale, p_.given_zero);
+    coder.start(tops, p_.given_scale, p_.given_zero, p_.largest);
     for_pieces([&](int index) {
       Piece piece = final_piece(index);
       if constexpr (kKind != RowKind::kPlain) {
@@ -251,6 +253,14 @@ class RowBlock {
         piece.values[i] = ptx::mul(gate(piece.values[i]), up.values[i]);
       }
       round_if_asked(piece);
+    } else if constexpr (kCode == RowCode::kInt8) {
+      if (p_.left_out != nullptr) {
+        const uint32_t left_out = ptx::load_global<uint8_t>(p_.left_out + index);
+#pragma unroll
+        for (int i = 0; i < kPieceNumbers; ++i) {
+          if ((left_out >> i & 1) != 0) piece.values[i] = 0.0f;
+        }
+      }
     }
     return piece;
   }
@@ -442,13 +452,6 @@ QK_KERNEL void QK_LAUNCH_BOUNDS(kMostRowThreads, 2)
   if (threadIdx.x == 0) ptx::store_global<float>(p.scale, scale_of(top[0], p.largest));
 }
 
-// Aligned if the first row and the distance to the next are.
-RowsIn rows_in(const void* first, int64_t stride, int64_t m, FloatType type) {
-  const int64_t bytes = stride * size_of(type);
-  const bool aligned = reinterpret_cast<uintptr_t>(first) % 16 == 0 && (m == 1 || bytes % 16 == 0);
-  return {static_cast<const unsigned char*>(first), bytes, aligned};
-}
-
 // A piece a thread, in whole warps.
 int threads_for(int64_t pieces) {
   return static_cast<int>(std::clamp<int64_t>(ceil_div(pieces, 32) * 32, 32, kMostRowThreads));
@@ -515,6 +518,7 @@ const char* quantize_rows(const RowArguments& arguments, Stream stream) {
   p.given_zero = arguments.given_zero;
   p.codes_stride = arguments.codes_stride;
   p.fills = arguments.codes_stride % 16 == 0 && arguments.codes_stride != k;
+  p.left_out = arguments.left_out;
   p.codes = static_cast<unsigned char*>(arguments.codes);
   p.scales = arguments.scales;
   p.zeros = arguments.zeros;
@@ -525,6 +529,7 @@ const char* quantize_rows(const RowArguments& arguments, Stream stream) {
   p.held = std::clamp((arguments.shared_bytes - kSlotBytes) / kHeldBytes, 0, p.pieces);
   p.whole = k % kPieceNumbers == 0;
   p.epsilon = arguments.epsilon;
+  p.largest = arguments.code == RowCode::kFp8E4M3 ? 448.0f : arguments.largest;
   return visit_type(arguments.type,
                     [&](auto type) { return start<decltype(type)>(p, arguments, stream); });
 }

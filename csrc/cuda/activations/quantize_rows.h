@@ -21,7 +21,7 @@ constexpr bool is_norm(RowKind kind) {
 
 constexpr bool is_gate(RowKind kind) { return kind != RowKind::kPlain && !is_norm(kind); }
 
-// int8 of -127..127, int8 of -128..127 with a zero point, or fp8 E4M3.
+// int8 of -largest..largest, int8 of -128..127 with a zero point, or fp8 E4M3.
 enum class RowCode : int { kInt8, kInt8WithZero, kFp8E4M3 };
 
 constexpr int64_t kMostRowColumns = int64_t{1} << 30;
@@ -36,6 +36,9 @@ struct RowArguments {
   const void* bias;           // [k] of bias_type, or null
   const float* given_scale;   // of all rows, or null for one of each
   const int32_t* given_zero;  // goes with it, of kInt8WithZero
+  // Of plain rows to kInt8: columns that are zeros, a bit each as find_outliers gives them; or
+  // null.
+  const uint8_t* left_out;
   // [m, k], a byte each, rows codes_stride bytes apart: k, or a multiple of 16 up to which zeros
   // fill each row.
   void* codes;
@@ -47,6 +50,7 @@ struct RowArguments {
   void* rounded;
   int64_t m, k;
   float epsilon;  // of norms
+  float largest;  // number of kInt8: 127, or 7 for 4 bits
   FloatType type, gain_type, bias_type;
   RowKind kind;
   RowCode code;

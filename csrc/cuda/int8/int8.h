@@ -47,6 +47,7 @@ struct Int8Arguments {
   int64_t x_stride;
   const float* x_scales;   // [m]
   const int32_t* x_zeros;  // [m], or null
+  const float* addend;     // [m, n], added to y before it is rounded, or null
   const void* bias;        // [n] of bias_type, or null
   FloatType bias_type;
   FloatType y_type;  // that y is rounded to,

@@ -67,6 +67,7 @@ const char* int8_mma(const Int8Arguments& arguments, const WeightOnlyConfig& con
   p.channel_scales = weight.channel_scales;
   p.x_scales = arguments.x_scales;
   p.x_zeros = arguments.x_zeros;
+  p.addend = arguments.addend;
   p.bias = arguments.bias;
   p.bias_type = arguments.bias_type;
   p.y = arguments.y;

@@ -284,6 +284,9 @@ class Int8Block
       if constexpr (!kGrouped) scale = ptx::mul(scale, row_scale(n + i));
       y[i] = ptx::mul(scale, static_cast<float>(sum.values[i]));
       if (p_.bias != nullptr) y[i] = ptx::add(y[i], load_float(p_.bias, p_.bias_type, n + i));
+      if (p_.addend != nullptr) {
+        y[i] = ptx::add(y[i], ptx::load_global<float>(p_.addend + m * limit + n + i));
+      }
     }
     if (p_.gives_int8) {
       store<uint8_t>(m, n, as_int8(m, y));

@@ -14,6 +14,7 @@ struct Int8Parameters : WalkParameters {
   const float* channel_scales;
   const float* x_scales;
   const int32_t* x_zeros;
+  const float* addend;
   const void* bias;
   void* y;
   FloatType bias_type, y_type;

@@ -14,7 +14,8 @@ using namespace qkernels::cpu;
 
 namespace {
 
-constexpr const char* kKindNames[] = {"plain", "rms_norm", "silu_mul", "scaled", "product"};
+constexpr const char* kKindNames[] = {"plain",   "rms_norm",   "silu_mul", "scaled",
+                                      "product", "layer_norm", "gelu_mul", "gelu_tanh_mul"};
 constexpr const char* kScaleNames[] = {"row", "tensor", "given"};
 // Of columns beyond K in a row of x.
 constexpr int64_t kGap = 5;
@@ -29,6 +30,8 @@ struct Form {
   bool asymmetric;
   int64_t m, k;
   bool rounds_first = false, adds_one = false;
+  // Of norms and gates: whether rows are rounded, and given as they are quantized.
+  bool rounds = false;
 };
 
 class Quantization {
@@ -39,6 +42,10 @@ class Quantization {
     x_ = random.numbers(elements, form.type, -3, 3);
     other_ = random.numbers(form.residual ? form.m * form.k : elements, form.type, -3, 3);
     if (form.gain) gain_ = random.numbers(form.k, gain_type_, 0, 2);
+    if (form.gain && form.kind == RowSource::Kind::kLayerNorm) {
+      bias_type_ = kFloatTypes[random.below(3)];
+      bias_ = random.numbers(form.k, bias_type_, -1, 1);
+    }
     if (form.kind == RowSource::Kind::kScaled) factors_ = random.floats(form.m, 0.1f, 2);
     if (form.m > kHardRows) add_hard_rows();
   }
@@ -46,11 +53,11 @@ class Quantization {
   std::string name() const {
     char text[200];
     std::snprintf(text, sizeof text,
-                  "quantize_rows %s %s residual %d gain %d scale %s asymmetric %d rounds first %d "
-                  "adds one %d m %d k %d",
+                  "quantize_rows %s %s residual %d gain %d scale %s asymmetric %d rounds %d rounds "
+                  "first %d adds one %d m %d k %d",
                   kKindNames[static_cast<int>(form_.kind)], name_of(form_.type), form_.residual,
                   form_.gain, kScaleNames[static_cast<int>(form_.scale_of)], form_.asymmetric,
-                  form_.rounds_first, form_.adds_one, static_cast<int>(form_.m),
+                  form_.rounds, form_.rounds_first, form_.adds_one, static_cast<int>(form_.m),
                   static_cast<int>(form_.k));
     return text;
   }
@@ -66,7 +73,7 @@ class Quantization {
     if (form_.asymmetric && m == 0) return {};
     RowSource rows = source();
     if (form_.residual) rows.sum = sum.data();
-    rows.y = y.data();
+    if (is_rounded()) rows.y = y.data();
     auto* zeros_out = form_.asymmetric ? reinterpret_cast<int32_t*>(zeros.data()) : nullptr;
     quantize_rows(rows, m, form_.scale_of, given(), reinterpret_cast<int8_t*>(values.data()),
                   reinterpret_cast<float*>(scales.data()), zeros_out, schedule.isa, pool);
@@ -91,17 +98,19 @@ class Quantization {
     take(got.values.data(), got.values.size());
     take(got.scales.data(), got.scales.size() * 4);
     take(got.zeros.data(), got.zeros.size() * 4);
-    const std::string wrong = truth::complaint(source(), form_.m, form_.scale_of, given(), got);
-    if (wrong.empty() && is_rounded()) {
-      return truth::complaint_about_rounded(source(), form_.m, at);
-    }
+    RowSource rows = source();
+    const uint8_t* y = at + (form_.residual ? form_.m * form_.k * size_of(form_.type) : 0);
+    if (is_rounded()) rows.y = const_cast<uint8_t*>(y);
+    std::string wrong = truth::complaint(rows, form_.m, form_.scale_of, given(), got);
+    if (wrong.empty() && is_rounded()) wrong = truth::complaint_about_rounded(rows, form_.m);
     if (!wrong.empty() || !form_.residual) return wrong;
-    return truth::complaint_about_sum(source(), form_.m, at);
+    return truth::complaint_about_sum(rows, form_.m, at);
   }
 
  private:
   bool is_rounded() const {
-    return form_.kind == RowSource::Kind::kScaled || form_.kind == RowSource::Kind::kProduct;
+    return form_.rounds || form_.kind == RowSource::Kind::kScaled ||
+           form_.kind == RowSource::Kind::kProduct;
   }
   int64_t stride() const { return form_.k + kGap; }
   const float* given() const { return form_.scale_of == ScaleOf::kGiven ? &given_ : nullptr; }
@@ -117,10 +126,12 @@ class Quantization {
     if (form_.residual) out.residual = other_.data();
     out.gain = or_null(gain_);
     out.gain_type = gain_type_;
+    out.bias = or_null(bias_);
+    out.bias_type = bias_type_;
     out.factors = or_null(factors_);
     out.rounds_first = form_.rounds_first;
     out.adds_one = form_.adds_one;
-    if (form_.kind == RowSource::Kind::kSiluMul || form_.kind == RowSource::Kind::kProduct) {
+    if (out.is_gate() || form_.kind == RowSource::Kind::kProduct) {
       out.up = other_.data();
       out.up_stride = stride();
     }
@@ -155,8 +166,8 @@ class Quantization {
   }
 
   Form form_;
-  FloatType gain_type_;
-  Bytes x_, other_, gain_;
+  FloatType gain_type_, bias_type_ = FloatType::kFp32;
+  Bytes x_, other_, gain_, bias_;
   std::vector<float> factors_;
   float given_ = 0.5f;
 };
@@ -166,15 +177,16 @@ class Quantization {
 void make_rows(const Options& options, Random& random, const Take& take) {
   std::vector<Schedule> schedules;
   for (Isa isa : options.isas) schedules.push_back({isa, false, false});
-  const auto add = [&](const Form& form) {
+  const auto add_drawn = [&](const Form& form, Random& drawn) {
     take([&]() -> Case {
-      const auto rows = std::make_shared<const Quantization>(form, random);
+      const auto rows = std::make_shared<const Quantization>(form, drawn);
       return {
           rows->name(), schedules,
           [rows](const Schedule& schedule, const Pool& pool) { return rows->run(schedule, pool); },
           [rows](const Bytes& result, const Schedule&) { return rows->complaint(result); }};
     });
   };
+  const auto add = [&](const Form& form) { add_drawn(form, random); };
   // The last is large enough for several threads.
   for (auto [m, k] : {std::pair{0, 72}, {1, 16}, {3, 135}, {70, 1000}}) {
     for (FloatType type : kFloatTypes) {
@@ -194,6 +206,29 @@ void make_rows(const Options& options, Random& random, const Take& take) {
           for (bool gain : {false, true}) {
             add({RowSource::Kind::kRmsNorm, type, residual, gain, scale_of, asymmetric, m, k});
           }
+        }
+      }
+    }
+  }
+  // Drawn apart: of those above and below, each is what it was without these.
+  Random own(170);
+  for (auto [m, k] : {std::pair{0, 72}, {1, 16}, {3, 135}, {70, 500}}) {
+    for (FloatType type : kFloatTypes) {
+      for (int scale = 0; scale < 4; ++scale) {
+        const auto scale_of = static_cast<ScaleOf>(scale % 3);
+        const bool asymmetric = scale == 3;
+        for (bool rounds : {false, true}) {
+          const auto add_fused = [&](RowSource::Kind kind, bool residual, bool gain) {
+            add_drawn(
+                {kind, type, residual, gain, scale_of, asymmetric, m, k, false, false, rounds},
+                own);
+          };
+          add_fused(RowSource::Kind::kGeluMul, false, false);
+          add_fused(RowSource::Kind::kGeluTanhMul, false, false);
+          for (bool both : {false, true}) add_fused(RowSource::Kind::kLayerNorm, both, both);
+          if (!rounds) continue;
+          add_fused(RowSource::Kind::kSiluMul, false, false);
+          add_fused(RowSource::Kind::kRmsNorm, true, true);
         }
       }
     }

@@ -56,13 +56,14 @@ Rows quantized_rows(const RowSource& source, int64_t m, ScaleOf scale_of, const 
                     bool asymmetric);
 
 // What is wrong with rows that were quantized, or nothing. Bit for bit where they are quantized as
-// they come, or as each step is rounded; where they are normalized or gated in fp32, within
-// roundings of that.
+// they come, as each step is rounded, or as they stand in `source.y`; where they are normalized or
+// gated in fp32, within roundings of that.
 std::string complaint(const RowSource& source, int64_t m, ScaleOf scale_of, const float* given,
                       const Rows& got);
 // The same of x + residual.
 std::string complaint_about_sum(const RowSource& source, int64_t m, const void* sum);
-// Of the rows that are stored as they are rounded, bit for bit.
-std::string complaint_about_rounded(const RowSource& source, int64_t m, const void* y);
+// Of the rows in `source.y`: bit for bit where each step is rounded; of norms and gates, the
+// nearest number or one beside it.
+std::string complaint_about_rounded(const RowSource& source, int64_t m);
 
 }  // namespace truth

@@ -1,0 +1,31 @@
+// Columns of x with outliers, and those of a weight that they meet (LLM.int8(), Dettmers et al.
+// 2022).
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/weight.h"
+
+namespace qkernels::cpu {
+
+struct OutlierSearch {
+  const void* x;  // [m][k], rows x_stride elements apart
+  FloatType type;
+  int64_t m, k, x_stride;
+  // A magnitude of `type`, by its bits, above 0: what has these or more is an outlier, and with
+  // that infinity and NaN.
+  uint32_t threshold;
+};
+
+// In their order.
+std::vector<int64_t> find_outliers(const OutlierSearch& search, const Pool& pool);
+
+// out[i][row] is the weight of a row in column columns[i], as it dequantizes: of integer codes with
+// scales of floats, or of two levels. Columns are counted without those that pad groups.
+void take_columns(const Weight& weight, const int64_t* columns, int64_t count, float* out,
+                  const Pool& pool);
+
+}  // namespace qkernels::cpu
