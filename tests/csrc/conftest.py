@@ -3,8 +3,10 @@
 import pytest
 
 from tests.csrc.selftest import Emulator, build
+from tests.csrc.sharing import held
 
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return build(tmp_path_factory.mktemp("emulator"))
+    with held(tmp_path_factory, "emulator") as folder:
+        return build(folder)

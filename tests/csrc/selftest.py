@@ -53,7 +53,10 @@ class Emulator:
 
 
 def build(folder: Path) -> Emulator:
-    """Skips where there is no compiler."""
+    """The program in `folder`, made where it is not there. Skips where there is no compiler."""
+    program = folder / "selftest"
+    if program.exists():
+        return Emulator(program)
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++")
@@ -68,6 +71,5 @@ def build(folder: Path) -> Emulator:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, reversed(sources)))
-    program = folder / "selftest"
     subprocess.run([compiler, "-fsanitize=address,undefined", *objects, "-o", program], check=True)
     return Emulator(program)

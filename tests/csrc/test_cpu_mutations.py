@@ -3,8 +3,6 @@
 One program holds all faults, and turns on one after the other.
 """
 
-import fcntl
-import os
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.csrc.cpu_programs import ISAS, JOBS, KERNELS, SOFTWARE_TILES, build
+from tests.csrc.sharing import held
 
 SECONDS = 600
 RIGHT, NOT_HERE = 0, 2
@@ -39,14 +38,8 @@ def run(program: Path, isa: str, told: Path) -> None:
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory) -> Outcomes:
     """Made by the first of several processes of pytest, while the others wait."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    folder /= "cpu_faults"
-    folder.mkdir(exist_ok=True)
-    told = {isa: folder / f"{isa}.txt" for isa in ISAS}
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(tmp_path_factory, "cpu_faults") as folder:
+        told = {isa: folder / f"{isa}.txt" for isa in ISAS}
         if not all(path.exists() for path in told.values()):
             program = build("faults", folder, ("-DQKERNELS_FAULTS", *SOFTWARE_TILES))
             with ThreadPoolExecutor(JOBS) as pool:
