@@ -10,6 +10,9 @@ namespace {
 
 constexpr int64_t kColumnsOfTask = 512;
 constexpr int64_t kPanelsOfTask = 8;
+constexpr int64_t kOutputsOfTask = 256;
+// Sums that stay in registers.
+constexpr int64_t kSums = 16;
 // Starting threads costs about as much as looking at so many numbers.
 constexpr int64_t kNumbersWorthThreads = 1 << 16;
 
@@ -55,6 +58,20 @@ void take_panel(const Weight& weight, int64_t panel, int64_t column, float* out)
   }
 }
 
+// y [count] += x [columns] times weight [columns][n], of which `count` numbers, kSums at most.
+void add_sums(const float* x, const float* weight, int64_t columns, int64_t n, int64_t count,
+              float* y) {
+  float sums[kSums] = {};
+  for (int64_t c = 0; c < columns; ++c, weight += n) {
+    if (count == kSums) {
+      for (int64_t i = 0; i < kSums; ++i) sums[i] += x[c] * weight[i];
+    } else {
+      for (int64_t i = 0; i < count; ++i) sums[i] += x[c] * weight[i];
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) y[i] += sums[i];
+}
+
 }  // namespace
 
 std::vector<int64_t> find_outliers(const OutlierSearch& search, const Pool& pool) {
@@ -82,6 +99,20 @@ void take_columns(const Weight& weight, const int64_t* columns, int64_t count, f
     for (int64_t panel = task * kPanelsOfTask; panel < end; ++panel) {
       for (int64_t i = 0; i < count; ++i) {
         take_panel(weight, panel, columns[i], out + i * weight.n + panel * kLanes);
+      }
+    }
+  });
+}
+
+void add_columns(const float* x, const float* weight, int64_t m, int64_t n, int64_t count, float* y,
+                 const Pool& pool) {
+  const Pool own{m * n * count < kNumbersWorthThreads ? 1 : pool.threads, pool.run};
+  parallel_for(own, ceil_div(n, kOutputsOfTask), [&](int64_t task) {
+    const int64_t end = std::min(n, (task + 1) * kOutputsOfTask);
+    for (int64_t row = 0; row < m; ++row) {
+      for (int64_t at = task * kOutputsOfTask; at < end; at += kSums) {
+        add_sums(x + row * count, weight + at, count, n, std::min(kSums, end - at),
+                 y + row * n + at);
       }
     }
   });

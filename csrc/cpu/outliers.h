@@ -28,4 +28,9 @@ std::vector<int64_t> find_outliers(const OutlierSearch& search, const Pool& pool
 void take_columns(const Weight& weight, const int64_t* columns, int64_t count, float* out,
                   const Pool& pool);
 
+// y [m][n] += x [m][count] times weight [count][n]. A number of y is summed in the order of the
+// columns, wherever it lies: how many others there are changes none of its bits.
+void add_columns(const float* x, const float* weight, int64_t m, int64_t n, int64_t count, float* y,
+                 const Pool& pool);
+
 }  // namespace qkernels::cpu

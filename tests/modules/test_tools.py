@@ -56,13 +56,15 @@ def test_it_is_assigned_to_a_model_without_memory(text):
 def test_a_state_dict_of_any_layout_loads(layout, assign):
     from qkernels.modules.packed import moved
 
-    layer = WQLinear.from_linear(nn.Linear(64, 48), "w4a16-g32")
+    # That of integer products holds no other schemes.
+    scheme = "w4a8-g32" if layout == "fragment_int8" else "w4a16-g32"
+    layer = WQLinear.from_linear(nn.Linear(64, 48), scheme)
     other = copy.deepcopy(layer)
     other._install(moved(layer.packed, LAYOUTS[layout], torch.device("cpu")))
     state = other.state_dict()
     names = {name for name in state if name.startswith("words")}
     assert names == {"words" if layout == "plain" else f"words_{layout}"}
-    target = WQLinear.from_linear(nn.Linear(64, 48), "w4a16-g32")
+    target = WQLinear.from_linear(nn.Linear(64, 48), scheme)
     before = target._words
     target.load_state_dict(state, assign=assign)
     x = torch.randn(3, 64)

@@ -2,7 +2,6 @@
 
 #include "bindings/route.h"
 
-#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <c10/util/bit_cast.h>
@@ -295,26 +294,6 @@ class CpuRoute final : public Route {
   Optional table_, nested_table_;  // keep alive what weight_ points to
 };
 
-// fp32 products in fp32, also where torch is set to bf16 or TF32 for them.
-class FullPrecision {
- public:
-  FullPrecision() : before_(at::globalContext().float32MatmulPrecision()) {
-    if (before_ != kHighest) at::globalContext().setFloat32MatmulPrecision("highest");
-  }
-  FullPrecision(const FullPrecision&) = delete;
-  FullPrecision& operator=(const FullPrecision&) = delete;
-  ~FullPrecision() {
-    if (before_ == kHighest) return;
-    const bool is_high = before_ == at::Float32MatmulPrecision::HIGH;
-    at::globalContext().setFloat32MatmulPrecision(is_high ? "high" : "medium");
-  }
-
- private:
-  static constexpr auto kHighest = at::Float32MatmulPrecision::HIGHEST;
-
-  at::Float32MatmulPrecision before_;
-};
-
 // Columns of x that hold a magnitude of a threshold or more are multiplied as they are with those
 // of the weight, in fp32, and the others as integers: LLM.int8(). y is rounded once.
 class OutlierRoute final : public Route {
@@ -346,8 +325,7 @@ class OutlierRoute final : public Route {
     if (each_row_ && x.size(0) > 1) {
       std::vector<at::Tensor> rows;
       for (int64_t m = 0; m < x.size(0); ++m) {
-        // A copy: products round a row differently where it begins elsewhere in memory.
-        rows.push_back(multiply(x.narrow(0, m, 1).clone(), buffers, call));
+        rows.push_back(multiply(x.narrow(0, m, 1), buffers, call));
       }
       y = at::cat(rows);
     } else {
@@ -364,8 +342,9 @@ class OutlierRoute final : public Route {
     const at::Tensor columns = at::tensor(found, at::kLong);
     at::Tensor y = integers(x.index_fill(1, columns, 0), buffers, call, at::kFloat);
     const at::Tensor weight = part(x.size(0)).columns(buffers, found);
-    const FullPrecision precision;
-    y.addmm_(x.index_select(1, columns).to(at::kFloat), weight);
+    const at::Tensor kept = x.index_select(1, columns).to(at::kFloat);
+    cpu::add_columns(kept.const_data_ptr<float>(), weight.const_data_ptr<float>(), y.size(0),
+                     y.size(1), kept.size(1), y.mutable_data_ptr<float>(), torch_pool());
     return y.to(call.y_type);
   }
 
