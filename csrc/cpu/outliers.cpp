@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/faults.h"
 #include "cpu/vector_portable.h"
 
 namespace qkernels::cpu {
@@ -21,7 +22,8 @@ template <class Bits>
 void flag(const OutlierSearch& search, int64_t first, int64_t end, uint8_t* flags) {
   constexpr auto kMagnitude = static_cast<Bits>(static_cast<Bits>(~Bits{0}) >> 1);
   const auto threshold = static_cast<Bits>(search.threshold);
-  for (int64_t row = 0; row < search.m; ++row) {
+  const int64_t rows = QK_FAULT(last_row_of_search_missing) ? search.m - 1 : search.m;
+  for (int64_t row = 0; row < rows; ++row) {
     const Bits* x = static_cast<const Bits*>(search.x) + row * search.x_stride;
     for (int64_t c = first; c < end; ++c) {
       flags[c] |= static_cast<uint8_t>(static_cast<Bits>(x[c] & kMagnitude) >= threshold);
@@ -53,7 +55,9 @@ void take_panel(const Weight& weight, int64_t panel, int64_t column, float* out)
                            ? group_number(weight.zeros, weight.zero_type, groups + lane)
                            : weight.implied_zero;
     float scale = group_number(weight.scales, weight.scale_type, groups + lane);
-    if (weight.channel_scales != nullptr) scale *= weight.channel_scales[panel * kLanes + lane];
+    if (weight.channel_scales != nullptr && !QK_FAULT(channel_scale_of_outlier_missing)) {
+      scale *= weight.channel_scales[panel * kLanes + lane];
+    }
     out[lane] = (static_cast<float>(words[lane] >> shift & mask) - zero) * scale;
   }
 }
@@ -62,6 +66,7 @@ void take_panel(const Weight& weight, int64_t panel, int64_t column, float* out)
 void add_sums(const float* x, const float* weight, int64_t columns, int64_t n, int64_t count,
               float* y) {
   float sums[kSums] = {};
+  if (QK_FAULT(last_outlier_missing)) --columns;
   for (int64_t c = 0; c < columns; ++c, weight += n) {
     if (count == kSums) {
       for (int64_t i = 0; i < kSums; ++i) sums[i] += x[c] * weight[i];

@@ -58,6 +58,7 @@ void make_all(const Options& options, const Take& take) {
   make_blocks(options, random, take);
   make_kept(options, random, take);
   make_sparse(options, random, take);
+  make_outliers(options, take);
   make_outputs(options, random, take);
 }
 

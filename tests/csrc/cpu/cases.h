@@ -43,6 +43,7 @@ void make_embeddings(const Options& options, Random& random, const Take& take);
 void make_calibration(const Options& options, Random& random, const Take& take);
 void make_kept(const Options& options, Random& random, const Take& take);
 void make_sparse(const Options& options, Random& random, const Take& take);
+void make_outliers(const Options& options, const Take& take);
 
 // The sets of instructions of some names, or of all, that run here.
 std::vector<qkernels::cpu::Isa> runnable(const std::vector<std::string>& names);
