@@ -275,15 +275,11 @@ def _no_beside(problem: Problem) -> str | None:
 
 
 def _of_codes() -> tuple[Kernel, ...]:
-    return KERNELS[:_OF_CODES]
+    return _FUSED, _DENSE, _FLOAT
 
 
 def _of_codes_emulated() -> tuple[Kernel, ...]:
-    return EMULATED_KERNELS[:_OF_CODES]
-
-
-_OF_CODES = 3
-"""Kernels before the one that calls one of them."""
+    return _EMULATED_FLOAT
 
 
 def _of_integers() -> tuple[Kernel, ...]:
@@ -448,6 +444,11 @@ def _emulated_int8(kernel: Kernel, name: str) -> Kernel:
     return _emulated(kernel, name, **by_route(_int8_route("qkernels_emulated"), quantized=True))
 
 
+_EMULATED_FLOAT = (
+    _emulated_float(_FUSED, "fused", name="emulated_weight_only_mma"),
+    _emulated_float(_DENSE, "dense", name="emulated_dequantize_matmul"),
+    _emulated_float(_FLOAT, "float", name="emulated_weight_only_mma_float"),
+)
 _EMULATED_INT8 = (
     _emulated_int8(_INT8, name="emulated_int8_mma"),
     _emulated_int8(_INT8_GROUPED, name="emulated_int8_mma_grouped"),
@@ -455,9 +456,7 @@ _EMULATED_INT8 = (
 _EMULATED_ADD = add_by_kernel("qkernels_emulated")
 
 EMULATED_KERNELS = (
-    _emulated_float(_FUSED, "fused", name="emulated_weight_only_mma"),
-    _emulated_float(_DENSE, "dense", name="emulated_dequantize_matmul"),
-    _emulated_float(_FLOAT, "float", name="emulated_weight_only_mma_float"),
+    *_EMULATED_FLOAT,
     _emulated(
         _BESIDE, name="emulated_float_beside", run=run_beside(_of_codes_emulated, _EMULATED_ADD)
     ),

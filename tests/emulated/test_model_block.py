@@ -33,12 +33,17 @@ def weight_of(reader, name):
     return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
 
 
+def linear_of(weight):
+    linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    linear.weight = torch.nn.Parameter(weight)
+    return linear
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_reference_agrees(reader, name, dtype):
     weight = weight_of(reader, name)
-    linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
-    linear.weight = torch.nn.Parameter(weight)
+    linear = linear_of(weight)
     for scheme in ("w4a16-g64", "w4a16-g128"):
         layer = WQLinear.from_linear(linear, scheme, backend="emulated")
         assert "layout=fragment" in repr(layer)
@@ -61,8 +66,7 @@ def test_the_reference_agrees(reader, name, dtype):
 @pytest.mark.parametrize("name", LAYERS)
 def test_integer_products_have_the_bits_of_the_reference(reader, name, dtype):
     weight = weight_of(reader, name)
-    linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
-    linear.weight = torch.nn.Parameter(weight)
+    linear = linear_of(weight)
     x = torch.randn(20, weight.shape[1], dtype=dtype)
     x[:, 7] *= 100
     for scheme in ("w8a8", "w8a8-static", "w4a8-g64"):
@@ -82,8 +86,7 @@ def test_integer_products_have_the_bits_of_the_reference(reader, name, dtype):
 def test_outliers_are_kept_apart(reader, name, dtype):
     """LLM.int8(): a channel of outliers, as real activations have, costs the others nothing."""
     weight = weight_of(reader, name)
-    linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
-    linear.weight = torch.nn.Parameter(weight)
+    linear = linear_of(weight)
     x = torch.randn(20, weight.shape[1], dtype=dtype)
     x[:, 7] += 100
     emulated, plain = (
